@@ -1,0 +1,322 @@
+"""The contract of a data recipe, and the dataset folder that every recipe writes.
+
+A dataset folder::
+
+    manifest.json              name, recipe, options, licence, classes, splits, fingerprint
+    train.jsonl, val.jsonl     one line per picture: file, label, name, sha256, and what the recipe adds
+    train/000012.png, ...      the pictures, RGB
+    rejects.jsonl              pictures that could not be read: path and reason (only when there are some)
+
+A recipe says which pictures there are (``samples``); everything about files is here, once: the atomic build, the
+index, the manifest, the list of rejects, and ``verify_dataset``. Turning the folder into batches is not here, that is
+``raev2/data.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from raev2.errors import DataError, RaeError, SpecError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+MANIFEST = "manifest.json"
+REJECTS = "rejects.jsonl"
+PARTIAL_MARK = ".raev2-partial"  # a folder with this file is an unfinished build of ours and may be deleted
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as it goes to disk."""
+
+    data: bytes  # the whole file
+    suffix: str  # with the dot: ".png"
+    size_px: tuple[int, int]  # width, height
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture that a recipe offers; ``read`` does the work and may run in another thread."""
+
+    split: str  # "train" or "val"
+    name: str  # for people: "grinning face"
+    source: str  # where it comes from; written to rejects.jsonl when ``read`` fails
+    read: Callable[[], Picture]  # raises OSError, ValueError or SyntaxError for a picture that cannot be used
+    label: int | None = None  # index into ``classes``; None = no label
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more fields for the index line
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a recipe. Values are text, because they come from the command line."""
+
+    default: str | None  # None = must be given
+    meaning: str
+
+
+class Recipe(ABC):
+    """A source of pictures. Subclasses set the five texts and ``options``, and give ``plan`` and ``samples``."""
+
+    name: str
+    summary: str
+    licence: str
+    attribution: str
+    size: str  # for people: "about 4,000 pictures, 14 MB"
+    options: Mapping[str, Option] = {}
+
+    @abstractmethod
+    def plan(self, options: Mapping[str, str]) -> list[str]:
+        """What ``build`` will do, one sentence per line. Writes nothing."""
+
+    @abstractmethod
+    def classes(self, options: Mapping[str, str]) -> list[str]:
+        """Class names in label order; empty when there are no labels."""
+
+    @abstractmethod
+    def samples(self, options: Mapping[str, str]) -> Iterator[Sample]:
+        """Every picture, in a fixed order. The order gives the file names."""
+
+    def resolve(self, options: Mapping[str, str]) -> dict[str, str]:
+        """``options`` with the defaults filled in; SpecError for an unknown or a missing one."""
+        for key in options:
+            if key not in self.options:
+                close = difflib.get_close_matches(key, self.options, n=1)
+                raise SpecError(
+                    f"data {self.name}",
+                    "unknown option",
+                    got=key,
+                    expected="one of " + ", ".join(self.options) if self.options else "no options",
+                    hint=f"Did you mean {close[0]}?" if close else "",
+                )
+        missing = [key for key, option in self.options.items() if option.default is None and key not in options]
+        if missing:
+            expected, hint = self.options[missing[0]].meaning, f"Give it with --set {missing[0]}=VALUE."
+            raise SpecError(f"data {self.name}", f"option {missing[0]} is missing", expected=expected, hint=hint)
+        resolved = {key: option.default for key, option in self.options.items()} | dict(options)
+        return {key: value for key, value in resolved.items() if value is not None}
+
+    def build(self, out_dir: Path, options: Mapping[str, str] | None = None, overwrite: bool = False) -> dict[str, Any]:
+        """Write the dataset folder ``out_dir`` and return its manifest.
+
+        The folder is written as ``<out_dir>.partial`` and renamed at the end, so it is complete or absent.
+        DataError when ``out_dir`` exists (unless ``overwrite``) or when nothing could be read.
+        """
+        resolved = self.resolve(options or {})
+        out_dir = Path(out_dir).absolute()
+        _refuse_existing(out_dir, overwrite)
+        partial = out_dir.with_name(out_dir.name + ".partial")
+        _open_partial(partial)
+        try:
+            manifest = self._write(partial, out_dir.name, resolved)
+            (partial / PARTIAL_MARK).unlink()
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if out_dir.exists():
+            old = out_dir.with_name(out_dir.name + ".old")
+            out_dir.rename(old)
+            partial.rename(out_dir)
+            shutil.rmtree(old)
+        else:
+            partial.rename(out_dir)
+        return manifest
+
+    def verify(self, data_dir: Path) -> dict[str, Any]:
+        """``verify_dataset``, and the folder must come from this recipe."""
+        manifest = verify_dataset(data_dir)
+        if manifest["recipe"] != self.name:
+            raise DataError(f"data {data_dir}", "written by another recipe", got=manifest["recipe"], expected=self.name)
+        return manifest
+
+    def _write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
+        """Write pictures, indices, rejects and manifest into the empty ``folder``."""
+        for split in SPLITS:
+            (folder / split).mkdir()
+        index_lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+        rejects: list[str] = []
+        sizes_px: set[tuple[int, int]] = set()
+        for sample, picture in _read_in_order(self.samples(options)):
+            if isinstance(picture, Exception):
+                rejects.append(_json_line({"path": sample.source, "reason": f"{type(picture).__name__}: {picture}"}))
+                continue
+            lines = index_lines[sample.split]
+            file = f"{sample.split}/{len(lines):06d}{picture.suffix}"
+            (folder / file).write_bytes(picture.data)
+            sizes_px.add(picture.size_px)
+            line: dict[str, Any] = {"file": file}
+            if sample.label is not None:
+                line["label"] = sample.label
+            line |= {"name": sample.name, "sha256": hashlib.sha256(picture.data).hexdigest(), **sample.extra}
+            lines.append(_json_line(line))
+        if not index_lines["train"]:
+            hint = f"First of them: {rejects[0].strip()}" if rejects else ""
+            raise DataError(f"data {self.name}", f"no training pictures; {len(rejects)} rejected", hint=hint)
+        splits = {}
+        for split, lines in index_lines.items():
+            data = "".join(lines).encode()
+            (folder / f"{split}.jsonl").write_bytes(data)
+            sha256 = hashlib.sha256(data).hexdigest()
+            splits[split] = {"num_samples": len(lines), "index": f"{split}.jsonl", "sha256": sha256}
+        if rejects:
+            (folder / REJECTS).write_text("".join(rejects), encoding="utf-8")
+        classes = self.classes(options)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "name": dataset_name,
+            "recipe": self.name,
+            "options": dict(options),
+            "licence": self.licence,
+            "attribution": self.attribution,
+            "image_size_px": list(sizes_px.pop()) if len(sizes_px) == 1 else None,
+            "classes": classes,
+            "splits": splits,
+            "fingerprint": fingerprint(splits, classes),
+            "rejected": len(rejects),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return manifest
+
+
+def encode_png(image: Image.Image) -> Picture:
+    """RGB image as PNG. The bytes depend on the zlib that Pillow was built with, the pixels do not."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return Picture(buffer.getvalue(), ".png", image.size)
+
+
+def fingerprint(splits: Mapping[str, Any], classes: list[str]) -> str:
+    """SHA-256 of the canonical JSON of splits and classes.
+
+    The splits carry the SHA-256 of each index and each index that of every file, so this covers the pictures, the
+    labels and the order.
+    """
+    text = json.dumps({"splits": splits, "classes": classes}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(data_dir: Path) -> dict[str, Any]:
+    """The manifest of a dataset folder; DataError when there is none or it has another format."""
+    path = Path(data_dir) / MANIFEST
+    if not path.is_file():
+        raise DataError(f"data {data_dir}", f"no {MANIFEST}", hint="Build the folder with `raev2 data build RECIPE`.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"data {path}", f"not JSON ({error})", hint="Build the dataset again.") from None
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DataError(f"data {path}", "unknown format", got=f"format_version={version}", expected=str(FORMAT_VERSION))
+    return manifest
+
+
+def verify_dataset(data_dir: Path) -> dict[str, Any]:
+    """Check fingerprint, counts, labels and the SHA-256 of every file; return the manifest.
+
+    Raises DataError with the name of the first file that differs.
+    """
+    data_dir = Path(data_dir)
+    manifest = read_manifest(data_dir)
+    rebuild = "Build the dataset again."
+    got = fingerprint(manifest["splits"], manifest["classes"])
+    if got != manifest["fingerprint"]:
+        where = f"data {data_dir / MANIFEST}"
+        raise DataError(where, "changed after it was written", got=got, expected=manifest["fingerprint"], hint=rebuild)
+    for split, entry in manifest["splits"].items():
+        index_data = _check_sha256(data_dir / entry["index"], entry["sha256"])
+        lines = index_data.decode().splitlines()
+        if len(lines) != entry["num_samples"]:
+            where = f"data {data_dir / entry['index']}"
+            raise DataError(where, "wrong count", got=len(lines), expected=str(entry["num_samples"]), hint=rebuild)
+        for text in lines:
+            line = json.loads(text)
+            _check_sha256(data_dir / line["file"], line["sha256"])
+            label = line.get("label")
+            if label is not None and not 0 <= label < len(manifest["classes"]):
+                expected = f"0 to {len(manifest['classes']) - 1}"
+                raise DataError(f"data {data_dir / line['file']}", "label out of range", got=label, expected=expected)
+        num_files = sum(1 for _ in os.scandir(data_dir / split))
+        if num_files != len(lines):
+            where = f"data {data_dir / split}"
+            raise DataError(where, "files that the index does not list", got=num_files, expected=str(len(lines)))
+    return manifest
+
+
+def _check_sha256(path: Path, expected: str) -> bytes:
+    """The bytes of ``path``; DataError when it is missing or its SHA-256 is another one."""
+    if not path.is_file():
+        raise DataError(f"data {path}", "file is missing", hint="Build the dataset again.")
+    data = path.read_bytes()
+    got = hashlib.sha256(data).hexdigest()
+    if got != expected:
+        raise DataError(f"data {path}", "SHA-256 differs", got=got, expected=expected, hint="Build the dataset again.")
+    return data
+
+
+def _refuse_existing(out_dir: Path, overwrite: bool) -> None:
+    if not out_dir.exists():
+        return
+    if not overwrite:
+        hint = "Choose another folder or pass --overwrite."
+        raise DataError(f"data {out_dir}", "exists already", hint=hint)
+    if not (out_dir / MANIFEST).is_file():
+        hint = "Delete it yourself if that is what you want."
+        raise DataError(f"data {out_dir}", f"will not overwrite a folder without {MANIFEST}", hint=hint)
+
+
+def _open_partial(partial: Path) -> None:
+    """Make the empty folder of a build; what an interrupted build left there is deleted."""
+    if partial.exists():
+        if not (partial / PARTIAL_MARK).is_file():
+            hint = "Move it away."
+            raise DataError(f"data {partial}", "exists and is not an unfinished build", hint=hint)
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"data {partial}", f"cannot be created ({error.strerror})") from None
+    (partial / PARTIAL_MARK).touch()
+
+
+def _read_in_order(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Picture | Exception]]:
+    """Read with several threads, at most 64 ahead; results in the order of ``samples``."""
+    num_threads = min(8, os.cpu_count() or 1)
+    pending: deque[tuple[Sample, Future[Picture]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for sample in samples:
+                pending.append((sample, pool.submit(sample.read)))
+                if len(pending) == 64:
+                    yield _result(*pending.popleft())
+            while pending:
+                yield _result(*pending.popleft())
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _result(sample: Sample, future: Future[Picture]) -> tuple[Sample, Picture | Exception]:
+    """A picture that cannot be read is a result; any other exception is a defect and stops the build."""
+    try:
+        return sample, future.result()
+    except RaeError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these come from Pillow
+        return sample, error
+
+
+def _json_line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"

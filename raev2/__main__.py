@@ -1,0 +1,7 @@
+"""`python -m raev2` is the `raev2` command."""
+
+import sys
+
+from raev2.cli import main
+
+sys.exit(main())

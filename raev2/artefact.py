@@ -1,0 +1,120 @@
+"""Artefact folders: what users exchange. `config.json`, `model.safetensors` and a model card, never a pickle.
+
+save_artefact(dir, kind="tokenizer", config={...}, tensors={...}, card="# ...")
+config, tensors, path = load_artefact(path_or_hub_id, kind="tokenizer")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raev2.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+def save_artefact(
+    path: str | Path, *, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
+) -> Path:
+    """Write an artefact folder atomically: it is complete or it is not there.
+
+    kind      'tokenizer' or 'generator'; checked when loading
+    tensors   saved contiguous, on the CPU, in their dtype
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / "model.safetensors"
+        )
+        (partial / "README.md").write_text(card)
+        write_json(partial / "config.json", {"format_version": FORMAT_VERSION, "kind": kind, **config})
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return path
+
+
+def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """Read config and tensors of an artefact folder, or of a Hugging Face hub repository with the same layout."""
+    path = Path(path_or_hub_id)
+    if not path.exists():
+        path = _download(str(path_or_hub_id))
+    config_file, weights_file = path / "config.json", path / "model.safetensors"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise CheckpointError(
+                str(path),
+                f"not an artefact folder, {file.name} is missing",
+                expected=f"a {kind} folder with config.json",
+            )
+    config = json.loads(config_file.read_text())
+    if config.get("kind") != kind:
+        raise CheckpointError(str(path), "wrong kind of artefact", got=config.get("kind"), expected=kind)
+    if config.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            str(path), "unknown format_version", got=config.get("format_version"), expected=str(FORMAT_VERSION),
+            hint="Update raev2.",
+        )  # fmt: skip
+    try:
+        return config, load_file(weights_file), path
+    except SafetensorError as error:
+        raise CheckpointError(
+            str(weights_file), "truncated or not a safetensors file", got=str(error), hint="Copy or download it again."
+        ) from error
+
+
+def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict into a module; missing, unexpected or misshapen tensors are an error that lists them."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    missing = sorted(expected.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected.keys())
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if missing or unexpected or misshapen:
+        raise CheckpointError(
+            where,
+            "the weights do not fit the configuration",
+            got=f"missing {_some(missing)}, unexpected {_some(unexpected)}, misshapen {_some(misshapen)}",
+            expected=f"{len(expected)} tensors of {type(module).__name__}",
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors", "README.md"]))
+    except Exception as error:  # the hub client has many error types; all mean that we have no folder
+        raise CheckpointError(
+            hub_id, "neither a local folder nor a hub repository that can be reached", got=type(error).__name__
+        ) from error
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"

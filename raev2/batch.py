@@ -1,0 +1,77 @@
+"""The values that travel between the parts; nothing else crosses a border."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Cond = Mapping[str, Tensor]
+"""Raw conditions of a task by name; every tensor has the batch as its leading axis."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training or evaluation samples as the dataset gives them.
+
+    images   8-bit RGB
+    cond     raw conditions, before a task's frozen condition encoder
+    key      index of each sample in its split
+    """
+
+    images: Tensor  # (B, 3, Hpx, Wpx) uint8
+    cond: Cond
+    key: Tensor  # (B,) int64
+
+
+@dataclass(frozen=True)
+class CondTokens:
+    """A condition as the trunk sees it. `mask` None means that every token is attended."""
+
+    tokens: Float[Tensor, "B M D"]
+    mask: Bool[Tensor, "B M"] | None = None
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A point on the path from data (t = 0) to noise (t = 1) with its regression target."""
+
+    z_t: Float[Tensor, "B C H W"]
+    t: Float[Tensor, "B"]
+    velocity: Float[Tensor, "B C H W"]
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Prediction of a generator (clean latents or velocity, by its flow spec).
+
+    base_pred   the same prediction from the shallow base head, where the network has one
+    hidden      tokens of the REPA projector (B, N, D_target), where the network has one
+    """
+
+    pred: Float[Tensor, "B C H W"]
+    base_pred: Float[Tensor, "B C H W"] | None = None
+    hidden: Float[Tensor, "B N D"] | None = None
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One number of an evaluation. `stderr` None: not estimated."""
+
+    name: str
+    value: float
+    num_samples: int
+    stderr: float | None = None
+    note: str = ""
+
+
+def cond_map(cond: Cond, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Apply `function` to every tensor of a condition."""
+    return {name: function(value) for name, value in cond.items()}
+
+
+def drop_cond(cond: Cond, null_cond: Cond, drop: Bool[Tensor, "B"]) -> dict[str, Tensor]:
+    """Replace the condition by the null condition where `drop` is True, jointly over all of its tensors."""
+    return {name: null_cond[name].where(drop.view(-1, *[1] * (value.ndim - 1)), value) for name, value in cond.items()}

@@ -1,0 +1,148 @@
+"""Line charts as SVG text, without a plotting library: colours come from the page's style sheet, also in dark mode.
+
+line_chart([Series("loss", xs, ys)], title="Loss", x_label="images seen", log=True)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 250
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 40
+MAX_POINTS = 400
+Number = float | int
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. `raw` is drawn thin behind it; a `constant` is drawn dashed over the whole width."""
+
+    name: str
+    xs: Sequence[Number]
+    ys: Sequence[Number]
+    raw: Sequence[Number] = ()
+    points: bool = False
+    constant: bool = False
+
+
+def line_chart(series: Sequence[Series], *, title: str, x_label: str, log: bool = False) -> str:
+    """An SVG of all series in one frame, with a legend. Values that are not finite are left out."""
+    values = [y for line in series for y in (*line.ys, *line.raw) if math.isfinite(y) and (y > 0 or not log)]
+    places = [x for line in series if not line.constant for x in line.xs]
+    if not values or not places:
+        return ""
+    low, high, ticks = _log_range(values) if log else _linear_range(values)
+    left, right = min(places), max(places)
+    right = right if right > left else left + 1
+
+    def at_x(x: Number) -> Number:
+        return LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+
+    def at_y(y: Number) -> Number:
+        share = (math.log10(y) - low) / (high - low) if log else (y - low) / (high - low)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def path(xs: Sequence[Number], ys: Sequence[Number], style: str) -> str:
+        pen, parts = "M", []
+        for x, y in _thin(list(zip(xs, ys, strict=True))):
+            if math.isfinite(y) and (y > 0 or not log):
+                parts.append(f"{pen}{at_x(x):.1f},{at_y(y):.1f}")
+                pen = "L"
+            else:
+                pen = "M"
+        return f'<path class="{style}" d="{"".join(parts)}"/>' if parts else ""
+
+    out = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    for tick in ticks:
+        y = at_y(tick)
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+    x_ticks = [tick for tick in _linear_range([left, right], 6)[2] if left <= tick <= right]
+    for tick in x_ticks:
+        anchor = "end" if at_x(tick) > WIDTH - RIGHT - 20 else "middle"
+        out.append(
+            f'<text x="{at_x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="{anchor}">{number(tick)}</text>'
+        )
+    base = HEIGHT - BOTTOM
+    out.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    out.append(f'<text class="label" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    for number_of, line in enumerate(series):
+        colour = f"c{number_of % 8}"
+        if line.constant:
+            out.append(path([left, right], [line.ys[0]] * 2, f"line dashed {colour}"))
+            continue
+        if line.raw:
+            out.append(path(line.xs, line.raw, f"line raw {colour}"))
+        out.append(path(line.xs, line.ys, f"line {colour}"))
+        if line.points or len(line.xs) == 1:
+            for x, y in zip(line.xs, line.ys, strict=True):
+                if math.isfinite(y) and (y > 0 or not log):
+                    tip = f"<title>{escape(line.name)}: {number(y)} at {x:,.0f}</title>"
+                    out.append(
+                        f'<circle class="dot {colour}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.2">{tip}</circle>'
+                    )
+    out.append("</svg>")
+    keys = "".join(
+        f'<span><i class="key c{n % 8}{" dashed" if line.constant else ""}"></i>{escape(line.name)}</span>'
+        for n, line in enumerate(series)
+    )
+    return "".join(out) + f'<div class="legend">{keys}</div>'
+
+
+def smooth(ys: Sequence[Number], window: int) -> list[Number]:
+    """Mean of the last `window` finite values."""
+    out, recent = [], []  # type: list[Number], list[Number]
+    for y in ys:
+        if math.isfinite(y):
+            recent = [*recent[-(window - 1) :], y] if window > 1 else [y]
+        out.append(sum(recent) / len(recent) if recent else math.nan)
+    return out
+
+
+def number(value: Number) -> str:
+    """Three or four significant digits, in the shortest common form: 12,800; 0.0312; 2e-05; 1.2M."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size == 0 or size >= 1e-3:
+        return f"{value:.4g}"
+    return f"{value:.3g}"
+
+
+def _linear_range(values: Sequence[Number], num_ticks: int = 5) -> tuple[Number, Number, list[Number]]:
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal but for rounding
+        low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
+    rough = (high - low) / num_ticks
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return first * step, last * step, [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _log_range(values: Sequence[Number]) -> tuple[Number, Number, list[Number]]:
+    low, high = math.log10(min(values)), math.log10(max(values))
+    pad = max(0.04 * (high - low), 0.02)
+    low, high = low - pad, high + pad
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    ticks = [
+        factor * 10.0**power
+        for power in range(math.floor(low), math.ceil(high) + 1)
+        for factor in factors
+        if low <= math.log10(factor * 10.0**power) <= high
+    ]
+    if len(ticks) < 2:  # less than a factor of two: ticks like those of a linear axis
+        ticks = [tick for tick in _linear_range(values)[2] if tick > 0 and low <= math.log10(tick) <= high]
+    return low, high, ticks
+
+
+def _thin(points: list[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
+    """Every n-th point, the last one included."""
+    step = math.ceil(len(points) / MAX_POINTS)
+    return points if step <= 1 else [*points[:-1:step], points[-1]]

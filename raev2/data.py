@@ -1,0 +1,245 @@
+"""Prepared dataset folders -> batches. The order is a function of (seed, epoch), the position is one integer.
+
+A dataset folder holds `manifest.json` and one JSON-lines index a split (docs/how_to/own_data.md). Training reads an
+endless stream of samples numbered 0, 1, 2, ...; sample number k is entry k mod n of the permutation of epoch k div n.
+A checkpoint therefore needs only "images seen" to go on with exactly the same batches, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from raev2.batch import Batch
+from raev2.errors import DataError
+
+logger = logging.getLogger(__name__)
+FORMAT_VERSION = 1
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """One split of a dataset folder: 8-bit RGB images of one size, and the fields of the index as conditions.
+
+    fields   index fields that become raw conditions, e.g. ('label',)
+    """
+
+    def __init__(
+        self,
+        dir: str | Path,
+        split: str,
+        image_size: tuple[int, int],
+        fields: tuple[str, ...] = (),
+        cache: bool = False,
+    ) -> None:
+        self.dir, self.split, self.image_size, self.fields = Path(dir), split, image_size, fields
+        self.manifest = read_manifest(self.dir)
+        if split not in self.manifest["splits"]:
+            raise DataError(
+                f"data {self.dir}", "unknown split", got=split, expected=f"one of {', '.join(self.manifest['splits'])}"
+            )
+        index_file = self.dir / self.manifest["splits"][split]["index"]
+        if not index_file.is_file():
+            raise DataError(f"data {self.dir}", f"index {index_file.name} is missing", hint=_rebuild(self.manifest))
+        self.index = [json.loads(line) for line in index_file.read_text().splitlines()]
+        expected = self.manifest["splits"][split]["num_samples"]
+        if len(self.index) != expected:
+            raise DataError(
+                f"data {self.dir}", f"{index_file.name} has {len(self.index):,} samples, manifest says {expected:,}",
+                hint=f"Run `raev2 data verify {self.dir}`.",
+            )  # fmt: skip
+        if not self.index:
+            raise DataError(f"data {self.dir}", f"split {split} is empty", hint=_rebuild(self.manifest))
+        self._cache: dict[int, Tensor] | None = {} if cache else None
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by label; empty for unlabelled data."""
+        return self.manifest["classes"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the folder's content, from its manifest."""
+        return self.manifest["fingerprint"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def image(self, index: int) -> Tensor:
+        """Image `index` as uint8 (3, H_px, W_px): short side resized (bicubic, antialiased), centre crop."""
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        file = self.dir / self.index[index]["file"]
+        try:
+            with Image.open(file) as opened:
+                image = centre_crop(opened.convert("RGB"), self.image_size)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"data {file}", "cannot be read as an image", got=type(error).__name__,
+                hint=f"Run `raev2 data verify {self.dir}`.",
+            ) from error  # fmt: skip
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        if self._cache is not None:
+            self._cache[index] = pixels
+        return pixels
+
+    def cond(self, index: int) -> dict[str, Any]:
+        """Raw conditions of sample `index`."""
+        entry = self.index[index]
+        missing = [field for field in self.fields if field not in entry]
+        if missing:
+            raise DataError(
+                f"data {self.dir}", f"sample {entry['file']} has no {missing[0]}", expected=f"fields {self.fields}",
+                hint="Use data with class folders, or build it again with labels.",
+            )  # fmt: skip
+        return {field: entry[field] for field in self.fields}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.image(index), "cond": self.cond(index), "key": index}
+
+
+class _Stream(Dataset[dict[str, Any]]):
+    """Sample number -> sample: the permutation of its epoch, the flip, and the policy for unreadable images."""
+
+    def __init__(self, dataset: ImageDataset, seed: int, flip: bool) -> None:
+        self.dataset, self.seed, self.flip = dataset, seed, flip
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        epoch, position = divmod(number, len(self.dataset))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(_seed("order", self.seed, epoch))
+            self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
+        skipped = 0
+        while True:  # an unreadable image is replaced by the next readable one of the same epoch
+            index = int(self._order[(position + skipped) % len(self.dataset)])
+            try:
+                sample = self.dataset[index]
+                break
+            except DataError as error:
+                skipped += 1
+                logger.warning("skipped: %s", error)
+                if skipped == min(100, len(self.dataset)):
+                    raise DataError(
+                        f"data {self.dataset.dir}", f"{skipped} unreadable images in a row", hint=str(error)
+                    ) from error
+        if self.flip and _seed("flip", self.seed, number) % 2:
+            sample["image"] = sample["image"].flip(2)
+        return {**sample, "skipped": skipped}
+
+
+def train_batches(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start_images: int = 0,
+    flip: bool = False,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Batch, int]]:
+    """Endless batches of this process, from image number `start_images` on, each with its count of skipped images.
+
+    `batch_size` is global; this process gets rows rank, rank + world_size, ... of every global batch, so the global
+    batch does not depend on the number of processes.
+    """
+    if batch_size % world_size:
+        raise DataError(
+            "batch_size", "the global batch must split evenly", got=f"{batch_size} over {world_size} processes",
+            expected=f"a multiple of {world_size}",
+        )  # fmt: skip
+
+    def numbers() -> Iterator[list[int]]:
+        start = start_images
+        while True:
+            yield list(range(start + rank, start + batch_size, world_size))
+            start += batch_size
+
+    loader = DataLoader(
+        _Stream(dataset, seed, flip), batch_sampler=_Endless(numbers), num_workers=num_workers, collate_fn=_collate
+    )
+    return iter(loader)
+
+
+def ordered_batches(dataset: ImageDataset, batch_size: int, indices: range | None = None) -> Iterator[Batch]:
+    """The samples of a split once, in index order. An unreadable image is an error here: a metric must not skip."""
+    indices = range(len(dataset)) if indices is None else indices
+    for start in range(0, len(indices), batch_size):
+        yield _collate([dataset[i] for i in indices[start : start + batch_size]])[0]
+
+
+def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize (bicubic, antialiased) so that the image covers `size` (height, width), then crop the centre."""
+    height, width = size
+    if image.size == (width, height):
+        return image
+    scale = max(width / image.width, height / image.height)
+    resized = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC
+    )
+    left, top = (resized.width - width) // 2, (resized.height - height) // 2
+    return resized.crop((left, top, left + width, top + height))
+
+
+def read_manifest(dir: Path) -> dict[str, Any]:
+    """The manifest of a dataset folder."""
+    file = dir / "manifest.json"
+    if not file.is_file():
+        raise DataError(
+            f"data {dir}", "no dataset folder here", expected="a folder with manifest.json",
+            hint="Build it with `raev2 data build RECIPE --out DIR`; `raev2 data list` shows the recipes.",
+        )  # fmt: skip
+    manifest = json.loads(file.read_text())
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"data {dir}", "unknown format_version", got=manifest.get("format_version"), expected=str(FORMAT_VERSION)
+        )
+    return manifest
+
+
+def to_float(images_u8: Tensor) -> Tensor:
+    """8-bit images to floats in [0, 1]."""
+    return images_u8.float() / 255
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Floats in [0, 1] to 8 bits, rounded (the reference implementations truncate, which darkens by half a level)."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+class _Endless:
+    """A batch sampler over an endless iterator."""
+
+    def __init__(self, numbers: Any) -> None:
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.numbers()
+
+
+def _collate(samples: list[dict[str, Any]]) -> tuple[Batch, int]:
+    cond = {name: torch.tensor([sample["cond"][name] for sample in samples]) for name in samples[0]["cond"]}
+    batch = Batch(
+        images=torch.stack([sample["image"] for sample in samples]),
+        cond=cond,
+        key=torch.tensor([sample["key"] for sample in samples]),
+    )
+    return batch, sum(sample.get("skipped", 0) for sample in samples)
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def _rebuild(manifest: dict[str, Any]) -> str:
+    return f"Build it again with `raev2 data build {manifest.get('recipe', 'RECIPE')} --overwrite`."

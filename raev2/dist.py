@@ -1,0 +1,66 @@
+"""Processes: rank, world size and reductions. Does nothing with one process; accelerate sets up the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether several processes run."""
+    return torch_dist.is_available() and torch_dist.is_initialized() and torch_dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Index of this process."""
+    return torch_dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return torch_dist.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Average of a tensor over all processes."""
+    return sum_over_processes(value) / world_size()
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes; the input is not changed."""
+    if is_distributed():
+        value = value.clone()
+        torch_dist.all_reduce(value)
+    return value
+
+
+def gather_objects(value: Any) -> Sequence[Any]:
+    """The value of every process, in rank order."""
+    if not is_distributed():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if is_distributed():
+        torch_dist.barrier()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    if not is_distributed():
+        return flag
+    device = torch.device("cuda", torch.cuda.current_device()) if torch_dist.get_backend() == "nccl" else "cpu"
+    return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)

@@ -1,0 +1,64 @@
+"""Exponential moving averages of the trained weights, several decays at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """ema <- decay * ema + (1 - decay) * weight after every step, starting from the initial weights.
+
+    Only parameters that are trained are averaged; frozen ones and buffers are those of the model. Pass the bare model,
+    not a wrapper of it, so that names match.
+
+    ema = EMA(model, decays=(0.9995, 0.999))
+    ema.update(model)                            # after every optimizer step
+    with ema.applied(model, 0.9995): ...         # evaluate with averaged weights
+    tensors = ema.state_dict(0.9995)             # save;  ema.load_state_dict(0.9995, tensors)
+    """
+
+    def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
+        self.decays = tuple(decays)
+        self._weights = {
+            decay: {name: parameter.detach().clone() for name, parameter in _trained(model)} for decay in self.decays
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move every average towards the current weights."""
+        weights = [parameter.detach() for _, parameter in _trained(model)]
+        for decay, averages in self._weights.items():
+            torch._foreach_lerp_(list(averages.values()), weights, 1 - decay)
+
+    def state_dict(self, decay: float) -> dict[str, Tensor]:
+        """The averaged weights by parameter name (the tensors themselves, not copies)."""
+        return dict(self._weights[decay])
+
+    def load_state_dict(self, decay: float, tensors: Mapping[str, Tensor]) -> None:
+        """Restore one average; names must match exactly."""
+        averages = self._weights[decay]
+        if averages.keys() != tensors.keys():
+            raise KeyError(f"EMA names differ: {sorted(averages.keys() ^ tensors.keys())[:4]}")
+        for name, average in averages.items():
+            average.copy_(tensors[name])
+
+    @contextmanager
+    def applied(self, model: nn.Module, decay: float) -> Iterator[None]:
+        """Inside the `with`, the model has the averaged weights; afterwards its own again."""
+        averages = self._weights[decay]
+        trained = {name: parameter.data for name, parameter in _trained(model)}
+        try:
+            for name, parameter in _trained(model):
+                parameter.data = averages[name]
+            yield
+        finally:
+            for name, parameter in _trained(model):
+                parameter.data = trained[name]
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -1,0 +1,49 @@
+"""The four errors a user can cause; every other exception is a defect of ours.
+
+A message has one form, built by the constructor so that no part is forgotten::
+
+    <where>: <what is wrong>; got <got>; expected <expected>. <what to do>
+
+The command line prints the message without a traceback and exits with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+
+class RaeError(Exception):
+    """Base class: ``where`` and ``what`` are required, the rest is printed when given."""
+
+    exit_code = 1
+
+    def __init__(self, where: str, what: str, *, got: object = None, expected: str = "", hint: str = "") -> None:
+        parts = [f"{where}: {what}"]
+        if got is not None:
+            parts.append(f"got {got}")
+        if expected:
+            parts.append(f"expected {expected}")
+        message = "; ".join(parts)
+        super().__init__(f"{message}. {hint}" if hint else message)
+
+
+class SpecError(RaeError):
+    """A recipe, field or option that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(RaeError):
+    """Missing, damaged or unsuitable data."""
+
+    exit_code = 3
+
+
+class CheckpointError(RaeError):
+    """A run folder, artefact or checkpoint that cannot be read or does not fit."""
+
+    exit_code = 4
+
+
+class TaskError(RaeError):
+    """An unknown or broken plugin."""
+
+    exit_code = 5

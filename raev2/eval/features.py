@@ -1,0 +1,147 @@
+"""Feature networks for metrics: 8-bit images -> one float32 vector each.
+
+A metric carries the name of its feature network: `fd_micro` is a Fréchet distance in the space of the encoder
+'micro'. The name FID belongs to Inception features alone. No network runs under autocast here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from raev2 import dist
+from raev2.data import to_float
+from raev2.errors import DataError
+from raev2.shapes import ImagesU8
+from raev2.spec import EncoderSpec
+from raev2.tokenizer.encoder_table import ENCODERS
+from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
+
+INCEPTION = "inception"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+
+
+class FeatureExtractor(ABC):
+    """A frozen network that describes an image by one vector.
+
+    name          part of the metric names
+    dim           length of the vector
+    preparation   how images are resized and normalised, in words, for the result files
+    fingerprint   SHA-256 of the network's name, preparation and weights
+    """
+
+    name: str
+    dim: int
+    preparation: str
+    fingerprint: str
+
+    @abstractmethod
+    def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
+        """Features of 8-bit images, float32 on the CPU."""
+
+
+class EncoderFeatures(FeatureExtractor):
+    """Mean over the patch tokens of a registered encoder, last block, its default final norm."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.encoder = load_encoder(name, device)
+        height, width = self.encoder.input_size
+        self.preparation = f"bicubic to {height} x {width} px, antialiased when shrinking; mean of the patch tokens"
+        self.fingerprint = _sha256(self.preparation, self.encoder.fingerprint())
+        self.dim = self.encoder.width
+
+    def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
+        """Mean patch token."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.encoder(to_float(images_u8.to(self.device))).float().mean(1).cpu()
+
+
+class InceptionFeatures(FeatureExtractor):
+    """The 2048 pool features of `inception-v3-compat` of torch-fidelity: the network of FID, with its own resize."""
+
+    name, dim = INCEPTION, 2048
+    preparation = "torch-fidelity inception-v3-compat: TensorFlow 1 bilinear resize to 299 px, pool features"
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise DataError(
+                "features inception", "torch-fidelity is not installed", hint="Run `pip install raev2[eval]`."
+            ) from error
+        file = _inception_weights()
+        self.device = device
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
+        ).to(device)
+        self.fingerprint = _sha256(self.preparation, file.name)  # the name holds the hash, which was checked
+
+    def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
+        """Pool features."""
+        return self._forward(images_u8)[0]
+
+    def probabilities(self, images_u8: ImagesU8) -> Float[Tensor, "B K"]:
+        """Class distribution without the bias of the last layer, as the Inception Score uses it."""
+        return self._forward(images_u8)[1].softmax(-1)
+
+    def _forward(self, images_u8: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            features, logits = self.network(images_u8.to(self.device))
+        return features.float().cpu(), logits.float().cpu()
+
+
+def build_extractor(name: str, device: torch.device) -> FeatureExtractor:
+    """The feature network with this name: 'inception', or any encoder of `raev2 encoders`."""
+    return InceptionFeatures(device) if name == INCEPTION else EncoderFeatures(name, device)
+
+
+def frechet_name(extractor_name: str) -> str:
+    """Name of the Fréchet distance in a feature space: 'fid' for Inception, else 'fd_<name>'."""
+    return "fid" if extractor_name == INCEPTION else f"fd_{extractor_name}"
+
+
+def load_encoder(name: str, device: torch.device) -> FrozenEncoder:
+    """A frozen encoder at its usual input size, whatever the size of the images."""
+    info = ENCODERS.get(name)
+    side = info.input_size // info.patch_size if info else 16
+    return build_encoder(EncoderSpec(name=name), (side, side)).to(device)
+
+
+def _inception_weights() -> Path:
+    """Weights file in torch's cache, downloaded once. Its hash is checked: it is a pickle that others load for us."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
+    expected = file.stem.rsplit("-", 1)[1]
+    failure = ""
+    if not file.is_file() and dist.is_main():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(INCEPTION_URL, str(file), hash_prefix=expected, progress=False)
+        except (OSError, RuntimeError) as error:  # no network, or a file with another hash
+            failure = str(error)
+    dist.barrier()
+    if not file.is_file():
+        raise DataError(
+            f"weights {file}", "the Inception weights are missing", got=failure or None,
+            hint=f"Download {INCEPTION_URL} and put it there (SHA-256 begins with {expected}).",
+        )  # fmt: skip
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if not found.startswith(expected):
+        raise DataError(
+            f"weights {file}", "damaged file", got=f"SHA-256 {found[:8]}", expected=expected,
+            hint="Delete it; it is downloaded again.",
+        )  # fmt: skip
+    return file
+
+
+def _sha256(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

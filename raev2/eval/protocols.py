@@ -1,0 +1,438 @@
+"""The protocols that every task may use, and the one function that runs a protocol and writes its result file.
+
+Read `run_protocol` first: training and `raev2 eval` both call it, so their numbers are the same. A task names and
+parametrises the two evaluators here; it adds its own beside them where its condition needs other metrics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raev2 import dist
+from raev2.artefact import write_json
+from raev2.batch import Cond, MetricResult
+from raev2.data import ImageDataset, to_float, to_uint8
+from raev2.errors import DataError, TaskError
+from raev2.eval.distances import Moments, frechet_stderr, moments_distance, precision_recall
+from raev2.eval.features import FeatureExtractor, build_extractor, frechet_name
+from raev2.eval.generate import collect, generated_images, local_chunks
+from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
+from raev2.shapes import ImagesU8
+from raev2.spec import RunSpec
+from raev2.spec_io import fingerprint, spec_to_dict
+from raev2.task import EvalContext, Evaluator
+
+logger = logging.getLogger(__name__)
+CHUNK_SIZE = 64  # images a chunk; fixed, so that no result depends on a batch size
+MANIFOLD_IMAGES = 10_000  # images a set in precision and recall, as in the ADM evaluation
+SHUFFLE_BLOCKS = 4  # blocks a side of the block-shuffled pictures
+RESULT_FORMAT_VERSION = 1
+
+Build = Callable[[str, torch.device], FeatureExtractor]
+
+
+class ReconstructionEvaluator(Evaluator):
+    """The tokenizer against the originals: PSNR, SSIM, a perceptual distance, and Fréchet distances of the two sets.
+
+    The reference is always the originals of the same split, prepared in the same way. An r in front of a name
+    (`rfd_micro`, `rfid`) says so; these numbers have nothing to do with those of a generator.
+    """
+
+    needs_generator = False
+
+    def __init__(
+        self,
+        protocol: str,
+        extractors: Sequence[str] = ("micro",),
+        *,
+        split: str = "val",
+        max_images: int | None = None,
+        perceptual: Sequence[str] = ("lpips_vgg", "feature_distance_micro"),
+        build: Build = build_extractor,
+        build_pairs: Callable[[str, torch.device], PairDistance] = build_pair_distance,
+    ) -> None:
+        """Name a protocol.
+
+        extractors   feature networks of the Fréchet distances, by name
+        max_images   first images of the split; None: all
+        perceptual   perceptual distances in order of preference; the first that this machine can compute is used
+        """
+        self.protocol, self.extractors, self.split, self.max_images = protocol, tuple(extractors), split, max_images
+        self.perceptual, self.build, self.build_pairs = tuple(perceptual), build, build_pairs
+        count = "all" if max_images is None else f"the first {max_images:,}"
+        self.description = f"reconstructions of {count} images of '{split}' against their originals"
+
+    def describe(self, context: EvalContext) -> dict[str, Any]:
+        """What the numbers depend on, for the result file."""
+        dataset = context.dataset(self.split)
+        return {
+            "reference": {**_split_identity(dataset, self._count(dataset)), "what": "originals of the same images"},
+            "label_policy": "none, the tokenizer sees no condition",
+            "perceptual": self._available(),
+        }
+
+    def run(self, context: EvalContext) -> Iterator[MetricResult]:
+        """PSNR, SSIM, perceptual distance, then one Fréchet distance for each feature network."""
+        dataset = context.dataset(self.split)
+        num = self._count(dataset)
+        extractors = [self.build(name, context.device) for name in self.extractors]
+        pair_distance = self.build_pairs(self._available(), context.device)
+
+        def rows(indices: Sequence[int]) -> dict[str, Tensor]:
+            originals = _images(dataset, indices)
+            images = to_uint8(context.rae.reconstruct(to_float(originals.to(context.device)))).cpu()
+            if images.shape != originals.shape:
+                raise DataError(
+                    f"protocol {self.protocol}", "reconstruction and original differ in size",
+                    got=tuple(images.shape[2:]), expected=str(tuple(originals.shape[2:])),
+                )  # fmt: skip
+            values = {
+                "psnr": psnr(images, originals),
+                "ssim": ssim(images, originals),
+                pair_distance.name: pair_distance(images, originals),
+            }
+            for extractor in extractors:
+                values[f"original/{extractor.name}"] = extractor(originals)
+                values[f"image/{extractor.name}"] = extractor(images)
+            return values
+
+        found = collect(num, CHUNK_SIZE, rows, "reconstructions")
+        for name in ("psnr", "ssim", pair_distance.name):
+            yield _mean_result(name, found[name])
+        for extractor in extractors:
+            images, originals = found[f"image/{extractor.name}"], found[f"original/{extractor.name}"]
+            yield MetricResult(
+                f"r{frechet_name(extractor.name)}",
+                moments_distance(Moments.of(images), Moments.of(originals)),
+                num,
+                frechet_stderr(images, originals),
+                "reconstructions against their originals",
+            )
+
+    def _count(self, dataset: ImageDataset) -> int:
+        return min(len(dataset), self.max_images or len(dataset))
+
+    def _available(self) -> str:
+        """The first perceptual distance that needs no missing weights."""
+        for name in self.perceptual:
+            if not name.startswith("lpips_") or lpips_available(name.removeprefix("lpips_")):
+                return name
+        return self.perceptual[-1]
+
+
+class GenerationEvaluator(Evaluator):
+    """Generated images against a reference split: Fréchet distance, precision and recall, with a scale beside them.
+
+    The scale are two sets with a known place, measured against the same reference by the same code: real pictures of
+    `scale_split` (as good as it gets) and the same pictures cut into blocks and shuffled (right colours and textures,
+    no shapes). `fd_ratio_<net>` is the distance of generated images over that of real ones, both with as many images.
+    """
+
+    needs_generator = True
+
+    def __init__(
+        self,
+        protocol: str,
+        cond: Callable[[RunSpec, ImageDataset, Sequence[int]], Cond],
+        extractors: Sequence[str] = ("micro",),
+        *,
+        label_policy: str,
+        num_samples: int,
+        reference_split: str = "train",
+        scale_split: str = "val",
+        cond_split: str = "val",
+        build: Build = build_extractor,
+    ) -> None:
+        """Name a protocol.
+
+        cond            `eval_cond` of the task: raw conditions by global sample number
+        label_policy    in words, which conditions these are
+        extractors      feature networks by name
+        cond_split      the split that `cond` gets
+        """
+        self.protocol, self.cond, self.extractors, self.build = protocol, cond, tuple(extractors), build
+        self.label_policy, self.num_samples = label_policy, num_samples
+        self.reference_split, self.scale_split, self.cond_split = reference_split, scale_split, cond_split
+        self.description = f"{num_samples:,} generated images against '{reference_split}'"
+
+    def describe(self, context: EvalContext) -> dict[str, Any]:
+        """What the numbers depend on, for the result file."""
+        dataset = context.dataset(self.reference_split)
+        return {
+            "reference": {**_split_identity(dataset, len(dataset)), "what": "all images of the split"},
+            "label_policy": self.label_policy,
+            "precision_recall": {"k": 3, "max_images_per_set": MANIFOLD_IMAGES},
+        }
+
+    def run(self, context: EvalContext) -> Iterator[MetricResult]:
+        """For each feature network: distance, ratio, precision, recall, then the scale."""
+        extractors = [self.build(name, context.device) for name in self.extractors]
+        conditions = context.dataset(self.cond_split)
+
+        def rows(indices: Sequence[int]) -> dict[str, Tensor]:
+            images = generated_images(context, lambda i: self.cond(context.spec, conditions, i), indices)
+            return {extractor.name: extractor(images) for extractor in extractors}
+
+        found = collect(self.num_samples, CHUNK_SIZE, rows, "generated images")
+        reference_set, scale_set = context.dataset(self.reference_split), context.dataset(self.scale_split)
+        num_scale = min(len(scale_set), self.num_samples)
+        for extractor in extractors:
+            reference = split_features(context, extractor, reference_set, len(reference_set))
+            real = split_features(context, extractor, scale_set, num_scale)
+            shuffled = split_features(context, extractor, scale_set, num_scale, shuffle_blocks=SHUFFLE_BLOCKS)
+            yield from self._results(extractor.name, found[extractor.name], reference, real, shuffled)
+
+    def _results(
+        self, net: str, features: Tensor, reference: SplitFeatures, real: SplitFeatures, shuffled: SplitFeatures
+    ) -> Iterator[MetricResult]:
+        name, num, num_scale = frechet_name(net), len(features), real.moments.count
+        real_distance = moments_distance(real.moments, reference.moments)
+        same_number = moments_distance(Moments.of(features[:num_scale]), reference.moments)
+        yield MetricResult(
+            name,
+            moments_distance(Moments.of(features), reference.moments),
+            num,
+            frechet_stderr(features, reference.moments),
+            f"generated images against {reference.moments.count:,} of '{self.reference_split}'",
+        )
+        if real_distance > 0:
+            yield MetricResult(
+                "fid_ratio" if name == "fid" else f"fd_ratio_{net}",
+                same_number / real_distance,
+                num_scale,
+                note=f"{name} over {name}_{self.scale_split}, both with {num_scale:,} images; 1 = like real pictures",
+            )
+        fake = _strided(features, MANIFOLD_IMAGES)
+        precision, recall = precision_recall(reference.rows, fake)
+        yield _share_result(f"precision_{net}", precision, len(fake), "generated images near a real one")
+        yield _share_result(f"recall_{net}", recall, len(reference.rows), "real images near a generated one")
+
+        # The scale.
+        yield MetricResult(f"{name}_{self.scale_split}", real_distance, num_scale, note="scale: real pictures")
+        yield MetricResult(
+            f"{name}_shuffled", moments_distance(shuffled.moments, reference.moments), num_scale,
+            note=f"scale: real pictures, {SHUFFLE_BLOCKS} x {SHUFFLE_BLOCKS} blocks shuffled",
+        )  # fmt: skip
+        precision, recall = precision_recall(reference.rows, real.rows)
+        note = "scale: real pictures"
+        yield _share_result(f"precision_{net}_{self.scale_split}", precision, len(real.rows), note)
+        yield _share_result(f"recall_{net}_{self.scale_split}", recall, len(reference.rows), note)
+
+
+class SplitFeatures:
+    """Features of a split: moments of all images, rows of at most `MANIFOLD_IMAGES` evenly spread ones."""
+
+    def __init__(self, moments: Moments, rows: Tensor) -> None:
+        self.moments, self.rows = moments, rows
+
+
+def split_features(
+    context: EvalContext, extractor: FeatureExtractor, dataset: ImageDataset, num: int, shuffle_blocks: int = 0
+) -> SplitFeatures:
+    """Features of the first `num` images of a split, kept in `context.cache_dir` by fingerprint.
+
+    shuffle_blocks   cut each image into this many blocks a side and shuffle them; 0: as it is
+    """
+    identity = {
+        **_split_identity(dataset, num), "extractor": extractor.fingerprint, "shuffle_blocks": shuffle_blocks,
+        "rows": MANIFOLD_IMAGES,
+    }  # fmt: skip
+    key = _sha256({**identity, "fingerprint": None})[:16]
+    file = context.cache_dir / f"features-{extractor.name.replace('/', '_').replace(':', '_')}-{key}.safetensors"
+    if all(dist.gather_objects(file.is_file())):
+        tensors = load_file(file)
+        return SplitFeatures(Moments.from_tensors(tensors), tensors["rows"])
+
+    moments = Moments(extractor.dim)
+    wanted = set(_strided(torch.arange(num), MANIFOLD_IMAGES).tolist())
+    kept: dict[int, Tensor] = {}
+    for indices in local_chunks(num, CHUNK_SIZE, f"images of '{dataset.split}'"):
+        images = _images(dataset, indices)
+        if shuffle_blocks:
+            images = block_shuffle(images, indices, shuffle_blocks)
+        features = extractor(images)
+        moments.update(features)
+        kept |= {index: row for index, row in zip(indices, features, strict=True) if index in wanted}
+    moments = moments.over_processes()
+    merged = {index: row for part in dist.gather_objects(kept) for index, row in part.items()}
+    rows = torch.stack([merged[index] for index in sorted(merged)])
+    if dist.is_main():
+        context.cache_dir.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        save_file({**moments.tensors(), "rows": rows}, partial, metadata={"identity": json.dumps(identity)})
+        partial.replace(file)
+    dist.barrier()
+    return SplitFeatures(moments, rows)
+
+
+def block_shuffle(images_u8: ImagesU8, indices: Sequence[int], blocks: int) -> ImagesU8:
+    """Cut each image into blocks x blocks pieces and shuffle them; the order depends on the image's index alone.
+
+    Pixels that are left over when the size does not divide are cropped at the right and bottom.
+    """
+    height, width = images_u8.shape[2] // blocks, images_u8.shape[3] // blocks
+    out = images_u8[:, :, : height * blocks, : width * blocks].clone()
+    for number, index in enumerate(indices):
+        order = torch.randperm(blocks**2, generator=torch.Generator().manual_seed(index)).tolist()
+        for target, source in enumerate(order):
+            (row, column), (from_row, from_column) = divmod(target, blocks), divmod(source, blocks)
+            out[number, :, row * height : (row + 1) * height, column * width : (column + 1) * width] = images_u8[
+                number, :, from_row * height : (from_row + 1) * height, from_column * width : (from_column + 1) * width
+            ]
+    return out
+
+
+def run_protocol(
+    evaluator: Evaluator,
+    context: EvalContext,
+    eval_dir: Path | None = None,
+    *,
+    images_seen: int | None = None,
+    ema_decay: float | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> list[MetricResult]:
+    """Run one protocol on all processes and write `<eval_dir>/<protocol>.json` on the main one.
+
+    `context.spec` must be the spec as it is used, with changed sampling settings in it: the file quotes it.
+    """
+    if evaluator.needs_generator and context.generate is None:
+        raise TaskError(
+            f"protocol {evaluator.protocol}", "needs a generator, the run has only a tokenizer",
+            hint="Choose a reconstruction protocol, or train the generator.",
+        )  # fmt: skip
+    with torch.no_grad():
+        results = list(evaluator.run(context))
+    names = [result.name for result in results]
+    if len(set(names)) < len(names):
+        raise TaskError(f"protocol {evaluator.protocol}", "yields a name twice", got=", ".join(sorted(names)))
+    for result in results:
+        if not math.isfinite(result.value):
+            raise TaskError(f"protocol {evaluator.protocol}", f"{result.name} is not finite", got=result.value)
+    if eval_dir is not None and dist.is_main():
+        describe = getattr(evaluator, "describe", None)
+        details = {**(describe(context) if describe else {}), **(extra or {})}
+        write_result(
+            eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context,
+            {"description": evaluator.description, "needs_generator": evaluator.needs_generator, **details},
+            images_seen=images_seen, ema_decay=ema_decay,
+        )  # fmt: skip
+    dist.barrier()
+    return results
+
+
+def write_result(
+    path: Path,
+    protocol: str,
+    results: Sequence[MetricResult],
+    context: EvalContext,
+    extra: Mapping[str, Any],
+    *,
+    images_seen: int | None = None,
+    ema_decay: float | None = None,
+) -> None:
+    """Write the numbers of a protocol with everything they depend on."""
+    spec = context.spec
+    packages = ("raev2", "torch", "torchvision", "torchmetrics", "timm", "transformers", "numpy", "pillow")
+    optional = ("torch-fidelity",)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        path,
+        {
+            "format_version": RESULT_FORMAT_VERSION,
+            "protocol": protocol,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "results": [vars(result) for result in results],
+            "num_samples": max((result.num_samples for result in results), default=0),
+            "images_seen": images_seen,
+            "ema_decay": ema_decay,
+            "sampling": spec.sampling.model_dump(mode="json") if context.generate else None,
+            "seed": spec.evaluation.seed,
+            "seed_scheme": "noise and condition of a sample depend on the seed and its global number alone",
+            "precision": {"generator": spec.precision, "tokenizer": "fp32", "features": "fp32", "sums": "fp64"},
+            "preprocessing": {
+                "resize": "short side, bicubic, antialiased (Pillow)", "crop": "centre",
+                "to_uint8": "clamp to [0, 1], times 255, rounded", "image_size": list(spec.tokenizer.image_size),
+            },
+            **extra,
+            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
+            "processes": dist.world_size(),
+            "versions": {"python": platform.python_version(), **_versions(packages + optional)},
+            "spec_fingerprint": fingerprint(spec),
+            "spec": spec_to_dict(spec),
+        },
+    )  # fmt: skip
+
+
+def ep_fid(history: Sequence[tuple[float | int, float | int]], k: float | int) -> float | None:
+    """Where a metric first reaches k (at or below): linear between the evaluations around it. None: never.
+
+    history   (images or epochs, value) in any order
+
+    With epochs and unguided FID this is EP_FID@k.
+    """
+    before: tuple[float | int, float | int] | None = None
+    for where, value in sorted(history):
+        if value <= k:
+            if before is None:
+                return float(where)
+            share = (before[1] - k) / (before[1] - value)
+            return before[0] + share * (where - before[0])
+        before = (where, value)
+    return None
+
+
+def _images(dataset: ImageDataset, indices: Sequence[int]) -> Tensor:
+    return torch.stack([dataset.image(index) for index in indices])
+
+
+def _split_identity(dataset: ImageDataset, num: int) -> dict[str, Any]:
+    """A split as a reference: the SHA-256 covers data, preparation and number of images."""
+    identity = {
+        "data": dataset.fingerprint, "split": dataset.split, "num_images": num,
+        "image_size": list(dataset.image_size), "preparation": "bicubic antialiased short side, centre crop",
+    }  # fmt: skip
+    return {**identity, "fingerprint": _sha256(identity)}
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _strided(rows: Tensor, limit: int) -> Tensor:
+    """At most `limit` rows, evenly spread: deterministic, and mixed in class when the rows are sorted by class."""
+    if len(rows) <= limit:
+        return rows
+    return rows[torch.arange(limit) * len(rows) // limit]
+
+
+def _mean_result(name: str, values: Tensor) -> MetricResult:
+    values = values.double()
+    stderr = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return MetricResult(name, float(values.mean()), len(values), stderr, "mean over images")
+
+
+def _share_result(name: str, share: float, num: int, note: str) -> MetricResult:
+    return MetricResult(name, share, num, (share * (1 - share) / num) ** 0.5, note)
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,180 @@
+"""The trunk that both networks share, and DiT (LightningDiT), which is the trunk and a final layer.
+
+The trunk sees [image tokens; time tokens; condition tokens] as one sequence (`conditioning="in_context"`, RAEv2) or
+image tokens modulated in every block by time + condition (`"adaln"`, RAE v1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raev2.batch import CondTokens, ModelOutput
+from raev2.errors import SpecError
+from raev2.model.embed import FourierEmbed, PatchEmbed, patchify, sincos_2d, unpatchify
+from raev2.model.layers import Block, FinalLayer, FusedLinear, Rope2D
+from raev2.spec import DiTSpec, TrunkSpec
+
+
+@dataclass(frozen=True)
+class TrunkOutput:
+    """Image tokens after the last block and after the base head's block, the time embedding, the REPA projection."""
+
+    tokens: Float[Tensor, "B N D"]
+    base_tokens: Float[Tensor, "B N D"] | None
+    time: Float[Tensor, "B D"]
+    hidden: Float[Tensor, "B N Z"] | None
+    final_modulation: Float[Tensor, "B 1 D2"] | None
+
+
+class Trunk(nn.Module):
+    """Transformer over latent patches, time and condition.
+
+    latent_shape      C, H, W
+    silu_cond         adaLN only: pass time + condition through SiLU once more (as DiT^DH of RAE v1 does)
+    final_modulation  adaLN only: also compute the modulation of a final layer
+    """
+
+    pos_embed: Tensor | None
+
+    def __init__(
+        self,
+        spec: TrunkSpec,
+        latent_shape: tuple[int, int, int],
+        *,
+        silu_cond: bool = False,
+        final_modulation: bool = False,
+    ) -> None:
+        super().__init__()
+        channels, rows, cols = _grid(spec, latent_shape)
+        self.spec = spec
+        self.silu_cond = silu_cond
+        self.final_modulation = final_modulation
+        self.patch_embed = PatchEmbed(channels, spec.width, spec.patch_size)
+        self.time_embed = FourierEmbed(spec.width)
+        self.register_buffer("pos_embed", sincos_2d(spec.width, rows, cols) if spec.abs_pos_embed else None)
+        self.rope = Rope2D(spec.width // spec.num_heads, rows, cols)
+        self.blocks = nn.ModuleList(
+            Block(spec.width, spec.num_heads, spec.mlp_ratio, spec.qk_norm) for _ in range(spec.depth)
+        )
+        if spec.conditioning == "in_context":
+            self.time_tokens = nn.Parameter(torch.empty(spec.num_time_tokens, spec.width))
+        else:  # every block's modulation depends on the same vector: one product
+            self.modulation = FusedLinear(
+                spec.width, [6 * spec.width] * spec.depth + [2 * spec.width] * final_modulation
+            )
+        self.repa_proj = None if spec.repa_dim is None else nn.Linear(spec.width, spec.repa_dim)
+
+    def forward(
+        self,
+        patches: Float[Tensor, "B N P"],
+        t: Float[Tensor, "B"],
+        cond_tokens: CondTokens | None,
+        cond_vector: Float[Tensor, "B D"] | None,
+    ) -> TrunkOutput:
+        """Run the blocks over patches (in-context: and time and condition tokens)."""
+        num_patches = patches.shape[1]
+        time = self.time_embed(t)
+        x = self.patch_embed(patches)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+
+        # The sequence, or the modulation of every block.
+        mask = None
+        modulations: tuple[Tensor | None, ...] = (None,) * (self.spec.depth + 1)
+        if self.spec.conditioning == "in_context":
+            sequence = [x, time[:, None] + self.time_tokens]
+            if cond_tokens is not None:
+                sequence.append(cond_tokens.tokens)
+                if cond_tokens.mask is not None:
+                    mask = F.pad(cond_tokens.mask, (num_patches + len(self.time_tokens), 0), value=True)[:, None, None]
+            x = torch.cat(sequence, dim=1)
+        else:
+            c = time if cond_vector is None else time + cond_vector
+            c = F.silu(c) if self.silu_cond else c
+            modulations = self.modulation(F.silu(c))[:, None].split(self.modulation.splits, dim=-1)
+            modulations = modulations if self.final_modulation else (*modulations, None)
+
+        # The blocks, and what is read on the way.
+        rope = self.rope(x.shape[1])
+        base_tokens = hidden = None
+        for depth, (block, modulation) in enumerate(zip(self.blocks, modulations[:-1], strict=True), start=1):
+            x = block(x, rope, mask, modulation)
+            if depth == self.spec.base_head_depth:
+                base_tokens = x[:, :num_patches]
+            if depth == self.spec.repa_depth and self.repa_proj is not None:
+                hidden = self.repa_proj(x[:, :num_patches])
+        return TrunkOutput(x[:, :num_patches], base_tokens, time, hidden, modulations[-1])
+
+    def init_weights(self) -> None:
+        """Initial values of the trunk. The condition module has its own table.
+
+        patch_embed      Xavier uniform, bias 0        time_embed     W N(0, 1), weights N(0, 0.02)
+        time_tokens      N(0, 1/sqrt(width))           modulation     0
+        all other linear layers as PyTorch (uniform, +-1/sqrt(fan_in)), gains 1
+        """
+        self.patch_embed.init_weights()
+        self.time_embed.init_weights()
+        if self.spec.conditioning == "in_context":
+            nn.init.normal_(self.time_tokens, std=self.spec.width**-0.5)
+        else:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+
+def zero_init(layer: nn.Linear) -> None:
+    """Weight and bias 0: output and modulation layers start from an exact zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+class DiT(nn.Module):
+    """LightningDiT: the trunk and a final layer, modulated in the adaLN variant. Optional base head and REPA."""
+
+    def __init__(self, spec: DiTSpec, latent_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        channels, self.rows, self.cols = _grid(spec, latent_shape)
+        self.patch_size = spec.patch_size
+        out_dim = channels * spec.patch_size**2
+        self.trunk = Trunk(spec, latent_shape, final_modulation=spec.conditioning == "adaln")
+        self.final = FinalLayer(spec.width, out_dim)
+        self.base_final = None if spec.base_head_depth is None else FinalLayer(spec.width, out_dim)
+        self.init_weights()
+
+    def forward(
+        self,
+        z_t: Float[Tensor, "B C H W"],
+        t: Float[Tensor, "B"],
+        cond_tokens: CondTokens | None,
+        cond_vector: Float[Tensor, "B D"] | None,
+    ) -> ModelOutput:
+        """Predict from noisy latents, time and the condition in the form that `spec.conditioning` asks for."""
+        trunk = self.trunk(patchify(z_t, self.patch_size), t, cond_tokens, cond_vector)
+        pred = self._unpatchify(self.final(trunk.tokens, trunk.final_modulation))
+        base_pred = None if self.base_final is None else self._unpatchify(self.base_final(trunk.base_tokens))
+        return ModelOutput(pred, base_pred, trunk.hidden)
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        return unpatchify(patches, self.patch_size, self.rows, self.cols)
+
+    def init_weights(self) -> None:
+        """The trunk by its own table; final and base_final linear 0, so the first prediction is exactly 0."""
+        self.trunk.init_weights()
+        zero_init(self.final.linear)
+        if self.base_final is not None:
+            zero_init(self.base_final.linear)
+
+
+def _grid(spec: TrunkSpec, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Channels, and rows and columns of patches."""
+    channels, height, width = latent_shape
+    if height % spec.patch_size or width % spec.patch_size:
+        raise SpecError(
+            "generator.patch_size", "must divide the latent rows and columns", got=spec.patch_size,
+            expected=f"a divisor of {height} and {width}",
+        )  # fmt: skip
+    return channels, height // spec.patch_size, width // spec.patch_size

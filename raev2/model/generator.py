@@ -1,0 +1,142 @@
+"""The generator: a network, its condition module and its flow, saved and loaded as one artefact.
+
+generator = Generator(network_spec, condition_spec, flow_spec, latent_shape=(768, 16, 16))
+output = generator(z_t, t, cond)                      # ModelOutput(pred, base_pred, hidden)
+generator.save_pretrained("my_generator", card="...")
+generator = Generator.from_pretrained("my_generator")
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from raev2.artefact import load_artefact, load_strict, save_artefact
+from raev2.batch import Cond, ModelOutput
+from raev2.errors import CheckpointError
+from raev2.model.condition import ConditionSpec, LatentShape, condition_spec
+from raev2.model.ddt import DDT
+from raev2.model.dit import DiT
+from raev2.spec import DDTSpec, DiTSpec, FlowSpec, NetworkSpec
+
+
+class Generator(nn.Module):
+    """Predicts clean latents or velocity (`flow.prediction`) from a noisy point, its time and the condition.
+
+    latent_shape   C, H, W of the normalised latents
+    extra          further entries of config.json: what the weights were trained on, recommended sampling, ...
+    """
+
+    def __init__(
+        self,
+        network: DDTSpec | DiTSpec,
+        condition: ConditionSpec,
+        flow: FlowSpec,
+        latent_shape: LatentShape,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network_spec = network
+        self.condition_spec = condition
+        self.flow = flow
+        self.latent_shape = latent_shape
+        self.extra = dict(extra or {})
+        self.network = DDT(network, latent_shape) if isinstance(network, DDTSpec) else DiT(network, latent_shape)
+        self.conditioner = condition.build(network.width, latent_shape, network.conditioning)
+
+    def forward(self, z_t: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], cond: Cond) -> ModelOutput:
+        """Prediction at the noisy latents `z_t`, time `t` in [0, 1] (1 = noise), raw condition `cond`."""
+        if self.network_spec.conditioning == "in_context":
+            return self.network(z_t, t, self.conditioner(cond), None)
+        return self.network(z_t, t, None, self.conditioner.vector(cond))
+
+    def null_cond(self, cond: Cond) -> dict[str, Tensor]:
+        """The unconditional condition in the shapes of `cond`."""
+        return self.conditioner.null_cond(cond)
+
+    def check_cond(self, cond: Cond) -> None:
+        """Raise `SpecError` unless the condition has the right names, shapes and values."""
+        self.conditioner.check(cond)
+
+    @property
+    def time_shift(self) -> float:
+        """s of t = s u / (1 + (s - 1) u); by default sqrt(C H W / 4096), so that larger latents see more noise."""
+        return self.flow.time_shift or math.sqrt(math.prod(self.latent_shape) / 4096)
+
+    @property
+    def has_base_head(self) -> bool:
+        """Whether `base_pred` is there, which internal guidance needs."""
+        return self.network_spec.base_head_depth is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
+
+    def save_pretrained(self, path: str | Path, *, card: str = "") -> Path:
+        """Write an artefact folder that `from_pretrained` reads."""
+        config = {
+            "network": self.network_spec.model_dump(mode="json"),
+            "condition": self.condition_spec.model_dump(mode="json"),
+            "flow": self.flow.model_dump(mode="json"),
+            "latent_shape": list(self.latent_shape),
+            "extra": self.extra,
+        }
+        card = card or "# Generator\n\nA raev2 generator without a written model card.\n"
+        return save_artefact(path, kind="generator", config=config, tensors=self.state_dict(), card=card)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, condition_types: Sequence[type[ConditionSpec]] = ()) -> Self:
+        """Load an artefact folder or hub repository; `condition_types` are kinds of condition from plugins."""
+        config, tensors, path = load_artefact(path_or_hub_id, kind="generator")
+        try:
+            generator = cls(
+                TypeAdapter(NetworkSpec).validate_python(config["network"]),
+                condition_spec(config["condition"], condition_types),
+                FlowSpec.model_validate(config["flow"]),
+                tuple(config["latent_shape"]),
+                config.get("extra"),
+            )
+        except (ValidationError, KeyError) as error:
+            raise CheckpointError(f"{path}/config.json", "not a valid generator", got=str(error)) from error
+        load_strict(generator, tensors, str(path))
+        return generator.eval()
+
+    def push_to_hub(self, repo_id: str, *, card: str = "", private: bool = False) -> str:
+        """Upload as a model repository of the Hugging Face hub; returns its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "generator", card=card)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "generator"))
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters (trained ones) and multiply-accumulates of one forward of one sample; FLOPs are twice that."""
+
+    num_parameters: int
+    macs: int
+
+
+def model_size(network: DDTSpec | DiTSpec, condition: ConditionSpec, latent_shape: LatentShape) -> ModelSize:
+    """Count without building: the model is laid out on the meta device. Attention products are included."""
+    with torch.device("meta"):
+        generator = Generator(network, condition, FlowSpec(), latent_shape).eval()
+        cond = generator.conditioner.example_cond(1, "meta")
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            generator(torch.zeros(1, *latent_shape), torch.zeros(1), cond)
+    return ModelSize(sum(p.numel() for p in generator.parameters()), counter.get_total_flops() // 2)

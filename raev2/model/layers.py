@@ -1,0 +1,178 @@
+"""The pieces every transformer here is made of, smallest first: RMSNorm, rotary positions, attention, SwiGLU, block.
+
+Notable choices
+- norms compute in float32, whatever the autocast type
+- layers that read the same input are one matrix product (`FusedLinear`): q/k/v, the two halves of SwiGLU, modulation
+- rotary positions pair channel i with channel i + head_dim / 2 (a half-split is contiguous and therefore faster than
+  pairing neighbours); only image tokens are rotated, all further tokens of the sequence have angle 0
+- no attention mask unless a condition needs one, so that the fused attention kernels can be used
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Rope = tuple[Float[Tensor, "N P"], Float[Tensor, "N P"]]  # cos and sin, P = head_dim / 2
+
+
+class FusedLinear(nn.Linear):
+    """Linear layers with the same input as one matrix; `splits` are their output widths.
+
+    Muon orthogonalises each of them on its own (see optim.py), as if they were separate layers.
+    """
+
+    def __init__(self, in_features: int, splits: Sequence[int]) -> None:
+        super().__init__(in_features, sum(splits))
+        self.splits = tuple(splits)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; computed and returned in float32."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned gain; keeps the dtype of its input."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Normalise over the last axis."""
+        return rms_norm(x, self.weight).to(x.dtype)
+
+
+def swiglu_dim(dim: int, ratio: float) -> int:
+    """Hidden units of SwiGLU, int(2/3 * dim * ratio): 384 -> 1024, 1440 -> 3840, 2048 -> 5461 for ratio 4."""
+    return int(2 / 3 * dim * ratio)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(gate) * value) with [gate, value] = w12(x)."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        hidden_dim = swiglu_dim(dim, ratio)
+        self.w12 = FusedLinear(dim, [hidden_dim, hidden_dim])
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Apply to every token."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class Rope2D(nn.Module):
+    """Tables of the 2-D rotary position embedding of a grid of rows x cols tokens, row by row.
+
+    The first half of the P = head_dim / 2 angles of a token are row * f_k, the second half col * f_k, with
+    f_k = 10000^(-2k / P), k = 0 .. P/2 - 1. Positions are integers at every resolution.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, rows: int, cols: int) -> None:
+        super().__init__()
+        num_angles = head_dim // 2
+        frequencies = 10_000.0 ** (-torch.arange(0, num_angles, 2, dtype=torch.float64) / num_angles)
+        row_angles = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
+        col_angles = torch.arange(cols, dtype=torch.float64)[:, None] * frequencies
+        angles = torch.cat([row_angles.repeat_interleave(cols, dim=0), col_angles.repeat(rows, 1)], dim=1)  # (N, P)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, length: int) -> Rope:
+        """Tables for a sequence of `length` tokens that starts with the grid; the other tokens are not rotated."""
+        extra = length - self.cos.shape[0]
+        return F.pad(self.cos, (0, 0, 0, extra), value=1.0), F.pad(self.sin, (0, 0, 0, extra))
+
+
+def rotate(x: Float[Tensor, "B N heads d"], rope: Rope) -> Float[Tensor, "B N heads d"]:
+    """Rotate channel pairs (a, b) = (i, i + d/2): (a cos - b sin, b cos + a sin)."""
+    cos, sin = rope[0][:, None], rope[1][:, None]  # (N, 1, P)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions and, optionally, RMSNorm on queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = FusedLinear(dim, [dim, dim, dim])
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else None
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], rope: Rope, mask: Bool[Tensor, "B 1 1 N"] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        """Attend; in `mask` True means that a key is seen."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (B, N, heads, head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm.weight), rms_norm(k, self.k_norm.weight)
+        q, k = rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block.
+
+    Without modulation:  x += attn(norm1(x));  x += mlp(norm2(x)).
+    With it (adaLN), the six chunks shift, scale, gate of attention and of the MLP, per sample or per token:
+    x += gate_a * attn(modulate(norm1(x), shift_a, scale_a));  the same for the MLP.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(dim)
+        self.attn = Attention(dim, num_heads, qk_norm)
+        self.norm2 = RMSNorm(dim)
+        self.mlp = SwiGLU(dim, mlp_ratio)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        rope: Rope,
+        mask: Bool[Tensor, "B 1 1 N"] | None = None,
+        modulation: Float[Tensor, "B _ D6"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        """Apply to a sequence; `modulation` is per sample (B, 1, 6 D) or per token (B, N, 6 D)."""
+        if modulation is None:
+            x = x + self.attn(self.norm1(x), rope, mask)
+            return x + self.mlp(self.norm2(x))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        x = x + gate_a * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope, mask)
+        return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """RMSNorm, optional modulation (shift, scale) and the linear map to the pixels of a latent patch."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim)
+        self.linear = nn.Linear(dim, out_dim)
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], modulation: Float[Tensor, "B _ D2"] | None = None
+    ) -> Float[Tensor, "B N P"]:
+        """Predicted patches."""
+        x = self.norm(x)
+        if modulation is not None:
+            x = modulate(x, *modulation.chunk(2, dim=-1))
+        return self.linear(x)

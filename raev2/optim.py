@@ -1,0 +1,207 @@
+"""Optimizers and the learning rate.
+
+`learning_rate` is a pure function of images seen: nothing to save, nothing to restore. `build_optimizer` decides which
+parameter goes where. Muon and the AdamW for the remaining parameters are one optimizer with one list of groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raev2.spec import AdamWSpec, MuonSpec, ScheduleSpec
+
+
+def learning_rate(schedule: ScheduleSpec, images_seen: int, total_images: int, batch_size: int = 0) -> float:
+    """Learning rate of the step that starts after `images_seen` images.
+
+    warm-up   lr * (images_seen + batch_size) / warmup_images, so that the first step is not lost
+    constant  lr until decay_start_images (or the end of the warm-up, if later)
+    decay     with p from 0 to 1 until decay_end_images (default: total_images), r = final_lr / lr:
+              linear  lr * (1 - (1 - r) p)        cosine  lr * (r + (1 - r) (1 + cos(pi p)) / 2)
+    then      final_lr
+    """
+    if images_seen < schedule.warmup_images:
+        return schedule.lr * min(1.0, (images_seen + batch_size) / schedule.warmup_images)
+    start = max(schedule.warmup_images, schedule.decay_start_images)
+    end = total_images if schedule.decay_end_images is None else schedule.decay_end_images
+    if images_seen <= start:
+        return schedule.lr
+    progress = min(1.0, (images_seen - start) / max(1, end - start))
+    kept = 1 - progress if schedule.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return schedule.final_lr + (schedule.lr - schedule.final_lr) * kept
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def build_optimizer(
+    model: nn.Module, spec: AdamWSpec | MuonSpec, lr: float, parameters: Iterable[str] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of a spec over the trained parameters of `model`, or those named in `parameters`."""
+    wanted = None if parameters is None else set(parameters)
+    trained = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (wanted is None or name in wanted)
+    }
+    if isinstance(spec, AdamWSpec):
+        return torch.optim.AdamW(
+            trained.values(), lr=lr, betas=spec.betas, weight_decay=spec.weight_decay, eps=spec.eps, foreach=True
+        )
+    muon, adamw = muon_routing(trained, spec.routing)
+    splits = _fused_splits(model)
+    return Muon(
+        [(trained[name], splits.get(name, (trained[name].shape[0],))) for name in muon],
+        [trained[name] for name in adamw],
+        spec,
+        lr,
+    )
+
+
+def muon_routing(parameters: dict[str, nn.Parameter], routing: str) -> tuple[list[str], list[str]]:
+    """Names for Muon and names for AdamW.
+
+    hidden         Muon: matrices inside transformer blocks. AdamW: all the rest, that is embeddings, condition tokens,
+                   time MLP, modulation, output layers, norms, biases
+    all_matrices   Muon: every 2-D parameter, as RAEv2 does
+    """
+    muon = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.ndim == 2 and (routing != "hidden" or "blocks." in name)
+    ]
+    return muon, [name for name in parameters if name not in set(muon)]
+
+
+def _fused_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Row counts of the matrices that a fused weight holds (`FusedLinear.splits`), by parameter name."""
+    return {f"{name}.weight": module.splits for name, module in model.named_modules() if hasattr(module, "splits")}
+
+
+# Polar Express coefficients (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, five iterations.
+# Source: arXiv 2505.16932; values and the safety factor as in Dao-AILab/gram-newton-schulz.
+_SAFETY = 1.05
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115952949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Replace the singular values of each matrix (..., rows, cols) by values near 1; result in float32.
+
+    Singular values in [0.003, 1] relative to the Frobenius norm come out in [0.846, 1.124]. Iterates in bfloat16 on a
+    GPU, in float32 on a CPU.
+    """
+    x = matrices.float()
+    transpose = x.shape[-2] > x.shape[-1]
+    if transpose:
+        x = x.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    for a, b, c in _POLAR_EXPRESS:
+        a, b, c = a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if transpose else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for the other parameters.
+
+    Muon, per matrix P (rows, cols) with gradient G:
+        M <- momentum * M + G;   U = G + momentum * M (nesterov) or M;   O = orthogonalise(U)
+        P <- P * (1 - lr * weight_decay) - lr * 0.2 * sqrt(max(rows, cols)) * O
+    so that elements change by about 0.2 lr on average, like AdamW, and one learning rate fits both.
+
+    matrices   (parameter, row counts of the separate matrices it holds)
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[tuple[nn.Parameter, tuple[int, ...]]],
+        others: Sequence[nn.Parameter],
+        spec: MuonSpec,
+        lr: float,
+    ) -> None:
+        groups: list[dict[str, Any]] = []
+        by_splits: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+        for parameter, splits in matrices:
+            by_splits[splits].append(parameter)
+        for splits, parameters in by_splits.items():
+            groups.append({
+                "params": parameters, "algorithm": "muon", "splits": splits, "momentum": spec.momentum,
+                "nesterov": spec.nesterov, "weight_decay": spec.weight_decay,
+            })  # fmt: skip
+        if others:
+            groups.append({
+                "params": list(others), "algorithm": "adamw", "betas": spec.adamw.betas, "eps": spec.adamw.eps,
+                "weight_decay": spec.adamw.weight_decay,
+            })  # fmt: skip
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            if parameters:
+                update = self._muon_step if group["algorithm"] == "muon" else self._adamw_step
+                update(group, parameters, gradients)
+
+    def _muon_step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients)
+        updates = torch._foreach_add(gradients, momenta, alpha=group["momentum"]) if group["nesterov"] else momenta
+
+        # Matrices of one shape are orthogonalised together.
+        parts = [part for update in updates for part in update.split(group["splits"])]
+        weights = [part for parameter in parameters for part in parameter.split(group["splits"])]
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for i, part in enumerate(parts):
+            by_shape[part.shape].append(i)
+        for shape, members in by_shape.items():
+            orthogonal = orthogonalise(torch.stack([parts[i] for i in members])).unbind()
+            targets = [weights[i] for i in members]
+            torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(targets, list(orthogonal), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+    def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter].update(
+                    mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter), step=torch.tensor(0.0)
+                )
+        states = [self.state[parameter] for parameter in parameters]
+        means, squares = [state["mean"] for state in states], [state["square"] for state in states]
+        steps = [state["step"] for state in states]
+        beta1, beta2 = group["betas"]
+        torch._foreach_add_(steps, 1)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        # mean / (1 - beta1^n) / (sqrt(square / (1 - beta2^n)) + eps)
+        counts = [int(step) for step in steps]
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, [math.sqrt(1 - beta2**n) for n in counts])
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(parameters, means, denominators, [-group["lr"] / (1 - beta1**n) for n in counts])

@@ -1,0 +1,440 @@
+"""Whole capabilities: train, sample, reconstruct, evaluate. What the commands do, as functions.
+
+run_dir = train(spec, "runs/imagenet/quickstart")
+sample_run(run_dir, {"n": 16}, out=Path("samples"))
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raev2 import dist
+from raev2.artefact import load_artefact, write_json
+from raev2.batch import Cond, MetricResult
+from raev2.checkpoint import latest_checkpoint
+from raev2.data import ImageDataset, centre_crop, ordered_batches, read_manifest, to_float, to_uint8
+from raev2.errors import CheckpointError, DataError, SpecError
+from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, ssim
+from raev2.eval.protocols import run_protocol
+from raev2.grid import save_grid, save_pairs
+from raev2.model.generator import Generator, model_size
+from raev2.run import Run, add_provenance, make_accelerator, newest_run, open_run
+from raev2.sampler import sample
+from raev2.spec import RunSpec, SamplingSpec, TokenizerSpec
+from raev2.spec_io import load_spec
+from raev2.task import EvalContext, Task, get_data_recipe, get_evaluators, get_task
+from raev2.tokenizer.decoder import ViTDecoder
+from raev2.tokenizer.encoder_table import encoder_info
+from raev2.tokenizer.rae import RAE
+from raev2.train_generator import train_generator
+from raev2.train_tokenizer import measure_stats, train_tokenizer
+
+logger = logging.getLogger(__name__)
+TOKENIZER, GENERATOR, EVAL = "tokenizer", "generator", "eval"  # folders of a run
+NUM_GRID_IMAGES = 32
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+
+
+def train(
+    spec: RunSpec, run_dir: str | Path, *, stage: str = GENERATOR, resume: bool = True, overwrite: bool = False
+) -> Path:
+    """Train up to `stage`, evaluate and write the report; returns the run folder.
+
+    Parts that are there already are used: the dataset folder, the tokenizer artefact, checkpoints of a stopped run.
+    """
+    task = get_task(spec.task.name)
+    prepare_data(spec)
+    spec = with_tokenizer(spec)
+    run = open_run(run_dir, spec, resume=resume, overwrite=overwrite)
+    train_set, val_set = task.dataset(spec, "train"), task.dataset(spec, "val")
+    add_provenance(run, "data", {"fingerprint": train_set.fingerprint, **_data_provenance(train_set)})
+
+    # Stage 1.
+    tokenizer_dir = spec.tokenizer_from or run.dir / TOKENIZER
+    if spec.tokenizer_from or (run.dir / TOKENIZER / "config.json").is_file():
+        rae = RAE.from_pretrained(tokenizer_dir).to(run.device)
+    else:
+        logger.info("no tokenizer in %s yet: training it first", run.dir / TOKENIZER)
+        rae = train_tokenizer(run, train_set, val_set)
+    protocols = get_evaluators(task, spec, spec.evaluation.protocols)
+    for evaluator in protocols:
+        if not evaluator.needs_generator and not (run.dir / EVAL / f"{evaluator.protocol}.json").is_file():
+            _evaluate(run, task, rae, None, [evaluator.protocol])
+
+    # Stage 2.
+    if stage == GENERATOR:
+        if (run.dir / GENERATOR / "config.json").is_file():
+            logger.info("%s is trained; delete it or choose another --run to train again", run.dir / GENERATOR)
+            generator = load_generator(run.dir / GENERATOR).to(run.device)
+        else:
+
+            def evaluate_now(generator: Generator, images: int) -> None:
+                _evaluate(run, task, rae, generator, spec.evaluation.in_training, images)
+
+            def look(generator: Generator, images: int) -> None:
+                _save_samples(run, task, rae, generator, train_set, images)
+
+            generator = train_generator(run, task, rae, train_set, look, evaluate_now)
+        final = [evaluator.protocol for evaluator in protocols if evaluator.needs_generator]
+        _evaluate(run, task, rae, generator, final, spec.generator_training.images)
+    if dist.is_main():
+        from raev2.report import write_report  # plots: heavy to import
+
+        logger.info("report: %s", write_report(run.dir))
+    return run.dir
+
+
+def prepare_data(spec: RunSpec) -> None:
+    """Build the dataset folder of a spec if it is missing and the spec names a data recipe."""
+    folder = Path(spec.data.dir)
+    if not (folder / "manifest.json").is_file() and spec.data.recipe and dist.is_main():
+        logger.info("building %s with the data recipe %s", folder, spec.data.recipe)
+        get_data_recipe(spec.data.recipe).build(folder, spec.data.options)
+    dist.barrier()
+    read_manifest(folder)
+
+
+def with_tokenizer(spec: RunSpec) -> RunSpec:
+    """The spec with the tokenizer fields of the artefact that `tokenizer_from` names."""
+    if spec.tokenizer_from is None:
+        return spec
+    config, _, _ = load_artefact(spec.tokenizer_from, kind=TOKENIZER)
+    return spec.replace(tokenizer=TokenizerSpec.model_validate(config["tokenizer"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trained run
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run folder opened for use. `generator` None: only the tokenizer is trained."""
+
+    run: Run
+    task: Task
+    rae: RAE
+    generator: Generator | None
+
+
+def open_trained(run_dir: str | Path) -> TrainedRun:
+    """Load tokenizer and generator of a run folder; a run that is still training gives its newest averaged weights."""
+    run_dir = Path(run_dir)
+    spec = load_spec(run_dir / "spec.yaml")
+    run = Run(run_dir, spec, make_accelerator(spec.precision))
+    task = get_task(spec.task.name)
+    tokenizer_dir = Path(spec.tokenizer_from or run_dir / TOKENIZER)
+    if not spec.tokenizer_from and not tokenizer_dir.is_dir():
+        raise CheckpointError(
+            str(run_dir),
+            "its tokenizer is not trained yet",
+            hint="Continue the run with the same `raev2 train` command.",
+        )
+    rae = RAE.from_pretrained(tokenizer_dir).to(run.device)
+    generator = None
+    if (run_dir / GENERATOR / "config.json").is_file():
+        generator = load_generator(run_dir / GENERATOR).to(run.device)
+    else:
+        checkpoint = latest_checkpoint(run_dir / "checkpoints" / GENERATOR)
+        if checkpoint is not None:
+            condition = task.condition(spec, task.dataset(spec, "train"))
+            generator = Generator(spec.generator, condition, spec.flow, rae.latent_shape).to(run.device)
+            generator.load_state_dict(dict(checkpoint.tensors["model"]))
+            decay = spec.generator_training.ema_decays[0]
+            generator.load_state_dict(dict(checkpoint.tensors[f"ema-{decay}"]), strict=False)
+            generator.eval()
+            logger.info("using averaged weights of %s", checkpoint.path)
+    return TrainedRun(run, task, rae, generator)
+
+
+def load_generator(path: str | Path) -> Generator:
+    """A generator artefact; kinds of condition from task plugins are known."""
+    from raev2.task import installed_tasks
+
+    types = [type_ for name in installed_tasks() for type_ in get_task(name).condition_types()]
+    return Generator.from_pretrained(path, types)
+
+
+def find_run(run_dir: str | None, task_name: str | None) -> Path:
+    """The run folder that a command means: the one given, or the newest of a task."""
+    if run_dir is not None:
+        if not (Path(run_dir) / "spec.yaml").is_file():
+            raise CheckpointError(run_dir, "not a run folder, spec.yaml is missing", expected="runs/TASK/NAME")
+        return Path(run_dir)
+    if task_name is None:
+        raise SpecError("--run", "which run?", expected="--run DIR, or --task T for its newest run")
+    get_task(task_name)
+    return newest_run(task_name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sample
+
+
+def sample_run(
+    run_dir: Path, options: Mapping[str, object], sampling: SamplingSpec | None = None, seed: int = 0, *, out: Path
+) -> Path:
+    """Images for the conditions in `options` (see Task.sample_cond): single PNGs, a grid, and the plan as JSON."""
+    trained = open_trained(run_dir)
+    generator = _need_generator(trained)
+    spec = trained.run.spec
+    sampling = sampling or spec.sampling
+    raw, captions = trained.task.sample_cond(spec, trained.task.dataset(spec, "train"), options)
+    num = len(captions)
+    images = _generate(trained, generator, sampling, seed)(raw, range(num))
+    out.mkdir(parents=True, exist_ok=True)
+    for index, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        Image.fromarray(pixels).save(out / f"{index:05d}.png")
+    save_grid(images, out / "grid.png", captions=captions)
+    write_json(
+        out / "plan.json",
+        {
+            "run": str(run_dir),
+            "seed": seed,
+            "captions": captions,
+            "sampling": sampling.model_dump(mode="json"),
+            "time_shift": generator.time_shift,
+        },
+    )
+    return out
+
+
+def _save_samples(run: Run, task: Task, rae: RAE, generator: Generator, dataset: ImageDataset, images: int) -> None:
+    """Grid with fixed noise and conditions, to compare over training."""
+    if dist.is_main():
+        raw, captions = task.sample_cond(run.spec, dataset, {"n": NUM_GRID_IMAGES})
+        generate = _generate(TrainedRun(run, task, rae, generator), generator, run.spec.sampling, run.spec.seed)
+        pictures = generate(raw, range(len(captions)))
+        save_grid(pictures, run.dir / "samples" / f"{GENERATOR}-{images:09d}.png", columns=8, captions=captions)
+    dist.barrier()
+
+
+def _generate(
+    trained: TrainedRun, generator: Generator, sampling: SamplingSpec, seed: int
+) -> Callable[[Cond, Sequence[int]], Tensor]:
+    """(raw conditions, global indices) -> 8-bit images: the one way to sample, in training and after it."""
+    run = trained.run
+    encode_cond = trained.task.cond_encoder(run.spec, trained.rae, run.device)
+    weak = _weak_generator(sampling, run)
+
+    def generate(raw: Cond, indices: Sequence[int]) -> Tensor:
+        cond = encode_cond({name: value.to(run.device) for name, value in raw.items()})
+        with run.accelerator.autocast():
+            images = sample(
+                generator, trained.rae, cond, sampling.steps, sampling.guidance, seed, indices,
+                solver=sampling.solver, batch_size=sampling.batch_size, weak=weak,
+            )  # fmt: skip
+        return to_uint8(images)
+
+    return generate
+
+
+def _weak_generator(sampling: SamplingSpec, run: Run) -> Generator | None:
+    weak = getattr(sampling.guidance, "weak", None)
+    return load_generator(weak).to(run.device) if weak is not None else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluate
+
+
+def evaluate_run(run_dir: Path, protocols: Sequence[str] = ()) -> dict[str, list[MetricResult]]:
+    """Evaluate a run by protocol name (default: those of its spec); writes `eval/<protocol>.json`."""
+    trained = open_trained(run_dir)
+    spec = trained.run.spec
+    images = spec.generator_training.images
+    if trained.generator is not None and not (run_dir / GENERATOR).is_dir():
+        images = latest_checkpoint(run_dir / "checkpoints" / GENERATOR).state["images"]  # type: ignore[union-attr]
+    names = list(protocols) or list(spec.evaluation.protocols)
+    return _evaluate(trained.run, trained.task, trained.rae, trained.generator, names, images)
+
+
+def _evaluate(
+    run: Run, task: Task, rae: RAE, generator: Generator | None, protocols: Sequence[str], images: int = 0
+) -> dict[str, list[MetricResult]]:
+    """Run protocols on one state of the networks, write their files and log the numbers."""
+    spec = run.spec
+    trained = TrainedRun(run, task, rae, generator)
+    context = EvalContext(
+        spec=spec,
+        rae=rae,
+        dataset=lambda split: task.dataset(spec, split),
+        device=run.device,
+        cache_dir=run.dir / EVAL / "reference",
+        generate=None if generator is None else _generate(trained, generator, spec.sampling, spec.evaluation.seed),
+    )
+    results = {}
+    for evaluator in get_evaluators(task, spec, protocols):
+        results[evaluator.protocol] = run_protocol(
+            evaluator, context, run.dir / EVAL, images_seen=images,
+            ema_decay=spec.generator_training.ema_decays[0] if generator else spec.tokenizer_training.ema_decay,
+        )  # fmt: skip
+        run.log(
+            stage=GENERATOR if evaluator.needs_generator else TOKENIZER, kind="eval", images=images,
+            protocol=evaluator.protocol, metrics={result.name: result.value for result in results[evaluator.protocol]},
+        )  # fmt: skip
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruct
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Numbers of one image; `distance_name` says which perceptual distance this machine could compute."""
+
+    file: str
+    psnr: float
+    ssim: float
+    distance: float
+    distance_name: str
+
+
+def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Reconstruction]:
+    """Encode and decode image files with the tokenizer in `source` (run folder, artefact folder or hub id).
+
+    Writes one PNG per image and `grid.png`, originals above their reconstructions.
+    """
+    device = make_accelerator("fp32").device
+    rae = _load_rae(source).to(device)
+    files = list(image_files(paths))
+    name = "lpips_vgg" if lpips_available("vgg") else "feature_distance_micro"
+    distance = build_pair_distance(name, device)
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[Reconstruction] = []
+    pairs: list[Tensor] = []
+    for file in files:
+        original = read_image(file, rae.spec.image_size)[None]
+        decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
+        numbers = [float(measure(decoded, original)) for measure in (psnr, ssim, distance)]
+        rows.append(Reconstruction(str(file), *numbers, distance_name=name))
+        Image.fromarray(decoded[0].permute(1, 2, 0).numpy()).save(out / f"{len(rows) - 1:05d}-{file.stem}.png")
+        pairs.append(torch.cat([original, decoded]))
+    originals, decodeds = torch.stack(pairs[:64]).unbind(1)
+    save_pairs(originals, decodeds, out / "grid.png")
+    return rows
+
+
+def image_files(paths: Sequence[Path]) -> Iterator[Path]:
+    """Image files among paths, folders searched to any depth, in name order."""
+    found = False
+    for path in paths:
+        if not path.exists():
+            raise DataError(str(path), "no such file or folder")
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in inside:
+            if path.is_file() or file.suffix.lower() in IMAGE_SUFFIXES:
+                found = True
+                yield file
+    if not found:
+        raise DataError(", ".join(map(str, paths)), "no images here", expected=f"files {sorted(IMAGE_SUFFIXES)}")
+
+
+def read_image(file: Path, size: tuple[int, int]) -> Tensor:
+    """One image file as uint8 (3, H_px, W_px), resized to cover `size` and centre-cropped."""
+    import numpy as np
+
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(np.array(centre_crop(image.convert("RGB"), size))).permute(2, 0, 1).contiguous()
+    except OSError as error:
+        raise DataError(str(file), "cannot be read as an image", got=type(error).__name__) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+def write_latent_stats(source: str, data_dir: Path, split: str, out: Path) -> Path:
+    """Latent statistics of a split by a trained tokenizer, as safetensors (mean, var) with their identity."""
+    rae, dataset = _rae_and_data(source, data_dir, split)
+    stats = measure_stats(rae, dataset, rae.stats_mean.device)
+    identity = {"num_images": stats.num_images, "encoder": dict(stats.encoder), "data": stats.data}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"mean": stats.mean, "var": stats.var}, out, metadata={"stats": json.dumps(identity)})
+    return out
+
+
+def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
+    """Normalised latents (S, C, H, W) of a split, in index order, as one safetensors file in float16."""
+    rae, dataset = _rae_and_data(source, data_dir, split)
+    device = rae.stats_mean.device
+    parts = [rae.encode(to_float(batch.images.to(device))).half().cpu() for batch in ordered_batches(dataset, 64)]
+    identity = {"encoder": rae.encoder.fingerprint(), "data": dataset.fingerprint, "split": split}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": torch.cat(parts)}, out, metadata={"latents": json.dumps(identity)})
+    return out
+
+
+def _rae_and_data(source: str, data_dir: Path, split: str) -> tuple[RAE, ImageDataset]:
+    rae = _load_rae(source).to(make_accelerator("fp32").device)
+    return rae, ImageDataset(data_dir, split, rae.spec.image_size)
+
+
+def _load_rae(source: str) -> RAE:
+    """The tokenizer of a run folder, an artefact folder or a hub repository."""
+    if not (Path(source) / "spec.yaml").is_file():
+        return RAE.from_pretrained(source)
+    return RAE.from_pretrained(load_spec(Path(source) / "spec.yaml").tokenizer_from or Path(source) / TOKENIZER)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
+    """Parameters, compute and memory of a run by name, without data, weights or training."""
+    encoder_name = spec.tokenizer.encoder.name
+    info = encoder_info(encoder_name)
+    latent_shape = (info.width, *spec.tokenizer.grid)
+    with torch.device("meta"):
+        decoder = ViTDecoder(info.width, spec.tokenizer.decoder, spec.tokenizer.grid)
+    decoder_parameters = sum(parameter.numel() for parameter in decoder.parameters())
+    condition = task.condition(spec, None)
+    size = model_size(spec.generator, condition, latent_shape)
+    shift = spec.flow.time_shift or math.sqrt(math.prod(latent_shape) / 4096)
+    # Training: weights, gradients, averages and two optimizer moments in float32; activations are not counted.
+    state = (4 + len(spec.generator_training.ema_decays)) * 4 * size.num_parameters
+    height, width = spec.tokenizer.image_size
+    return [
+        ("encoder", f"{encoder_name}, layers {list(spec.tokenizer.encoder.layers) or 'last'}, licence {info.licence}"),
+        ("images", f"{height} x {width} px"),
+        ("latents", f"{latent_shape[0]} x {latent_shape[1]} x {latent_shape[2]}"),
+        ("image tokens", str(latent_shape[1] * latent_shape[2] // spec.generator.patch_size**2)),
+        ("time shift", f"{shift:.4g}"),
+        ("decoder parameters", f"{decoder_parameters / 1e6:.2f} M"),
+        ("generator parameters", f"{size.num_parameters / 1e6:.2f} M"),
+        ("generator forward", f"{size.macs / 1e9:.2f} GMAC = {2 * size.macs / 1e9:.2f} GFLOPs an image"),
+        ("sampling", f"{spec.sampling.steps} steps, {spec.sampling.guidance.kind}"),
+        ("training state", f"{state / 2**30:.2f} GiB a process (weights, gradients, averages, optimizer)"),
+        ("tokenizer steps", f"{spec.tokenizer_training.num_steps:,} of {spec.tokenizer_training.batch_size} images"),
+        ("generator steps", f"{spec.generator_training.num_steps:,} of {spec.generator_training.batch_size} images"),
+    ]
+
+
+def _need_generator(trained: TrainedRun) -> Generator:
+    if trained.generator is None:
+        raise CheckpointError(
+            str(trained.run.dir), "has no trained generator yet",
+            hint=f"Run `raev2 train --task {trained.run.spec.task.name}` with this --run.",
+        )  # fmt: skip
+    return trained.generator
+
+
+def _data_provenance(dataset: ImageDataset) -> dict[str, object]:
+    manifest = dataset.manifest
+    return {name: manifest.get(name) for name in ("name", "recipe", "options", "licence", "attribution", "rejected")}

@@ -1,0 +1,418 @@
+"""What a run is: frozen pydantic models, and the only place where defaults live.
+
+Read `RunSpec` at the end first; it lists the parts. A recipe is a function that returns a `RunSpec`; a variant calls
+its base and then `replace`. Nothing changes a spec after it was built, derived numbers are properties.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+
+
+AnySpec = TypeVar("AnySpec", bound="Spec")
+
+
+class Spec(BaseModel):
+    """Base of every spec: frozen, and a misspelt field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def replace(self: AnySpec, **changes: Any) -> AnySpec:
+        """Copy with some fields changed, validated again (pydantic's own copy is not)."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).model_validate({**fields, **changes})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class DataSpec(Spec):
+    """Which prepared dataset folder to read (see docs/how_to/own_data.md) and how."""
+
+    dir: str = Field(description="dataset folder with manifest.json, written by `raev2 data build`")
+    recipe: str | None = Field(None, description="data recipe that builds the folder when it is missing")
+    options: dict[str, str] = Field(default_factory=dict, description="options of the data recipe")
+    horizontal_flip: bool = Field(False, description="flip each training image with probability 1/2")
+    num_workers: int = Field(0, ge=0, description="decoding processes; 0 decodes in the training process")
+    cache: bool = Field(False, description="keep decoded 8-bit images in memory (small datasets)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer (stage 1)
+
+
+class EncoderSpec(Spec):
+    """A frozen vision encoder and how its layers become one token map.
+
+    The token of a patch is an aggregate over the outputs of `layers` (block indices from 0, each passed through the
+    final norm). One layer is RAE; several are RAEv2's generalised RAE.
+    """
+
+    name: str = Field(description="name from `raev2 encoders`, 'timm:ID', 'hf:ID', or a local folder")
+    layers: tuple[int, ...] = Field((), description="block indices from 0, ascending; empty: the last block")
+    aggregate: Literal["sum", "mean", "random_projection"] = Field(
+        "sum", description="sum, mean, or a seeded random projection of the concatenated layers to the encoder width"
+    )
+    pooled_term: bool = Field(False, description="add the token mean of the last selected layer to every token")
+    norm: Literal["plain", "affine", "none"] | None = Field(
+        None, description="final norm per layer: without gain and bias, with, or none; null: the family's default"
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> EncoderSpec:
+        if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
+            raise ValueError(f"layers must be ascending block indices from 0 without repeats; got {list(self.layers)}")
+        return self
+
+
+class DecoderSpec(Spec):
+    """ViT pixel decoder. Sizes by name: `decoder_size`."""
+
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_dim: int = Field(gt=0)
+    patch_size: int = Field(gt=0, description="pixels per token side in the output image")
+
+    @model_validator(mode="after")
+    def _heads(self) -> DecoderSpec:
+        _check_heads("decoder", self.width, self.num_heads)
+        if self.width % 4:
+            raise ValueError(f"width must be a multiple of 4 for the sin-cos positions; got width={self.width}")
+        return self
+
+
+DECODER_SIZES = {  # width, depth, heads, mlp_dim. B, L, XL as published; micro is ours, for the embedded data.
+    "micro": (256, 6, 4, 1024),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "XL": (1152, 28, 16, 4096),
+}
+
+
+def decoder_size(size: str, patch_size: int = 16) -> DecoderSpec:
+    """The decoder of a published size ('B', 'L', 'XL') or 'micro'."""
+    width, depth, num_heads, mlp_dim = DECODER_SIZES[size]
+    return DecoderSpec(width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, patch_size=patch_size)
+
+
+class TokenizerSpec(Spec):
+    """Representation autoencoder: frozen encoder, trained decoder, latent statistics."""
+
+    encoder: EncoderSpec
+    decoder: DecoderSpec
+    grid: tuple[int, int] = Field((16, 16), description="latent rows and columns; the encoder sees grid * its patch")
+    noise_tau: float = Field(0.8, ge=0, description="strength of the noise on tokens while the decoder trains")
+    noise_distribution: Literal["uniform", "half_normal"] = Field(
+        "uniform", description="sigma = tau * U[0, 1) (the released code) or |N(0, tau^2)| (the RAE paper's text)"
+    )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of decoded images in pixels."""
+        return self.grid[0] * self.decoder.patch_size, self.grid[1] * self.decoder.patch_size
+
+
+class LPIPSLoss(Spec):
+    """LPIPS (VGG) through torchmetrics; needs the VGG weights of torchvision."""
+
+    kind: Literal["lpips"] = "lpips"
+    weight: float = Field(1.0, ge=0)
+
+
+class FeatureLoss(Spec):
+    """Distance of unit-normalised tokens of a frozen encoder: the perceptual loss that needs no download."""
+
+    kind: Literal["encoder"] = "encoder"
+    weight: float = Field(1.0, ge=0)
+    encoder: str = "micro"
+    layers: tuple[int, ...] = Field((0, 1, 3, 5), description="block indices compared")
+
+
+class AdversarialSpec(Spec):
+    """Discriminator on frozen features with DiffAug; hinge loss. Starts are fractions of the training images."""
+
+    weight: float = Field(0.75, ge=0)
+    max_adaptive_weight: float = Field(1e4, gt=0)
+    encoder: str = Field("micro", description="frozen trunk; the published recipes use DINO ViT-S/8")
+    layers: tuple[int, ...] = Field((1, 3, 5), description="block indices with a discriminator head")
+    kernel_size: int = Field(9, ge=1)
+    input_size: int = Field(64, gt=0, description="pixels of the square image that the trunk sees")
+    disc_start: float = Field(6 / 16, ge=0, le=1, description="the discriminator trains from here on")
+    gan_start: float = Field(8 / 16, ge=0, le=1, description="its loss reaches the decoder from here on")
+    lr: float = Field(2e-4, gt=0)
+
+
+class ScheduleSpec(Spec):
+    """Learning rate as a function of images seen: warm-up, constant, then decay to `final_lr`."""
+
+    lr: float = Field(2e-4, gt=0)
+    final_lr: float = Field(2e-5, ge=0)
+    warmup_images: int = Field(0, ge=0)
+    decay: Literal["linear", "cosine"] = "cosine"
+    decay_start_images: int = Field(0, ge=0, description="images before the decay begins")
+    decay_end_images: int | None = Field(None, ge=0, description="images where it ends; null: the last image")
+
+
+class LoopSpec(Spec):
+    """What the two training loops share. Progress is counted in images."""
+
+    images: int = Field(gt=0, description="training images to see in total")
+    batch_size: int = Field(gt=0, description="global batch; kept by accumulation on any number of processes")
+    micro_batch_size: int | None = Field(None, gt=0, description="images per process and forward; null: no split")
+    schedule: ScheduleSpec = ScheduleSpec()
+    clip_grad_norm: float | None = Field(1.0, gt=0)
+    log_every_steps: int = Field(10, gt=0)
+    sample_every_images: int = Field(gt=0, description="fixed grids of reconstructions or samples")
+    eval_every_images: int | None = Field(None, gt=0, description="evaluation in training; null: only at the end")
+    save_every_images: int = Field(gt=0)
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept; the last one is always there")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return math.ceil(self.images / self.batch_size)
+
+
+class AdamWSpec(Spec):
+    """AdamW; the learning rate comes from the schedule."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(1e-8, gt=0)
+
+
+class MuonSpec(Spec):
+    """Muon for matrices, AdamW for the rest.
+
+    `routing="hidden"` (default) sends label tables, condition tokens, modulation and output heads to AdamW, the usual
+    Muon practice; `"all_matrices"` reproduces RAEv2, where every 2-D parameter goes to Muon.
+    """
+
+    kind: Literal["muon"] = "muon"
+    momentum: float = Field(0.95, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = Field(0.0, ge=0)
+    routing: Literal["hidden", "all_matrices"] = "hidden"
+    adamw: AdamWSpec = AdamWSpec()
+
+
+OptimizerSpec = Annotated[AdamWSpec | MuonSpec, Field(discriminator="kind")]
+
+
+class TokenizerTrainingSpec(LoopSpec):
+    """Stage 1: L1 + perceptual + adversarial loss on the decoder."""
+
+    optimizer: OptimizerSpec = AdamWSpec()
+    perceptual: Annotated[LPIPSLoss | FeatureLoss, Field(discriminator="kind")] = FeatureLoss()
+    adversarial: AdversarialSpec | None = AdversarialSpec()
+    ema_decay: float = Field(0.9978, ge=0, lt=1)
+    stats_images: int | None = Field(None, gt=0, description="images for the latent statistics; null: the whole split")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generator (stage 2)
+
+
+class TrunkSpec(Spec):
+    """The transformer that sees noisy latent tokens and the condition."""
+
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    patch_size: int = Field(1, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    conditioning: Literal["in_context", "adaln"] = Field(
+        "in_context", description="condition as extra tokens (RAEv2) or as modulation of every block (RAE v1)"
+    )
+    qk_norm: bool = True
+    abs_pos_embed: bool = Field(False, description="sin-cos table added to the tokens (RAE v1), besides 2-D RoPE")
+    num_time_tokens: int = Field(4, ge=1)
+    base_head_depth: int | None = Field(None, ge=1, description="block count after which the base head reads")
+    repa_depth: int | None = Field(None, ge=1, description="block count after which the REPA projector reads")
+    repa_dim: int | None = Field(None, gt=0, description="width of the REPA target tokens")
+
+    @model_validator(mode="after")
+    def _trunk(self) -> TrunkSpec:
+        _check_heads("generator", self.width, self.num_heads)
+        if (self.width // self.num_heads) % 4:
+            raise ValueError(
+                f"width / num_heads must be a multiple of 4 for 2-D RoPE; got {self.width // self.num_heads}"
+            )
+        for field in ("base_head_depth", "repa_depth"):
+            value = getattr(self, field)
+            if value is not None and value > self.depth:
+                raise ValueError(f"{field} counts blocks of the trunk; got {value} with depth={self.depth}")
+        if (self.repa_depth is None) != (self.repa_dim is None):
+            raise ValueError("repa_depth and repa_dim belong together; set both or none")
+        return self
+
+
+class DDTSpec(TrunkSpec):
+    """DiT^DH: a deep narrow trunk that conditions a shallow wide head, token by token."""
+
+    kind: Literal["ddt"] = "ddt"
+    head_width: int = Field(2048, gt=0)
+    head_depth: int = Field(2, ge=1)
+    head_num_heads: int = Field(16, gt=0)
+
+    @model_validator(mode="after")
+    def _head(self) -> DDTSpec:
+        _check_heads("generator.head", self.head_width, self.head_num_heads)
+        return self
+
+
+class DiTSpec(TrunkSpec):
+    """LightningDiT: the trunk alone, the baseline."""
+
+    kind: Literal["dit"] = "dit"
+
+
+NetworkSpec = Annotated[DDTSpec | DiTSpec, Field(discriminator="kind")]
+
+
+class FlowSpec(Spec):
+    """Flow matching on latents; time runs from 0 (data) to 1 (noise). See docs/conventions.md#time."""
+
+    prediction: Literal["x", "velocity"] = "x"
+    time_mean: float = Field(0.0, description="mean of the logit-normal time draw, before the shift")
+    time_std: float = Field(1.0, gt=0)
+    time_shift: float | None = Field(None, gt=0, description="null: sqrt(latent dimension / 4096)")
+    min_t: float = Field(0.05, gt=0, lt=1, description="the x-loss weight is 1 / max(t, min_t)^2")
+    reference_clamp: bool = Field(
+        False,
+        description="divide by max(t, min_t) in the velocity target and the sampler too, as the RAEv2 code does; "
+        "it leaves residual noise when a step starts below min_t, so it is off unless parity is wanted",
+    )
+
+
+class RepaSpec(Spec):
+    """Alignment of hidden tokens with clean encoder tokens."""
+
+    encoder: EncoderSpec
+    weight: float = Field(0.5, ge=0)
+
+
+class GeneratorTrainingSpec(LoopSpec):
+    """Stage 2: flow matching of the generator."""
+
+    optimizer: OptimizerSpec = MuonSpec()
+    ema_decays: tuple[float, ...] = Field((0.9995,), min_length=1, description="the first one is sampled by default")
+    cond_drop_prob: float = Field(0.1, ge=0, le=1, description="share of samples trained without their condition")
+    base_weight: float = Field(1.0, ge=0, description="weight of the base head's loss")
+    repa: RepaSpec | None = None
+    latent_cache: bool = Field(False, description="encode the training images once and keep the latents in memory")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling and evaluation
+
+Interval = tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]]
+
+
+class NoGuidance(Spec):
+    """The conditional prediction as it is."""
+
+    kind: Literal["none"] = "none"
+
+
+class CFG(Spec):
+    """Classifier-free guidance: null + scale * (cond - null) for t inside the closed interval."""
+
+    kind: Literal["cfg"] = "cfg"
+    scale: float = Field(description="1 = off")
+    interval: Interval = (0.0, 1.0)
+
+
+class InternalGuidance(Spec):
+    """base + scale * (full - base), both from one forward of the generator."""
+
+    kind: Literal["internal"] = "internal"
+    scale: float = 1.78
+    interval: Interval = (0.0, 1.0)
+
+
+class AutoGuidance(Spec):
+    """weak + scale * (full - weak), where `weak` is a second, worse generator with the same condition."""
+
+    kind: Literal["auto"] = "auto"
+    scale: float = 1.42
+    weak: str = Field(description="artefact folder or hub id of the weak generator")
+    interval: Interval = (0.0, 1.0)
+
+
+class InternalCFG(Spec):
+    """Internal guidance on both branches, then classifier-free guidance between them."""
+
+    kind: Literal["internal+cfg"] = "internal+cfg"
+    internal_scale: float = 1.78
+    internal_interval: Interval = (0.0, 1.0)
+    scale: float = Field(description="scale of the classifier-free part; 1 = off")
+    interval: Interval = (0.0, 1.0)
+
+
+GuidanceSpec = Annotated[NoGuidance | CFG | InternalGuidance | AutoGuidance | InternalCFG, Field(discriminator="kind")]
+
+
+class SamplingSpec(Spec):
+    """How a trained generator is sampled."""
+
+    solver: Literal["euler", "heun"] = "euler"
+    steps: int = Field(50, gt=0)
+    guidance: GuidanceSpec = NoGuidance()
+    batch_size: int = Field(64, gt=0)
+
+
+class EvaluationSpec(Spec):
+    """Evaluation settings shared by the protocols of a task."""
+
+    protocols: tuple[str, ...] = Field((), description="protocols run at the end of training; see `raev2 tasks`")
+    in_training: tuple[str, ...] = Field((), description="protocols run every `eval_every_images`")
+    num_samples: int = Field(50_000, gt=0, description="generated images per evaluation")
+    seed: int = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class TaskSpec(Spec):
+    """Fields of a task plugin; each task has its own subclass."""
+
+    name: str
+
+
+class RunSpec(Spec):
+    """Everything a run depends on. The fingerprint in a run folder is the hash of this."""
+
+    recipe: str
+    summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")
+    task: SerializeAsAny[TaskSpec]
+    data: DataSpec
+    tokenizer: TokenizerSpec
+    tokenizer_from: str | None = Field(
+        None,
+        description="tokenizer artefact (folder or hub id) used instead of training one; its spec replaces `tokenizer`",
+    )
+    tokenizer_training: TokenizerTrainingSpec
+    generator: NetworkSpec
+    flow: FlowSpec = FlowSpec()
+    generator_training: GeneratorTrainingSpec
+    sampling: SamplingSpec = SamplingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast with fp32 weights; fp32: no TF32")
+
+
+def _check_heads(where: str, width: int, num_heads: int) -> None:
+    if width % num_heads:
+        below = width - width % num_heads
+        raise ValueError(
+            f"{where}.width must be divisible by num_heads; got width={width}, num_heads={num_heads}; "
+            f"expected a multiple of {num_heads}. Try {below or num_heads} or {below + num_heads}"
+        )

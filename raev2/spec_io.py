@@ -1,0 +1,175 @@
+"""Load, override, write and compare run specs; every pydantic error becomes one line in our form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raev2.errors import CheckpointError, SpecError
+from raev2.spec import RunSpec
+from raev2.task import did_you_mean, get_task
+
+# Fields that change what a run shows or how fast it goes, never its numbers. A resumed run may differ in them.
+FREE_FIELDS = (
+    "summary", "data.num_workers", "data.cache",
+    *(f"{loop}.{field}" for loop in ("tokenizer_training", "generator_training")
+      for field in ("log_every_steps", "sample_every_images", "eval_every_images", "save_every_images",
+                    "keep_checkpoints", "latent_cache")),
+    "sampling", "evaluation",
+)  # fmt: skip
+
+
+def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
+    """Validate a nested mapping; the task's own fields are checked by the task that `task.name` names."""
+    values = dict(values)
+    task_values = values.get("task")
+    if not isinstance(task_values, Mapping) or "name" not in task_values:
+        raise SpecError("spec.task", "a run spec names its task", got=task_values, expected="a mapping with 'name'")
+    task = get_task(str(task_values["name"]))
+    try:
+        values["task"] = task.spec_type.model_validate(dict(task_values))
+    except ValidationError as error:
+        raise _spec_error(error, task.spec_type, ("task",)) from None
+    try:
+        return RunSpec.model_validate(values)
+    except ValidationError as error:
+        raise _spec_error(error, RunSpec, ()) from None
+
+
+def spec_to_dict(spec: RunSpec) -> dict[str, Any]:
+    """Plain JSON types, every default written out."""
+    return spec.model_dump(mode="json")
+
+
+def load_spec(file: str | Path) -> RunSpec:
+    """Read `spec.yaml` of a run folder."""
+    file = Path(file)
+    if not file.is_file():
+        raise CheckpointError(str(file), "no spec here", expected="spec.yaml of a run folder")
+    values = yaml.safe_load(file.read_text())
+    values.pop("fingerprint", None)
+    return spec_from_dict(values)
+
+
+def save_spec(spec: RunSpec, file: str | Path) -> None:
+    """Write the resolved spec with its fingerprint."""
+    values = {"fingerprint": fingerprint(spec), **spec_to_dict(spec)}
+    Path(file).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def fingerprint(spec: RunSpec) -> str:
+    """Hash of everything that a run's numbers depend on (12 hex digits)."""
+    values = spec_to_dict(spec)
+    for field in FREE_FIELDS:
+        *parents, last = field.split(".")
+        node = values
+        for parent in parents:
+            node = node[parent]
+        node.pop(last, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def spec_differences(old: RunSpec, new: RunSpec) -> list[str]:
+    """'path old -> new' for every field that changes the numbers of a run."""
+    old_leaves, new_leaves = dict(_leaves(spec_to_dict(old))), dict(_leaves(spec_to_dict(new)))
+    paths = [path for path in {**old_leaves, **new_leaves} if not path.startswith(FREE_FIELDS)]
+    return [
+        f"{path} {old_leaves.get(path)} -> {new_leaves.get(path)}"
+        for path in paths
+        if old_leaves.get(path) != new_leaves.get(path)
+    ]
+
+
+def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:
+    """Apply `path.to.field=value` settings; values are YAML. Setting a `kind` starts that choice from its defaults."""
+    values = spec_to_dict(spec)
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not path:
+            raise SpecError("--set", "cannot be read", got=repr(override), expected="path.to.field=value")
+        value = yaml.safe_load(text)
+        *parents, last = path.split(".")
+        node = values
+        for depth, parent in enumerate(parents):
+            if parent not in node:
+                where = ".".join(["spec", *parents[: depth + 1]])
+                raise SpecError(where, "unknown field", hint=did_you_mean(parent, node) or f"Known: {', '.join(node)}")
+            if node[parent] is None:
+                node[parent] = {}
+            if not isinstance(node[parent], dict):
+                raise SpecError(f"spec.{path}", f"{parent} has no fields", got=repr(node[parent]))
+            node = node[parent]
+        if last == "kind" and node.get("kind") != value:
+            node.clear()
+        node[last] = value
+    return spec_from_dict(values)
+
+
+def _spec_error(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...]) -> SpecError:
+    first, *others = error.errors()
+    # pydantic puts the chosen kind of a union into the path; users write the path without it
+    tags = {tag for tag in map(str, first["loc"]) if tag in _union_tags(model)}
+    path = [str(part) for part in first["loc"] if str(part) not in tags]
+    where = ".".join(["spec", *prefix, *path])
+    more = f" ({len(others)} more error{'s' if len(others) > 1 else ''})" if others else ""
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(error, model, path[:-1])
+        hint = did_you_mean(path[-1], fields) or (f"Known: {', '.join(fields)}." if fields else "")
+        return SpecError(where, "unknown field", hint=hint + more)
+    if first["type"] == "value_error":
+        return SpecError(where, str(first["ctx"]["error"]) + more)
+    if first["type"] == "missing":
+        return SpecError(where, "missing field", expected="a value" + more)
+    got = first["input"]
+    return SpecError(where, "not valid", got=repr(got), expected=_lower_first(first["msg"]) + more)
+
+
+def _union_tags(model: type[BaseModel]) -> set[str]:
+    found: set[str] = set()
+
+    def visit(schema: Any) -> None:
+        if isinstance(schema, dict):
+            found.update((schema.get("discriminator") or {}).get("mapping", {}))
+            for value in schema.values():
+                visit(value)
+        elif isinstance(schema, list):
+            for value in schema:
+                visit(value)
+
+    visit(model.model_json_schema())
+    return found
+
+
+def _fields_at(error: ValidationError, model: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the (sub)model at a path, from the JSON schema; several for a union."""
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+    nodes = [schema]
+    for part in path:
+        nodes = [sub for node in nodes for sub in _resolve(node.get("properties", {}).get(part, {}), definitions)]
+    return sorted({name for node in nodes for name in node.get("properties", {})})
+
+
+def _resolve(node: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    if "$ref" in node:
+        return [definitions[node["$ref"].rsplit("/", 1)[-1]]]
+    options = node.get("oneOf") or node.get("anyOf") or node.get("allOf") or []
+    return [found for option in options for found in _resolve(option, definitions)] or [node]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,188 @@
+"""The plugin contract. A task supplies what differs between tasks; the core asks, and never names one.
+
+Read `Task` first. Tasks are found through the entry-point group ``raev2.tasks``; the built-in ones use the same door.
+How to write one: docs/how_to/new_task.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from raev2.errors import RaeError, SpecError, TaskError
+from raev2.spec import RunSpec, TaskSpec
+
+if TYPE_CHECKING:  # light import: the command line lists tasks without torch
+    from pathlib import Path
+
+    import torch
+
+    from raev2.batch import Cond, MetricResult
+    from raev2.data import ImageDataset
+    from raev2.model.condition import ConditionSpec
+    from raev2.tokenizer.rae import RAE
+
+TASKS, DATA_RECIPES = "raev2.tasks", "raev2.data_recipes"  # entry-point groups
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """What an evaluator may use.
+
+    generate   (raw conditions, global sample indices) -> 8-bit images (B, 3, Hpx, Wpx); the same call in training and
+               in `raev2 eval`. None where only a tokenizer exists
+    dataset    opens a split of the run's data
+    cache_dir  where reference statistics may be kept, by fingerprint
+    """
+
+    spec: RunSpec
+    rae: RAE
+    dataset: Callable[[str], ImageDataset]
+    device: torch.device
+    cache_dir: Path
+    generate: Callable[[Cond, Sequence[int]], torch.Tensor] | None = None
+
+
+class Evaluator(ABC):
+    """A protocol: a named, complete recipe for numbers. Loose flags do not exist."""
+
+    protocol: str
+    description: str
+    needs_generator: bool
+
+    @abstractmethod
+    def run(self, context: EvalContext) -> Iterator[MetricResult]:
+        """Yield the numbers of this protocol. Runs on every process; all processes yield the same values."""
+
+
+class Task(ABC):
+    """What differs between tasks: data, conditions, evaluators, recipes."""
+
+    name: str
+    summary: str
+    spec_type: type[TaskSpec]
+
+    @abstractmethod
+    def dataset(self, spec: RunSpec, split: str) -> ImageDataset:
+        """The samples of 'train' or 'val', images with raw conditions."""
+
+    @abstractmethod
+    def condition(self, spec: RunSpec, dataset: ImageDataset | None) -> ConditionSpec:
+        """How conditions become tokens; the module it builds is trained with the generator and saved with it.
+
+        dataset   the training split; None for estimates before there is data
+        """
+
+    def condition_types(self) -> Sequence[type[ConditionSpec]]:
+        """Kinds of condition that are not in the core, for loading saved generators. Default: none."""
+        return ()
+
+    def cond_encoder(self, spec: RunSpec, rae: RAE, device: torch.device) -> Callable[[Cond], Cond]:
+        """Frozen map from raw conditions to what the generator takes, such as a text encoder. Default: identity."""
+        return lambda raw: raw
+
+    @abstractmethod
+    def eval_cond(self, spec: RunSpec, dataset: ImageDataset, indices: Sequence[int]) -> Cond:
+        """Raw conditions of the evaluation samples with these global indices (the label policy of the protocol)."""
+
+    @abstractmethod
+    def sample_cond(self, spec: RunSpec, dataset: ImageDataset, options: Mapping[str, str]) -> tuple[Cond, list[str]]:
+        """Raw conditions and captions for `raev2 sample`; options such as 'label' or 'prompt', and 'n'."""
+
+    @abstractmethod
+    def evaluators(self, spec: RunSpec) -> list[Evaluator]:
+        """The protocols of this task."""
+
+    @abstractmethod
+    def recipes(self) -> dict[str, Callable[[], RunSpec]]:
+        """Named runs. 'quickstart' runs on a 2-core CPU in minutes."""
+
+    def commands(self) -> dict[str, Callable[[Sequence[str]], None]]:
+        """Extra commands, reached as `raev2 <task name> <command> ...`. Default: none."""
+        return {}
+
+
+def installed_tasks() -> dict[str, EntryPoint]:
+    """Entry points of tasks by name, not loaded."""
+    return _installed(TASKS, "task")
+
+
+def installed_data_recipes() -> dict[str, EntryPoint]:
+    """Entry points of data recipes by name, not loaded."""
+    return _installed(DATA_RECIPES, "data recipe")
+
+
+def get_task(name: str) -> Task:
+    """Load a task by name."""
+    task = _load(installed_tasks(), name, "task", "--task")
+    if not isinstance(task, Task):
+        raise TaskError(f"task {name}", "its entry point is not a Task", got=type(task).__name__)
+    return task
+
+
+def get_data_recipe(name: str) -> Any:
+    """Load a data recipe by name; its contract is `Recipe` in data_recipes/base.py."""
+    return _load(installed_data_recipes(), name, "data recipe", "data recipe")
+
+
+def get_recipe(task: Task, name: str) -> RunSpec:
+    """The run spec of a recipe of a task."""
+    recipes = task.recipes()
+    if name not in recipes:
+        raise SpecError(
+            "--recipe", f"unknown recipe of task {task.name}", got=repr(name), expected=f"one of {', '.join(recipes)}",
+            hint=did_you_mean(name, recipes),
+        )  # fmt: skip
+    return recipes[name]()
+
+
+def get_evaluators(task: Task, spec: RunSpec, protocols: Sequence[str]) -> list[Evaluator]:
+    """Evaluators of a task by protocol name, in the order asked for."""
+    known = {evaluator.protocol: evaluator for evaluator in task.evaluators(spec)}
+    for protocol in protocols:
+        if protocol not in known:
+            raise SpecError(
+                "--protocol", f"unknown protocol of task {task.name}", got=repr(protocol),
+                expected=f"one of {', '.join(known)}", hint=did_you_mean(protocol, known),
+            )  # fmt: skip
+    return [known[protocol] for protocol in protocols]
+
+
+def _installed(group: str, what: str) -> dict[str, EntryPoint]:
+    """Entry points of a group by name. Two packages with one name are an error that names both."""
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=group):
+        if point.name in found and point.value != found[point.name].value:
+            raise TaskError(
+                f"{what} {point.name}",
+                "installed twice",
+                got=f"{found[point.name].value} and {point.value}",
+                expected="one entry point for each name",
+                hint="Uninstall one of the two packages.",
+            )
+        found[point.name] = point
+    return found
+
+
+def _load(points: Mapping[str, EntryPoint], name: str, what: str, where: str) -> Any:
+    if name not in points:
+        raise TaskError(
+            where, f"unknown {what}", got=repr(name), expected=f"one of {', '.join(sorted(points))}",
+            hint=did_you_mean(name, points),
+        )  # fmt: skip
+    try:
+        return points[name].load()
+    except RaeError:
+        raise
+    except Exception as error:  # a plugin may fail in any way while importing
+        raise TaskError(f"{what} {name}", f"{points[name].value} cannot be loaded", got=repr(error)) from error
+
+
+def did_you_mean(name: str, known: Mapping[str, object] | Sequence[str]) -> str:
+    """'Did you mean ...?' for the closest known name, or ''."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"Did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,84 @@
+"""Test doubles that ship with the package, for our tests and for those of plugins."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from raev2.batch import Cond, ModelOutput
+from raev2.model.condition import Conditioner, LabelCondition
+from raev2.shapes import Latents
+from raev2.spec import FlowSpec
+
+
+class GaussianWorld(nn.Module):
+    """A perfect generator for latents ~ N(mean, std^2), where everything is known in closed form.
+
+        latents_pred = mean + (1 - t) std^2 / v * (z - (1 - t) mean)          v = (1 - t)^2 std^2 + t^2
+        velocity     = -mean + (t - (1 - t) std^2) / v * (z - (1 - t) mean)
+
+    The exact end point of noise e is mean + std * e. Label y has the mean `means[y]`; the last entry of `means` is the
+    unconditional one. Predictions are affine in the mean, so guidance with scale w between two labels is the world with
+    the extrapolated mean. `base_means` gives it a base head with other means.
+    """
+
+    means: Tensor
+    base_means: Tensor | None
+
+    def __init__(
+        self,
+        means: tuple[float, ...] = (0.7, 0.0),
+        std: float = 0.4,
+        latent_shape: tuple[int, int, int] = (2, 3, 3),
+        flow: FlowSpec | None = None,
+        base_means: tuple[float, ...] | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__()
+        self.std = std
+        self.latent_shape = latent_shape
+        self.flow = flow or FlowSpec(time_shift=1.0)
+        self.register_buffer("means", torch.tensor(means, dtype=dtype))
+        self.register_buffer("base_means", None if base_means is None else torch.tensor(base_means, dtype=dtype))
+        self.conditioner: Conditioner = LabelCondition(num_classes=len(means) - 1).build(8, latent_shape, "adaln")
+
+    def forward(self, z_t: Latents, t: Float[Tensor, "B"], cond: Cond) -> ModelOutput:
+        """The exact prediction."""
+        base_pred = None if self.base_means is None else self._predict(z_t, t, self.base_means[cond["label"]])
+        return ModelOutput(self._predict(z_t, t, self.means[cond["label"]]), base_pred)
+
+    def exact(self, noise: Latents, cond: Cond) -> Latents:
+        """Where the exact flow takes this noise."""
+        return self.means[cond["label"]].view(-1, 1, 1, 1) + self.std * noise
+
+    def null_cond(self, cond: Cond) -> dict[str, Tensor]:
+        """See `Generator.null_cond`."""
+        return self.conditioner.null_cond(cond)
+
+    def check_cond(self, cond: Cond) -> None:
+        """See `Generator.check_cond`."""
+        self.conditioner.check(cond)
+
+    @property
+    def time_shift(self) -> float:
+        """See `Generator.time_shift`."""
+        return self.flow.time_shift or 1.0
+
+    @property
+    def has_base_head(self) -> bool:
+        """See `Generator.has_base_head`."""
+        return self.base_means is not None
+
+    @property
+    def device(self) -> torch.device:
+        """See `Generator.device`."""
+        return self.means.device
+
+    def _predict(self, z_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
+        mean, t = mean.view(-1, 1, 1, 1), t.to(mean.dtype).view(-1, 1, 1, 1)
+        variance = (1 - t) ** 2 * self.std**2 + t**2
+        offset = (z_t - (1 - t) * mean) / variance
+        if self.flow.prediction == "x":
+            return mean + (1 - t) * self.std**2 * offset
+        return -mean + (t - (1 - t) * self.std**2) * offset

@@ -1,0 +1,1 @@
+"""Stage 1: the representation autoencoder. Read rae.py first."""

@@ -1,0 +1,249 @@
+"""The known vision encoders: plain data, no torch.
+
+`encoders.py` builds them. A name that is not here still works as 'timm:ID', 'hf:ID' or a local folder; its facts
+then come from the model. Widths, depths, patch sizes and prefix tokens are checked against timm by a test.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from raev2.errors import SpecError
+
+Triple = tuple[float, float, float]
+Norm = Literal["plain", "affine", "none"]
+
+RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+OPEN_LICENCES = ("Apache-2.0", "MIT")
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """Facts about one encoder.
+
+    route               who builds it: timm, transformers, or a folder in our format (see encoders.py)
+    model_id            timm id, hub id, or the folder
+    mean, std           pixel normalisation of images in [0, 1]
+    num_prefix_tokens   class and register tokens in front of the patch tokens; they are dropped
+    norm                default final norm per layer: without gain and bias (plain), with (affine), or none
+    norm_eps            epsilon of that norm; None: the model's own
+    gated               a licence must be accepted at the source before the weights may be used
+    input_size          pixels that give the usual token grid
+    """
+
+    name: str
+    route: Literal["timm", "transformers", "local"]
+    model_id: str
+    width: int
+    depth: int
+    patch_size: int
+    mean: Triple
+    std: Triple
+    num_prefix_tokens: int
+    norm: Norm
+    norm_eps: float | None
+    licence: str
+    gated: bool
+    input_size: int
+    note: str = ""
+
+
+def _timm(
+    name: str,
+    model_id: str,
+    width: int,
+    depth: int,
+    patch_size: int,
+    prefix: int,
+    norm: Norm,
+    eps: float | None,
+    *,
+    mean: Triple = RGB_MEAN,
+    std: Triple = RGB_STD,
+    licence: str = "Apache-2.0",
+    gated: bool = False,
+    note: str = "",
+) -> EncoderInfo:
+    return EncoderInfo(
+        name, "timm", model_id, width, depth, patch_size, mean, std, prefix, norm, eps, licence, gated,
+        16 * patch_size, note,
+    )  # fmt: skip
+
+
+def _dinov2() -> list[EncoderInfo]:
+    sizes = [("s", "small", 384, 12), ("b", "base", 768, 12), ("l", "large", 1024, 24), ("g", "giant", 1536, 40)]
+    registers = [
+        _timm(f"dinov2-{s}", f"vit_{size}_patch14_reg4_dinov2.lvd142m", width, depth, 14, 5, "plain", 1e-5)
+        for s, size, width, depth in sizes
+    ]
+    without = [
+        _timm(f"dinov2-{s}-woreg", f"vit_{size}_patch14_dinov2.lvd142m", width, depth, 14, 1, "plain", 1e-5)
+        for s, size, width, depth in sizes
+    ]
+    return registers + without
+
+
+def _dinov3() -> list[EncoderInfo]:
+    sizes = [
+        ("s16", "small", 384, 12), ("s16plus", "small_plus", 384, 12), ("b16", "base", 768, 12),
+        ("l16", "large", 1024, 24), ("h16plus", "huge_plus", 1280, 32), ("7b16", "7b", 4096, 40),
+    ]  # fmt: skip
+    return [
+        _timm(
+            f"dinov3-{s}", f"vit_{size}_patch16_dinov3.lvd1689m", width, depth, 16, 5, "plain", 1e-5,
+            licence="DINOv3 License", gated=True, note="accept the licence at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads",
+        )
+        for s, size, width, depth in sizes
+    ]  # fmt: skip
+
+
+def _eupe() -> list[EncoderInfo]:
+    return [
+        _timm(
+            f"eupe-{s}16", f"vit_{size}_patch16_dinov3_qkvb.eupe_lvd1689m", width, 12, 16, 5, "plain", 1e-5,
+            licence="FAIR Noncommercial Research License", gated=True, note="research use only",
+        )
+        for s, size, width in [("t", "tiny", 192), ("s", "small", 384), ("b", "base", 768)]
+    ]  # fmt: skip
+
+
+def _siglip2() -> list[EncoderInfo]:
+    # mean = std = 0.5 is what the model was trained with. RAEv2 normalises with RGB_MEAN and RGB_STD, a defect.
+    sizes = [
+        ("b", "base", 768, 12), ("l", "large", 1024, 24), ("so400m", "so400m", 1152, 27), ("g", "giantopt", 1536, 40)
+    ]  # fmt: skip
+    return [
+        _timm(
+            f"siglip2-{s}", f"vit_{size}_patch16_siglip_256.v2_webli", width, depth, 16, 0, "affine", 1e-6,
+            mean=HALF, std=HALF,
+        )
+        for s, size, width, depth in sizes
+    ]  # fmt: skip
+
+
+def _mae() -> list[EncoderInfo]:
+    # The published norm epsilon is 1e-12. The patch-14 model sees 16 x 16 tokens at 224 px; RAEv2 gives it 256 px and
+    # breaks.
+    sizes = [
+        ("b", "base_patch16", 768, 12, 16),
+        ("l", "large_patch16", 1024, 24, 16),
+        ("h", "huge_patch14", 1280, 32, 14),
+    ]
+    return [
+        _timm(f"mae-{s}", f"vit_{size}_224.mae", width, depth, patch, 1, "plain", 1e-12, licence="CC-BY-NC-4.0")
+        for s, size, width, depth, patch in sizes
+    ]  # fmt: skip
+
+
+def _webssl() -> list[EncoderInfo]:
+    sizes = [
+        ("300m", "300m-full2b-224", 1024, 24), ("1b", "1b-full2b-224", 1536, 40), ("2b", "2b-full2b-224", 2688, 24),
+        ("3b", "3b-full2b-224", 3072, 26), ("5b", "5b-full2b-224", 3584, 32), ("7b", "7b-full8b-224", 4096, 32),
+    ]  # fmt: skip
+    return [
+        EncoderInfo(
+            f"webssl-{s}", "transformers", f"facebook/webssl-dino{model}", width, depth, 14, RGB_MEAN,
+            RGB_STD, 1, "affine", None, "CC-BY-NC-4.0", False, 224, "width and depth from the paper",
+        )
+        for s, model, width, depth in sizes
+    ]  # fmt: skip
+
+
+def _perception() -> list[EncoderInfo]:
+    # Features are taken before ln_post, hence no norm. The giant models have no class token.
+    rows = [
+        ("pe-t", "core_tiny_patch16_384", 192, 12, 16, 1), ("pe-s", "core_small_patch16_384", 384, 12, 16, 1),
+        ("pe-b", "core_base_patch16_224", 768, 12, 16, 1), ("pe-l", "core_large_patch14_336", 1024, 24, 14, 1),
+        ("pe-g", "core_gigantic_patch14_448", 1536, 50, 14, 0),
+        ("spatialpe-b", "spatial_base_patch16_512", 768, 12, 16, 1),
+        ("spatialpe-l", "spatial_large_patch14_448", 1024, 24, 14, 1),
+        ("spatialpe-g", "spatial_gigantic_patch14_448", 1536, 50, 14, 0),
+        ("langpe-l", "lang_large_patch14_448", 1024, 23, 14, 1),
+        ("langpe-g", "lang_gigantic_patch14_448", 1536, 47, 14, 0),
+    ]  # fmt: skip
+    return [
+        _timm(name, f"vit_pe_{model}.fb", width, depth, patch, prefix, "none", None, mean=HALF, std=HALF)
+        for name, model, width, depth, patch, prefix in rows
+    ]
+
+
+def _tipsv2() -> list[EncoderInfo]:
+    sizes = [
+        ("b14", "base", 768, 12), ("l14", "large", 1024, 24), ("so14", "so400m", 1152, 27), ("g14", "giant", 1536, 40)
+    ]  # fmt: skip
+    return [
+        _timm(
+            f"tipsv2-{s}", f"vit_{size}_patch14_reg1_tipsv2.webli", width, depth, 14, 2, "plain", 1e-5,
+            mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+        )
+        for s, size, width, depth in sizes
+    ]  # fmt: skip
+
+
+def _mocov3() -> list[EncoderInfo]:
+    note = "no maintained hub copy: convert the original file to a local folder in our format"
+    return [
+        EncoderInfo(
+            f"mocov3-{s}", "local", f"mocov3-{s}", width, depth, 16, RGB_MEAN, RGB_STD, 1, "affine", 1e-6,
+            "CC-BY-NC-4.0", False, 256, note,
+        )
+        for s, width, depth in [("s", 384, 12), ("b", 768, 12), ("l", 1024, 24)]
+    ]  # fmt: skip
+
+
+def _others() -> list[EncoderInfo]:
+    return [
+        EncoderInfo(
+            "micro", "local", "micro_encoder", 192, 6, 8, RGB_MEAN, RGB_STD, 1, "plain", 1e-6,
+            "Apache-2.0", False, 64, "packaged with raev2, works offline; for trying things out, not for results",
+        ),
+        # timm's plain '..._clip_224.openai' has exact GELU and is another network.
+        _timm(
+            "clip-l", "vit_large_patch14_clip_quickgelu_224.openai", 1024, 24, 14, 1, "none", None,
+            mean=CLIP_MEAN, std=CLIP_STD, licence="MIT",
+        ),
+        # Through transformers because timm's id points to a pickle.
+        EncoderInfo(
+            "ijepa-h", "transformers", "facebook/ijepa_vith14_1k", 1280, 32, 14, RGB_MEAN, RGB_STD, 0,
+            "affine", None, "CC-BY-NC-4.0", False, 224,
+        ),
+        _timm(
+            "dino-s8", "vit_small_patch8_224.dino", 384, 12, 8, 1, "plain", 1e-6,
+            note="trunk of the published discriminators",
+        ),
+    ]  # fmt: skip
+
+
+ENCODERS: dict[str, EncoderInfo] = {
+    info.name: info
+    for family in (
+        _dinov2, _dinov3, _siglip2, _mae, _webssl, _perception, _eupe, _tipsv2, _mocov3, _others,
+    )
+    for info in family()
+}  # fmt: skip
+
+
+def encoder_info(name: str) -> EncoderInfo:
+    """Facts about an encoder of the table. Raises SpecError with the closest name."""
+    if name not in ENCODERS:
+        close = difflib.get_close_matches(name, ENCODERS, n=1, cutoff=0.0)[0]
+        raise SpecError(
+            "encoder.name", "unknown encoder", got=repr(name),
+            expected="a name from `raev2 encoders`, 'timm:ID', 'hf:ID' or a local folder",
+            hint=f"Did you mean {close!r}?",
+        )  # fmt: skip
+    return ENCODERS[name]
+
+
+def nearest_open_encoder(info: EncoderInfo) -> EncoderInfo:
+    """The most similar encoder with an open licence and no gate: same width and depth first, then table order."""
+    candidates = [
+        other for other in ENCODERS.values()
+        if not other.gated and other.licence in OPEN_LICENCES and other.route == "timm" and other.name != info.name
+    ]  # fmt: skip
+    return min(candidates, key=lambda o: abs(math.log(o.width / info.width)) + abs(math.log(o.depth / info.depth)))

@@ -1,0 +1,222 @@
+"""RAE, the representation autoencoder: a frozen encoder, latent statistics and a pixel decoder.
+
+    rae = RAE.from_pretrained("runs/a/tokenizer")
+    latents = rae.encode(images)      # images in [0, 1] -> (B, C, H, W), zero mean and unit variance per element
+    images = rae.decode(latents)      # in [0, 1]
+
+Training uses `tokens`, `noisy_tokens` and `decode_tokens`; the loop is in train_tokenizer.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from raev2.artefact import load_artefact, load_strict, save_artefact
+from raev2.errors import CheckpointError, SpecError
+from raev2.shapes import Images, Latents, Tokens
+from raev2.spec import TokenizerSpec
+from raev2.tokenizer.decoder import ViTDecoder
+from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
+from raev2.tokenizer.latent_stats import LatentStats, denormalise, normalise
+
+AnyImages = Shaped[Tensor, "B 3 Hpx Wpx"]  # before the dtype was checked
+
+
+class RAE(nn.Module):
+    """The tokenizer. Its parameters are those of the decoder; the encoder is never trained or saved.
+
+    Precision is float32 unless the caller runs it under autocast.
+    """
+
+    stats_mean: Tensor
+    stats_var: Tensor
+
+    def __init__(self, spec: TokenizerSpec, encoder: FrozenEncoder, stats: LatentStats | None = None) -> None:
+        super().__init__()
+        self.spec, self.encoder = spec, encoder
+        self.decoder = ViTDecoder(encoder.width, spec.decoder, spec.grid)
+        self._stats: LatentStats | None = None
+        self.register_buffer("stats_mean", torch.zeros(self.latent_shape), persistent=False)
+        self.register_buffer("stats_var", torch.ones(self.latent_shape), persistent=False)
+        if stats is not None:
+            self.set_stats(stats)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        return self.encoder.width, *self.spec.grid
+
+    @property
+    def latent_stats(self) -> LatentStats | None:
+        """Statistics that normalise the latents; None until they were computed."""
+        return self._stats
+
+    def set_stats(self, stats: LatentStats) -> None:
+        """Use these statistics. Raises CheckpointError if they belong to another encoder or have another shape."""
+        stats.check_encoder(self.encoder.fingerprint())
+        if not (tuple(stats.mean.shape) == tuple(stats.var.shape) == self.latent_shape):
+            raise CheckpointError(
+                "latent statistics", "wrong shape", got=f"{tuple(stats.mean.shape)} and {tuple(stats.var.shape)}",
+                expected=str(self.latent_shape),
+            )  # fmt: skip
+        self._stats = stats
+        self.stats_mean.copy_(stats.mean)
+        self.stats_var.copy_(stats.var)
+
+    # Images -> latents -> images.
+
+    def encode(self, images: AnyImages) -> Latents:
+        """Images in [0, 1], any size -> normalised latents. No gradient, no noise.
+
+        Raises SpecError for images that are not floats: the range is a contract and is never guessed from the data.
+        """
+        if self._stats is None:
+            raise CheckpointError(
+                "RAE.encode", "the tokenizer has no latent statistics", hint="Compute them and call RAE.set_stats."
+            )
+        return normalise(self.token_latents(self.tokens(images)), self.stats_mean, self.stats_var)
+
+    def decode(self, latents: Latents, clamp: bool = True) -> Images:
+        """Normalised latents -> images, clamped to [0, 1] unless `clamp` is False."""
+        latents = denormalise(latents, self.stats_mean, self.stats_var)
+        images = self.decode_tokens(latents.flatten(2).transpose(1, 2))
+        return images.clamp(0, 1) if clamp else images
+
+    @torch.no_grad()
+    def reconstruct(self, images: AnyImages) -> Images:
+        """Decode the tokens of images, clamped to [0, 1]; needs no statistics."""
+        return self.decode_tokens(self.tokens(images)).clamp(0, 1)
+
+    # Parts, for training.
+
+    @torch.no_grad()
+    def tokens(self, images: AnyImages) -> Tokens:
+        """Encoder tokens as they are, neither noised nor normalised; no gradient."""
+        if not images.is_floating_point():
+            raise SpecError(
+                "RAE", "images must be floats in [0, 1]", got=images.dtype, expected="torch.float32",
+                hint="Convert 8-bit images with images_u8.float() / 255.",
+            )  # fmt: skip
+        return self.encoder(images).float()
+
+    def token_latents(self, tokens: Tokens) -> Latents:
+        """Tokens as a map (B, C, H, W), not normalised: what the statistics are computed from."""
+        return tokens.transpose(1, 2).unflatten(2, self.spec.grid)
+
+    def noisy_tokens(self, tokens: Tokens, generator: torch.Generator) -> Tokens:
+        """Tokens with the noise of decoder training, by the strength and distribution in the spec."""
+        return add_token_noise(tokens, self.spec.noise_tau, self.spec.noise_distribution, generator)
+
+    def decode_tokens(self, tokens: Tokens) -> Images:
+        """Decoder alone: tokens -> images, not clamped, with gradient."""
+        return self.decoder(tokens)
+
+    # Artefacts.
+
+    @classmethod
+    def from_spec(cls, spec: TokenizerSpec, *, pretrained: bool = True, encoder: str | Path | None = None) -> RAE:
+        """A tokenizer with a fresh decoder and no statistics.
+
+        encoder   local folder with the encoder's weights, where its name in the spec cannot be downloaded
+        """
+        return cls(spec, build_encoder(spec.encoder, spec.grid, pretrained=pretrained, source=encoder))
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, encoder: str | Path | None = None) -> RAE:
+        """Load an artefact folder or hub repository; the encoder is built from its name.
+
+        encoder   local folder with the encoder's weights, in place of its name
+        """
+        config, tensors, path = load_artefact(path_or_hub_id, kind="tokenizer")
+        rae = cls.from_spec(TokenizerSpec.model_validate(config["tokenizer"]), encoder=encoder)
+        decoder_tensors = {
+            name.removeprefix("decoder."): value for name, value in tensors.items() if name.startswith("decoder.")
+        }
+        load_strict(rae.decoder, decoder_tensors, str(path))
+        if config["stats"] is not None:
+            rae.set_stats(LatentStats(mean=tensors["stats.mean"], var=tensors["stats.var"], **config["stats"]))
+        return rae.eval()
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write an artefact folder: spec, decoder, statistics and a model card. Encoder weights are not in it."""
+        tensors = {f"decoder.{name}": value for name, value in self.decoder.state_dict().items()}
+        stats_config: dict[str, Any] | None = None
+        if self._stats is not None:
+            tensors |= {"stats.mean": self._stats.mean, "stats.var": self._stats.var}
+            stats_config = {
+                "num_images": self._stats.num_images, "encoder": dict(self._stats.encoder), "data": self._stats.data
+            }  # fmt: skip
+        config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": stats_config}
+        return save_artefact(path, kind="tokenizer", config=config, tensors=tensors, card=self._card())
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the artefact folder to the Hugging Face hub; returns the URL of the commit."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as parent:
+            folder = self.save_pretrained(Path(parent) / "tokenizer")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload tokenizer"))
+
+    def _card(self) -> str:
+        info, spec, stats = self.encoder.info, self.spec, self._stats
+        channels, rows, columns = self.latent_shape
+        parameters = sum(parameter.numel() for parameter in self.decoder.parameters())
+        gate = " Its licence must be accepted at the source." if info.gated else ""
+        statistics = f"over {stats.num_images} images (data {stats.data or 'not named'})" if stats else "not computed"
+        return f"""---
+library_name: raev2
+tags: [representation-autoencoder, tokenizer]
+---
+
+# Representation autoencoder on {info.name}
+
+| | |
+|---|---|
+| encoder | {info.name} ({info.route}: {info.model_id}), frozen, not in this folder |
+| layers | {list(self.encoder.layers)}, {spec.encoder.aggregate}, final norm {self.encoder.norm} |
+| latents | {channels} x {rows} x {columns}, normalised per channel and position |
+| images | {spec.image_size[0]} x {spec.image_size[1]} px |
+| decoder | ViT, width {spec.decoder.width}, depth {spec.decoder.depth}, {parameters:,} parameters |
+| latent statistics | {statistics} |
+
+## Licence
+
+The encoder weights are under: {info.licence}.{gate} They are loaded from their own source and their terms apply to \
+you. The licence of the decoder weights in this folder is for their author to add here.
+
+## Use
+
+```python
+from raev2 import RAE
+
+rae = RAE.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
+latents = rae.encode(images)  # float RGB in [0, 1], (B, 3, H, W)
+images = rae.decode(latents)
+```
+"""
+
+
+def add_token_noise(tokens: Tokens, tau: float, distribution: str, generator: torch.Generator) -> Tokens:
+    """tokens + sigma * noise with one sigma per sample, so that the decoder accepts imperfect latents.
+
+    uniform: sigma = tau * U[0, 1), as in the released code     half_normal: sigma = |N(0, tau^2)|, as in the paper
+
+    Drawn on the device of the generator: a CPU generator gives the same noise for every accelerator.
+
+    Source: RAE, section 3.3
+    """
+    shape, device = (tokens.shape[0], 1, 1), generator.device
+    if distribution == "uniform":
+        sigma = tau * torch.rand(shape, generator=generator, device=device)
+    else:
+        sigma = tau * torch.randn(shape, generator=generator, device=device).abs()
+    noise = torch.randn(tokens.shape, generator=generator, device=device)
+    return tokens + (sigma * noise).to(tokens)

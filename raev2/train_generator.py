@@ -1,0 +1,212 @@
+"""The stage 2 loop: flow matching of the generator on the latents of a trained tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from raev2 import dist
+from raev2.artefact import load_strict
+from raev2.batch import cond_map, drop_cond
+from raev2.data import ImageDataset, ordered_batches, to_float, train_batches
+from raev2.ema import EMA
+from raev2.errors import SpecError
+from raev2.flow import interpolate, sample_t, training_loss
+from raev2.model.generator import Generator
+from raev2.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.run import (
+    NonFiniteGuard,
+    Progress,
+    Run,
+    Stopped,
+    StopSignal,
+    crossed,
+    distribute,
+    gradient_sync,
+    micro_batches,
+    restore_training,
+    save_training,
+    step_generator,
+    update,
+)
+from raev2.task import Task
+from raev2.tokenizer.encoders import build_encoder
+from raev2.tokenizer.rae import RAE
+
+STAGE = "generator"
+CACHE_BATCH = 64
+
+
+def train_generator(
+    run: Run,
+    task: Task,
+    rae: RAE,
+    dataset: ImageDataset,
+    look: Callable[[Generator, int], None],
+    evaluate: Callable[[Generator, int], None],
+) -> Generator:
+    """Train the generator of `run.spec` and save it, with averaged weights, as the artefact `run.dir/generator`.
+
+    look, evaluate   called with the averaged generator and the images seen, every `sample_every_images` and
+                     `eval_every_images`
+
+    Continues from the newest checkpoint of the run. Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    spec, loop, accelerator = run.spec, run.spec.generator_training, run.accelerator
+    device, checkpoints = run.device, run.dir / "checkpoints" / STAGE
+
+    # Network, optimizer, averages.
+    torch.manual_seed(spec.seed)
+    generator = Generator(spec.generator, task.condition(spec, dataset), spec.flow, rae.latent_shape).to(device)
+    network = distribute(generator)
+    optimizer = build_optimizer(generator, loop.optimizer, loop.schedule.lr)
+    ema, decay = EMA(generator, loop.ema_decays), loop.ema_decays[0]
+    modules, optimizers = {"model": generator}, {"optimizer": optimizer}
+    encode_cond = task.cond_encoder(spec, rae, device)
+    encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else _encoder(rae, device)
+    repa_target = _repa_encoder(run)
+
+    # Resume.
+    images = restore_training(checkpoints, modules, ema, optimizers)
+    run.forget_after(STAGE, images)
+    batches = train_batches(
+        dataset, batch_size=loop.batch_size, seed=spec.seed, start_images=images, flip=spec.data.horizontal_flip,
+        num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
+    )  # fmt: skip
+    guard, progress, skipped_images = NonFiniteGuard(run, STAGE), Progress(STAGE, loop, images), 0
+
+    with StopSignal() as stop:
+        if images == 0:
+            look(generator, images)
+            if loop.eval_every_images:
+                evaluate(generator, images)
+        while images < loop.images:
+            # Stop?
+            if stop:
+                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
+                raise Stopped(f"{STAGE} stopped after {images:,} images")
+
+            # Batch.
+            with progress.waiting():
+                batch, skipped = next(batches)
+            skipped_images += skipped
+            step = images // loop.batch_size
+            rng = step_generator(device, spec.seed, STAGE, dist.rank(), images)
+            values: dict[str, Tensor] = {}
+
+            for part, share, last in micro_batches(batch, loop.micro_batch_size):
+                # Latents and conditions.
+                latents = encode(part.images, part.key)
+                cond = encode_cond(cond_map(part.cond, lambda value: value.to(device)))
+                drop = torch.rand(len(latents), generator=rng, device=device) < loop.cond_drop_prob
+                cond = drop_cond(cond, generator.null_cond(cond), drop)
+
+                # Path, prediction, loss, gradients.
+                t = sample_t(len(latents), spec.flow, generator.time_shift, rng, device)
+                noise = torch.randn(latents.shape, generator=rng, device=device)
+                point = interpolate(latents, noise, t)
+                with gradient_sync(network, last):
+                    with accelerator.autocast():
+                        output = network(point.z_t, point.t, cond)
+                    losses = training_loss(
+                        output, point, latents, spec.flow, base_weight=loop.base_weight,
+                        repa_target=repa_target(part.images) if repa_target else None,
+                        repa_weight=loop.repa.weight if loop.repa else 0.0,
+                    )  # fmt: skip
+                    (share * losses.total).backward()
+                terms = {"loss": losses.total, "full": losses.full, "base": losses.base, "repa": losses.repa}
+                for name, term in terms.items():
+                    if term is not None:
+                        values[name] = values.get(name, 0) + share * term.detach().mean()
+
+            # Update, averages.
+            lr = learning_rate(loop.schedule, images, loop.images, loop.batch_size)
+            set_learning_rate(optimizer, lr)
+            grad_norm = update(optimizer, list(generator.parameters()), values["loss"], loop.clip_grad_norm)
+            if guard.check(grad_norm, images, step, batch.key):
+                ema.update(generator)
+            before, images = images, images + loop.batch_size
+
+            # Report, save, look, evaluate.
+            if (step + 1) % loop.log_every_steps == 0 or images >= loop.images:
+                numbers = {name: float(dist.mean_over_processes(value)) for name, value in values.items()}
+                speed = progress.report(images, **numbers)
+                run.log(
+                    stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
+                    skipped_images=skipped_images, **numbers, **speed,
+                )  # fmt: skip
+            if crossed(loop.save_every_images, before, images) or images >= loop.images:
+                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
+            with ema.applied(generator, decay):
+                if crossed(loop.sample_every_images, before, images):
+                    look(generator, images)
+                if crossed(loop.eval_every_images, before, images) and images < loop.images:
+                    evaluate(generator, images)
+
+    # Artefact with the averaged weights.
+    load_strict(generator, {**generator.state_dict(), **ema.state_dict(decay)}, "averaged generator")
+    look(generator, images)
+    if dist.is_main():
+        generator.extra = {"recipe": spec.recipe, "images_seen": images, "ema_decay": decay}
+        generator.save_pretrained(run.dir / STAGE, card=_card(run, dataset, images))
+    dist.barrier()
+    return generator.eval()
+
+
+def _encoder(rae: RAE, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """(8-bit images, keys) -> latents, encoded now, in float32."""
+    return lambda images_u8, keys: rae.encode(to_float(images_u8.to(device)))
+
+
+def _cached_encoder(rae: RAE, dataset: ImageDataset, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """(8-bit images, keys) -> latents, looked up; every image of the split is encoded once, here."""
+    cache = torch.empty(len(dataset), *rae.latent_shape)
+    for batch in ordered_batches(dataset, CACHE_BATCH):
+        cache[batch.key] = rae.encode(to_float(batch.images.to(device))).cpu()
+    return lambda images_u8, keys: cache[keys].to(device)
+
+
+def _repa_encoder(run: Run) -> Callable[[Tensor], Tensor] | None:
+    """8-bit images -> target tokens of the alignment loss, or None for a run without it."""
+    spec, repa = run.spec, run.spec.generator_training.repa
+    if (repa is None) != (spec.generator.repa_depth is None):
+        raise SpecError(
+            "spec.generator_training.repa", "the alignment loss and the network's projector belong together",
+            hint="Set generator_training.repa with generator.repa_depth and generator.repa_dim, or none of them.",
+        )  # fmt: skip
+    if repa is None:
+        return None
+    encoder = build_encoder(repa.encoder, spec.tokenizer.grid).to(run.device)
+    if encoder.width != spec.generator.repa_dim:
+        raise SpecError(
+            "spec.generator.repa_dim", "differs from the width of the target encoder", got=spec.generator.repa_dim,
+            expected=str(encoder.width),
+        )  # fmt: skip
+    return lambda images_u8: encoder(to_float(images_u8.to(run.device)))
+
+
+def _card(run: Run, dataset: ImageDataset, images: int) -> str:
+    manifest = dataset.manifest
+    return f"""---
+library_name: raev2
+---
+
+# Generator: {run.spec.task.name} / {run.spec.recipe}
+
+Trained on {images:,} images of `{manifest["name"]}` (fingerprint {dataset.fingerprint[:12]}), averaged weights.
+It needs the tokenizer it was trained with. Numbers, protocols and settings: `report.html` of its run.
+
+## Data and licence
+
+{manifest["licence"]}. {manifest["attribution"]}
+
+## Use
+
+```python
+from raev2 import RAE, Generator, sample
+
+images = sample(Generator.from_pretrained("GENERATOR"), RAE.from_pretrained("TOKENIZER"), cond, steps=50)
+```
+"""

@@ -1,0 +1,199 @@
+"""The stage 1 loop: train the pixel decoder on tokens of the frozen encoder, then measure the latent statistics.
+
+    loss = L1 + w_p * perceptual + w_d * lambda * adversarial          (terms: raev2/tokenizer/losses.py)
+
+One decoder forward a step serves the decoder loss and the discriminator. The reference implementation decodes a second
+time, without token noise and with the updated weights, to make the discriminator's fakes; here the discriminator sees
+the fakes that the decoder loss was computed on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raev2 import dist
+from raev2.artefact import load_strict
+from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8, train_batches
+from raev2.ema import EMA
+from raev2.grid import save_pairs
+from raev2.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.run import (
+    NonFiniteGuard,
+    Progress,
+    Run,
+    Stopped,
+    StopSignal,
+    crossed,
+    distribute,
+    gradient_sync,
+    micro_batches,
+    restore_training,
+    save_training,
+    step_generator,
+    update,
+)
+from raev2.spec import ScheduleSpec
+from raev2.tokenizer.discriminator import build_discriminator
+from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
+from raev2.tokenizer.losses import (
+    adaptive_weight,
+    build_perceptual_loss,
+    diffaug,
+    generator_loss,
+    hinge_loss,
+    l1_loss,
+    quantise_8bit,
+)
+from raev2.tokenizer.rae import RAE
+
+STAGE = "tokenizer"
+NUM_GRID_IMAGES = 32
+STATS_BATCH = 64
+
+
+def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
+    """Train the tokenizer of `run.spec` and save it as the artefact `run.dir/tokenizer`.
+
+    Continues from the newest checkpoint of the run. Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    spec, loop, accelerator = run.spec, run.spec.tokenizer_training, run.accelerator
+    device, checkpoints = run.device, run.dir / "checkpoints" / STAGE
+    adversarial = loop.adversarial
+
+    # Networks, losses, optimizers, averages.
+    torch.manual_seed(spec.seed)
+    rae = RAE.from_spec(spec.tokenizer).to(device)
+    decoder = distribute(rae.decoder)
+    perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
+    optimizer = build_optimizer(rae.decoder, loop.optimizer, loop.schedule.lr)
+    ema = EMA(rae.decoder, (loop.ema_decay,))
+    modules, optimizers = {"decoder": rae.decoder}, {"decoder_optimizer": optimizer}
+    if adversarial:
+        disc = build_discriminator(adversarial).to(device)
+        distributed_disc = distribute(disc)
+        disc_optimizer = build_optimizer(disc, loop.optimizer, adversarial.lr)
+        disc_schedule = ScheduleSpec(lr=adversarial.lr, final_lr=adversarial.lr / 10)
+        disc_start, gan_start = (int(share * loop.images) for share in (adversarial.disc_start, adversarial.gan_start))
+        modules["discriminator"], optimizers["discriminator_optimizer"] = disc, disc_optimizer
+
+    # Resume.
+    images = restore_training(checkpoints, modules, ema, optimizers)
+    run.forget_after(STAGE, images)
+    batches = train_batches(
+        dataset, batch_size=loop.batch_size, seed=spec.seed, start_images=images, flip=spec.data.horizontal_flip,
+        num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
+    )  # fmt: skip
+    guard, progress, skipped_images = NonFiniteGuard(run, STAGE), Progress(STAGE, loop, images), 0
+
+    def decoder_losses(pixels: Tensor, rng: torch.Generator, use_gan: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decoded images (not clamped) and named loss terms; 'loss' is their weighted sum."""
+        with accelerator.autocast():
+            decoded = decoder(rae.noisy_tokens(rae.tokens(pixels), rng)).float()
+            terms = {"l1": l1_loss(decoded, pixels), "perceptual": perceptual(decoded, pixels)}
+            terms["loss"] = terms["l1"] + loop.perceptual.weight * terms["perceptual"]
+            if use_gan:
+                # Heads frozen and in eval mode: no gradients for them, no power iteration of the spectral norm.
+                terms["gan"] = generator_loss(disc.eval().requires_grad_(False)(diffaug(decoded, rng)))
+        if use_gan and adversarial:
+            terms["adaptive_weight"] = adaptive_weight(
+                terms["loss"], terms["gan"], rae.decoder.last_layer, adversarial.max_adaptive_weight
+            )
+            terms["loss"] = terms["loss"] + adversarial.weight * terms["adaptive_weight"] * terms["gan"]
+        return decoded, terms
+
+    with StopSignal() as stop:
+        if images == 0:
+            save_reconstructions(run, rae, val, images)
+        while images < loop.images:
+            # Stop?
+            if stop:
+                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
+                raise Stopped(f"{STAGE} stopped after {images:,} images")
+
+            # Batch.
+            with progress.waiting():
+                batch, skipped = next(batches)
+            skipped_images += skipped
+            step = images // loop.batch_size
+            rng = step_generator(device, spec.seed, STAGE, dist.rank(), images)
+            train_disc = adversarial is not None and images >= disc_start
+            use_gan = adversarial is not None and images >= gan_start
+            values: dict[str, Tensor] = {}
+            fakes: list[Tensor] = []
+
+            # Decoder.
+            for part, share, last in micro_batches(batch, loop.micro_batch_size):
+                with gradient_sync(decoder, last):
+                    decoded, terms = decoder_losses(to_float(part.images.to(device)), rng, use_gan)
+                    (share * terms["loss"]).backward()
+                fakes.append(decoded.detach())
+                for name, term in terms.items():
+                    values[name] = values.get(name, 0) + share * term.detach()
+            lr = learning_rate(loop.schedule, images, loop.images, loop.batch_size)
+            set_learning_rate(optimizer, lr)
+            grad_norm = update(optimizer, list(rae.decoder.parameters()), values["loss"], loop.clip_grad_norm)
+            if guard.check(grad_norm, images, step, batch.key):
+                ema.update(rae.decoder)
+
+            # Discriminator, on the images that were just decoded.
+            if train_disc:
+                disc.train().requires_grad_(True)
+                values["disc"] = torch.zeros((), device=device)
+                for (part, share, last), fake in zip(micro_batches(batch, loop.micro_batch_size), fakes, strict=True):
+                    with gradient_sync(distributed_disc, last), accelerator.autocast():
+                        real = to_float(part.images.to(device))
+                        both = torch.cat([diffaug(real, rng), diffaug(quantise_8bit(fake), rng)])
+                        disc_loss = hinge_loss(*distributed_disc(both).chunk(2))
+                        (share * disc_loss).backward()
+                    values["disc"] += share * disc_loss.detach()
+                disc_lr = learning_rate(disc_schedule, images - disc_start, loop.images - disc_start)
+                set_learning_rate(disc_optimizer, disc_lr)
+                update(disc_optimizer, list(disc.parameters()), values["disc"], loop.clip_grad_norm)
+            before, images = images, images + loop.batch_size
+
+            # Report, look, save.
+            if (step + 1) % loop.log_every_steps == 0 or images >= loop.images:
+                numbers = {name: float(dist.mean_over_processes(value)) for name, value in values.items()}
+                speed = progress.report(images, loss=numbers["loss"], l1=numbers["l1"])
+                run.log(
+                    stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
+                    skipped_images=skipped_images, **numbers, **speed,
+                )  # fmt: skip
+            if crossed(loop.sample_every_images, before, images):
+                with ema.applied(rae.decoder, loop.ema_decay):
+                    save_reconstructions(run, rae, val, images)
+            if crossed(loop.save_every_images, before, images) or images >= loop.images:
+                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
+
+    # Averaged weights, statistics of the clean latents, artefact.
+    load_strict(rae.decoder, {**rae.decoder.state_dict(), **ema.state_dict(loop.ema_decay)}, "averaged decoder")
+    rae.set_stats(measure_stats(rae, dataset, device, loop.stats_images))
+    save_reconstructions(run, rae, val, images)
+    if dist.is_main():
+        rae.save_pretrained(run.dir / STAGE)
+    dist.barrier()
+    return rae.eval()
+
+
+@torch.no_grad()
+def measure_stats(rae: RAE, dataset: ImageDataset, device: torch.device, max_images: int | None = None) -> LatentStats:
+    """Mean and variance of the latents of a split, in float32 without noise, shared by all processes."""
+    num = min(max_images or len(dataset), len(dataset))
+    own = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
+    for batch in ordered_batches(dataset, STATS_BATCH, range(dist.rank(), num, dist.world_size())):
+        own.update(rae.token_latents(rae.tokens(to_float(batch.images.to(device)))))
+    total = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
+    for state in dist.gather_objects({name: value.cpu() for name, value in own.state().items()}):
+        total.merge(LatentStatsAccumulator.from_state(state, own.encoder, own.data))
+    return total.result()
+
+
+@torch.no_grad()
+def save_reconstructions(run: Run, rae: RAE, val: ImageDataset, images: int) -> None:
+    """Write the grid of fixed validation pictures, originals above reconstructions."""
+    if dist.is_main():
+        stride = max(1, len(val) // NUM_GRID_IMAGES)
+        originals = torch.stack([val.image(i * stride) for i in range(min(NUM_GRID_IMAGES, len(val)))])
+        decoded = to_uint8(rae.reconstruct(to_float(originals.to(run.device))))
+        save_pairs(originals, decoded, run.dir / "samples" / f"{STAGE}-{images:09d}.png")

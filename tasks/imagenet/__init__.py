@@ -1,0 +1,5 @@
+"""Class to image."""
+
+from raev2_tasks.imagenet.task import ClassToImage
+
+TASK = ClassToImage()

@@ -1,0 +1,206 @@
+"""Named runs. `quickstart` and `laptop` run on two CPU cores with embedded data; the others are the published systems.
+
+A published recipe names its source; numbers of papers stand in docs/results.md, marked as quoted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from raev2.spec import (
+    AdamWSpec,
+    AdversarialSpec,
+    DataSpec,
+    DDTSpec,
+    EncoderSpec,
+    EvaluationSpec,
+    FeatureLoss,
+    FlowSpec,
+    GeneratorTrainingSpec,
+    InternalGuidance,
+    LPIPSLoss,
+    MuonSpec,
+    RunSpec,
+    SamplingSpec,
+    ScheduleSpec,
+    TokenizerSpec,
+    TokenizerTrainingSpec,
+    decoder_size,
+)
+from raev2_tasks.imagenet.spec import ClassToImageSpec
+
+IMAGENET_TRAIN = 1_281_167  # images of an epoch
+
+
+def quickstart() -> RunSpec:
+    """Emoji pictures, 64 px, on a laptop: the whole pipeline in minutes."""
+    return RunSpec(
+        recipe="quickstart",
+        summary="emoji at 64 px, micro encoder, all 6 layers; both stages, samples, metrics and report in minutes",
+        task=ClassToImageSpec(),
+        data=DataSpec(dir="data/emoji", recipe="emoji", cache=True),
+        tokenizer=TokenizerSpec(
+            encoder=EncoderSpec(name="micro", layers=(0, 1, 2, 3, 4, 5)),
+            decoder=decoder_size("micro", patch_size=8),
+            grid=(8, 8),
+            noise_tau=0.3,
+        ),
+        tokenizer_training=TokenizerTrainingSpec(
+            images=40_000,
+            batch_size=64,
+            schedule=ScheduleSpec(lr=1e-3, final_lr=1e-4, warmup_images=2_000),
+            perceptual=FeatureLoss(),
+            adversarial=AdversarialSpec(),
+            ema_decay=0.99,
+            sample_every_images=10_000,
+            save_every_images=20_000,
+        ),
+        generator=DDTSpec(
+            width=256, depth=8, num_heads=4, head_width=512, head_depth=2, head_num_heads=8, base_head_depth=4
+        ),
+        generator_training=GeneratorTrainingSpec(
+            images=100_000,
+            batch_size=64,
+            optimizer=MuonSpec(),
+            schedule=ScheduleSpec(lr=1e-3, final_lr=1e-4, decay="linear", decay_start_images=50_000),
+            ema_decays=(0.995,),
+            sample_every_images=20_000,
+            eval_every_images=20_000,
+            save_every_images=20_000,
+            latent_cache=True,
+        ),
+        sampling=SamplingSpec(steps=25, guidance=InternalGuidance(scale=1.5)),
+        evaluation=EvaluationSpec(
+            protocols=("reconstruction-micro", "generation-micro"), in_training=("generation-micro",), num_samples=500
+        ),
+    )
+
+
+def laptop() -> RunSpec:
+    """The quickstart with more of everything: recognisable emoji in at most 90 minutes on two cores."""
+    base = quickstart()
+    return base.replace(
+        recipe="laptop",
+        summary="emoji at 64 px, larger networks, at most 90 minutes on 2 cores",
+        tokenizer_training=base.tokenizer_training.replace(images=200_000),
+        generator_training=base.generator_training.replace(images=1_000_000),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published systems
+
+TRUNK_SIZES = {
+    "s": (384, 12, 6),
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+    "xl": (1152, 28, 16),
+    "xl1440": (1440, 28, 20),
+}
+
+
+def trunk_size(size: str) -> dict[str, int]:
+    """Width, depth and heads of a published trunk."""
+    width, depth, num_heads = TRUNK_SIZES[size]
+    return {"width": width, "depth": depth, "num_heads": num_heads}
+
+
+def published_tokenizer_training() -> TokenizerTrainingSpec:
+    """Stage 1 of RAE and RAEv2: 16 epochs, batch 512, discriminator from epoch 6, its loss from epoch 8."""
+    return TokenizerTrainingSpec(
+        images=16 * IMAGENET_TRAIN,
+        batch_size=512,
+        schedule=ScheduleSpec(lr=2e-4, final_lr=2e-5, warmup_images=IMAGENET_TRAIN),
+        clip_grad_norm=None,
+        perceptual=LPIPSLoss(),
+        adversarial=AdversarialSpec(encoder="dino-s8", layers=(2, 5, 8, 11), input_size=224),
+        ema_decay=0.9978,
+        log_every_steps=100,
+        sample_every_images=2_500 * 512,
+        save_every_images=IMAGENET_TRAIN,
+    )
+
+
+def imagenet_data(size: int) -> DataSpec:
+    """ImageNet-1k, centre-cropped once; set `data.options.src` to a folder with train/ and val/ class folders."""
+    return DataSpec(dir=f"data/imagenet-{size}", recipe="image-folder", options={"size": str(size)}, num_workers=8)
+
+
+def raev2_dinov3l(layers: tuple[int, ...], label: str, summary: str) -> RunSpec:
+    """RAEv2 on DINOv3-L: in-context DiT^DH with x-prediction, base head and Muon (released configuration)."""
+    return RunSpec(
+        recipe=f"raev2-dinov3l-{label}",
+        summary=summary,
+        task=ClassToImageSpec(num_classes=1000),
+        data=imagenet_data(256),
+        tokenizer=TokenizerSpec(
+            # The papers say "sum of the last K layers"; the released DINOv3 models take the mean of these blocks and
+            # add the token mean of the last one. K = 1 is the plain encoder.
+            encoder=EncoderSpec(name="dinov3-l16", layers=layers, aggregate="mean", pooled_term=bool(layers)),
+            decoder=decoder_size("XL"),
+        ),
+        tokenizer_training=published_tokenizer_training(),
+        generator=DDTSpec(**trunk_size("xl1440"), base_head_depth=8),
+        generator_training=GeneratorTrainingSpec(
+            images=80 * IMAGENET_TRAIN,
+            batch_size=1024,
+            optimizer=MuonSpec(routing="all_matrices"),
+            schedule=ScheduleSpec(
+                lr=2e-4, final_lr=2e-5, decay="linear",
+                decay_start_images=25 * IMAGENET_TRAIN, decay_end_images=50 * IMAGENET_TRAIN,
+            ),
+            ema_decays=(0.9995,),
+            log_every_steps=100,
+            sample_every_images=10 * IMAGENET_TRAIN,
+            eval_every_images=20 * IMAGENET_TRAIN,
+            save_every_images=IMAGENET_TRAIN,
+        ),
+        sampling=SamplingSpec(steps=100, guidance=InternalGuidance(scale=1.78, interval=(0.1, 1.0))),
+        evaluation=EvaluationSpec(
+            protocols=("reconstruction-inception", "generation-inception"), in_training=("generation-inception",)
+        ),
+    )  # fmt: skip
+
+
+def rae_ditdh(size: str, resolution: int) -> RunSpec:
+    """RAE (v1) on DINOv2-B: adaLN DiT^DH, velocity prediction, AdamW."""
+    grid = resolution // 16
+    base = raev2_dinov3l((), "k1", "")
+    return base.replace(
+        recipe=f"rae-ditdh-{size}" + ("" if resolution == 256 else f"-{resolution}"),
+        summary=f"RAE v1: DiT^DH-{size.upper()} on DINOv2-B, {resolution} px (arXiv 2510.11690)",
+        data=imagenet_data(resolution).replace(horizontal_flip=True),
+        tokenizer=TokenizerSpec(encoder=EncoderSpec(name="dinov2-b"), decoder=decoder_size("XL"), grid=(grid, grid)),
+        generator=DDTSpec(
+            **trunk_size(size), conditioning="adaln", qk_norm=False, abs_pos_embed=True, num_time_tokens=1
+        ),
+        flow=FlowSpec(prediction="velocity"),
+        generator_training=base.generator_training.replace(
+            images=1400 * IMAGENET_TRAIN,
+            optimizer=AdamWSpec(),
+            schedule=ScheduleSpec(
+                lr=2e-4, final_lr=2e-5, decay="linear",
+                decay_start_images=40 * IMAGENET_TRAIN, decay_end_images=800 * IMAGENET_TRAIN,
+            ),
+        ),
+        sampling=SamplingSpec(steps=50),
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[], RunSpec]] = {
+    "quickstart": quickstart,
+    "laptop": laptop,
+    "raev2-dinov3l-k1": partial(raev2_dinov3l, (), "k1", "RAEv2, last layer only (arXiv 2605.18324)"),
+    "raev2-dinov3l-k7": partial(
+        raev2_dinov3l, (11, 13, 15, 17, 19, 21, 23), "k7", "RAEv2, 7 layers, the headline system (arXiv 2605.18324)"
+    ),
+    "raev2-dinov3l-k23": partial(
+        raev2_dinov3l, tuple(range(1, 24)), "k23", "RAEv2, 23 layers, best reconstruction (arXiv 2605.18324)"
+    ),
+    **{
+        f"rae-ditdh-{size}" + ("" if resolution == 256 else "-512"): partial(rae_ditdh, size, resolution)
+        for resolution in (256, 512)
+        for size in ("s", "b", "l", "xl")
+    },
+}

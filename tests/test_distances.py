@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from raev2.errors import DataError
+from raev2.eval.distances import (
+    Moments,
+    frechet_distance,
+    frechet_stderr,
+    inception_score,
+    moments_distance,
+    precision_recall,
+)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form():
+    mean1, mean2 = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([0.0, 1.0, 0.5]).double()
+    std1, std2 = torch.tensor([1.0, 2.0, 0.3]).double(), torch.tensor([2.0, 0.5, 0.3]).double()
+    expected = float((mean1 - mean2).square().sum() + (std1 - std2).square().sum())
+    found = frechet_distance(mean1, std1.square().diag(), mean2, std2.square().diag())
+    assert found == pytest.approx(expected, abs=1e-10)
+
+
+def test_frechet_distance_of_non_commuting_covariances_is_the_closed_form():
+    # 2 x 2: tr sqrt(A B) = sqrt(tr(AB) + 2 sqrt(det(AB)))
+    a = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()
+    b = torch.tensor([[1.0, -0.7], [-0.7, 3.0]]).double()
+    product = a @ b
+    cross = math.sqrt(float(product.trace()) + 2 * math.sqrt(float(torch.linalg.det(product))))
+    zero = torch.zeros(2).double()
+    expected = float(a.trace() + b.trace()) - 2 * cross
+    assert frechet_distance(zero, a, zero, b) == pytest.approx(expected, abs=1e-10)
+
+
+def test_frechet_distance_of_rank_deficient_sets_is_finite_and_zero_to_itself():
+    few = Moments.of(randn(5, 40))
+    assert moments_distance(few, few) == pytest.approx(0, abs=1e-8)
+    other = Moments.of(randn(7, 40, seed=1))
+    assert math.isfinite(moments_distance(few, other)) and moments_distance(few, other) > 0
+    assert moments_distance(few, other) == pytest.approx(moments_distance(other, few), rel=1e-9)
+
+
+def test_a_shift_of_all_features_adds_its_squared_length():
+    features = randn(300, 6)
+    shift = torch.tensor([3.0, 0, 0, 4.0, 0, 0])
+    assert moments_distance(Moments.of(features), Moments.of(features + shift)) == pytest.approx(25, abs=1e-5)
+
+
+def test_moments_are_those_of_the_whole_set_in_any_split():
+    features = randn(101, 5) * 3 + 10
+    parts = Moments(5)
+    for chunk in features.split(17):
+        parts.update(chunk)
+    merged = Moments.of(features[:40]).merge(Moments.of(features[40:]))
+    for moments in (parts, merged, Moments.from_tensors(parts.tensors()), parts.over_processes()):
+        assert moments.count == 101
+        torch.testing.assert_close(moments.mean, features.double().mean(0))
+        torch.testing.assert_close(moments.cov, features.double().T.cov())
+    without = merged.merge(Moments.of(features[40:]), sign=-1)
+    torch.testing.assert_close(without.cov, features[:40].double().T.cov())
+
+
+def test_moments_refuse_features_that_are_not_finite_and_a_single_image():
+    with pytest.raises(DataError, match="features: not finite"):
+        Moments.of(torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(DataError, match="a covariance needs two images; got 1"):
+        _ = Moments.of(randn(1, 3)).cov
+
+
+def test_jackknife_error_matches_the_spread_over_independent_draws():
+    reference = Moments.of(randn(4000, 4, seed=99))
+    draws = [randn(200, 4, seed=seed) + 0.5 for seed in range(40)]
+    spread = torch.tensor([moments_distance(Moments.of(draw), reference) for draw in draws]).std()
+    estimates = [frechet_stderr(draw, reference) for draw in draws]
+    estimate = torch.tensor([value for value in estimates if value is not None]).mean()
+    assert 0.7 < estimate / spread < 1.4
+    assert frechet_stderr(draws[0][:20], reference) is None
+
+
+def test_precision_and_recall_of_equal_distant_and_collapsed_sets():
+    real = randn(200, 3)
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, real + 100) == (0.0, 0.0)
+    collapsed = real[:1] + 1e-3 * randn(200, 3, seed=1)  # good images without variety
+    precision, recall = precision_recall(real, collapsed)
+    assert precision == 1.0 and recall <= 0.02
+
+
+def test_precision_counts_by_hand_and_does_not_depend_on_the_chunk_size():
+    real = torch.tensor([[0.0], [1.0], [3.0], [10.0]])  # radii with k=1: 1, 1, 2, 7
+    fake = torch.tensor([[0.5], [4.9], [5.2], [-1.5], [18.0]])  # inside: yes, yes, yes (10 - 7), no, no
+    precision, _ = precision_recall(real, fake, k=1)
+    assert precision == pytest.approx(3 / 5)
+    real, fake = randn(90, 4), randn(70, 4, seed=1) * 1.3
+    assert precision_recall(real, fake, chunk_size=7) == precision_recall(real, fake)
+    with pytest.raises(DataError, match="too few images; got 3; expected > 3"):
+        precision_recall(real[:3], fake)
+
+
+def test_inception_score_is_one_for_equal_and_the_class_count_for_certain_predictions():
+    assert inception_score(torch.full((100, 10), 0.1))[0] == pytest.approx(1)
+    certain = torch.eye(10).repeat_interleave(20, dim=0)  # sorted by class: splits must still be mixed
+    assert inception_score(certain)[0] == pytest.approx(10)
+    with pytest.raises(DataError, match="not class distributions"):
+        inception_score(torch.ones(100, 10))

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import logging
+import socket
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+import torch.multiprocessing as multiprocessing
+
+from raev2.eval.distances import Moments
+from raev2.eval.generate import collect, sample_indices
+
+
+def rows(indices):
+    """Rows that depend on the sample's number alone, as noise and conditions do."""
+    vectors = [torch.randn(3, generator=torch.Generator().manual_seed(index)) for index in indices]
+    return {"features": torch.stack(vectors), "number": torch.tensor(list(indices))}
+
+
+@pytest.mark.parametrize(("num", "world", "chunk"), [(10, 3, 1), (10, 3, 4), (7, 4, 2), (2, 3, 5), (64, 1, 10)])
+def test_every_sample_belongs_to_exactly_one_process(num, world, chunk):
+    shares = [sample_indices(num, rank, world, chunk) for rank in range(world)]
+    assert sorted(sum(shares, [])) == list(range(num))
+
+
+def test_ten_samples_on_three_processes_are_shared_evenly():
+    assert [len(sample_indices(10, rank, 3)) for rank in range(3)] == [4, 3, 3]
+
+
+def test_rows_do_not_depend_on_the_chunk_size():
+    expected = collect(10, 1, rows)
+    assert expected["number"].tolist() == list(range(10))
+    for chunk in (3, 7, 64):
+        assert torch.equal(collect(10, chunk, rows)["features"], expected["features"])
+
+
+def test_long_work_says_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr("raev2.eval.generate.PROGRESS_SECONDS", -1.0)
+    with caplog.at_level(logging.INFO):
+        collect(6, 2, rows, "toys")
+    assert "evaluation: 4 of 6 toys" in caplog.text
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    torch_dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    found = collect(10, 2, rows)
+    moments = Moments.of(rows(sample_indices(10, rank, 3))["features"]).over_processes()
+    torch.save((found, moments.cov), f"{folder}/{rank}.pt")
+    torch_dist.destroy_process_group()
+
+
+def test_three_processes_give_ids_zero_to_nine_once_and_the_numbers_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(worker, args=(port, str(tmp_path)), nprocs=3)
+    expected = collect(10, 2, rows)
+    cov = Moments.of(expected["features"]).cov
+    for rank in range(3):
+        found, found_cov = torch.load(tmp_path / f"{rank}.pt")
+        assert found["number"].tolist() == list(range(10))
+        assert torch.equal(found["features"], expected["features"])
+        torch.testing.assert_close(found_cov, cov, rtol=1e-12, atol=1e-12)
