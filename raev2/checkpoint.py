@@ -86,7 +86,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
         raise CheckpointError(str(path), f"not a checkpoint, {MANIFEST} is missing", expected="checkpoints/<images>")
-    manifest = json.loads(manifest_file.read_text())
+    try:
+        manifest = json.loads(manifest_file.read_text())
+    except ValueError as error:
+        raise CheckpointError(str(manifest_file), "damaged, not JSON", hint="Use an earlier checkpoint.") from error
     for name, expected in manifest.items():
         file = path / name
         got = _sha256(file) if file.is_file() else "no file"

@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=help, epilog=EPILOG if name == "train" else None)
+        parser = commands.add_parser(name, help=help, description=help, epilog=EPILOG if name == "train" else None)
+        parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return parser
 
     train = command("train", "train a run: the tokenizer if there is none yet, then the generator, then evaluate")
     train.add_argument("--task", required=True, help="see `raev2 tasks`")
@@ -100,7 +102,6 @@ def parser() -> argparse.ArgumentParser:
 def _run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", help="use the newest run of this task")
     command.add_argument("--run", metavar="DIR", help="run folder")
-    command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -50,7 +50,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         index_file = self.dir / self.manifest["splits"][split]["index"]
         if not index_file.is_file():
             raise DataError(f"data {self.dir}", f"index {index_file.name} is missing", hint=_rebuild(self.manifest))
-        self.index = [json.loads(line) for line in index_file.read_text().splitlines()]
+        try:
+            self.index = [json.loads(line) for line in index_file.read_text().splitlines()]
+        except ValueError as error:
+            raise DataError(
+                f"data {index_file}", "damaged, a line is not JSON", got=str(error), hint=_rebuild(self.manifest)
+            ) from error
         expected = self.manifest["splits"][split]["num_samples"]
         if len(self.index) != expected:
             raise DataError(
@@ -82,7 +87,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         try:
             with Image.open(file) as opened:
                 image = centre_crop(opened.convert("RGB"), self.image_size)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these from Pillow
             raise DataError(
                 f"data {file}", "cannot be read as an image", got=type(error).__name__,
                 hint=f"Run `raev2 data verify {self.dir}`.",
@@ -171,11 +176,26 @@ def train_batches(
     return iter(loader)
 
 
-def ordered_batches(dataset: ImageDataset, batch_size: int, indices: range | None = None) -> Iterator[Batch]:
-    """The samples of a split once, in index order. An unreadable image is an error here: a metric must not skip."""
+def ordered_batches(
+    dataset: ImageDataset, batch_size: int, indices: range | None = None, *, skip_unreadable: bool = False
+) -> Iterator[Batch]:
+    """The samples of a split once, in index order.
+
+    An unreadable image is an error, because a metric must not skip; with `skip_unreadable` it is left out, as in
+    training.
+    """
     indices = range(len(dataset)) if indices is None else indices
     for start in range(0, len(indices), batch_size):
-        yield _collate([dataset[i] for i in indices[start : start + batch_size]])[0]
+        samples = []
+        for index in indices[start : start + batch_size]:
+            try:
+                samples.append(dataset[index])
+            except DataError as error:
+                if not skip_unreadable:
+                    raise
+                logger.warning("skipped: %s", error)
+        if samples:
+            yield _collate(samples)[0]
 
 
 def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -199,7 +219,10 @@ def read_manifest(dir: Path) -> dict[str, Any]:
             f"data {dir}", "no dataset folder here", expected="a folder with manifest.json",
             hint="Build it with `raev2 data build RECIPE --out DIR`; `raev2 data list` shows the recipes.",
         )  # fmt: skip
-    manifest = json.loads(file.read_text())
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"data {file}", "damaged, not JSON", got=str(error), hint="Build the dataset again.") from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"data {dir}", "unknown format_version", got=manifest.get("format_version"), expected=str(FORMAT_VERSION)

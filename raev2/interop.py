@@ -34,7 +34,7 @@ __all__ = ["aggregate_layers", "export_generator", "import_decoder", "import_gen
 # Generators
 
 
-def import_generator(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Generator:
+def import_generator(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> Generator:
     """Build a `Generator` from reference weights; raises `CheckpointError` unless every tensor finds its place.
 
     state_dict   plain, or a training checkpoint with the weights under "ema" or "model"
@@ -80,7 +80,8 @@ def export_generator(generator: Generator) -> dict[str, Tensor]:
         value = _reorder_heads(generator, ours, state[ours], to_ours=False)
         if ours.endswith("pos_embed"):
             value = value[None]
-        splits = [len(value)] if len(theirs) == 1 else list(modules[ours.rpartition(".")[0]].splits)  # type: ignore[arg-type]
+        module: Any = modules[ours.rpartition(".")[0]]
+        splits = [len(value)] if len(theirs) == 1 else list(module.splits)
         tensors.update(zip(theirs, (part.clone() for part in value.split(splits)), strict=True))
     for prefix, rope, length in _ropes(generator):
         cos, sin = rope(length)
@@ -220,8 +221,9 @@ def _reorder_heads(generator: Generator, name: str, value: Tensor, *, to_ours: b
     if ".attn." not in name or ".attn.proj" in name:
         return value
     spec = generator.network_spec
-    in_head = name.startswith("network.head_blocks.") and isinstance(spec, DDTSpec)
-    width, num_heads = (spec.head_width, spec.head_num_heads) if in_head else (spec.width, spec.num_heads)  # type: ignore[union-attr]
+    width, num_heads = spec.width, spec.num_heads
+    if name.startswith("network.head_blocks.") and isinstance(spec, DDTSpec):
+        width, num_heads = spec.head_width, spec.head_num_heads
     head_dim = width // num_heads
     order = torch.arange(head_dim).view(-1, 2).T.flatten()  # 0, 2, 4, ..., 1, 3, 5, ...
     order = order if to_ours else order.argsort()
@@ -265,7 +267,7 @@ def _check_rope(generator: Generator, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def import_decoder(
-    state_dict: Mapping[str, Tensor],
+    state_dict: Mapping[str, Any],
     config: Mapping[str, Any],
     pixel_mean: tuple[float, float, float] | None = None,
     pixel_std: tuple[float, float, float] | None = None,

@@ -1,11 +1,12 @@
 """Whole capabilities: train, sample, reconstruct, evaluate. What the commands do, as functions.
 
-run_dir = train(spec, "runs/imagenet/quickstart")
+run_dir = train(spec, "runs/TASK/NAME")
 sample_run(run_dir, {"n": 16}, out=Path("samples"))
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -57,11 +58,12 @@ def train(
     Parts that are there already are used: the dataset folder, the tokenizer artefact, checkpoints of a stopped run.
     """
     task = get_task(spec.task.name)
+    make_accelerator(spec.precision)  # from here on the processes know each other
     prepare_data(spec)
     spec = with_tokenizer(spec)
     run = open_run(run_dir, spec, resume=resume, overwrite=overwrite)
     train_set, val_set = task.dataset(spec, "train"), task.dataset(spec, "val")
-    add_provenance(run, "data", {"fingerprint": train_set.fingerprint, **_data_provenance(train_set)})
+    add_provenance(run, "data", {name: value for name, value in train_set.manifest.items() if name != "classes"})
 
     # Stage 1.
     tokenizer_dir = spec.tokenizer_from or run.dir / TOKENIZER
@@ -90,7 +92,7 @@ def train(
 
             generator = train_generator(run, task, rae, train_set, look, evaluate_now)
         final = [evaluator.protocol for evaluator in protocols if evaluator.needs_generator]
-        _evaluate(run, task, rae, generator, final, spec.generator_training.images)
+        _evaluate(run, task, rae, generator, final, spec.generator_training.final_images)
     if dist.is_main():
         from raev2.report import write_report  # plots: heavy to import
 
@@ -136,14 +138,7 @@ def open_trained(run_dir: str | Path) -> TrainedRun:
     spec = load_spec(run_dir / "spec.yaml")
     run = Run(run_dir, spec, make_accelerator(spec.precision))
     task = get_task(spec.task.name)
-    tokenizer_dir = Path(spec.tokenizer_from or run_dir / TOKENIZER)
-    if not spec.tokenizer_from and not tokenizer_dir.is_dir():
-        raise CheckpointError(
-            str(run_dir),
-            "its tokenizer is not trained yet",
-            hint="Continue the run with the same `raev2 train` command.",
-        )
-    rae = RAE.from_pretrained(tokenizer_dir).to(run.device)
+    rae = RAE.from_pretrained(_tokenizer_of(run_dir, spec)).to(run.device)
     generator = None
     if (run_dir / GENERATOR / "config.json").is_file():
         generator = load_generator(run_dir / GENERATOR).to(run.device)
@@ -232,7 +227,7 @@ def _generate(
 
     def generate(raw: Cond, indices: Sequence[int]) -> Tensor:
         cond = encode_cond({name: value.to(run.device) for name, value in raw.items()})
-        with run.accelerator.autocast():
+        with run.autocast():
             images = sample(
                 generator, trained.rae, cond, sampling.steps, sampling.guidance, seed, indices,
                 solver=sampling.solver, batch_size=sampling.batch_size, weak=weak,
@@ -255,7 +250,7 @@ def evaluate_run(run_dir: Path, protocols: Sequence[str] = ()) -> dict[str, list
     """Evaluate a run by protocol name (default: those of its spec); writes `eval/<protocol>.json`."""
     trained = open_trained(run_dir)
     spec = trained.run.spec
-    images = spec.generator_training.images
+    images = spec.generator_training.final_images
     if trained.generator is not None and not (run_dir / GENERATOR).is_dir():
         images = latest_checkpoint(run_dir / "checkpoints" / GENERATOR).state["images"]  # type: ignore[union-attr]
     names = list(protocols) or list(spec.evaluation.protocols)
@@ -265,7 +260,10 @@ def evaluate_run(run_dir: Path, protocols: Sequence[str] = ()) -> dict[str, list
 def _evaluate(
     run: Run, task: Task, rae: RAE, generator: Generator | None, protocols: Sequence[str], images: int = 0
 ) -> dict[str, list[MetricResult]]:
-    """Run protocols on one state of the networks, write their files and log the numbers."""
+    """Run protocols on one state of the networks, write their files and log the numbers.
+
+    images   what the generator has seen; protocols of the tokenizer belong to the end of stage 1
+    """
     spec = run.spec
     trained = TrainedRun(run, task, rae, generator)
     context = EvalContext(
@@ -278,14 +276,17 @@ def _evaluate(
     )
     results = {}
     for evaluator in get_evaluators(task, spec, protocols):
-        results[evaluator.protocol] = run_protocol(
-            evaluator, context, run.dir / EVAL, images_seen=images,
-            ema_decay=spec.generator_training.ema_decays[0] if generator else spec.tokenizer_training.ema_decay,
-        )  # fmt: skip
+        if evaluator.needs_generator:
+            own, stage, seen, decay = context, GENERATOR, images, spec.generator_training.ema_decays[0]
+        else:
+            own, stage = dataclasses.replace(context, generate=None), TOKENIZER
+            seen, decay = spec.tokenizer_training.final_images, spec.tokenizer_training.ema_decay
+        found = run_protocol(evaluator, own, run.dir / EVAL, images_seen=seen, ema_decay=decay)
         run.log(
-            stage=GENERATOR if evaluator.needs_generator else TOKENIZER, kind="eval", images=images,
-            protocol=evaluator.protocol, metrics={result.name: result.value for result in results[evaluator.protocol]},
+            stage=stage, kind="eval", images=seen, protocol=evaluator.protocol,
+            metrics={result.name: result.value for result in found},
         )  # fmt: skip
+        results[evaluator.protocol] = found
     return results
 
 
@@ -351,7 +352,7 @@ def read_image(file: Path, size: tuple[int, int]) -> Tensor:
     try:
         with Image.open(file) as image:
             return torch.from_numpy(np.array(centre_crop(image.convert("RGB"), size))).permute(2, 0, 1).contiguous()
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these from Pillow
         raise DataError(str(file), "cannot be read as an image", got=type(error).__name__) from error
 
 
@@ -389,7 +390,18 @@ def _load_rae(source: str) -> RAE:
     """The tokenizer of a run folder, an artefact folder or a hub repository."""
     if not (Path(source) / "spec.yaml").is_file():
         return RAE.from_pretrained(source)
-    return RAE.from_pretrained(load_spec(Path(source) / "spec.yaml").tokenizer_from or Path(source) / TOKENIZER)
+    return RAE.from_pretrained(_tokenizer_of(Path(source), load_spec(Path(source) / "spec.yaml")))
+
+
+def _tokenizer_of(run_dir: Path, spec: RunSpec) -> str | Path:
+    """Where the tokenizer of a run is; CheckpointError while there is none."""
+    if spec.tokenizer_from is None and not (run_dir / TOKENIZER / "config.json").is_file():
+        raise CheckpointError(
+            str(run_dir),
+            "its tokenizer is not trained yet",
+            hint="Continue the run with the same `raev2 train` command.",
+        )
+    return spec.tokenizer_from or run_dir / TOKENIZER
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,8 +445,3 @@ def _need_generator(trained: TrainedRun) -> Generator:
             hint=f"Run `raev2 train --task {trained.run.spec.task.name}` with this --run.",
         )  # fmt: skip
     return trained.generator
-
-
-def _data_provenance(dataset: ImageDataset) -> dict[str, object]:
-    manifest = dataset.manifest
-    return {name: manifest.get(name) for name in ("name", "recipe", "options", "licence", "attribution", "rejected")}

@@ -1,6 +1,6 @@
 """A run: its folder, its log, its processes and its random numbers. Shared by the two training loops.
 
-    run = open_run("runs/imagenet/quickstart", spec)
+    run = open_run("runs/TASK/NAME", spec)
     run.log(stage="generator", kind="train", images=128, step=1, loss=1.2)
 
 The folder is described in docs/conventions.md#run-folder. Opening an existing folder with the same spec continues it.
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from raev2 import dist
@@ -46,7 +47,7 @@ MAX_NON_FINITE_STEPS = 20
 
 @dataclass
 class Run:
-    """A run folder opened by this process. `accelerator` holds device, precision and the process group."""
+    """A run folder opened by this process. `accelerator` holds device and process group."""
 
     dir: Path
     spec: RunSpec
@@ -57,6 +58,10 @@ class Run:
         """Device of this process."""
         return self.accelerator.device
 
+    def autocast(self) -> torch.autocast:
+        """Autocast to bfloat16 inside, or nothing in a float32 run. (Accelerate has one precision per process.)"""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16")
+
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl (main process only)."""
         if dist.is_main():
@@ -65,19 +70,23 @@ class Run:
 
     def history(self, **match: Any) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl whose fields equal `match`."""
-        file = self.dir / "metrics.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        return [line for line in lines if all(line.get(name) == value for name, value in match.items())]
+        return [line for line in self._lines() if all(line.get(name) == value for name, value in match.items())]
 
     def forget_after(self, stage: str, images: int) -> None:
-        """Drop log lines of a stage past `images`: a resumed run writes them again."""
+        """Drop log lines of a stage past `images` (0: all of them): a resumed run writes them again."""
         file = self.dir / "metrics.jsonl"
         if dist.is_main() and file.is_file():
-            lines = [line for line in map(json.loads, file.read_text().splitlines())]
-            kept = [line for line in lines if line.get("stage") != stage or line["images"] <= images]
+            last = images if images > 0 else -1
+            kept = [line for line in self._lines() if line.get("stage") != stage or line["images"] <= last]
             partial = file.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(partial, file)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl; a last line that was cut short (killed process, full disk) is left out."""
+        file = self.dir / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: bool = False) -> Run:
@@ -93,7 +102,7 @@ def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: 
             shutil.rmtree(dir)
         if spec_file.is_file():
             _check_continues(dir, load_spec(spec_file), spec, resume)
-        elif dir.exists() and any(dir.iterdir()):
+        elif dir.exists() and any(not file.name.startswith(".") for file in dir.iterdir()):
             raise CheckpointError(str(dir), "exists and is not a run folder", hint="Choose another --run.")
         dir.mkdir(parents=True, exist_ok=True)
         save_spec(spec, spec_file)
@@ -114,9 +123,9 @@ def newest_run(task_name: str, root: Path = Path("runs")) -> Path:
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """Device and autocast by precision: 'bf16' autocasts with fp32 weights, 'fp32' also switches TF32 off."""
+    """Device and processes; 'fp32' also switches TF32 off. Autocast is `Run.autocast`."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    return Accelerator(mixed_precision="no")
 
 
 def provenance(spec: RunSpec, device: torch.device) -> dict[str, Any]:
@@ -215,6 +224,16 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float
 def gradient_sync(model: nn.Module, sync: bool) -> AbstractContextManager[object]:
     """Forward and backward inside: processes exchange gradients only where `sync` is True."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
+
+
+def attention_kernels(device: torch.device, num_tokens: int) -> AbstractContextManager[object]:
+    """Attention kernels for training: torch's choice, but plain matrix products for short sequences on a CPU.
+
+    The backward of torch's fused CPU kernel takes 5 times as long at 64 tokens, and the same at 256 (measured, bf16).
+    """
+    if device.type == "cpu" and num_tokens <= 128:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], loss: Tensor, clip: float | None) -> float:

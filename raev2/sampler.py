@@ -128,7 +128,8 @@ def sample(
         noise = noise_for(seed, [indices[row] for row in rows], generator.latent_shape).to(generator.device)
         chunk_cond = cond_map(cond, lambda value: value[rows].to(generator.device))
         latents = sample_latents(generator, chunk_cond, noise, sampling, weak=weak)
-        return rae.decode(latents).float().clamp(0, 1)
+        with torch.autocast(generator.device.type, enabled=False):  # pixels are decoded in float32
+            return rae.decode(latents).clamp(0, 1)
 
     return map_rows(images, len(indices), generator.device, batch_size)
 

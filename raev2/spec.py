@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
-
 AnySpec = TypeVar("AnySpec", bound="Spec")
 
 
@@ -32,6 +31,8 @@ class Spec(BaseModel):
 
 class DataSpec(Spec):
     """Which prepared dataset folder to read (see docs/how_to/own_data.md) and how."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # --set data.options.size=128
 
     dir: str = Field(description="dataset folder with manifest.json, written by `raev2 data build`")
     recipe: str | None = Field(None, description="data recipe that builds the folder when it is missing")
@@ -176,6 +177,11 @@ class LoopSpec(Spec):
     def num_steps(self) -> int:
         """Optimizer steps of the whole training."""
         return math.ceil(self.images / self.batch_size)
+
+    @property
+    def final_images(self) -> int:
+        """Images seen at the end: whole batches, so `images` or a little more."""
+        return self.num_steps * self.batch_size
 
 
 class AdamWSpec(Spec):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,12 @@ def load_spec(file: str | Path) -> RunSpec:
     file = Path(file)
     if not file.is_file():
         raise CheckpointError(str(file), "no spec here", expected="spec.yaml of a run folder")
-    values = yaml.safe_load(file.read_text())
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise CheckpointError(str(file), "not readable as YAML", got=_one_line(error)) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(str(file), "damaged", got=type(values).__name__, expected="the mapping of a run spec")
     values.pop("fingerprint", None)
     return spec_from_dict(values)
 
@@ -60,7 +66,10 @@ def load_spec(file: str | Path) -> RunSpec:
 def save_spec(spec: RunSpec, file: str | Path) -> None:
     """Write the resolved spec with its fingerprint."""
     values = {"fingerprint": fingerprint(spec), **spec_to_dict(spec)}
-    Path(file).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    file = Path(file)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    os.replace(partial, file)
 
 
 def fingerprint(spec: RunSpec) -> str:
@@ -93,14 +102,14 @@ def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:
         path, separator, text = override.partition("=")
         if not separator or not path:
             raise SpecError("--set", "cannot be read", got=repr(override), expected="path.to.field=value")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SpecError("--set", "the value is not YAML", got=repr(override), hint=_one_line(error)) from None
         *parents, last = path.split(".")
         node = values
-        for depth, parent in enumerate(parents):
-            if parent not in node:
-                where = ".".join(["spec", *parents[: depth + 1]])
-                raise SpecError(where, "unknown field", hint=did_you_mean(parent, node) or f"Known: {', '.join(node)}")
-            if node[parent] is None:
+        for parent in parents:
+            if node.get(parent) is None:  # a part that is off, or an unknown one: validation tells
                 node[parent] = {}
             if not isinstance(node[parent], dict):
                 raise SpecError(f"spec.{path}", f"{parent} has no fields", got=repr(node[parent]))
@@ -169,6 +178,10 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _lower_first(text: str) -> str:

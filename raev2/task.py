@@ -54,6 +54,10 @@ class Evaluator(ABC):
     description: str
     needs_generator: bool
 
+    def describe(self, context: EvalContext) -> dict[str, Any]:
+        """What the numbers depend on besides spec and data, for the result file."""
+        return {}
+
     @abstractmethod
     def run(self, context: EvalContext) -> Iterator[MetricResult]:
         """Yield the numbers of this protocol. Runs on every process; all processes yield the same values."""
@@ -184,5 +188,5 @@ def _load(points: Mapping[str, EntryPoint], name: str, what: str, where: str) ->
 
 def did_you_mean(name: str, known: Mapping[str, object] | Sequence[str]) -> str:
     """'Did you mean ...?' for the closest known name, or ''."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else ""

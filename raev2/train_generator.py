@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ from raev2.run import (
     Run,
     Stopped,
     StopSignal,
+    attention_kernels,
     crossed,
     distribute,
     gradient_sync,
@@ -54,8 +56,13 @@ def train_generator(
 
     Continues from the newest checkpoint of the run. Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
-    spec, loop, accelerator = run.spec, run.spec.generator_training, run.accelerator
+    spec, loop = run.spec, run.spec.generator_training
     device, checkpoints = run.device, run.dir / "checkpoints" / STAGE
+    if loop.latent_cache and spec.data.horizontal_flip:
+        raise SpecError(
+            "spec.generator_training.latent_cache", "cached latents cannot be flipped", got="true",
+            expected="false with data.horizontal_flip=true",
+        )  # fmt: skip
 
     # Network, optimizer, averages.
     torch.manual_seed(spec.seed)
@@ -77,7 +84,7 @@ def train_generator(
     )  # fmt: skip
     guard, progress, skipped_images = NonFiniteGuard(run, STAGE), Progress(STAGE, loop, images), 0
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, attention_kernels(device, math.prod(rae.latent_shape[1:])):
         if images == 0:
             look(generator, images)
             if loop.eval_every_images:
@@ -96,19 +103,25 @@ def train_generator(
             rng = step_generator(device, spec.seed, STAGE, dist.rank(), images)
             values: dict[str, Tensor] = {}
 
-            for part, share, last in micro_batches(batch, loop.micro_batch_size):
+            # Random numbers, for the whole batch at once: they do not depend on `micro_batch_size`.
+            num, size = len(batch.key), loop.micro_batch_size or len(batch.key)
+            all_drop = torch.rand(num, generator=rng, device=device) < loop.cond_drop_prob
+            all_t = sample_t(num, spec.flow, generator.time_shift, rng, device)
+            all_noise = torch.randn(num, *rae.latent_shape, generator=rng, device=device)
+
+            parts = zip(
+                micro_batches(batch, size), all_drop.split(size), all_t.split(size), all_noise.split(size), strict=True
+            )
+            for (part, share, last), drop, t, noise in parts:
                 # Latents and conditions.
                 latents = encode(part.images, part.key)
                 cond = encode_cond(cond_map(part.cond, lambda value: value.to(device)))
-                drop = torch.rand(len(latents), generator=rng, device=device) < loop.cond_drop_prob
                 cond = drop_cond(cond, generator.null_cond(cond), drop)
 
                 # Path, prediction, loss, gradients.
-                t = sample_t(len(latents), spec.flow, generator.time_shift, rng, device)
-                noise = torch.randn(latents.shape, generator=rng, device=device)
                 point = interpolate(latents, noise, t)
                 with gradient_sync(network, last):
-                    with accelerator.autocast():
+                    with run.autocast():
                         output = network(point.z_t, point.t, cond)
                     losses = training_loss(
                         output, point, latents, spec.flow, base_weight=loop.base_weight,
@@ -129,7 +142,7 @@ def train_generator(
                 ema.update(generator)
             before, images = images, images + loop.batch_size
 
-            # Report, save, look, evaluate.
+            # Report, look, evaluate, save: saved last, so that a resumed run repeats what was interrupted.
             if (step + 1) % loop.log_every_steps == 0 or images >= loop.images:
                 numbers = {name: float(dist.mean_over_processes(value)) for name, value in values.items()}
                 speed = progress.report(images, **numbers)
@@ -137,13 +150,13 @@ def train_generator(
                     stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
                     skipped_images=skipped_images, **numbers, **speed,
                 )  # fmt: skip
-            if crossed(loop.save_every_images, before, images) or images >= loop.images:
-                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
             with ema.applied(generator, decay):
                 if crossed(loop.sample_every_images, before, images):
                     look(generator, images)
                 if crossed(loop.eval_every_images, before, images) and images < loop.images:
                     evaluate(generator, images)
+            if crossed(loop.save_every_images, before, images) or images >= loop.images:
+                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
 
     # Artefact with the averaged weights.
     load_strict(generator, {**generator.state_dict(), **ema.state_dict(decay)}, "averaged generator")
@@ -163,7 +176,7 @@ def _encoder(rae: RAE, device: torch.device) -> Callable[[Tensor, Tensor], Tenso
 def _cached_encoder(rae: RAE, dataset: ImageDataset, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """(8-bit images, keys) -> latents, looked up; every image of the split is encoded once, here."""
     cache = torch.empty(len(dataset), *rae.latent_shape)
-    for batch in ordered_batches(dataset, CACHE_BATCH):
+    for batch in ordered_batches(dataset, CACHE_BATCH, skip_unreadable=True):
         cache[batch.key] = rae.encode(to_float(batch.images.to(device))).cpu()
     return lambda images_u8, keys: cache[keys].to(device)
 

@@ -9,6 +9,8 @@ the fakes that the decoder loss was computed on.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from raev2.run import (
     Run,
     Stopped,
     StopSignal,
+    attention_kernels,
     crossed,
     distribute,
     gradient_sync,
@@ -57,7 +60,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
     Continues from the newest checkpoint of the run. Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
-    spec, loop, accelerator = run.spec, run.spec.tokenizer_training, run.accelerator
+    spec, loop = run.spec, run.spec.tokenizer_training
     device, checkpoints = run.device, run.dir / "checkpoints" / STAGE
     adversarial = loop.adversarial
 
@@ -86,23 +89,34 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     )  # fmt: skip
     guard, progress, skipped_images = NonFiniteGuard(run, STAGE), Progress(STAGE, loop, images), 0
 
-    def decoder_losses(pixels: Tensor, rng: torch.Generator, use_gan: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Decoded images (not clamped) and named loss terms; 'loss' is their weighted sum."""
-        with accelerator.autocast():
-            decoded = decoder(rae.noisy_tokens(rae.tokens(pixels), rng)).float()
-            terms = {"l1": l1_loss(decoded, pixels), "perceptual": perceptual(decoded, pixels)}
-            terms["loss"] = terms["l1"] + loop.perceptual.weight * terms["perceptual"]
-            if use_gan:
-                # Heads frozen and in eval mode: no gradients for them, no power iteration of the spectral norm.
-                terms["gan"] = generator_loss(disc.eval().requires_grad_(False)(diffaug(decoded, rng)))
-        if use_gan and adversarial:
-            terms["adaptive_weight"] = adaptive_weight(
-                terms["loss"], terms["gan"], rae.decoder.last_layer, adversarial.max_adaptive_weight
-            )
-            terms["loss"] = terms["loss"] + adversarial.weight * terms["adaptive_weight"] * terms["gan"]
-        return decoded, terms
+    def decoder_step(
+        pixels: Tensor, rng: torch.Generator, use_gan: bool, share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward; returns decoded images (not clamped) and named loss terms, 'loss' their weighted sum.
 
-    with StopSignal() as stop:
+        Backward goes from each loss to the images, then once from the images through the decoder.
+        """
+        with run.autocast():
+            decoded = decoder(rae.noisy_tokens(rae.tokens(pixels), rng)).float()
+            leaf = decoded.detach().requires_grad_()
+            terms = {"l1": l1_loss(leaf, pixels), "perceptual": perceptual(leaf, pixels)}
+        terms["loss"] = terms["l1"] + loop.perceptual.weight * terms["perceptual"]
+        (gradient,) = torch.autograd.grad(terms["loss"], leaf)
+        if use_gan and adversarial:
+            with run.autocast():
+                # Heads in eval mode: no power iteration of the spectral norm for the decoder's sake.
+                terms["gan"] = generator_loss(disc.eval()(diffaug(leaf, rng)))
+            (gan_gradient,) = torch.autograd.grad(terms["gan"], leaf)
+            terms["adaptive_weight"] = adaptive_weight(
+                decoded, gradient, gan_gradient, rae.decoder.last_layer, adversarial.max_adaptive_weight
+            )
+            weight = adversarial.weight * terms["adaptive_weight"]
+            gradient = gradient + weight * gan_gradient
+            terms["loss"] = terms["loss"] + weight * terms["gan"]
+        decoded.backward(share * gradient)
+        return decoded.detach(), terms
+
+    with StopSignal() as stop, attention_kernels(device, math.prod(spec.tokenizer.grid)):
         if images == 0:
             save_reconstructions(run, rae, val, images)
         while images < loop.images:
@@ -125,9 +139,8 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
             # Decoder.
             for part, share, last in micro_batches(batch, loop.micro_batch_size):
                 with gradient_sync(decoder, last):
-                    decoded, terms = decoder_losses(to_float(part.images.to(device)), rng, use_gan)
-                    (share * terms["loss"]).backward()
-                fakes.append(decoded.detach())
+                    decoded, terms = decoder_step(to_float(part.images.to(device)), rng, use_gan, share)
+                fakes.append(decoded)
                 for name, term in terms.items():
                     values[name] = values.get(name, 0) + share * term.detach()
             lr = learning_rate(loop.schedule, images, loop.images, loop.batch_size)
@@ -138,10 +151,10 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
             # Discriminator, on the images that were just decoded.
             if train_disc:
-                disc.train().requires_grad_(True)
+                disc.train()
                 values["disc"] = torch.zeros((), device=device)
                 for (part, share, last), fake in zip(micro_batches(batch, loop.micro_batch_size), fakes, strict=True):
-                    with gradient_sync(distributed_disc, last), accelerator.autocast():
+                    with gradient_sync(distributed_disc, last), run.autocast():
                         real = to_float(part.images.to(device))
                         both = torch.cat([diffaug(real, rng), diffaug(quantise_8bit(fake), rng)])
                         disc_loss = hinge_loss(*distributed_disc(both).chunk(2))
@@ -181,7 +194,8 @@ def measure_stats(rae: RAE, dataset: ImageDataset, device: torch.device, max_ima
     """Mean and variance of the latents of a split, in float32 without noise, shared by all processes."""
     num = min(max_images or len(dataset), len(dataset))
     own = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
-    for batch in ordered_batches(dataset, STATS_BATCH, range(dist.rank(), num, dist.world_size())):
+    own_indices = range(dist.rank(), num, dist.world_size())
+    for batch in ordered_batches(dataset, STATS_BATCH, own_indices, skip_unreadable=True):
         own.update(rae.token_latents(rae.tokens(to_float(batch.images.to(device)))))
     total = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
     for state in dist.gather_objects({name: value.cpu() for name, value in own.state().items()}):

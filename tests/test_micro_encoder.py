@@ -62,16 +62,17 @@ def test_asset_is_small_and_matches_its_config(config: dict, model: VisionTransf
 
 
 def test_features_have_not_collapsed(config: dict, model: VisionTransformer, emoji_dir: Path) -> None:
-    lines = micro_encoder.read_index(emoji_dir, "val")
-    images = micro_encoder.read_images(emoji_dir, lines)
+    images = micro_encoder.read_images(emoji_dir, micro_encoder.read_index(emoji_dir, "val"))
     with torch.inference_mode():
         tokens = tokens_of(model, config, images)[:, 1:]
     tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])  # (B, 64, 192), no affine
     std = tokens.std((0, 1))
-    assert std.min() > 0.1 and std.median() > 0.4
-    spectrum = torch.linalg.svdvals((tokens - tokens.mean((0, 1))).flatten(0, 1)[::4]).square()
-    share = spectrum / spectrum.sum()
-    assert torch.exp(-(share * share.log()).sum()) > 20  # effective number of dimensions
+    assert std.min() > 0.2 and std.median() > 0.5 and std.max() < 4
+    # Effective number of dimensions of the mean token: measured 6.9; random weights 3.1, the teacher 10.8.
+    pooled = tokens.mean(1)
+    share = torch.linalg.svdvals(pooled - pooled.mean(0)).square()
+    share = share / share.sum()
+    assert torch.exp(-(share * share.clamp_min(1e-12).log()).sum()) > 5
 
 
 def test_linear_probe_beats_random_weights(config: dict, model: VisionTransformer, emoji_dir: Path) -> None:

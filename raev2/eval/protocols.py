@@ -322,8 +322,7 @@ def run_protocol(
         if not math.isfinite(result.value):
             raise TaskError(f"protocol {evaluator.protocol}", f"{result.name} is not finite", got=result.value)
     if eval_dir is not None and dist.is_main():
-        describe = getattr(evaluator, "describe", None)
-        details = {**(describe(context) if describe else {}), **(extra or {})}
+        details = {**evaluator.describe(context), **(extra or {})}
         write_result(
             eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context,
             {"description": evaluator.description, "needs_generator": evaluator.needs_generator, **details},

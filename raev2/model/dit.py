@@ -39,8 +39,6 @@ class Trunk(nn.Module):
     final_modulation  adaLN only: also compute the modulation of a final layer
     """
 
-    pos_embed: Tensor | None
-
     def __init__(
         self,
         spec: TrunkSpec,
@@ -56,7 +54,9 @@ class Trunk(nn.Module):
         self.final_modulation = final_modulation
         self.patch_embed = PatchEmbed(channels, spec.width, spec.patch_size)
         self.time_embed = FourierEmbed(spec.width)
-        self.register_buffer("pos_embed", sincos_2d(spec.width, rows, cols) if spec.abs_pos_embed else None)
+        # Fixed. A parameter and not a buffer because published parameter counts include it.
+        positions = nn.Parameter(sincos_2d(spec.width, rows, cols), requires_grad=False) if spec.abs_pos_embed else None
+        self.pos_embed = positions
         self.rope = Rope2D(spec.width // spec.num_heads, rows, cols)
         self.blocks = nn.ModuleList(
             Block(spec.width, spec.num_heads, spec.mlp_ratio, spec.qk_norm) for _ in range(spec.depth)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -96,7 +96,9 @@ class Generator(nn.Module):
         return save_artefact(path, kind="generator", config=config, tensors=self.state_dict(), card=card)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, condition_types: Sequence[type[ConditionSpec]] = ()) -> Self:
+    def from_pretrained(
+        cls, path_or_hub_id: str | Path, condition_types: Sequence[type[ConditionSpec]] = ()
+    ) -> Generator:
         """Load an artefact folder or hub repository; `condition_types` are kinds of condition from plugins."""
         config, tensors, path = load_artefact(path_or_hub_id, kind="generator")
         try:

@@ -103,19 +103,24 @@ def hinge_loss(real_logits: Logits, fake_logits: Logits) -> Scalar:
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 
-def adaptive_weight(rec_loss: Scalar, gan_loss: Scalar, last_layer: Tensor, max_weight: float = 1e4) -> Scalar:
+def adaptive_weight(
+    images_pred: Images, rec_grad: Images, gan_grad: Images, last_layer: nn.Parameter, max_weight: float = 1e4
+) -> Scalar:
     """Weight that makes both losses pull equally hard on the last layer W of the decoder; detached.
 
     clamp(||d rec_loss / dW|| / (||d gan_loss / dW|| + 1e-6), 0, max_weight)
 
-    Call it outside autocast and before `backward`; both graphs are kept. The norms are averaged over all processes,
-    so the weight is the same everywhere (in RAEv2 each process has its own).
+    rec_grad, gan_grad   gradients of the two losses with respect to `images_pred`, the output of the decoder
+
+    The chain rule ends at the images for both losses, so each perceptual or discriminator network is passed backwards
+    once a step, here and for the update together. Norms are averaged over all processes, so the weight is the same
+    everywhere (in RAEv2 each process has its own). Call it outside autocast and before `backward`.
 
     Source: VQGAN, equation 7, on the last layer
     """
     norms = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].detach().float().norm()
-        for loss in (rec_loss, gan_loss)
+        torch.autograd.grad(images_pred, last_layer, gradient, retain_graph=True)[0].float().norm()
+        for gradient in (rec_grad, gan_grad)
     ]
     rec_norm, gan_norm = _mean_over_processes(torch.stack(norms))
     return (rec_norm / (gan_norm + 1e-6)).clamp(0, max_weight)

@@ -76,7 +76,12 @@ class ClassToImage(Task):
         import torch
 
         n = int(str(options["n"]))
-        if _task_spec(spec).unconditional:
+        unconditional = _task_spec(spec).unconditional
+        for name in options:
+            if name not in (("n",) if unconditional else ("n", "label")):
+                kind = "an unconditional generator" if unconditional else f"task {self.name}"
+                raise SpecError(f"--{name}", f"has no effect with {kind}", hint="" if unconditional else "Use --label.")
+        if unconditional:
             return {}, [""] * n
         classes = dataset.classes
         wanted = options.get("label")

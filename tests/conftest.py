@@ -1,0 +1,71 @@
+"""Shared fixtures: a tiny dataset and a tiny run that goes through every part of the pipeline in seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+import torch  # noqa: E402
+
+from raev2.spec import (  # noqa: E402
+    AdversarialSpec,
+    DDTSpec,
+    DecoderSpec,
+    EvaluationSpec,
+    FeatureLoss,
+    RunSpec,
+    SamplingSpec,
+    ScheduleSpec,
+)
+from raev2.task import get_data_recipe, get_recipe, get_task  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """One thread and one seed for every test."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def synthetic_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dataset folder of the recipe `synthetic`: 32 training and 16 validation pictures, 64 px, 4 classes. Read only."""
+    folder = tmp_path_factory.mktemp("data") / "synthetic"
+    get_data_recipe("synthetic").build(folder, {"num_train": "32", "num_val": "16"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(synthetic_data: Path) -> RunSpec:
+    """The quickstart with tiny networks: 6 steps of stage 1, 8 of stage 2, every loss and every part in use, fp32."""
+    base = get_recipe(get_task("imagenet"), "quickstart")
+    schedule = ScheduleSpec(lr=1e-3, final_lr=1e-4, warmup_images=16)
+    return base.replace(
+        recipe="tiny",
+        data=base.data.replace(dir=str(synthetic_data), recipe="synthetic", horizontal_flip=False, cache=True),
+        tokenizer=base.tokenizer.replace(
+            decoder=DecoderSpec(width=32, depth=2, num_heads=2, mlp_dim=64, patch_size=8),
+        ),
+        tokenizer_training=base.tokenizer_training.replace(
+            images=48, batch_size=8, schedule=schedule, ema_decay=0.5, log_every_steps=1, sample_every_images=24,
+            save_every_images=16, perceptual=FeatureLoss(layers=(0, 5)),
+            adversarial=AdversarialSpec(layers=(1, 5), kernel_size=3, disc_start=0.0, gan_start=0.5),
+        ),
+        generator=DDTSpec(
+            width=32, depth=2, num_heads=2, head_width=64, head_depth=1, head_num_heads=2, base_head_depth=1
+        ),
+        generator_training=base.generator_training.replace(
+            images=64, batch_size=8, schedule=schedule, ema_decays=(0.5, 0.9), log_every_steps=1,
+            sample_every_images=32, eval_every_images=32, save_every_images=16, latent_cache=False,
+        ),
+        sampling=SamplingSpec(steps=2, guidance=base.sampling.guidance, batch_size=16),
+        evaluation=EvaluationSpec(
+            protocols=("reconstruction-micro", "generation-micro"), in_training=("generation-micro",), num_samples=16
+        ),
+        precision="fp32",
+    )  # fmt: skip
