@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raev2.errors import SpecError
+from raev2.errors import RaeError, SpecError
 from raev2.spec import GuidanceSpec, RunSpec, SamplingSpec
 from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
 from raev2.task import (
@@ -22,6 +22,7 @@ from raev2.task import (
     get_task,
     installed_data_recipes,
     installed_tasks,
+    usable_tasks,
 )
 
 if TYPE_CHECKING:
@@ -115,10 +116,8 @@ def show(options: Namespace) -> int:
 
 def recipes(options: Namespace) -> int:
     """`raev2 recipes`."""
-    names = [options.task] if options.task else sorted(installed_tasks())
-    rows = [
-        (task.name, name, recipe().summary) for task in map(get_task, names) for name, recipe in task.recipes().items()
-    ]
+    found = [get_task(options.task)] if options.task else usable_tasks()
+    rows = [(task.name, name, recipe().summary) for task in found for name, recipe in task.recipes().items()]
     _print_table(("task", "recipe", "what it is"), rows)
     return OK
 
@@ -127,9 +126,12 @@ def tasks(options: Namespace) -> int:
     """`raev2 tasks`."""
     rows = []
     for name, point in sorted(installed_tasks().items()):
-        task = get_task(name)
         origin = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
-        rows.append((name, origin, ", ".join(task.recipes()), task.summary))
+        try:
+            task = get_task(name)
+            rows.append((name, origin, ", ".join(task.recipes()), task.summary))
+        except RaeError as error:
+            rows.append((name, origin, "", str(error)))
     _print_table(("task", "from", "recipes", "what it is"), rows)
     return OK
 
@@ -271,7 +273,7 @@ def _plan(sampling: SamplingSpec) -> str:
 
 
 def _find_recipe(name: str, task_name: str | None) -> tuple[Task, RunSpec]:
-    candidates = [get_task(task_name)] if task_name else [get_task(task) for task in sorted(installed_tasks())]
+    candidates = [get_task(task_name)] if task_name else usable_tasks()
     having = [task for task in candidates if name in task.recipes()]
     if not having:
         known = [recipe for task in candidates for recipe in task.recipes()]

@@ -20,17 +20,26 @@ from torch import Tensor
 from raev2.errors import CheckpointError
 
 FORMAT_VERSION = 1
+FILES = {"config.json", "model.safetensors", "README.md"}
 
 
 def save_artefact(
     path: str | Path, *, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
 ) -> Path:
-    """Write an artefact folder atomically: it is complete or it is not there.
+    """Write an artefact folder atomically: it is complete or it is not there. An older artefact there is replaced.
 
     kind      'tokenizer' or 'generator'; checked when loading
     tensors   saved contiguous, on the CPU, in their dtype
+
+    Raises CheckpointError when `path` holds anything else than an artefact, or when it cannot be written.
     """
     path = Path(path)
+    foreign = sorted({file.name for file in path.iterdir()} - FILES) if path.is_dir() else [path.name] * path.exists()
+    if foreign:
+        raise CheckpointError(
+            str(path), "exists and is not an artefact folder, nothing was deleted", got=f"{foreign[0]} in it",
+            hint="Choose another folder.",
+        )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -44,9 +53,10 @@ def save_artefact(
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
-    except BaseException:
+    except (OSError, SafetensorError) as error:  # both may be a full disk
+        raise CheckpointError(str(path), "could not be saved", got=str(error), hint="Free some space.") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     return path
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def save_checkpoint(folder: Path, images: int, checkpoint: Checkpoint, keep: int
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError-like error
+    except (OSError, SafetensorError) as error:  # the latter is a full disk too
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             str(path), "could not be saved", got=str(error), hint="Earlier checkpoints are untouched; free some space."

@@ -7,6 +7,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
+COMMANDS = (
+    "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
+    "doctor",
+)  # fmt: skip
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
 )
@@ -107,7 +111,7 @@ def _run_options(command: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if len(argv) > 1 and not argv[0].startswith("-"):
+    if argv and not argv[0].startswith("-"):
         plugin_command = _plugin_command(argv[0])
         if plugin_command is not None:
             return _call("--debug" in argv, plugin_command, argv[1:])
@@ -132,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plugin_command(name: str):  # type: ignore[no-untyped-def]
     """`raev2 TASK COMMAND ...`: a command that a task plugin adds, or None."""
-    if name in parser()._subparsers._group_actions[0].choices:  # type: ignore[union-attr]
+    if name in COMMANDS:
         return None
     from raev2.task import get_task, installed_tasks
 
@@ -144,11 +148,11 @@ def _plugin_command(name: str):  # type: ignore[no-untyped-def]
         from raev2.task import did_you_mean
 
         commands = get_task(name).commands()
-        if argv[0] not in commands:
+        if not argv or argv[0] not in commands:
             raise TaskError(
-                f"raev2 {name}", "unknown command", got=repr(argv[0]),
-                expected=f"one of {', '.join(commands) or 'none'}",
-                hint=did_you_mean(argv[0], commands),
+                f"raev2 {name}", "unknown command" if argv else "which command?", got=repr(argv[0]) if argv else None,
+                expected=f"one of {', '.join(commands)}" if commands else "none, this task adds no commands",
+                hint=did_you_mean(argv[0], commands) if argv else "",
             )  # fmt: skip
         commands[argv[0]](argv[1:])
         return 0

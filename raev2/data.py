@@ -112,14 +112,17 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return {"image": self.image(index), "cond": self.cond(index), "key": index}
 
 
-class _Stream(Dataset[dict[str, Any]]):
-    """Sample number -> sample: the permutation of its epoch, the flip, and the policy for unreadable images."""
+class _Stream(Dataset[dict[str, Any] | DataError]):
+    """Sample number -> sample: the permutation of its epoch, the flip, and the policy for unreadable images.
+
+    An error is a value here: DataLoader would turn an exception in a worker into a RuntimeError with a traceback.
+    """
 
     def __init__(self, dataset: ImageDataset, seed: int, flip: bool) -> None:
         self.dataset, self.seed, self.flip = dataset, seed, flip
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any] | DataError:
         epoch, position = divmod(number, len(self.dataset))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(_seed("order", self.seed, epoch))
@@ -134,9 +137,9 @@ class _Stream(Dataset[dict[str, Any]]):
                 skipped += 1
                 logger.warning("skipped: %s", error)
                 if skipped == min(100, len(self.dataset)):
-                    raise DataError(
+                    return DataError(
                         f"data {self.dataset.dir}", f"{skipped} unreadable images in a row", hint=str(error)
-                    ) from error
+                    )
         if self.flip and _seed("flip", self.seed, number) % 2:
             sample["image"] = sample["image"].flip(2)
         return {**sample, "skipped": skipped}
@@ -171,9 +174,10 @@ def train_batches(
             start += batch_size
 
     loader = DataLoader(
-        _Stream(dataset, seed, flip), batch_sampler=_Endless(numbers), num_workers=num_workers, collate_fn=_collate
-    )
-    return iter(loader)
+        _Stream(dataset, seed, flip), batch_sampler=_Endless(numbers), num_workers=num_workers,
+        collate_fn=_collate_or_error,
+    )  # fmt: skip
+    return _raise_errors(iter(loader))
 
 
 def ordered_batches(
@@ -258,6 +262,25 @@ def _collate(samples: list[dict[str, Any]]) -> tuple[Batch, int]:
         key=torch.tensor([sample["key"] for sample in samples]),
     )
     return batch, sum(sample.get("skipped", 0) for sample in samples)
+
+
+def _collate_or_error(samples: list[dict[str, Any] | DataError]) -> tuple[Batch, int] | DataError:
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    return _collate(samples)  # type: ignore[arg-type]
+
+
+def _raise_errors(batches: Iterator[tuple[Batch, int] | DataError]) -> Iterator[tuple[Batch, int]]:
+    error: DataError | None = None
+    for batch in batches:
+        if isinstance(batch, DataError):
+            error = batch
+            break
+        yield batch
+    del batches  # stop the workers now; the garbage collector would wait ten seconds for them
+    if error is not None:
+        raise error
 
 
 def _seed(*parts: object) -> int:

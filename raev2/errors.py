@@ -9,6 +9,9 @@ The command line prints the message without a traceback and exits with ``exit_co
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 
 class RaeError(Exception):
     """Base class: ``where`` and ``what`` are required, the rest is printed when given."""
@@ -22,7 +25,12 @@ class RaeError(Exception):
         if expected:
             parts.append(f"expected {expected}")
         message = "; ".join(parts)
-        super().__init__(f"{message}. {hint}" if hint else message)
+        text = f"{message}. {hint}" if hint else message
+        super().__init__(re.sub(r"\s*\n\s*", " ", text))  # one line, also with the text of another error in it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by message, so that an error crosses processes."""
+        return type(self).__new__, (type(self), *self.args)
 
 
 class SpecError(RaeError):

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,9 +31,9 @@ from raev2.grid import save_grid, save_pairs
 from raev2.model.generator import Generator, model_size
 from raev2.run import Run, add_provenance, make_accelerator, newest_run, open_run
 from raev2.sampler import sample
-from raev2.spec import RunSpec, SamplingSpec, TokenizerSpec
+from raev2.spec import NoGuidance, RunSpec, SamplingSpec, TokenizerSpec
 from raev2.spec_io import load_spec
-from raev2.task import EvalContext, Task, get_data_recipe, get_evaluators, get_task
+from raev2.task import EvalContext, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoder_table import encoder_info
 from raev2.tokenizer.rae import RAE
@@ -83,12 +83,14 @@ def train(
             logger.info("%s is trained; delete it or choose another --run to train again", run.dir / GENERATOR)
             generator = load_generator(run.dir / GENERATOR).to(run.device)
         else:
+            unguided = replace(run, spec=spec.replace(sampling=spec.sampling.replace(guidance=NoGuidance())))
 
             def evaluate_now(generator: Generator, images: int) -> None:
-                _evaluate(run, task, rae, generator, spec.evaluation.in_training, images)
+                _evaluate(unguided, task, rae, generator, spec.evaluation.in_training, images, suffix="-none")
 
             def look(generator: Generator, images: int) -> None:
-                _save_samples(run, task, rae, generator, train_set, images)
+                file = run.dir / "samples" / f"{GENERATOR}-{images:09d}.png"
+                _save_samples(run, task, rae, generator, train_set, file)
 
             generator = train_generator(run, task, rae, train_set, look, evaluate_now)
         final = [evaluator.protocol for evaluator in protocols if evaluator.needs_generator]
@@ -157,9 +159,7 @@ def open_trained(run_dir: str | Path) -> TrainedRun:
 
 def load_generator(path: str | Path) -> Generator:
     """A generator artefact; kinds of condition from task plugins are known."""
-    from raev2.task import installed_tasks
-
-    types = [type_ for name in installed_tasks() for type_ in get_task(name).condition_types()]
+    types = [type_ for task in usable_tasks() for type_ in task.condition_types()]
     return Generator.from_pretrained(path, types)
 
 
@@ -207,13 +207,12 @@ def sample_run(
     return out
 
 
-def _save_samples(run: Run, task: Task, rae: RAE, generator: Generator, dataset: ImageDataset, images: int) -> None:
-    """Grid with fixed noise and conditions, to compare over training."""
+def _save_samples(run: Run, task: Task, rae: RAE, generator: Generator, dataset: ImageDataset, file: Path) -> None:
+    """Grid with fixed noise and conditions, to compare over training and settings."""
     if dist.is_main():
         raw, captions = task.sample_cond(run.spec, dataset, {"n": NUM_GRID_IMAGES})
         generate = _generate(TrainedRun(run, task, rae, generator), generator, run.spec.sampling, run.spec.seed)
-        pictures = generate(raw, range(len(captions)))
-        save_grid(pictures, run.dir / "samples" / f"{GENERATOR}-{images:09d}.png", columns=8, captions=captions)
+        save_grid(generate(raw, range(len(captions))), file, columns=8, captions=captions)
     dist.barrier()
 
 
@@ -258,7 +257,13 @@ def evaluate_run(run_dir: Path, protocols: Sequence[str] = ()) -> dict[str, list
 
 
 def _evaluate(
-    run: Run, task: Task, rae: RAE, generator: Generator | None, protocols: Sequence[str], images: int = 0
+    run: Run,
+    task: Task,
+    rae: RAE,
+    generator: Generator | None,
+    protocols: Sequence[str],
+    images: int = 0,
+    suffix: str = "",
 ) -> dict[str, list[MetricResult]]:
     """Run protocols on one state of the networks, write their files and log the numbers.
 
@@ -288,6 +293,28 @@ def _evaluate(
         )  # fmt: skip
         results[evaluator.protocol] = found
     return results
+
+
+def _compare(
+    run: Run,
+    task: Task,
+    rae: RAE,
+    generator: Generator,
+    dataset: ImageDataset,
+    protocols: Sequence[str],
+    sampling: SamplingSpec,
+) -> None:
+    """Grid and numbers of other sampling settings, under the protocol's name with the guidance added."""
+    other = replace(run, spec=run.spec.replace(sampling=sampling))
+    name = guidance_name(sampling)
+    _save_samples(other, task, rae, generator, dataset, run.dir / "samples" / f"guidance-{name}.png")
+    _evaluate(other, task, rae, generator, protocols, run.spec.generator_training.images, suffix=f"-{name}")
+
+
+def guidance_name(sampling: SamplingSpec) -> str:
+    """Short name of a guidance setting for file names: 'none', 'cfg-2.0', 'internal-1.5'."""
+    scale = getattr(sampling.guidance, "scale", None)
+    return sampling.guidance.kind + ("" if scale is None else f"-{scale:g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,8 +348,9 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     for file in files:
         original = read_image(file, rae.spec.image_size)[None]
         decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
-        numbers = [float(measure(decoded, original)) for measure in (psnr, ssim, distance)]
-        rows.append(Reconstruction(str(file), *numbers, distance_name=name))
+        numbers = {"psnr": psnr(decoded, original), "ssim": ssim(decoded, original)}
+        numbers["distance"] = distance(decoded, original)
+        rows.append(Reconstruction(str(file), distance_name=name, **{key: float(v) for key, v in numbers.items()}))
         Image.fromarray(decoded[0].permute(1, 2, 0).numpy()).save(out / f"{len(rows) - 1:05d}-{file.stem}.png")
         pairs.append(torch.cat([original, decoded]))
     originals, decodeds = torch.stack(pairs[:64]).unbind(1)
@@ -415,7 +443,7 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
     latent_shape = (info.width, *spec.tokenizer.grid)
     with torch.device("meta"):
         decoder = ViTDecoder(info.width, spec.tokenizer.decoder, spec.tokenizer.grid)
-    decoder_parameters = sum(parameter.numel() for parameter in decoder.parameters())
+    decoder_parameters = sum(value.numel() for value in decoder.state_dict().values())  # with its position table
     condition = task.condition(spec, None)
     size = model_size(spec.generator, condition, latent_shape)
     shift = spec.flow.time_shift or math.sqrt(math.prod(latent_shape) / 4096)

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raev2 import dist
 from raev2.artefact import load_strict, write_json
-from raev2.batch import Batch, cond_map
+from raev2.batch import Batch
 from raev2.checkpoint import Checkpoint, latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from raev2.ema import EMA
 from raev2.errors import CheckpointError
@@ -217,7 +217,8 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float
     size = size or num
     for start in range(0, num, size):
         rows = slice(start, min(start + size, num))
-        part = Batch(batch.images[rows], cond_map(batch.cond, lambda value, rows=rows: value[rows]), batch.key[rows])
+        cond = {name: value[rows] for name, value in batch.cond.items()}
+        part = Batch(batch.images[rows], cond, batch.key[rows])
         yield part, len(part.key) / num, rows.stop == num
 
 

@@ -378,8 +378,13 @@ class EvaluationSpec(Spec):
     """Evaluation settings shared by the protocols of a task."""
 
     protocols: tuple[str, ...] = Field((), description="protocols run at the end of training; see `raev2 tasks`")
-    in_training: tuple[str, ...] = Field((), description="protocols run every `eval_every_images`")
+    in_training: tuple[str, ...] = Field(
+        (), description="protocols run every `eval_every_images`, without guidance (as EP_FID is defined)"
+    )
     num_samples: int = Field(50_000, gt=0, description="generated images per evaluation")
+    compare_guidance: tuple[GuidanceSpec, ...] = Field(
+        (), description="settings compared after training: a grid and the generation protocols for each"
+    )
     seed: int = 0
 
 

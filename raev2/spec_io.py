@@ -56,7 +56,7 @@ def load_spec(file: str | Path) -> RunSpec:
     try:
         values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise CheckpointError(str(file), "not readable as YAML", got=_one_line(error)) from error
+        raise CheckpointError(str(file), "not readable as YAML", got=str(error)) from error
     if not isinstance(values, dict):
         raise CheckpointError(str(file), "damaged", got=type(values).__name__, expected="the mapping of a run spec")
     values.pop("fingerprint", None)
@@ -105,7 +105,7 @@ def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise SpecError("--set", "the value is not YAML", got=repr(override), hint=_one_line(error)) from None
+            raise SpecError("--set", "the value is not YAML", got=repr(override), hint=str(error)) from None
         *parents, last = path.split(".")
         node = values
         for parent in parents:
@@ -178,10 +178,6 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _lower_first(text: str) -> str:

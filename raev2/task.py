@@ -7,6 +7,7 @@ How to write one: docs/how_to/new_task.md.
 from __future__ import annotations
 
 import difflib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # light import: the command line lists tasks without torch
     from raev2.model.condition import ConditionSpec
     from raev2.tokenizer.rae import RAE
 
+logger = logging.getLogger(__name__)
 TASKS, DATA_RECIPES = "raev2.tasks", "raev2.data_recipes"  # entry-point groups
 
 
@@ -94,7 +96,9 @@ class Task(ABC):
         """Raw conditions of the evaluation samples with these global indices (the label policy of the protocol)."""
 
     @abstractmethod
-    def sample_cond(self, spec: RunSpec, dataset: ImageDataset, options: Mapping[str, str]) -> tuple[Cond, list[str]]:
+    def sample_cond(
+        self, spec: RunSpec, dataset: ImageDataset, options: Mapping[str, object]
+    ) -> tuple[Cond, list[str]]:
         """Raw conditions and captions for `raev2 sample`; options such as 'label' or 'prompt', and 'n'."""
 
     @abstractmethod
@@ -126,6 +130,17 @@ def get_task(name: str) -> Task:
     if not isinstance(task, Task):
         raise TaskError(f"task {name}", "its entry point is not a Task", got=type(task).__name__)
     return task
+
+
+def usable_tasks() -> list[Task]:
+    """All installed tasks by name; one that cannot be loaded is left out with a warning."""
+    tasks = []
+    for name in sorted(installed_tasks()):
+        try:
+            tasks.append(get_task(name))
+        except RaeError as error:
+            logger.warning("left out: %s", error)
+    return tasks
 
 
 def get_data_recipe(name: str) -> Any:

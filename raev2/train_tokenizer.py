@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raev2 import dist
 from raev2.artefact import load_strict
@@ -71,7 +71,8 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
     optimizer = build_optimizer(rae.decoder, loop.optimizer, loop.schedule.lr)
     ema = EMA(rae.decoder, (loop.ema_decay,))
-    modules, optimizers = {"decoder": rae.decoder}, {"decoder_optimizer": optimizer}
+    modules: dict[str, nn.Module] = {"decoder": rae.decoder}
+    optimizers = {"decoder_optimizer": optimizer}
     if adversarial:
         disc = build_discriminator(adversarial).to(device)
         distributed_disc = distribute(disc)

@@ -69,3 +69,18 @@ def tiny_spec(synthetic_data: Path) -> RunSpec:
         ),
         precision="fp32",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the tiny run, finished. Read only: copy it to change it."""
+    from raev2 import pipeline
+
+    return pipeline.train(tiny_spec, tmp_path_factory.mktemp("runs") / "imagenet" / "tiny")
+
+
+@pytest.fixture
+def tiny_recipe(tiny_spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
+    """The tiny run under the name `tiny`, for the command line."""
+    monkeypatch.setitem(get_task("imagenet").recipes(), "tiny", lambda: tiny_spec)
+    return tiny_spec

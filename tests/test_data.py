@@ -260,7 +260,9 @@ def test_an_index_of_another_length_is_refused(copy):
 
 def test_a_missing_or_damaged_index_is_refused(copy):
     (copy / "val.jsonl").write_text('{"file": \n')
-    with pytest.raises(DataError, match="val.jsonl: damaged, a line is not JSON.*Build it again with `raev2 data build"):
+    with pytest.raises(
+        DataError, match="val.jsonl: damaged, a line is not JSON.*Build it again with `raev2 data build"
+    ):
         ImageDataset(copy, "val", SIZE)
     (copy / "val.jsonl").unlink()
     with pytest.raises(DataError, match="index val.jsonl is missing. Build it again with `raev2 data build synthetic"):

@@ -104,7 +104,7 @@ def hinge_loss(real_logits: Logits, fake_logits: Logits) -> Scalar:
 
 
 def adaptive_weight(
-    images_pred: Images, rec_grad: Images, gan_grad: Images, last_layer: nn.Parameter, max_weight: float = 1e4
+    images_pred: Images, rec_grad: Images, gan_grad: Images, last_layer: Tensor, max_weight: float = 1e4
 ) -> Scalar:
     """Weight that makes both losses pull equally hard on the last layer W of the decoder; detached.
 

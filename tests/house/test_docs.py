@@ -1,0 +1,234 @@
+"""README and docs: links resolve, generated pages are fresh, python blocks run, command lines are valid."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from raev2 import actions, cli, pipeline
+from raev2.spec import FeatureLoss, RunSpec
+from raev2.spec_io import apply_overrides
+from raev2.task import get_data_recipe, get_evaluators, get_recipe, get_task
+
+ROOT = Path(__file__).parents[2]
+MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*MANUAL, ROOT / "CHANGELOG.md", ROOT / "data_recipes" / "README.md"]
+SOURCES = [file for folder in ("raev2", "tasks", "data_recipes") for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced code block: ```language words"""
+
+    language: str
+    words: list[str]
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(match[1], match[2].split(), match[3], text.count("\n", 0, match.start(3)))
+        for match in re.finditer(r"^```(\w*)([^\n]*)\n(.*?)^```$", text, re.M | re.S)
+    ]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: Path) -> str:
+    """The page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+)$", prose(page), re.M)
+    found: list[str] = []
+    for heading in headings:
+        heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
+        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return set(found)
+
+
+def targets(page: Path) -> list[str]:
+    """Link and image targets inside the project."""
+    found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(page)))
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_resolve(page: Path) -> None:
+    broken = []
+    for target in targets(page):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+def test_pages_named_in_the_code_exist() -> None:
+    missing = []
+    for source in [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]:
+        for path, anchor in re.findall(r"\b(docs/[\w/.-]+\.md)(?:#([\w-]+))?", source.read_text()):
+            if not (ROOT / path).is_file() or (anchor and anchor not in anchors(ROOT / path)):
+                missing.append(f"{name(source)}: {path}#{anchor}")
+    assert not missing
+
+
+def test_every_page_is_linked_from_another_one() -> None:
+    linked = {(page.parent / target.partition("#")[0]).resolve() for page in MANUAL for target in targets(page)}
+    assert [name(page) for page in MANUAL[1:] if page not in linked] == []
+
+
+def test_readme_has_a_line_for_every_source_file() -> None:
+    tree = next(block.text for block in blocks(ROOT / "README.md") if block.text.startswith("raev2/ "))
+    listed, parents = [], []
+    for line in tree.splitlines():
+        indent, entry = len(line) - len(line.lstrip()), line.split()[0]
+        parents = [parent for parent in parents if parent[0] < indent]
+        listed.append("".join(folder for _, folder in parents) + entry)
+        if entry.endswith("/"):
+            parents.append((indent, entry))
+    assert [path for path in listed if not (ROOT / path).exists()] == []
+    files = {name(file) for file in SOURCES if file.name != "__init__.py" and file.parts[-3] != "tasks"}
+    tasks = {f"{name(folder)}/" for folder in (ROOT / "tasks").iterdir() if (folder / "task.py").is_file()}
+    assert sorted((files | tasks) - set(listed)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generated pages
+
+
+def test_reference_pages_are_fresh() -> None:
+    location = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert location is not None and location.loader is not None
+    generate = importlib.util.module_from_spec(location)
+    location.loader.exec_module(generate)
+    assert generate.stale_pages() == [], "run `python docs/generate.py`"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Python blocks
+
+
+@pytest.fixture(scope="module")
+def small_run(tiny_spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of the quickstart's kind, trained for two steps a stage."""
+    short = {"images": 16, "batch_size": 8, "sample_every_images": 16, "save_every_images": 8}
+    spec = tiny_spec.replace(
+        tokenizer_training=tiny_spec.tokenizer_training.replace(
+            **short, adversarial=None, perceptual=FeatureLoss(layers=(1,))
+        ),
+        generator_training=tiny_spec.generator_training.replace(**short, eval_every_images=None),
+        evaluation=tiny_spec.evaluation.replace(num_samples=8),
+    )
+    return pipeline.train(spec, tmp_path_factory.mktemp("docs") / "quickstart")
+
+
+@pytest.fixture
+def workplace(small_run: Path, synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a page's blocks run: data/synthetic, runs/imagenet/quickstart, and the folder itself on the path."""
+    shutil.copytree(small_run, tmp_path / "runs" / "imagenet" / "quickstart")
+    shutil.copytree(synthetic_data, tmp_path / "data" / "synthetic")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = set(sys.modules)
+    yield tmp_path
+    for module in set(sys.modules) - modules:
+        if str(tmp_path) in (getattr(sys.modules[module], "__file__", None) or ""):
+            del sys.modules[module]
+
+
+def install(project_file: Path) -> None:
+    """What `pip install -e .` would do for the entry points of a project."""
+    project = tomllib.loads(project_file.read_text())["project"]
+    info = project_file.parent / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{point} = {value}" for point, value in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in MANUAL if any(b.language == "python" for b in blocks(page))], ids=name
+)
+def test_python_blocks_run(page: Path, workplace: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for block in blocks(page):
+        files = [word.removeprefix("file=") for word in block.words if word.startswith("file=")]
+        if files:
+            (workplace / files[0]).write_text(block.text)
+            if files[0] == "pyproject.toml":
+                install(workplace / files[0])
+        elif block.language == "python" and "no-run" not in block.words:
+            exec(compile("\n" * block.line + block.text, name(page), "exec"), namespace)
+        elif block.language == "python":
+            compile(block.text, name(page), "exec")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+def command_lines(page: Path) -> Iterator[list[str]]:
+    """Arguments of every `raev2 ...` in the page's bash blocks."""
+    for block in blocks(page):
+        if block.language != "bash":
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                command, words = words[:end], words[end + 1 :]
+                starts = [i for i, word in enumerate(command) if word == "raev2" or word.endswith("/raev2")]
+                if starts and (starts[0] == 0 or command[starts[0] - 1] == "-m"):
+                    yield command[starts[0] + 1 :]
+
+
+@pytest.mark.parametrize("page", [page for page in MANUAL if any(b.language == "bash" for b in blocks(page))], ids=name)
+def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in command_lines(page):
+        try:
+            options = cli.parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"raev2 {shlex.join(arguments)}\n{capsys.readouterr().err}")
+        if options.command == "train":
+            apply_overrides(get_recipe(get_task(options.task), options.recipe), options.overrides)
+        elif options.command == "show":
+            assert any(options.recipe in get_task(task).recipes() for task in ("imagenet",))
+        elif options.command == "sample":
+            actions._sampling(get_recipe(get_task("imagenet"), "quickstart").sampling, options)
+        elif options.command == "eval":
+            task = get_task("imagenet")
+            get_evaluators(task, get_recipe(task, "quickstart"), options.protocol or [])
+        elif options.command == "data" and options.action in ("plan", "build"):
+            get_data_recipe(options.recipe).resolve(dict(pair.split("=", 1) for pair in options.overrides))
+
+
+def test_the_two_commands_of_the_readme_are_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    venv = "python3 -m venv .venv && .venv/bin/pip install -e"
+    assert f"{venv} '.[quickstart]' && .venv/bin/raev2 train --task imagenet\n" in text
+    assert f"{venv} '.[dev]' && .venv/bin/python -m pytest\n" in text
