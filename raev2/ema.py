@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """ema <- decay * ema + (1 - decay) * weight after every step, starting from the initial weights.
+    """ema <- d * ema + (1 - d) * weight after every step n = 0, 1, ..., with d = min(decay, (1 + n) / (10 + n)).
+
+    The smaller d of the first steps forgets the random initial weights; without it, as in the reference code, a share
+    decay^n of them is still there after n steps, which only long runs do not notice.
 
     Only parameters that are trained are averaged; frozen ones and buffers are those of the model. Pass the bare model,
     not a wrapper of it, so that names match.
 
     ema = EMA(model, decays=(0.9995, 0.999))
-    ema.update(model)                            # after every optimizer step
+    ema.update(model, step)                      # after every optimizer step
     with ema.applied(model, 0.9995): ...         # evaluate with averaged weights
     tensors = ema.state_dict(0.9995)             # save;  ema.load_state_dict(0.9995, tensors)
     """
@@ -28,11 +31,11 @@ class EMA:
         }
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move every average towards the current weights."""
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move every average towards the current weights, after step number `step` (from 0)."""
         weights = [parameter.detach() for _, parameter in _trained(model)]
         for decay, averages in self._weights.items():
-            torch._foreach_lerp_(list(averages.values()), weights, 1 - decay)
+            torch._foreach_lerp_(list(averages.values()), weights, 1 - min(decay, (1 + step) / (10 + step)))
 
     def state_dict(self, decay: float) -> dict[str, Tensor]:
         """The averaged weights by parameter name (the tensors themselves, not copies)."""

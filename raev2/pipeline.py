@@ -58,6 +58,8 @@ def train(
     Parts that are there already are used: the dataset folder, the tokenizer artefact, checkpoints of a stopped run.
     """
     task = get_task(spec.task.name)
+    protocols = get_evaluators(task, spec, spec.evaluation.protocols)
+    get_evaluators(task, spec, spec.evaluation.in_training)
     make_accelerator(spec.precision)  # from here on the processes know each other
     prepare_data(spec)
     spec = with_tokenizer(spec)
@@ -72,7 +74,6 @@ def train(
     else:
         logger.info("no tokenizer in %s yet: training it first", run.dir / TOKENIZER)
         rae = train_tokenizer(run, train_set, val_set)
-    protocols = get_evaluators(task, spec, spec.evaluation.protocols)
     for evaluator in protocols:
         if not evaluator.needs_generator and not (run.dir / EVAL / f"{evaluator.protocol}.json").is_file():
             _evaluate(run, task, rae, None, [evaluator.protocol])
@@ -342,7 +343,6 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     files = list(image_files(paths))
     name = "lpips_vgg" if lpips_available("vgg") else "feature_distance_micro"
     distance = build_pair_distance(name, device)
-    out.mkdir(parents=True, exist_ok=True)
     rows: list[Reconstruction] = []
     pairs: list[Tensor] = []
     for file in files:
@@ -350,6 +350,7 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
         decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
         numbers = {"psnr": psnr(decoded, original), "ssim": ssim(decoded, original)}
         numbers["distance"] = distance(decoded, original)
+        out.mkdir(parents=True, exist_ok=True)
         rows.append(Reconstruction(str(file), distance_name=name, **{key: float(v) for key, v in numbers.items()}))
         Image.fromarray(decoded[0].permute(1, 2, 0).numpy()).save(out / f"{len(rows) - 1:05d}-{file.stem}.png")
         pairs.append(torch.cat([original, decoded]))

@@ -419,6 +419,28 @@ class RunSpec(Spec):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast with fp32 weights; fp32: no TF32")
 
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RunSpec:
+        """What would otherwise be found hours later, when stage 2 begins."""
+        if (self.generator_training.repa is None) != (self.generator.repa_depth is None):
+            raise ValueError(
+                "the alignment loss and the network's projector belong together; set generator_training.repa with "
+                "generator.repa_depth and generator.repa_dim, or none of them"
+            )
+        if self.generator_training.latent_cache and self.data.horizontal_flip:
+            raise ValueError(
+                "cached latents cannot be flipped; got generator_training.latent_cache=true and "
+                "data.horizontal_flip=true. Set one of them to false"
+            )
+        guidance = self.sampling.guidance
+        if isinstance(guidance, InternalGuidance | InternalCFG) and self.generator.base_head_depth is None:
+            raise ValueError(
+                "internal guidance needs a base head; "
+                f"got sampling.guidance.kind={guidance.kind} and generator.base_head_depth=null. "
+                "Set generator.base_head_depth, or sampling.guidance.kind=none"
+            )
+        return self
+
 
 def _check_heads(where: str, width: int, num_heads: int) -> None:
     if width % num_heads:

@@ -58,11 +58,6 @@ def train_generator(
     """
     spec, loop = run.spec, run.spec.generator_training
     device, checkpoints = run.device, run.dir / "checkpoints" / STAGE
-    if loop.latent_cache and spec.data.horizontal_flip:
-        raise SpecError(
-            "spec.generator_training.latent_cache", "cached latents cannot be flipped", got="true",
-            expected="false with data.horizontal_flip=true",
-        )  # fmt: skip
 
     # Network, optimizer, averages.
     torch.manual_seed(spec.seed)
@@ -139,7 +134,7 @@ def train_generator(
             set_learning_rate(optimizer, lr)
             grad_norm = update(optimizer, list(generator.parameters()), values["loss"], loop.clip_grad_norm)
             if guard.check(grad_norm, images, step, batch.key):
-                ema.update(generator)
+                ema.update(generator, step)
             before, images = images, images + loop.batch_size
 
             # Report, look, evaluate, save: saved last, so that a resumed run repeats what was interrupted.
@@ -184,11 +179,6 @@ def _cached_encoder(rae: RAE, dataset: ImageDataset, device: torch.device) -> Ca
 def _repa_encoder(run: Run) -> Callable[[Tensor], Tensor] | None:
     """8-bit images -> target tokens of the alignment loss, or None for a run without it."""
     spec, repa = run.spec, run.spec.generator_training.repa
-    if (repa is None) != (spec.generator.repa_depth is None):
-        raise SpecError(
-            "spec.generator_training.repa", "the alignment loss and the network's projector belong together",
-            hint="Set generator_training.repa with generator.repa_depth and generator.repa_dim, or none of them.",
-        )  # fmt: skip
     if repa is None:
         return None
     encoder = build_encoder(repa.encoder, spec.tokenizer.grid).to(run.device)

@@ -148,7 +148,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
             set_learning_rate(optimizer, lr)
             grad_norm = update(optimizer, list(rae.decoder.parameters()), values["loss"], loop.clip_grad_norm)
             if guard.check(grad_norm, images, step, batch.key):
-                ema.update(rae.decoder)
+                ema.update(rae.decoder, step)
 
             # Discriminator, on the images that were just decoded.
             if train_disc:

@@ -62,7 +62,7 @@ class Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.network.steps += 1
-            self.ema.update(self.network)
+            self.ema.update(self.network, step)
 
     def save(self, folder: Path, images: int, keep: int = 2) -> None:
         save_training(folder, images, keep, {"model": self.network}, self.ema, {"optimizer": self.optimizer})

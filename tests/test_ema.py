@@ -23,21 +23,35 @@ def test_average_of_a_constant_is_the_constant():
     model = build()
     set_weights(model, 3.0)
     ema = EMA(model, (0.9,))
-    for _ in range(5):
-        ema.update(model)
+    for step in range(5):
+        ema.update(model, step)
     assert all((value == 3.0).all() for value in ema.state_dict(0.9).values())
 
 
-def test_average_of_a_step_is_the_power_of_the_decay():
+def test_average_of_a_step_is_the_power_of_the_decay_once_warmed_up():
     model = build()
     set_weights(model, 1.0)
     ema = EMA(model, (0.9, 0.5))
     set_weights(model, 0.0)
-    for _ in range(7):
-        ema.update(model)
+    for step in range(1000, 1007):
+        ema.update(model, step)
     for decay in (0.9, 0.5):
         for value in ema.state_dict(decay).values():
             torch.testing.assert_close(value, torch.full_like(value, decay**7))
+
+
+def test_initial_weights_are_forgotten_early():
+    model = build()
+    set_weights(model, 1.0)
+    ema = EMA(model, (0.9999,))
+    set_weights(model, 0.0)
+    expected = 1.0
+    for step in range(20):
+        ema.update(model, step)
+        expected *= (1 + step) / (10 + step)
+    for value in ema.state_dict(0.9999).values():
+        torch.testing.assert_close(value, torch.full_like(value, expected))
+    assert expected < 1e-6
 
 
 def test_only_trained_parameters_are_averaged():
@@ -63,7 +77,7 @@ def test_averages_are_saved_and_restored():
     model = build()
     ema, other = EMA(model, (0.9,)), EMA(build(), (0.9,))
     set_weights(model, 2.0)
-    ema.update(model)
+    ema.update(model, 0)
     other.load_state_dict(0.9, ema.state_dict(0.9))
     assert all(torch.equal(value, other.state_dict(0.9)[name]) for name, value in ema.state_dict(0.9).items())
     with pytest.raises(KeyError, match="EMA names differ: .*2.bias"):

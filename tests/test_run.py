@@ -267,7 +267,7 @@ def test_a_value_that_is_not_finite_changes_nothing(tiny_spec, tmp_path, spec, c
             parameters[2].grad[0, 0] = float(what.split()[2])
         taken = guard.check(update(optimizer, parameters, value, clip), 8 * number, number, torch.arange(2))
         if taken:
-            ema.update(model)
+            ema.update(model, number)
         assert all(parameter.grad is None for parameter in parameters)
         return taken
 

@@ -57,7 +57,8 @@ def test_another_kind_starts_from_its_defaults(tiny_spec):
         AdamWSpec()
     )
     sizes = [f"generator.{name}=32" for name in ("width", "depth")] + ["generator.num_heads=2"]
-    assert isinstance(apply_overrides(tiny_spec, ["generator.kind=dit", *sizes]).generator, DiTSpec)
+    unguided = apply_overrides(tiny_spec, ["sampling.guidance.kind=none"])
+    assert isinstance(apply_overrides(unguided, ["generator.kind=dit", *sizes]).generator, DiTSpec)
 
 
 def test_the_same_kind_keeps_the_other_fields(tiny_spec):
@@ -68,8 +69,9 @@ def test_the_same_kind_keeps_the_other_fields(tiny_spec):
 def test_a_part_that_is_off_can_be_set_by_its_fields(tiny_spec):
     assert tiny_spec.generator_training.repa is None
     settings = ["generator_training.repa.weight=0.1", "generator_training.repa.encoder.name=micro"]
+    projector = ["generator.repa_depth=1", "generator.repa_dim=192"]
     for overrides in (settings, settings[::-1]):
-        repa = apply_overrides(tiny_spec, overrides).generator_training.repa
+        repa = apply_overrides(tiny_spec, [*projector, *overrides]).generator_training.repa
         assert (repa.encoder.name, repa.weight) == ("micro", 0.1)
 
 
@@ -112,6 +114,16 @@ def test_a_rule_between_fields_keeps_its_own_text(tiny_spec):
         tiny_spec, "generator.width=36",
         "spec.generator: width / num_heads must be a multiple of 4 for 2-D RoPE; got 18",
     )  # fmt: skip
+
+
+def test_a_rule_between_parts_says_which_fields(tiny_spec):
+    refuse(
+        tiny_spec, "generator_training.repa.encoder.name=micro",
+        "spec: the alignment loss and the network's projector belong together; set generator_training.repa with",
+    )  # fmt: skip
+    refuse(tiny_spec, "generator.base_head_depth=null", "spec: internal guidance needs a base head; got sampling.guid")
+    flipped = apply_overrides(tiny_spec, ["data.horizontal_flip=true"])
+    refuse(flipped, "generator_training.latent_cache=true", "spec: cached latents cannot be flipped; got generator_tr")
 
 
 def test_an_unknown_kind_lists_the_kinds(tiny_spec):

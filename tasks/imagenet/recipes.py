@@ -89,11 +89,24 @@ def laptop() -> RunSpec:
         recipe="laptop",
         summary="emoji at 64 px, longer training, within 90 minutes on 2 cores",
         tokenizer_training=base.tokenizer_training.replace(
-            images=32_000,
+            images=25_600,
             schedule=ScheduleSpec(lr=1e-3, final_lr=1e-4, warmup_images=960),
             ema_decay=0.998,
-            sample_every_images=8_000,
-            save_every_images=8_000,
+            sample_every_images=6_400,
+            save_every_images=6_400,
+        ),
+        generator=DDTSpec(
+            width=192, depth=8, num_heads=3, head_width=384, head_depth=2, head_num_heads=6, base_head_depth=4
+        ),
+        generator_training=base.generator_training.replace(
+            images=128_000,
+            batch_size=64,
+            schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, decay="linear", decay_start_images=64_000),
+            ema_decays=(0.998,),
+            log_every_steps=20,
+            sample_every_images=16_000,
+            eval_every_images=32_000,
+            save_every_images=16_000,
         ),
     )
 
