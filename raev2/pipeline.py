@@ -406,7 +406,7 @@ def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
     parts = [rae.encode(to_float(batch.images.to(device))).half().cpu() for batch in ordered_batches(dataset, 64)]
     identity = {"encoder": rae.encoder.fingerprint(), "data": dataset.fingerprint, "split": split}
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": torch.cat(parts)}, out, metadata={"latents": json.dumps(identity)})
+    save_file({"latents": torch.cat(parts).contiguous()}, out, metadata={"latents": json.dumps(identity)})
     return out
 
 

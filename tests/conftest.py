@@ -24,6 +24,8 @@ from raev2.spec import (  # noqa: E402
 )
 from raev2.task import get_data_recipe, get_recipe, get_task  # noqa: E402
 
+torch.set_num_threads(1)  # also for what a session builds
+
 
 @pytest.fixture(autouse=True)
 def deterministic():

@@ -58,18 +58,18 @@ def quickstart() -> RunSpec:
             sample_every_images=3_200,
             save_every_images=9_600,
         ),
-        generator=DDTSpec(
-            width=192, depth=6, num_heads=3, head_width=384, head_depth=2, head_num_heads=6, base_head_depth=3
+        generator=DDTSpec(  # the head must be at least as wide as a latent token (192), or it cannot fit one picture
+            width=192, depth=6, num_heads=3, head_width=256, head_depth=2, head_num_heads=4, base_head_depth=3
         ),
         generator_training=GeneratorTrainingSpec(
-            images=19_200,
+            images=22_400,
             batch_size=32,
             optimizer=MuonSpec(),
-            schedule=ScheduleSpec(lr=2e-3, final_lr=2e-4, decay="linear", decay_start_images=9_600),
+            schedule=ScheduleSpec(lr=2e-3, final_lr=2e-4, decay="linear", decay_start_images=11_200),
             ema_decays=(0.99,),
-            sample_every_images=4_800,
-            eval_every_images=9_600,
-            save_every_images=9_600,
+            sample_every_images=5_600,
+            eval_every_images=11_200,
+            save_every_images=11_200,
             latent_cache=True,
         ),
         sampling=SamplingSpec(steps=20, guidance=InternalGuidance(scale=1.5)),
@@ -77,7 +77,7 @@ def quickstart() -> RunSpec:
             protocols=("reconstruction-micro", "generation-micro"),
             in_training=("generation-micro",),
             num_samples=256,
-            compare_guidance=(NoGuidance(), CFG(scale=2.0)),
+            compare_guidance=(NoGuidance(),),
         ),
     )
 
@@ -99,15 +99,16 @@ def laptop() -> RunSpec:
             width=192, depth=8, num_heads=3, head_width=384, head_depth=2, head_num_heads=6, base_head_depth=4
         ),
         generator_training=base.generator_training.replace(
-            images=128_000,
+            images=102_400,
             batch_size=64,
-            schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, decay="linear", decay_start_images=64_000),
+            schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, decay="linear", decay_start_images=51_200),
             ema_decays=(0.998,),
             log_every_steps=20,
-            sample_every_images=16_000,
-            eval_every_images=32_000,
-            save_every_images=16_000,
+            sample_every_images=12_800,
+            eval_every_images=25_600,
+            save_every_images=12_800,
         ),
+        evaluation=base.evaluation.replace(compare_guidance=(NoGuidance(), CFG(scale=2.0))),
     )
 
 

@@ -1,4 +1,4 @@
-"""What every installed task and every one of its recipes promises. A new task or recipe is tested without a new line."""
+"""What every installed task and each of its recipes promises. A new one is tested without a new line here."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_recipe_fits_together(run):
 
 
 def test_a_recipe_can_be_laid_out(run):
-    """Decoder and generator are built on the meta device: every size fits, and the numbers of `raev2 show` are there."""
+    """Decoder and generator are built on the meta device: sizes fit, and the numbers of `raev2 show` are there."""
     task, _, spec = run
     sizes = dict(run_sizes(task, spec))
     for name in ("decoder parameters", "generator parameters"):
@@ -155,7 +155,9 @@ def test_protocols_are_found_by_unique_names(run):
     names = [evaluator.protocol for evaluator in evaluators]
     assert len(set(names)) == len(names) > 0
     for evaluator in evaluators:
-        assert isinstance(evaluator, Evaluator) and evaluator.description and isinstance(evaluator.needs_generator, bool)
+        assert (
+            isinstance(evaluator, Evaluator) and evaluator.description and isinstance(evaluator.needs_generator, bool)
+        )
         assert re.fullmatch(r"[a-z0-9-]+", evaluator.protocol), "it is the name of a file"
     assert get_evaluators(task, spec, spec.evaluation.protocols), "training ends with an evaluation"
     assert all(e.needs_generator for e in get_evaluators(task, spec, spec.evaluation.in_training))
