@@ -6,7 +6,6 @@ sample_run(run_dir, {"n": 16}, out=Path("samples"))
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -28,6 +27,7 @@ from raev2.errors import CheckpointError, DataError, SpecError
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.protocols import run_protocol
 from raev2.grid import save_grid, save_pairs
+from raev2.guidance import Guidance
 from raev2.model.generator import Generator, model_size
 from raev2.run import Run, add_provenance, make_accelerator, newest_run, open_run
 from raev2.sampler import sample
@@ -95,7 +95,13 @@ def train(
 
             generator = train_generator(run, task, rae, train_set, look, evaluate_now)
         final = [evaluator.protocol for evaluator in protocols if evaluator.needs_generator]
-        _evaluate(run, task, rae, generator, final, spec.generator_training.final_images)
+        images = spec.generator_training.final_images
+        _evaluate(run, task, rae, generator, final, images)
+        for guidance in spec.evaluation.compare_guidance:
+            other = replace(run, spec=spec.replace(sampling=spec.sampling.replace(guidance=guidance)))
+            name = guidance_name(guidance)
+            _save_samples(other, task, rae, generator, train_set, run.dir / "samples" / f"guidance-{name}.png")
+            _evaluate(other, task, rae, generator, final, images, suffix=f"-{name}")
     if dist.is_main():
         from raev2.report import write_report  # plots: heavy to import
 
@@ -269,6 +275,7 @@ def _evaluate(
     """Run protocols on one state of the networks, write their files and log the numbers.
 
     images   what the generator has seen; protocols of the tokenizer belong to the end of stage 1
+    suffix   added to the protocol's name, where `run.spec` samples otherwise than the run's own spec
     """
     spec = run.spec
     trained = TrainedRun(run, task, rae, generator)
@@ -282,10 +289,11 @@ def _evaluate(
     )
     results = {}
     for evaluator in get_evaluators(task, spec, protocols):
+        evaluator.protocol += suffix
         if evaluator.needs_generator:
             own, stage, seen, decay = context, GENERATOR, images, spec.generator_training.ema_decays[0]
         else:
-            own, stage = dataclasses.replace(context, generate=None), TOKENIZER
+            own, stage = replace(context, generate=None), TOKENIZER
             seen, decay = spec.tokenizer_training.final_images, spec.tokenizer_training.ema_decay
         found = run_protocol(evaluator, own, run.dir / EVAL, images_seen=seen, ema_decay=decay)
         run.log(
@@ -296,26 +304,10 @@ def _evaluate(
     return results
 
 
-def _compare(
-    run: Run,
-    task: Task,
-    rae: RAE,
-    generator: Generator,
-    dataset: ImageDataset,
-    protocols: Sequence[str],
-    sampling: SamplingSpec,
-) -> None:
-    """Grid and numbers of other sampling settings, under the protocol's name with the guidance added."""
-    other = replace(run, spec=run.spec.replace(sampling=sampling))
-    name = guidance_name(sampling)
-    _save_samples(other, task, rae, generator, dataset, run.dir / "samples" / f"guidance-{name}.png")
-    _evaluate(other, task, rae, generator, protocols, run.spec.generator_training.images, suffix=f"-{name}")
-
-
-def guidance_name(sampling: SamplingSpec) -> str:
-    """Short name of a guidance setting for file names: 'none', 'cfg-2.0', 'internal-1.5'."""
-    scale = getattr(sampling.guidance, "scale", None)
-    return sampling.guidance.kind + ("" if scale is None else f"-{scale:g}")
+def guidance_name(guidance: Guidance) -> str:
+    """Short name of a guidance setting for file names: 'none', 'cfg-2', 'internal-1.5'."""
+    scale = getattr(guidance, "scale", None)
+    return guidance.kind + ("" if scale is None else f"-{scale:g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

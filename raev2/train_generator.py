@@ -79,7 +79,8 @@ def train_generator(
     )  # fmt: skip
     guard, progress, skipped_images = NonFiniteGuard(run, STAGE), Progress(STAGE, loop, images), 0
 
-    with StopSignal() as stop, attention_kernels(device, math.prod(rae.latent_shape[1:])):
+    num_tokens = math.prod(rae.latent_shape[1:])
+    with StopSignal() as stop:
         if images == 0:
             look(generator, images)
             if loop.eval_every_images:
@@ -115,7 +116,7 @@ def train_generator(
 
                 # Path, prediction, loss, gradients.
                 point = interpolate(latents, noise, t)
-                with gradient_sync(network, last):
+                with gradient_sync(network, last), attention_kernels(device, num_tokens):
                     with run.autocast():
                         output = network(point.z_t, point.t, cond)
                     losses = training_loss(

@@ -117,7 +117,8 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         decoded.backward(share * gradient)
         return decoded.detach(), terms
 
-    with StopSignal() as stop, attention_kernels(device, math.prod(spec.tokenizer.grid)):
+    num_tokens = math.prod(spec.tokenizer.grid)
+    with StopSignal() as stop:
         if images == 0:
             save_reconstructions(run, rae, val, images)
         while images < loop.images:
@@ -139,7 +140,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
             # Decoder.
             for part, share, last in micro_batches(batch, loop.micro_batch_size):
-                with gradient_sync(decoder, last):
+                with gradient_sync(decoder, last), attention_kernels(device, num_tokens):
                     decoded, terms = decoder_step(to_float(part.images.to(device)), rng, use_gan, share)
                 fakes.append(decoded)
                 for name, term in terms.items():
@@ -155,7 +156,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                 disc.train()
                 values["disc"] = torch.zeros((), device=device)
                 for (part, share, last), fake in zip(micro_batches(batch, loop.micro_batch_size), fakes, strict=True):
-                    with gradient_sync(distributed_disc, last), run.autocast():
+                    with gradient_sync(distributed_disc, last), attention_kernels(device, num_tokens), run.autocast():
                         real = to_float(part.images.to(device))
                         both = torch.cat([diffaug(real, rng), diffaug(quantise_8bit(fake), rng)])
                         disc_loss = hinge_loss(*distributed_disc(both).chunk(2))

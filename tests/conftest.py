@@ -63,7 +63,7 @@ def tiny_spec(synthetic_data: Path) -> RunSpec:
         ),
         generator_training=base.generator_training.replace(
             images=64, batch_size=8, schedule=schedule, ema_decays=(0.5, 0.9), log_every_steps=1,
-            sample_every_images=32, eval_every_images=32, save_every_images=16, latent_cache=False,
+            sample_every_images=32, eval_every_images=32, save_every_images=16, keep_checkpoints=3, latent_cache=False,
         ),
         sampling=SamplingSpec(steps=2, guidance=base.sampling.guidance, batch_size=16),
         evaluation=EvaluationSpec(

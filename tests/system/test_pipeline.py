@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from raev2 import RAE, Generator, pipeline, sample
 from raev2.cli import main
 from raev2.data import ImageDataset, to_float, to_uint8
-from raev2.spec_io import apply_overrides, fingerprint, load_spec
+from raev2.spec import NoGuidance
+from raev2.spec_io import apply_overrides, fingerprint, load_spec, save_spec
 
 PROTOCOLS = ("reconstruction-micro", "generation-micro")
 
@@ -209,6 +210,19 @@ def test_evaluations_are_the_same_every_time(run):
     assert (first[PROTOCOLS[0]]["images_seen"], first[PROTOCOLS[1]]["images_seen"]) == (48, 64)
     assert (first[PROTOCOLS[0]]["ema_decay"], first[PROTOCOLS[1]]["ema_decay"]) == (0.5, 0.5)
     assert first[PROTOCOLS[0]]["sampling"] is None and first[PROTOCOLS[1]]["sampling"]["steps"] == 2
+
+
+def test_an_evaluation_in_training_is_the_one_of_its_checkpoint(run):
+    """The run as it was after 32 images; evaluations on the way are without guidance."""
+    shutil.rmtree(run / "generator")
+    for images in (48, 64):
+        shutil.rmtree(run / f"checkpoints/generator/{images:09d}")
+    spec = load_spec(run / "spec.yaml")
+    save_spec(spec.replace(sampling=spec.sampling.replace(guidance=NoGuidance())), run / "spec.yaml")
+    results = pipeline.evaluate_run(run, ["generation-micro"])["generation-micro"]
+    (logged,) = history(run, kind="eval", images=32)[:1]
+    assert {result.name: result.value for result in results} == logged["metrics"]
+    assert numbers(run, "generation-micro")["images_seen"] == 32
 
 
 def test_one_protocol_can_be_asked_for(run, capsys):
