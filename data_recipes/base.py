@@ -14,7 +14,6 @@ index, the manifest, the list of rejects, and ``verify_dataset``. Turning the fo
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import json
@@ -30,9 +29,9 @@ from typing import Any
 
 from PIL import Image
 
-from raev2.errors import DataError, RaeError, SpecError
+from raev2.errors import DataError, RaeError, SpecError, did_you_mean
+from raev2.manifest import FORMAT_VERSION, fingerprint, verify_dataset
 
-FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
@@ -94,13 +93,12 @@ class Recipe(ABC):
         """``options`` with the defaults filled in; SpecError for an unknown or a missing one."""
         for key in options:
             if key not in self.options:
-                close = difflib.get_close_matches(key, self.options, n=1)
                 raise SpecError(
                     f"data {self.name}",
                     "unknown option",
                     got=key,
                     expected="one of " + ", ".join(self.options) if self.options else "no options",
-                    hint=f"Did you mean {close[0]}?" if close else "",
+                    hint=did_you_mean(key, self.options),
                 )
         missing = [key for key, option in self.options.items() if option.default is None and key not in options]
         if missing:
@@ -196,74 +194,6 @@ def encode_png(image: Image.Image) -> Picture:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return Picture(buffer.getvalue(), ".png", image.size)
-
-
-def fingerprint(splits: Mapping[str, Any], classes: list[str]) -> str:
-    """SHA-256 of the canonical JSON of splits and classes.
-
-    The splits carry the SHA-256 of each index and each index that of every file, so this covers the pictures, the
-    labels and the order.
-    """
-    text = json.dumps({"splits": splits, "classes": classes}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_manifest(data_dir: Path) -> dict[str, Any]:
-    """The manifest of a dataset folder; DataError when there is none or it has another format."""
-    path = Path(data_dir) / MANIFEST
-    if not path.is_file():
-        raise DataError(f"data {data_dir}", f"no {MANIFEST}", hint="Build the folder with `raev2 data build RECIPE`.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"data {path}", f"not JSON ({error})", hint="Build the dataset again.") from None
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise DataError(f"data {path}", "unknown format", got=f"format_version={version}", expected=str(FORMAT_VERSION))
-    return manifest
-
-
-def verify_dataset(data_dir: Path) -> dict[str, Any]:
-    """Check fingerprint, counts, labels and the SHA-256 of every file; return the manifest.
-
-    Raises DataError with the name of the first file that differs.
-    """
-    data_dir = Path(data_dir)
-    manifest = read_manifest(data_dir)
-    rebuild = "Build the dataset again."
-    got = fingerprint(manifest["splits"], manifest["classes"])
-    if got != manifest["fingerprint"]:
-        where = f"data {data_dir / MANIFEST}"
-        raise DataError(where, "changed after it was written", got=got, expected=manifest["fingerprint"], hint=rebuild)
-    for split, entry in manifest["splits"].items():
-        index_data = _check_sha256(data_dir / entry["index"], entry["sha256"])
-        lines = index_data.decode().splitlines()
-        if len(lines) != entry["num_samples"]:
-            where = f"data {data_dir / entry['index']}"
-            raise DataError(where, "wrong count", got=len(lines), expected=str(entry["num_samples"]), hint=rebuild)
-        for text in lines:
-            line = json.loads(text)
-            _check_sha256(data_dir / line["file"], line["sha256"])
-            label = line.get("label")
-            if label is not None and not 0 <= label < len(manifest["classes"]):
-                expected = f"0 to {len(manifest['classes']) - 1}"
-                raise DataError(f"data {data_dir / line['file']}", "label out of range", got=label, expected=expected)
-        num_files = sum(1 for _ in os.scandir(data_dir / split))
-        if num_files != len(lines):
-            where = f"data {data_dir / split}"
-            raise DataError(where, "files that the index does not list", got=num_files, expected=str(len(lines)))
-    return manifest
-
-
-def _check_sha256(path: Path, expected: str) -> bytes:
-    """The bytes of ``path``; DataError when it is missing or its SHA-256 is another one."""
-    if not path.is_file():
-        raise DataError(f"data {path}", "file is missing", hint="Build the dataset again.")
-    data = path.read_bytes()
-    got = hashlib.sha256(data).hexdigest()
-    if got != expected:
-        raise DataError(f"data {path}", "SHA-256 differs", got=got, expected=expected, hint="Build the dataset again.")
-    return data
 
 
 def _refuse_existing(out_dir: Path, overwrite: bool) -> None:

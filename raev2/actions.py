@@ -11,12 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raev2.errors import RaeError, SpecError
+from raev2.errors import RaeError, SpecError, did_you_mean
+from raev2.manifest import verify_dataset
 from raev2.spec import GuidanceSpec, RunSpec, SamplingSpec
 from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
 from raev2.task import (
     Task,
-    did_you_mean,
     get_data_recipe,
     get_recipe,
     get_task,
@@ -172,8 +172,6 @@ def data(options: Namespace) -> int:
             f"raev2 data {options.action}", "which one?", expected="a recipe, or for verify a dataset folder"
         )
     if options.action == "verify":
-        from raev2_data_recipes.base import verify_dataset
-
         manifest = verify_dataset(Path(options.recipe))
         counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
         print(f"{options.recipe}: intact ({counts}; fingerprint {manifest['fingerprint'][:12]})")

@@ -144,8 +144,7 @@ def _plugin_command(name: str):  # type: ignore[no-untyped-def]
         return None
 
     def action(argv: Sequence[str]) -> int:
-        from raev2.errors import TaskError
-        from raev2.task import did_you_mean
+        from raev2.errors import TaskError, did_you_mean
 
         commands = get_task(name).commands()
         if not argv or argv[0] not in commands:

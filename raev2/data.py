@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from raev2.batch import Batch
 from raev2.errors import DataError
+from raev2.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
-FORMAT_VERSION = 1
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -175,7 +176,7 @@ def train_batches(
 
     loader = DataLoader(
         _Stream(dataset, seed, flip), batch_sampler=_Endless(numbers), num_workers=num_workers,
-        collate_fn=_collate_or_error,
+        collate_fn=_collate_or_error, worker_init_fn=_ignore_signals,
     )  # fmt: skip
     return _raise_errors(iter(loader))
 
@@ -215,25 +216,6 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return resized.crop((left, top, left + width, top + height))
 
 
-def read_manifest(dir: Path) -> dict[str, Any]:
-    """The manifest of a dataset folder."""
-    file = dir / "manifest.json"
-    if not file.is_file():
-        raise DataError(
-            f"data {dir}", "no dataset folder here", expected="a folder with manifest.json",
-            hint="Build it with `raev2 data build RECIPE --out DIR`; `raev2 data list` shows the recipes.",
-        )  # fmt: skip
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"data {file}", "damaged, not JSON", got=str(error), hint="Build the dataset again.") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"data {dir}", "unknown format_version", got=manifest.get("format_version"), expected=str(FORMAT_VERSION)
-        )
-    return manifest
-
-
 def to_float(images_u8: Tensor) -> Tensor:
     """8-bit images to floats in [0, 1]."""
     return images_u8.float() / 255
@@ -262,6 +244,12 @@ def _collate(samples: list[dict[str, Any]]) -> tuple[Batch, int]:
         key=torch.tensor([sample["key"] for sample in samples]),
     )
     return batch, sum(sample.get("skipped", 0) for sample in samples)
+
+
+def _ignore_signals(_: int) -> None:
+    """In a worker: Ctrl-C and a cancelled job reach the whole process group, and the training still needs a batch."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate_or_error(samples: list[dict[str, Any] | DataError]) -> tuple[Batch, int] | DataError:

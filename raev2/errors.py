@@ -9,7 +9,9 @@ The command line prints the message without a traceback and exits with ``exit_co
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -55,3 +57,9 @@ class TaskError(RaeError):
     """An unknown or broken plugin."""
 
     exit_code = 5
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'Did you mean ...?' with the closest known name, or ''."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"Did you mean '{close[0]}'?" if close else ""

@@ -22,12 +22,13 @@ from raev2 import dist
 from raev2.artefact import load_artefact, write_json
 from raev2.batch import Cond, MetricResult
 from raev2.checkpoint import latest_checkpoint
-from raev2.data import ImageDataset, centre_crop, ordered_batches, read_manifest, to_float, to_uint8
+from raev2.data import ImageDataset, centre_crop, ordered_batches, to_float, to_uint8
 from raev2.errors import CheckpointError, DataError, SpecError
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.protocols import run_protocol
 from raev2.grid import save_grid, save_pairs
 from raev2.guidance import Guidance
+from raev2.manifest import read_manifest
 from raev2.model.generator import Generator, model_size
 from raev2.run import Run, add_provenance, make_accelerator, newest_run, open_run
 from raev2.sampler import sample

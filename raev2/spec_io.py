@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raev2.errors import CheckpointError, SpecError
+from raev2.errors import CheckpointError, SpecError, did_you_mean
 from raev2.spec import RunSpec
-from raev2.task import did_you_mean, get_task
+from raev2.task import get_task
 
 # Fields that change what a run shows or how fast it goes, never its numbers. A resumed run may differ in them.
 FREE_FIELDS = (

@@ -6,7 +6,6 @@ How to write one: docs/how_to/new_task.md.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from raev2.errors import RaeError, SpecError, TaskError
+from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
 from raev2.spec import RunSpec, TaskSpec
 
 if TYPE_CHECKING:  # light import: the command line lists tasks without torch
@@ -199,9 +198,3 @@ def _load(points: Mapping[str, EntryPoint], name: str, what: str, where: str) ->
         raise
     except Exception as error:  # a plugin may fail in any way while importing
         raise TaskError(f"{what} {name}", f"{points[name].value} cannot be loaded", got=repr(error)) from error
-
-
-def did_you_mean(name: str, known: Mapping[str, object] | Sequence[str]) -> str:
-    """'Did you mean ...?' for the closest known name, or ''."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"Did you mean '{close[0]}'?" if close else ""

@@ -15,15 +15,18 @@ from raev2.data import (
     ImageDataset,
     centre_crop,
     ordered_batches,
-    read_manifest,
     to_float,
     to_uint8,
     train_batches,
 )
 from raev2.errors import DataError
+from raev2.manifest import read_manifest
 from raev2.task import get_data_recipe
 
 SIZE = (8, 8)
+
+# On a machine with one CPU; the tests need two workers all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 @pytest.fixture(scope="module")

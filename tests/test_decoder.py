@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from raev2.errors import SpecError
 from raev2.spec import DecoderSpec, decoder_size
-from raev2.tokenizer.decoder import ViTDecoder, sincos_positions
+from raev2.tokenizer.decoder import ViTDecoder
 
 SPEC = DecoderSpec(width=16, depth=2, num_heads=2, mlp_dim=24, patch_size=4)
 
@@ -55,7 +55,7 @@ def test_forward_equals_attention_written_out():
 
 
 def test_positions_encode_the_column_then_the_row():
-    table = sincos_positions(8, (2, 3))[0]
+    table = ViTDecoder(6, DecoderSpec(width=8, depth=1, num_heads=2, mlp_dim=8, patch_size=4), (2, 3)).pos_embed[0]
     assert table.shape == (7, 8)
     assert torch.equal(table[0], torch.zeros(8))
     row, column = 1, 2

@@ -14,9 +14,10 @@ from raev2.model.condition import (
     TextCondition,
     condition_spec,
 )
-from raev2.model.embed import patchify, sincos_2d, unpatchify
+from raev2.model.embed import patchify, unpatchify
 from raev2.model.generator import Generator, model_size
 from raev2.model.layers import Rope2D, rotate, swiglu_dim
+from raev2.positions import sincos_2d
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec
 
 LATENT_SHAPE = (6, 4, 4)

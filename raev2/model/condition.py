@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from raev2.batch import Cond, CondTokens
 from raev2.errors import SpecError
-from raev2.model.embed import FourierEmbed, PatchEmbed, patchify, sincos_2d
+from raev2.model.embed import FourierEmbed, PatchEmbed, patchify
 from raev2.model.layers import RMSNorm
+from raev2.positions import sincos_2d
 from raev2.spec import Spec
 
 LatentShape = tuple[int, int, int]  # C, H, W

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from raev2.batch import CondTokens, ModelOutput
 from raev2.errors import SpecError
-from raev2.model.embed import FourierEmbed, PatchEmbed, patchify, sincos_2d, unpatchify
+from raev2.model.embed import FourierEmbed, PatchEmbed, patchify, unpatchify
 from raev2.model.layers import Block, FinalLayer, FusedLinear, Rope2D
+from raev2.positions import sincos_2d
 from raev2.spec import DiTSpec, TrunkSpec
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raev2.errors import SpecError
+from raev2.positions import sincos_2d
 from raev2.shapes import Images, Tokens
 from raev2.spec import DecoderSpec
 
@@ -35,7 +35,8 @@ class ViTDecoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
         # A buffer: fixed, and stored because published checkpoints carry their own (the reference code trains it by
         # accident, so it cannot be recomputed).
-        self.register_buffer("pos_embed", sincos_positions(spec.width, grid))
+        class_row = torch.zeros(1, spec.width)
+        self.register_buffer("pos_embed", torch.cat([class_row, sincos_2d(spec.width, *grid)])[None])
         self.blocks = nn.ModuleList([DecoderBlock(spec.width, spec.num_heads, spec.mlp_dim) for _ in range(spec.depth)])
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
         self.pred = nn.Linear(spec.width, spec.patch_size**2 * 3)
@@ -93,19 +94,3 @@ class DecoderBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-def sincos_positions(width: int, grid: tuple[int, int]) -> Float[Tensor, "1 M D"]:
-    """2-D sine-cosine table with a zero row for the class token in front.
-
-    The first half of a row encodes the column, the second the row; each is sin(p w_k), then cos(p w_k), with
-    w_k = 10000^(-k / (D / 4)), k = 0 .. D / 4 - 1.
-    """
-    quarter = width // 4
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = torch.meshgrid(
-        torch.arange(grid[0], dtype=torch.float64), torch.arange(grid[1], dtype=torch.float64), indexing="ij"
-    )
-    angles = [position.flatten()[:, None] * omega for position in (column, row)]  # two of (N, D / 4)
-    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
-    return torch.cat([torch.zeros(1, width), table])[None]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from raev2.errors import SpecError
+from raev2.errors import SpecError, did_you_mean
 from raev2.spec import RunSpec
-from raev2.task import Evaluator, Task, did_you_mean
+from raev2.task import Evaluator, Task
 from raev2_tasks.imagenet.recipes import RECIPES
 from raev2_tasks.imagenet.spec import ClassToImageSpec
 
