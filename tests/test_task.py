@@ -9,14 +9,13 @@ import pytest
 
 from raev2 import task as task_module
 from raev2.cli import main
-from raev2.errors import SpecError, TaskError
+from raev2.errors import SpecError, TaskError, did_you_mean
 from raev2.spec import TaskSpec
 from raev2.task import (
     DATA_RECIPES,
     TASKS,
     Evaluator,
     Task,
-    did_you_mean,
     get_data_recipe,
     get_evaluators,
     get_recipe,
