@@ -118,7 +118,9 @@ def test_verify_names_missing_changed_and_foreign_files(shapes_dir: Path) -> Non
 
 
 def test_verify_refuses_what_is_not_such_a_folder(tmp_path: Path, shapes_dir: Path) -> None:
-    with pytest.raises(DataError, match=r"no dataset folder here; expected a folder with manifest\.json. Build it with"):
+    with pytest.raises(
+        DataError, match=r"no dataset folder here; expected a folder with manifest\.json. Build it with"
+    ):
         base.verify_dataset(tmp_path / "none")
     with pytest.raises(DataError, match="another recipe; got synthetic; expected emoji"):
         emoji.RECIPE.verify(shapes_dir)
