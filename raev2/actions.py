@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raev2.errors import RaeError, SpecError, did_you_mean
-from raev2.manifest import verify_dataset
+from raev2.manifest import read_manifest, verify_dataset
 from raev2.spec import GuidanceSpec, RunSpec, SamplingSpec
 from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
 from raev2.task import (
@@ -38,7 +38,8 @@ def train(options: Namespace) -> int:
     run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
     if options.dry_run:
         _print_sizes(task, spec)
-        print(f"\nrun folder {run_dir} {'exists' if run_dir.exists() else 'will be created'}; nothing was started")
+        print(f"\ndata {spec.data.dir}: {_data_state(spec)}")
+        print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
         return OK
     from raev2 import pipeline
     from raev2.run import Stopped
@@ -225,7 +226,7 @@ def doctor(options: Namespace) -> int:
         "LPIPS (VGG)": "vgg16-397923af.pth",
         "Inception": "weights-inception-2015-12-05-6726825d.pth",
     }.items():
-        rows.append((f"weights {name}", "ok" if (hub / file).is_file() else f"not in {hub}; fetched on first use"))
+        rows.append((f"weights {name}", "ok" if (hub / file).is_file() else f"{file} is not in {hub}"))
     _print_table(("what", "state"), rows)
     return OK
 
@@ -315,6 +316,15 @@ def _print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> 
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _data_state(spec: RunSpec) -> str:
+    if (Path(spec.data.dir) / "manifest.json").is_file():
+        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
+    if spec.data.recipe is None:
+        return "missing, and data.recipe is null"
+    recipe = get_data_recipe(spec.data.recipe)
+    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:

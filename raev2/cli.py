@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         "--resume", choices=("auto", "never"), default="auto", help="continue the run folder if it exists"
     )
     train.add_argument("--overwrite", action="store_true", help="delete an existing run folder first")
-    train.add_argument("--dry-run", action="store_true", help="check data, weights and sizes; train nothing")
+    train.add_argument("--dry-run", action="store_true", help="print sizes, and what is there already; train nothing")
 
     sample = command("sample", "images from a trained generator")
     _run_options(sample)

@@ -144,7 +144,7 @@ def test_the_same_command_in_another_folder_is_the_same_run(spec, whole, tmp_pat
     assert_same_run(Trainings(spec, tmp_path / "again").finish(), whole)
 
 
-@pytest.mark.parametrize(("seed", "workers"), [(i, i % 2 * 2) for i in range(2, 8)])
+@pytest.mark.parametrize(("seed", "workers"), [(0, 0), (1, 2)])
 def test_a_run_that_is_killed_at_random_moments_is_the_same_run(spec, whole, tmp_path, seed, workers):
     trainings = Trainings(spec, tmp_path / "run", "--set", f"data.num_workers={workers}")
     rng = random.Random(seed)
