@@ -290,7 +290,7 @@ def test_every_command_of_the_parser_has_its_function():
         (["show", "tiny"], ["recipe: tiny", "generator parameters", "GFLOPs", "image tokens", "fingerprint"]),
         (["show", "tiny", "--set", "seed=5"], ["seed: 5"]),
         (["train", "--task", "imagenet", "--recipe", "tiny", "--dry-run"],
-         ["tokenizer steps", "run folder runs/imagenet/tiny will be created; nothing was started"]),
+         ["tokenizer steps", "run folder runs/imagenet/tiny", "nothing was started"]),
         (["doctor"], ["python", "torch", "extra quickstart", "encoder micro", "bf16"]),
     ],
 )  # fmt: skip
