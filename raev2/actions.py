@@ -41,7 +41,7 @@ def train(options: Namespace) -> int:
         print(f"\ndata {spec.data.dir}: {_data_state(spec)}")
         print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
         return OK
-    from raev2 import pipeline
+    from raev2 import dist, pipeline
     from raev2.run import Stopped
 
     try:
@@ -49,7 +49,8 @@ def train(options: Namespace) -> int:
     except Stopped as stopped:
         print(f"{stopped}; saved. The same command continues.", file=sys.stderr)
         return OK
-    _print_results(run_dir)
+    if dist.is_main():
+        _print_results(run_dir)
     return OK
 
 

@@ -61,5 +61,5 @@ class TaskError(RaeError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'Did you mean ...?' with the closest known name, or ''."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else ""

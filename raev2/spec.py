@@ -169,7 +169,6 @@ class LoopSpec(Spec):
     clip_grad_norm: float | None = Field(1.0, gt=0)
     log_every_steps: int = Field(10, gt=0)
     sample_every_images: int = Field(gt=0, description="fixed grids of reconstructions or samples")
-    eval_every_images: int | None = Field(None, gt=0, description="evaluation in training; null: only at the end")
     save_every_images: int = Field(gt=0)
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept; the last one is always there")
 
@@ -307,6 +306,7 @@ class RepaSpec(Spec):
 class GeneratorTrainingSpec(LoopSpec):
     """Stage 2: flow matching of the generator."""
 
+    eval_every_images: int | None = Field(None, gt=0, description="evaluation in training; null: only at the end")
     optimizer: OptimizerSpec = MuonSpec()
     ema_decays: tuple[float, ...] = Field((0.9995,), min_length=1, description="the first one is sampled by default")
     cond_drop_prob: float = Field(0.1, ge=0, le=1, description="share of samples trained without their condition")
