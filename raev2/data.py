@@ -126,7 +126,7 @@ class _Stream(Dataset[dict[str, Any] | DataError]):
     def __getitem__(self, number: int) -> dict[str, Any] | DataError:
         epoch, position = divmod(number, len(self.dataset))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_seed("order", self.seed, epoch))
+            generator = torch.Generator().manual_seed(derived_seed("order", self.seed, epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
         skipped = 0
         while True:  # an unreadable image is replaced by the next readable one of the same epoch
@@ -141,7 +141,7 @@ class _Stream(Dataset[dict[str, Any] | DataError]):
                     return DataError(
                         f"data {self.dataset.dir}", f"{skipped} unreadable images in a row", hint=str(error)
                     )
-        if self.flip and _seed("flip", self.seed, number) % 2:
+        if self.flip and derived_seed("flip", self.seed, number) % 2:
             sample["image"] = sample["image"].flip(2)
         return {**sample, "skipped": skipped}
 
@@ -271,7 +271,8 @@ def _raise_errors(batches: Iterator[tuple[Batch, int] | DataError]) -> Iterator[
         raise error
 
 
-def _seed(*parts: object) -> int:
+def derived_seed(*parts: object) -> int:
+    """63-bit seed from a hash of the parts: equal parts, equal seed, on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 

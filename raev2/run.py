@@ -8,7 +8,6 @@ The folder is described in docs/conventions.md#run-folder. Opening an existing f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -36,6 +35,7 @@ from raev2 import dist
 from raev2.artefact import load_strict, write_json
 from raev2.batch import Batch
 from raev2.checkpoint import Checkpoint, latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from raev2.data import derived_seed
 from raev2.ema import EMA
 from raev2.errors import CheckpointError
 from raev2.spec import LoopSpec, RunSpec
@@ -169,8 +169,7 @@ def add_provenance(run: Run, name: str, value: Any) -> None:
 
 def step_generator(device: torch.device, *parts: object) -> torch.Generator:
     """Random numbers of one step: a generator seeded by a hash of (seed, stage, rank, images seen)."""
-    seed = int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(device).manual_seed(derived_seed(*parts))
 
 
 class StopSignal:

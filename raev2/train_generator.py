@@ -147,7 +147,7 @@ def train_generator(
                     skipped_images=skipped_images, **numbers, **speed,
                 )  # fmt: skip
             with ema.applied(generator, decay):
-                if crossed(loop.sample_every_images, before, images):
+                if crossed(loop.sample_every_images, before, images) and images < loop.images:
                     look(generator, images)
                 if crossed(loop.eval_every_images, before, images) and images < loop.images:
                     evaluate(generator, images)

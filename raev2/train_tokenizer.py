@@ -175,7 +175,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                     stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
                     skipped_images=skipped_images, **numbers, **speed,
                 )  # fmt: skip
-            if crossed(loop.sample_every_images, before, images):
+            if crossed(loop.sample_every_images, before, images) and images < loop.images:
                 with ema.applied(rae.decoder, loop.ema_decay):
                     save_reconstructions(run, rae, val, images)
             if crossed(loop.save_every_images, before, images) or images >= loop.images:
