@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 import signal
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,71 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from raev2.batch import Batch
+from raev2.batch import Batch, Cond
 from raev2.errors import DataError
 from raev2.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
 
 
-class ImageDataset(Dataset[dict[str, Any]]):
-    """One split of a dataset folder: 8-bit RGB images of one size, and the fields of the index as conditions.
+class ImageDataset(Dataset[dict[str, Any]], ABC):
+    """One split of prepared data: 8-bit RGB images of one size with raw conditions. Read by number.
+
+    A subclass says where images and conditions come from. It may also override what the training stream draws
+    (`stream_sample`) and how the conditions of a batch become tensors (`collate_cond`).
+
+    manifest      what the data is: at least name, fingerprint, licence, attribution, classes
+    image_size    height and width in pixels of every image
+    """
+
+    manifest: dict[str, Any]
+    dir: Path
+    split: str
+    image_size: tuple[int, int]
+    _order: tuple[tuple[int, int], Tensor] | None = None  # (seed, epoch) and its permutation
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def image(self, index: int) -> Tensor:
+        """Image `index` as uint8 (3, H_px, W_px)."""
+
+    @abstractmethod
+    def cond(self, index: int) -> dict[str, Any]:
+        """Raw conditions of sample `index`: numbers, lists or arrays by name."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by label; empty for unlabelled data."""
+        return self.manifest["classes"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content."""
+        return self.manifest["fingerprint"]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.image(index), "cond": self.cond(index), "key": index}
+
+    def stream_sample(self, seed: int, number: int, skip: int = 0) -> dict[str, Any]:
+        """Sample `number` of the endless training stream: entry `number mod n` of the permutation of its epoch.
+
+        skip   how many unreadable samples to pass over, within the same epoch
+        """
+        epoch, position = divmod(number, len(self))
+        if self._order is None or self._order[0] != (seed, epoch):
+            generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
+            self._order = (seed, epoch), torch.randperm(len(self), generator=generator)
+        return self[int(self._order[1][(position + skip) % len(self)])]
+
+    def collate_cond(self, conds: Sequence[Mapping[str, Any]]) -> Cond:
+        """Conditions of a batch, one tensor a name with the batch as leading axis."""
+        return {name: _stack([cond[name] for cond in conds]) for name in conds[0]}
+
+
+class FolderDataset(ImageDataset):
+    """One split of a dataset folder: images of its index, fields of the index as conditions.
 
     fields   index fields that become raw conditions, e.g. ('label',)
     """
@@ -67,16 +125,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raise DataError(f"data {self.dir}", f"split {split} is empty", hint=_rebuild(self.manifest))
         self._cache: dict[int, Tensor] | None = {} if cache else None
 
-    @property
-    def classes(self) -> list[str]:
-        """Class names by label; empty for unlabelled data."""
-        return self.manifest["classes"]
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the folder's content, from its manifest."""
-        return self.manifest["fingerprint"]
-
     def __len__(self) -> int:
         return len(self.index)
 
@@ -109,30 +157,21 @@ class ImageDataset(Dataset[dict[str, Any]]):
             )  # fmt: skip
         return {field: entry[field] for field in self.fields}
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.image(index), "cond": self.cond(index), "key": index}
-
 
 class _Stream(Dataset[dict[str, Any] | DataError]):
-    """Sample number -> sample: the permutation of its epoch, the flip, and the policy for unreadable images.
+    """Sample number -> sample: the dataset's own order, the flip, and the policy for unreadable images.
 
     An error is a value here: DataLoader would turn an exception in a worker into a RuntimeError with a traceback.
     """
 
     def __init__(self, dataset: ImageDataset, seed: int, flip: bool) -> None:
         self.dataset, self.seed, self.flip = dataset, seed, flip
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, number: int) -> dict[str, Any] | DataError:
-        epoch, position = divmod(number, len(self.dataset))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(derived_seed("order", self.seed, epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
         skipped = 0
         while True:  # an unreadable image is replaced by the next readable one of the same epoch
-            index = int(self._order[(position + skipped) % len(self.dataset)])
             try:
-                sample = self.dataset[index]
+                sample = self.dataset.stream_sample(self.seed, number, skipped)
                 break
             except DataError as error:
                 skipped += 1
@@ -176,7 +215,7 @@ def train_batches(
 
     loader = DataLoader(
         _Stream(dataset, seed, flip), batch_sampler=_Endless(numbers), num_workers=num_workers,
-        collate_fn=_collate_or_error, worker_init_fn=_ignore_signals,
+        collate_fn=partial(_collate_or_error, dataset), worker_init_fn=_ignore_signals,
     )  # fmt: skip
     return _raise_errors(iter(loader))
 
@@ -200,7 +239,7 @@ def ordered_batches(
                     raise
                 logger.warning("skipped: %s", error)
         if samples:
-            yield _collate(samples)[0]
+            yield _collate(dataset, samples)[0]
 
 
 def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -236,11 +275,16 @@ class _Endless:
         return self.numbers()
 
 
-def _collate(samples: list[dict[str, Any]]) -> tuple[Batch, int]:
-    cond = {name: torch.tensor([sample["cond"][name] for sample in samples]) for name in samples[0]["cond"]}
+def _stack(values: Sequence[Any]) -> Tensor:
+    if isinstance(values[0], np.ndarray | Tensor):
+        return torch.stack([torch.as_tensor(value) for value in values])
+    return torch.tensor(values)
+
+
+def _collate(dataset: ImageDataset, samples: list[dict[str, Any]]) -> tuple[Batch, int]:
     batch = Batch(
         images=torch.stack([sample["image"] for sample in samples]),
-        cond=cond,
+        cond=dataset.collate_cond([sample["cond"] for sample in samples]),
         key=torch.tensor([sample["key"] for sample in samples]),
     )
     return batch, sum(sample.get("skipped", 0) for sample in samples)
@@ -252,11 +296,13 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate_or_error(samples: list[dict[str, Any] | DataError]) -> tuple[Batch, int] | DataError:
+def _collate_or_error(
+    dataset: ImageDataset, samples: list[dict[str, Any] | DataError]
+) -> tuple[Batch, int] | DataError:
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    return _collate(samples)  # type: ignore[arg-type]
+    return _collate(dataset, samples)  # type: ignore[arg-type]
 
 
 def _raise_errors(batches: Iterator[tuple[Batch, int] | DataError]) -> Iterator[tuple[Batch, int]]:

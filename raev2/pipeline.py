@@ -22,7 +22,7 @@ from raev2 import dist
 from raev2.artefact import load_artefact, write_json
 from raev2.batch import Cond, MetricResult
 from raev2.checkpoint import latest_checkpoint
-from raev2.data import ImageDataset, centre_crop, ordered_batches, to_float, to_uint8
+from raev2.data import FolderDataset, ImageDataset, centre_crop, ordered_batches, to_float, to_uint8
 from raev2.errors import CheckpointError, DataError, SpecError
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.protocols import run_protocol
@@ -38,7 +38,7 @@ from raev2.task import EvalContext, Task, get_data_recipe, get_evaluators, get_t
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoder_table import encoder_info
 from raev2.tokenizer.rae import RAE
-from raev2.train_generator import train_generator
+from raev2.train_generator import latent_encoder, train_generator
 from raev2.train_tokenizer import measure_stats, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def _generate(
 ) -> Callable[[Cond, Sequence[int]], Tensor]:
     """(raw conditions, global indices) -> 8-bit images: the one way to sample, in training and after it."""
     run = trained.run
-    encode_cond = trained.task.cond_encoder(run.spec, trained.rae, run.device)
+    encode_cond = trained.task.cond_encoder(run.spec, latent_encoder(trained.rae, run.device), run.device)
     weak = _weak_generator(sampling, run)
 
     def generate(raw: Cond, indices: Sequence[int]) -> Tensor:
@@ -405,7 +405,7 @@ def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
 
 def _rae_and_data(source: str, data_dir: Path, split: str) -> tuple[RAE, ImageDataset]:
     rae = _load_rae(source).to(make_accelerator("fp32").device)
-    return rae, ImageDataset(data_dir, split, rae.spec.image_size)
+    return rae, FolderDataset(data_dir, split, rae.spec.image_size)
 
 
 def _load_rae(source: str) -> RAE:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # light import: the command line lists tasks without torch
     from raev2.tokenizer.rae import RAE
 
 logger = logging.getLogger(__name__)
+EncodeImages = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 TASKS, DATA_RECIPES = "raev2.tasks", "raev2.data_recipes"  # entry-point groups
 
 
@@ -86,8 +87,12 @@ class Task(ABC):
         """Kinds of condition that are not in the core, for loading saved generators. Default: none."""
         return ()
 
-    def cond_encoder(self, spec: RunSpec, rae: RAE, device: torch.device) -> Callable[[Cond], Cond]:
-        """Frozen map from raw conditions to what the generator takes, such as a text encoder. Default: identity."""
+    def cond_encoder(self, spec: RunSpec, encode: EncodeImages, device: torch.device) -> Callable[[Cond], Cond]:
+        """Frozen map from raw conditions to what the generator takes, such as a text encoder. Default: identity.
+
+        encode   for conditions that are images: (8-bit images (B, 3, Hpx, Wpx), their indices in the split (B,)) ->
+                 normalised latents (B, C, H, W), from the latent cache where the run keeps one
+        """
         return lambda raw: raw
 
     @abstractmethod

@@ -33,7 +33,7 @@ from raev2.run import (
     step_generator,
     update,
 )
-from raev2.task import Task
+from raev2.task import EncodeImages, Task
 from raev2.tokenizer.encoders import build_encoder
 from raev2.tokenizer.rae import RAE
 
@@ -66,8 +66,8 @@ def train_generator(
     optimizer = build_optimizer(generator, loop.optimizer, loop.schedule.lr)
     ema, decay = EMA(generator, loop.ema_decays), loop.ema_decays[0]
     modules, optimizers = {"model": generator}, {"optimizer": optimizer}
-    encode_cond = task.cond_encoder(spec, rae, device)
-    encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else _encoder(rae, device)
+    encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else latent_encoder(rae, device)
+    encode_cond = task.cond_encoder(spec, encode, device)
     repa_target = _repa_encoder(run)
 
     # Resume.
@@ -164,12 +164,12 @@ def train_generator(
     return generator.eval()
 
 
-def _encoder(rae: RAE, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def latent_encoder(rae: RAE, device: torch.device) -> EncodeImages:
     """(8-bit images, keys) -> latents, encoded now, in float32."""
     return lambda images_u8, keys: rae.encode(to_float(images_u8.to(device)))
 
 
-def _cached_encoder(rae: RAE, dataset: ImageDataset, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def _cached_encoder(rae: RAE, dataset: ImageDataset, device: torch.device) -> EncodeImages:
     """(8-bit images, keys) -> latents, looked up; every image of the split is encoded once, here."""
     cache = torch.empty(len(dataset), *rae.latent_shape)
     for batch in ordered_batches(dataset, CACHE_BATCH, skip_unreadable=True):

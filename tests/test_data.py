@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from raev2.data import (
+    FolderDataset,
     ImageDataset,
     centre_crop,
     ordered_batches,
@@ -44,7 +45,7 @@ def copy(folder, tmp_path) -> Path:
 
 @pytest.fixture
 def dataset(folder) -> ImageDataset:
-    return ImageDataset(folder, "train", SIZE, ("label",))
+    return FolderDataset(folder, "train", SIZE, ("label",))
 
 
 def stream(dataset, num_batches=8, batch_size=6, **options):
@@ -78,7 +79,7 @@ def test_samples_are_8_bit_rgb_with_their_label(dataset, folder):
 
 
 def test_the_cache_gives_the_same_images(folder, dataset):
-    cached = ImageDataset(folder, "train", SIZE, ("label",), cache=True)
+    cached = FolderDataset(folder, "train", SIZE, ("label",), cache=True)
     for _ in range(2):
         for index in range(3):
             assert torch.equal(cached.image(index), dataset.image(index))
@@ -199,13 +200,13 @@ def spoil(folder: Path, index: int, how: str) -> None:
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated", "not an image", "broken chunk"])
 def test_an_unreadable_image_is_replaced_counted_and_named(copy, caplog, how):
     spoil(copy, 4, how)
-    dataset = ImageDataset(copy, "train", SIZE, ("label",))
+    dataset = FolderDataset(copy, "train", SIZE, ("label",))
     with caplog.at_level(logging.WARNING, logger="raev2.data"):
         batches = stream(dataset, num_batches=5)
     numbers = keys(batches)
     assert 4 not in numbers and len(numbers) == 30, "every batch is full"
     assert sum(skipped for _, skipped in batches) == 3, "once an epoch"
-    whole = keys(stream(ImageDataset(copy, "train", SIZE, ("label",)), num_batches=5))
+    whole = keys(stream(FolderDataset(copy, "train", SIZE, ("label",)), num_batches=5))
     assert numbers == whole, "what comes in its place is fixed"
     assert len(caplog.messages) >= 3
     assert caplog.messages[0].startswith(f"skipped: data {copy}/train/000004.png: cannot be read as an image; got ")
@@ -213,7 +214,7 @@ def test_an_unreadable_image_is_replaced_counted_and_named(copy, caplog, how):
 
 def test_an_unreadable_image_is_counted_by_workers_too(copy):
     spoil(copy, 4, "empty")
-    dataset = ImageDataset(copy, "train", SIZE, ("label",))
+    dataset = FolderDataset(copy, "train", SIZE, ("label",))
     assert_same(stream(dataset, num_batches=5), stream(dataset, num_batches=5, num_workers=2))
 
 
@@ -222,12 +223,12 @@ def test_data_without_a_readable_image_stops(copy, workers):
     for index in range(10):
         spoil(copy, index, "empty")
     with pytest.raises(DataError, match="10 unreadable images in a row"):
-        stream(ImageDataset(copy, "train", SIZE), num_workers=workers)
+        stream(FolderDataset(copy, "train", SIZE), num_workers=workers)
 
 
 def test_a_pass_over_a_split_stops_at_an_unreadable_image_unless_told_otherwise(copy, caplog):
     spoil(copy, 4, "truncated")
-    dataset = ImageDataset(copy, "train", SIZE)
+    dataset = FolderDataset(copy, "train", SIZE)
     with pytest.raises(DataError, match="000004.png: cannot be read as an image; got OSError. Run `raev2 data verify"):
         list(ordered_batches(dataset, 4))
     with caplog.at_level(logging.WARNING, logger="raev2.data"):
@@ -246,19 +247,19 @@ def change_manifest(folder: Path, **changes) -> None:
 
 def test_a_missing_folder_says_how_to_build_one(tmp_path):
     with pytest.raises(DataError, match="no dataset folder here; expected a folder with manifest.json. Build it with"):
-        ImageDataset(tmp_path / "none", "train", SIZE)
+        FolderDataset(tmp_path / "none", "train", SIZE)
 
 
 def test_an_unknown_split_lists_the_splits(folder):
     with pytest.raises(DataError, match="unknown split; got test; expected one of train, val"):
-        ImageDataset(folder, "test", SIZE)
+        FolderDataset(folder, "test", SIZE)
 
 
 def test_an_index_of_another_length_is_refused(copy):
     with (copy / "train.jsonl").open("a") as file:
         file.write('{"file": "train/000010.png"}\n')
     with pytest.raises(DataError, match=r"train.jsonl has 11 samples, manifest says 10. Run `raev2 data verify"):
-        ImageDataset(copy, "train", SIZE)
+        FolderDataset(copy, "train", SIZE)
 
 
 def test_a_missing_or_damaged_index_is_refused(copy):
@@ -266,16 +267,16 @@ def test_a_missing_or_damaged_index_is_refused(copy):
     with pytest.raises(
         DataError, match="val.jsonl: damaged, a line is not JSON.*Build it again with `raev2 data build"
     ):
-        ImageDataset(copy, "val", SIZE)
+        FolderDataset(copy, "val", SIZE)
     (copy / "val.jsonl").unlink()
     with pytest.raises(DataError, match="index val.jsonl is missing. Build it again with `raev2 data build synthetic"):
-        ImageDataset(copy, "val", SIZE)
+        FolderDataset(copy, "val", SIZE)
 
 
 def test_an_empty_split_is_refused(tmp_path):
     get_data_recipe("synthetic").build(tmp_path / "no-val", {"num_train": "1", "num_val": "0", "size": "8"})
     with pytest.raises(DataError, match="split val is empty"):
-        ImageDataset(tmp_path / "no-val", "val", SIZE)
+        FolderDataset(tmp_path / "no-val", "val", SIZE)
 
 
 def test_a_manifest_that_is_damaged_or_from_another_time_is_refused(copy):
@@ -289,4 +290,4 @@ def test_a_manifest_that_is_damaged_or_from_another_time_is_refused(copy):
 
 def test_a_missing_condition_names_sample_and_field(folder):
     with pytest.raises(DataError, match=r"sample train/000000.png has no caption; expected fields \('caption',\)"):
-        ImageDataset(folder, "train", SIZE, ("caption",))[0]
+        FolderDataset(folder, "train", SIZE, ("caption",))[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raev2.batch import MetricResult
-from raev2.data import ImageDataset
+from raev2.data import FolderDataset
 from raev2.errors import DataError, TaskError
 from raev2.eval.features import FeatureExtractor, frechet_name
 from raev2.eval.image_pairs import FeatureDistance
@@ -90,7 +90,7 @@ def data_dir(tmp_path_factory) -> Path:
 @pytest.fixture
 def context(data_dir, tmp_path) -> EvalContext:
     def dataset(split):
-        return ImageDataset(data_dir, split, (SIZE, SIZE), fields=("label",))
+        return FolderDataset(data_dir, split, (SIZE, SIZE), fields=("label",))
 
     def generate(cond, indices):
         """A perfect memory: the validation picture of each index, with some noise of that index."""
@@ -187,7 +187,7 @@ def test_generation_yields_the_numbers_and_their_scale(context):
 
 
 def test_real_pictures_have_ratio_one(context, data_dir):
-    val = ImageDataset(data_dir, "val", (SIZE, SIZE))
+    val = FolderDataset(data_dir, "val", (SIZE, SIZE))
     real = dataclasses.replace(context, generate=lambda cond, indices: torch.stack([val.image(i) for i in indices]))
     found = values(run_protocol(generation(num_samples=40), real))
     assert found["fd_ratio_pixels"] == pytest.approx(1, abs=1e-9)

@@ -29,10 +29,10 @@ class ClassToImage(Task):
 
     def dataset(self, spec: RunSpec, split: str) -> ImageDataset:
         """Images with their label, or without any condition for an unconditional run."""
-        from raev2.data import ImageDataset
+        from raev2.data import FolderDataset
 
         fields = () if _task_spec(spec).unconditional else ("label",)
-        dataset = ImageDataset(spec.data.dir, split, spec.tokenizer.image_size, fields, spec.data.cache)
+        dataset = FolderDataset(spec.data.dir, split, spec.tokenizer.image_size, fields, spec.data.cache)
         if fields and not dataset.classes:
             raise SpecError(
                 "spec.task.unconditional", f"the data in {spec.data.dir} has no classes", got="false",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from raev2 import RAE, Generator, pipeline, sample
 from raev2.cli import main
-from raev2.data import ImageDataset, to_float, to_uint8
+from raev2.data import FolderDataset, to_float, to_uint8
 from raev2.spec import NoGuidance
 from raev2.spec_io import apply_overrides, fingerprint, load_spec, save_spec
 
@@ -93,7 +93,7 @@ def test_the_artefacts_are_all_that_is_needed(trained_run, synthetic_data):
     """Images to samples through the two folders alone, and the same bytes as the command."""
     rae = RAE.from_pretrained(trained_run / "tokenizer")
     generator = Generator.from_pretrained(trained_run / "generator")
-    images = to_float(torch.stack([ImageDataset(synthetic_data, "val", (64, 64)).image(i) for i in range(2)]))
+    images = to_float(torch.stack([FolderDataset(synthetic_data, "val", (64, 64)).image(i) for i in range(2)]))
     latents = rae.encode(images)
     assert tuple(latents.shape) == (2, *generator.latent_shape) == (2, *rae.latent_shape)
     assert rae.latent_stats.num_images == 32

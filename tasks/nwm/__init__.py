@@ -1,0 +1,1 @@
+"""Navigation world model: trajectories, action-conditioned frames, rollouts, planning."""

@@ -1,0 +1,1 @@
+"""Text to image: sharded image-text data, text encoders, compositional evaluation."""

@@ -1,0 +1,1 @@
+"""The embedded compositional benchmark: renderers with ground truth, and exact scorers."""
