@@ -199,6 +199,14 @@ def latents(options: Namespace) -> int:
     return OK
 
 
+def bench(options: Namespace) -> int:
+    """`raev2 bench`."""
+    from raev2.bench import run_benchmarks, table
+
+    print(table(run_benchmarks(options.names, Path(options.json) if options.json else None)))
+    return OK
+
+
 def doctor(options: Namespace) -> int:
     """`raev2 doctor`."""
     import torch
@@ -234,7 +242,8 @@ def doctor(options: Namespace) -> int:
 
 COMMANDS = {
     "train": train, "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report, "show": show,
-    "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents, "doctor": doctor,
+    "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents, "bench": bench,
+    "doctor": doctor,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "doctor",
+    "bench", "doctor",
 )  # fmt: skip
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
@@ -98,6 +98,10 @@ def parser() -> argparse.ArgumentParser:
     latents.add_argument("--data", required=True, metavar="DIR", help="dataset folder")
     latents.add_argument("--split", default="train")
     latents.add_argument("--out", required=True, metavar="FILE")
+
+    bench = command("bench", "benchmark tables with the machine's description")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    bench.add_argument("--json", metavar="FILE", help="also write the numbers here")
 
     command("doctor", "environment, devices, optional parts, reachable and missing assets")
     return root

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # light import: the command line lists tasks without torch
     import torch
 
     from raev2.batch import Cond, MetricResult
+    from raev2.bench import Measurement
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
     from raev2.tokenizer.rae import RAE
@@ -112,6 +113,10 @@ class Task(ABC):
     @abstractmethod
     def recipes(self) -> dict[str, Callable[[], RunSpec]]:
         """Named runs. 'quickstart' runs on a 2-core CPU in minutes."""
+
+    def benchmarks(self) -> dict[str, Callable[[], list[Measurement]]]:
+        """Benchmarks for `raev2 bench`; one named like the task is listed under that name alone. Default: none."""
+        return {}
 
     def commands(self) -> dict[str, Callable[[Sequence[str]], None]]:
         """Extra commands, reached as `raev2 <task name> <command> ...`. Default: none."""

@@ -28,7 +28,7 @@ ORDER = """
     model.layers model.embed model.condition model.dit model.ddt model.generator
     flow guidance sampler testing ema optim checkpoint run
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
-    train_tokenizer train_generator chart report pipeline interop actions cli __main__
+    train_tokenizer train_generator bench chart report pipeline interop actions cli __main__
 """.split()  # noqa: SIM905
 
 
