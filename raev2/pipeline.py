@@ -287,6 +287,7 @@ def _evaluate(
         device=run.device,
         cache_dir=run.dir / EVAL / "reference",
         generate=None if generator is None else _generate(trained, generator, spec.sampling, spec.evaluation.seed),
+        generator=generator,
     )
     results = {}
     for evaluator in get_evaluators(task, spec, protocols):
@@ -294,8 +295,9 @@ def _evaluate(
         if evaluator.needs_generator:
             own, stage, seen, decay = context, GENERATOR, images, spec.generator_training.ema_decays[0]
         else:
-            own, stage = replace(context, generate=None), TOKENIZER
+            own, stage = replace(context, generate=None, generator=None), TOKENIZER
             seen, decay = spec.tokenizer_training.final_images, spec.tokenizer_training.ema_decay
+        own = replace(own, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
         found = run_protocol(evaluator, own, run.dir / EVAL, images_seen=seen, ema_decay=decay)
         run.log(
             stage=stage, kind="eval", images=seen, protocol=evaluator.protocol,

@@ -71,7 +71,7 @@ def write_report(run_dir: str | Path) -> Path:
     page = {
         "header": header, "summary": summary, "warnings": warnings, "samples": samples,
         "big_width": 720, "guidance_names": guidance_names, "guidance_rows": guidance_rows,
-        "evaluations": [_evaluation(result) for result in results],
+        "evaluations": [_evaluation(result, run_dir) for result in results],
         "history_charts": _history_charts(history, results), "ep_rows": ep_rows,
         "ep_text": "EP_<metric>@k: where the metric first falls to k, linear between evaluations, with the sampling "
         "settings of the protocol. For FID k is 2, as published. Elsewhere k comes from the scale: the value of "
@@ -349,7 +349,7 @@ def _scale_of(name: str, protocol: str, history: History, results: Sequence[Mapp
     return {other: value for other, value in found.items() if other.startswith(f"{name}_")}
 
 
-def _evaluation(result: Mapping) -> dict[str, Any]:
+def _evaluation(result: Mapping, run_dir: Path) -> dict[str, Any]:
     reference = result.get("reference") or {}
     parts = [str(result.get("description", "")).strip().capitalize()]
     if result.get("images_seen") is not None:
@@ -372,10 +372,30 @@ def _evaluation(result: Mapping) -> dict[str, Any]:
         for entry in result["results"]
     ]  # fmt: skip
     details = {name: value for name, value in result.items() if name not in ("results", "spec")}
+    picture = run_dir / "eval" / f"{result['protocol']}.png"
+    points, point_rows = _by_point(result["results"])
     return {
         "protocol": result["protocol"], "text": ". ".join(part for part in parts if part) + ".", "rows": rows,
+        "points": points, "point_rows": point_rows,
+        "picture": {"data": _base64(picture), "label": result.get("picture", "")} if picture.is_file() else None,
         "details": yaml.safe_dump(_plain(details), sort_keys=False, allow_unicode=True),
     }  # fmt: skip
+
+
+def _by_point(entries: Sequence[Mapping]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Results named `metric@point` or `metric@point_scale` as a table, a column for each point (such as a horizon)."""
+    points: dict[str, None] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        match = re.fullmatch(r"(?P<metric>[^@]+)@(?P<point>[^@_]+)(?P<scale>_.+)?", entry["name"])
+        if match:
+            points[match["point"]] = None
+            name = match["metric"] + (match["scale"] or "")
+            row = rows.setdefault(name, {"name": name, "scale": _is_scale(entry), "cells": {}})
+            error = f" ± {number(entry['stderr'])}" if entry.get("stderr") is not None else ""
+            row["cells"][match["point"]] = f"{number(entry['value'])}{error}"
+    table = [{**row, "cells": [row["cells"].get(point, "") for point in points]} for row in rows.values()]
+    return list(points), table
 
 
 def _guidance_table(results: Sequence[Mapping]) -> tuple[list[str], list[dict[str, Any]]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # light import: the command line lists tasks without torch
     from raev2.bench import Measurement
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
+    from raev2.model.generator import Generator
     from raev2.tokenizer.rae import RAE
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,9 @@ class EvalContext:
                in `raev2 eval`. None where only a tokenizer exists
     dataset    opens a split of the run's data
     cache_dir  where reference statistics may be kept, by fingerprint
+    generator  the network itself, for protocols that sample otherwise than image by image
+    picture    where the protocol may save one PNG that the report shows beside its numbers, with `picture` of
+               `describe` as its caption
     """
 
     spec: RunSpec
@@ -48,6 +52,8 @@ class EvalContext:
     device: torch.device
     cache_dir: Path
     generate: Callable[[Cond, Sequence[int]], torch.Tensor] | None = None
+    generator: Generator | None = None
+    picture: Path | None = None
 
 
 class Evaluator(ABC):

@@ -215,3 +215,26 @@ def test_smoothing_is_the_mean_of_the_last_values_and_skips_nan():
 )
 def test_numbers_are_written_short(value, text):
     assert number(value) == text
+
+
+def test_numbers_at_points_become_a_table_with_a_column_each(tmp_path):
+    run = make_run(tmp_path / "run")
+    entries = [
+        entry("psnr@1s", 21.5, stderr=0.25), entry("psnr@1s_copy", 17.0, note="scale: the last frame again"),
+        entry("psnr@4s", 15.5), entry("psnr@4s_copy", 12.0, note="scale: the last frame again"), entry("plain", 3.0),
+    ]  # fmt: skip
+    write_eval(run, "horizons", entries, guidance=None)
+    page = write_report(run).read_text()
+    table = re.search(
+        r"<tr><th>metric</th><th class=\"num\">1s</th><th class=\"num\">4s</th></tr>(.*?)</table>", page, re.S
+    )
+    assert table and re.findall(r"<code>(.*?)</code>", table[1]) == ["psnr", "psnr_copy"]
+    assert re.findall(r'<td class="num">(.*?)</td>', table[1]) == ["21.5 ± 0.25", "15.5", "17", "12"]
+
+
+def test_the_picture_of_a_protocol_is_shown_beside_its_numbers(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_eval(run, "rollout", [entry("psnr@1s", 21.5)], guidance=None, picture="rollouts above, true frames below")
+    assert "rollouts above" not in re.sub(r"<pre>.*?</pre>", "", write_report(run).read_text(), flags=re.S)
+    grid(run / "eval" / "rollout.png", 0, 1.0)
+    assert 'alt="rollouts above, true frames below"' in write_report(run).read_text()
