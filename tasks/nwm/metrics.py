@@ -1,0 +1,110 @@
+"""Numbers of this task from per-sample values. Pure functions; read `mean_result` first.
+
+Every number carries a 95 % interval from a bootstrap over samples with a fixed seed, so it is the same every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from raev2.batch import MetricResult
+from raev2.errors import DataError
+from raev2.eval.distances import Moments, frechet_stderr, moments_distance
+
+BOOTSTRAP_DRAWS = 1000
+SCALE = "scale: "  # a note that begins so marks a baseline, and the report draws it as one
+
+
+def bootstrap(values: Tensor, statistic: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
+    """Low and high end of the 95 % interval, and the standard error, of a statistic of samples.
+
+    values      (S, ...), one row a sample
+    statistic   (draws, S, ...) -> (draws,)
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(values), (BOOTSTRAP_DRAWS, len(values)), generator=generator)
+    drawn = statistic(values.double()[rows])
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high, float(drawn.std())
+
+
+def bootstrap_result(
+    name: str, values: Tensor, statistic: Callable[[Tensor], Tensor], note: str = "", scale: bool = False
+) -> MetricResult:
+    """A statistic of samples with its interval in the note; `statistic` as in `bootstrap`.
+
+    scale   mark the number as a baseline
+    """
+    if not torch.isfinite(values).all():
+        raise DataError(name, "not finite", hint="The images or the network are broken.")
+    low, high, stderr = bootstrap(values, statistic)
+    value = float(statistic(values.double()[None])[0])
+    interval = f"95 % interval {low:.4g} to {high:.4g}"
+    text = f"{SCALE if scale else ''}{note}{'; ' if note else ''}{interval}"
+    return MetricResult(name, value, len(values), stderr, text)
+
+
+def mean_result(name: str, values: Tensor, note: str = "", scale: bool = False) -> MetricResult:
+    """Mean over samples (S,)."""
+    return bootstrap_result(name, values, lambda drawn: drawn.mean(1), note, scale)
+
+
+def correlation_result(name: str, first: Tensor, second: Tensor, note: str = "", scale: bool = False) -> MetricResult:
+    """Pearson correlation of two numbers a sample (S,); 0 where one of them does not vary."""
+    return bootstrap_result(name, torch.stack([first, second], 1), _correlation, note, scale)
+
+
+def frechet_result(name: str, features: Tensor, reference: Tensor, note: str = "", scale: bool = False) -> MetricResult:
+    """Fréchet distance of two sets of feature vectors (S, D) and (R, D); paired by row where S equals R."""
+    value = moments_distance(Moments.of(features), Moments.of(reference))
+    stderr = frechet_stderr(features, reference if len(reference) == len(features) else Moments.of(reference))
+    return MetricResult(name, value, len(features), stderr, (SCALE if scale else "") + note)
+
+
+def latent_distance(latents: Tensor, reference: Tensor) -> Tensor:
+    """Mean over positions of 1 - cos between normalised latents (S, C, H, W); 0 = equal, about 1 = unrelated."""
+    return (1 - cosine_similarity(latents.float(), reference.float(), dim=1)).mean((1, 2))
+
+
+def clip_features(features: Tensor) -> Tensor:
+    """One vector for each clip from the features of its frames: (S, T, D) -> (S, 4 D).
+
+    Mean and standard deviation over time of the features and of their first differences. The last two see flicker and
+    frozen pictures, which no distance of single frames does.
+    """
+    steps = features.diff(dim=1)
+    if steps.shape[1] < 2:
+        raise DataError("clips", "too short for a video distance", got=features.shape[1], expected="at least 3 frames")
+    parts = [features.mean(1), features.std(1), steps.mean(1), steps.std(1)]
+    return torch.cat(parts, dim=1)
+
+
+def kernel_distance(features: Tensor, reference: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3; may be slightly negative.
+
+    Unlike a Fréchet distance it does not grow when there are few samples.
+
+    Source: Binkowski et al., 2018, Demystifying MMD GANs
+    """
+    x, y = features.double(), reference.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def without_diagonal(square: Tensor) -> Tensor:
+        count = len(square)
+        return (square.sum() - square.diagonal().sum()) / (count * (count - 1))
+
+    return float(without_diagonal(kernel(x, x)) + without_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean())
+
+
+def _correlation(pairs: Tensor) -> Tensor:
+    """(draws, S, 2) -> (draws,)"""
+    centred = pairs - pairs.mean(1, keepdim=True)
+    covariance = centred.prod(2).mean(1)
+    spread = centred.square().mean(1).prod(1).sqrt()
+    return torch.where(spread > 0, covariance / spread.clamp_min(1e-300), torch.zeros_like(spread))
