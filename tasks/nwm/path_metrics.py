@@ -1,0 +1,93 @@
+"""How far a planned path is from the true one. Read `path_errors` first.
+
+Paths are poses (T, 3) or (B, T, 3) in one frame: x and y in metres, yaw in radians. The shared start pose is left out.
+Nothing is aligned and no scale is fitted. ATE and RPE agree with the package `evo` (pose relations
+translation_part, RPE over one frame).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from raev2.batch import MetricResult
+from raev2.errors import DataError
+from raev2_tasks.nwm.pose import relative, wrap
+
+Array = NDArray[np.float64]
+
+
+def ate(path: ArrayLike, true: ArrayLike) -> Array:
+    """Absolute trajectory error: root mean square over the T poses of the distance in position, metres, shape (...)."""
+    path, true = _pair(path, true)
+    squares = ((path[..., :2] - true[..., :2]) ** 2).sum(-1)
+    return np.sqrt(squares.mean(-1))
+
+
+def rpe(path: ArrayLike, true: ArrayLike) -> Array:
+    """Relative pose error: root mean square over the T - 1 steps of the difference in translation, metres, shape (...).
+
+    The translation of a step is seen from the pose where it begins. NaN for a path of one pose.
+    """
+    path, true = _pair(path, true)
+    if path.shape[-2] < 2:
+        return np.full(path.shape[:-2], np.nan)
+    of_path, of_true = (relative(poses[..., :-1, :], poses[..., 1:, :]) for poses in (path, true))
+    return np.sqrt(((of_path[..., :2] - of_true[..., :2]) ** 2).sum(-1).mean(-1))
+
+
+def final_position_error(path: ArrayLike, true: ArrayLike) -> Array:
+    """Distance between the last positions, metres, shape (...)."""
+    path, true = _pair(path, true)
+    return np.hypot(*np.moveaxis(path[..., -1, :2] - true[..., -1, :2], -1, 0))
+
+
+def final_yaw_error(path: ArrayLike, true: ArrayLike) -> Array:
+    """Angle between the last headings in [0, pi], radians, shape (...)."""
+    path, true = _pair(path, true)
+    return np.abs(wrap(path[..., -1, 2] - true[..., -1, 2]))
+
+
+def path_errors(path: ArrayLike, true: ArrayLike, spacing_m: float) -> dict[str, Array]:
+    """All errors of paths by name. The suffix is the unit: `_m` metres, `_deg` degrees, `_wp` waypoint units.
+
+    spacing_m   mean distance between consecutive frames of the data; one waypoint unit. Published ATE and RPE are in
+                waypoint units
+    """
+    metres = {"ate": ate(path, true), "rpe": rpe(path, true), "final_position": final_position_error(path, true)}
+    return {
+        **{f"{name}_m": value for name, value in metres.items()},
+        **{f"{name}_wp": value / spacing_m for name, value in metres.items()},
+        "final_yaw_deg": np.degrees(final_yaw_error(path, true)),
+    }
+
+
+def summarise(errors: Sequence[Mapping[str, float]], success_m: float) -> list[MetricResult]:
+    """Means with standard errors over goals, each goal the numbers of `path_errors`; and the share that arrived.
+
+    success_m   a goal counts as reached when the final position error is at most this, metres
+    """
+    if not errors:
+        raise DataError("planning", "no goals to average over")
+    results = []
+    for name in errors[0]:
+        values = np.array([error[name] for error in errors])
+        values = values[np.isfinite(values)]
+        if len(values):
+            results.append(_mean(name, values))
+    reached = np.array([error["final_position_m"] <= success_m for error in errors], dtype=np.float64)
+    return [*results, _mean("success", reached, note=f"final position within {success_m:g} m")]
+
+
+def _mean(name: str, values: Array, note: str = "") -> MetricResult:
+    stderr = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return MetricResult(name, float(values.mean()), len(values), stderr, note)
+
+
+def _pair(path: ArrayLike, true: ArrayLike) -> tuple[Array, Array]:
+    path, true = np.asarray(path, dtype=np.float64), np.asarray(true, dtype=np.float64)
+    if path.shape[-2:] != true.shape[-2:] or path.ndim < 2 or path.shape[-1] != 3 or not path.shape[-2]:
+        raise DataError("path", "does not match the true path", got=f"{path.shape} and {true.shape}", expected="(T, 3)")
+    return path, true
