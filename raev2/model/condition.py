@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
@@ -191,17 +191,30 @@ class LabelConditioner(Conditioner):
 # Text
 
 
+def visible(mask: Bool[Tensor, "B M"]) -> Bool[Tensor, "B M"] | None:
+    """The mask, or None where every token is attended, so that fused attention kernels can be used.
+
+    It reads the values; the mask stays where there are none to read (meta device, compilation).
+    """
+    if mask.is_meta or torch.compiler.is_compiling():
+        return mask
+    return None if bool(mask.all()) else mask
+
+
 class TextCondition(ConditionSpec):
     """{"text_tokens": (B, M, dim), "text_mask": (B, M) bool, True = attend}, outputs of a frozen text encoder.
 
     M may differ from batch to batch. `num_null_tokens` 0: the unconditional prompt is no visible token at all.
-    Otherwise the module holds that many encoder outputs of the empty prompt (`null_tokens`, set once by the task).
+    Otherwise the module holds that many encoder outputs of the empty prompt, given once as `null_tokens`
+    (num_null_tokens, dim) and saved with the weights.
     """
 
     kind: Literal["text"] = "text"
     dim: int = Field(gt=0, description="width of the text encoder")
     max_tokens: int = Field(256, gt=0, description="longest caption; used for estimates")
     num_null_tokens: int = Field(0, ge=0, description="visible tokens of the empty prompt")
+    adapter: Literal["none", "mlp"] = Field("none", description="mlp: two layers with GELU in place of one")
+    null_tokens: Any = Field(None, exclude=True, repr=False)
 
     def build(self, width: int, latent_shape: LatentShape, conditioning: Conditioning) -> Conditioner:
         """See `ConditionSpec.build`."""
@@ -211,7 +224,10 @@ class TextCondition(ConditionSpec):
 
 
 class TextConditioner(Conditioner):
-    """Linear(RMSNorm(text_tokens)), one token per text token; weights as PyTorch."""
+    """proj(RMSNorm(text_tokens)), one token per text token; proj is a linear layer or an MLP, weights as PyTorch.
+
+    No positions are added: the text encoder has put the order into its outputs.
+    """
 
     null_tokens: Tensor
 
@@ -219,12 +235,18 @@ class TextConditioner(Conditioner):
         fields = {"text_tokens": CondField((None, spec.dim)), "text_mask": CondField((None,), torch.bool)}
         super().__init__(fields, spec.max_tokens)
         self.norm = RMSNorm(spec.dim)
-        self.proj = nn.Linear(spec.dim, width)
+        self.proj: nn.Module = nn.Linear(spec.dim, width)
+        if spec.adapter == "mlp":
+            self.proj = nn.Sequential(nn.Linear(spec.dim, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.register_buffer("null_tokens", torch.zeros(spec.num_null_tokens, spec.dim))
+        if spec.null_tokens is not None:
+            self.null_tokens.copy_(spec.null_tokens)
 
     def forward(self, cond: Cond) -> CondTokens:
-        """See `Conditioner.forward`."""
-        return CondTokens(self.proj(self.norm(cond["text_tokens"])), cond["text_mask"].bool())
+        """See `Conditioner.forward`. What stands in padding has no influence, not even NaN."""
+        present = cond["text_mask"].bool()
+        tokens = cond["text_tokens"].masked_fill(~present[..., None], 0)
+        return CondTokens(self.proj(self.norm(tokens)), visible(present))
 
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """See `Conditioner.null_cond`."""

@@ -1,0 +1,77 @@
+"""The task's own fields: how captions become tokens, and which captions of which sources are drawn."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raev2.spec import Spec, TaskSpec
+
+SCRATCH, HASH = "scratch", "hash"
+
+
+class ScratchEncoderSpec(Spec):
+    """Sizes of the text encoder that is trained with the generator."""
+
+    width: int = Field(192, gt=0)
+    depth: int = Field(3, ge=1)
+    num_heads: int = Field(3, gt=0)
+
+    @model_validator(mode="after")
+    def _heads(self) -> ScratchEncoderSpec:
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"width must be a multiple of 2 * num_heads; got width={self.width}, num_heads={self.num_heads}"
+            )
+        return self
+
+
+class TextEncoderSpec(Spec):
+    """How a caption becomes tokens. `name` alone chooses; the other fields belong to frozen, pretrained encoders."""
+
+    name: str = Field(
+        SCRATCH,
+        description="'scratch': small, trained with the generator, needs no download; 'hash': fixed word vectors, for "
+        "tests; otherwise a frozen pretrained encoder: a hub id such as google/t5-v1_1-base, or a local folder",
+    )
+    max_tokens: int = Field(256, gt=0, description="longer captions are cut; a cut caption is counted and warned about")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    hidden: str = Field(
+        "last_norm",
+        pattern=r"^(last_norm|layer:\d+)$",
+        description="which output: the last one after the final norm, or that of block k (from 0), as 'layer:k'",
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="weights and compute of the frozen encoder")
+    prefix: str = Field(
+        "", description="instruction in front of every caption; its own tokens are cut off, the empty prompt has none"
+    )
+    keep_pad: int = Field(0, ge=0, le=8, description="padding tokens that stay visible after each caption")
+    scratch: ScratchEncoderSpec = ScratchEncoderSpec()
+
+    @property
+    def kind(self) -> Literal["scratch", "hash", "pretrained"]:
+        """What `name` means."""
+        return self.name if self.name in (SCRATCH, HASH) else "pretrained"  # type: ignore[return-value]
+
+
+class TextToImageSpec(TaskSpec):
+    """Text-conditional image generation."""
+
+    name: Literal["t2i"] = "t2i"
+    text_encoder: TextEncoderSpec = TextEncoderSpec()
+    null: Literal["empty_prompt", "none_visible"] = Field(
+        "empty_prompt",
+        description="the unconditional condition of a frozen encoder: its output for the empty prompt, or no visible "
+        "token at all (what RAEv2 does with Qwen3); 'scratch' learns its own",
+    )
+    caption_cache: str | None = Field(
+        None, description="folder of `raev2 t2i cache-captions`: encoded captions are read instead of computed"
+    )
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="share of each source in every batch; empty: by its number of images"
+    )
+    caption_mix: dict[str, float] = Field(
+        default_factory=dict, description="probability of each kind of caption, renormalised over the kinds that an "
+        "image has; empty: the default caption",
+    )  # fmt: skip
