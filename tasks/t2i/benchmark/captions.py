@@ -36,7 +36,7 @@ def paraphrase(row: PromptRow, family: int) -> str:
     """The composition in other words; families 0 to 5 are frames, 6 and 7 depend on the tag."""
     text = phrase(row, naive_plural=False)
     if family < 6:
-        plural = row.tag in ("two_object", "color_attr") or row.include[0]["count"] > 1
+        plural = row.include[0]["count"] > 1
         frames = (
             "{}", f"there {'are' if plural else 'is'} {{}}", "an illustration of {}", "a picture of {}",
             "an image that shows {}", "{}, nothing else",
