@@ -34,7 +34,8 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
     """One split of prepared data: 8-bit RGB images of one size with raw conditions. Read by number.
 
     A subclass says where images and conditions come from. It may also override what the training stream draws
-    (`stream_sample`) and how the conditions of a batch become tensors (`collate_cond`).
+    (`stream_sample`), what is done about unreadable samples (`skipped`), and how the conditions of a batch become
+    tensors (`collate_cond`).
 
     manifest      what the data is: at least name, fingerprint, licence, attribution, classes
     image_size    height and width in pixels of every image
@@ -80,6 +81,10 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
             generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
             self._order = (seed, epoch), torch.randperm(len(self), generator=generator)
         return self[int(self._order[1][(position + skip) % len(self)])]
+
+    def skipped(self, error: DataError) -> None:
+        """Called for every sample that is passed over: a line in the log. A DataError raised here ends the training."""
+        logger.warning("skipped: %s", error)
 
     def collate_cond(self, conds: Sequence[Mapping[str, Any]]) -> Cond:
         """Conditions of a batch, one tensor a name with the batch as leading axis."""
@@ -175,7 +180,10 @@ class _Stream(Dataset[dict[str, Any] | DataError]):
                 break
             except DataError as error:
                 skipped += 1
-                logger.warning("skipped: %s", error)
+                try:
+                    self.dataset.skipped(error)
+                except DataError as too_many:
+                    return too_many
                 if skipped == min(100, len(self.dataset)):
                     return DataError(
                         f"data {self.dataset.dir}", f"{skipped} unreadable images in a row", hint=str(error)
@@ -237,7 +245,7 @@ def ordered_batches(
             except DataError as error:
                 if not skip_unreadable:
                     raise
-                logger.warning("skipped: %s", error)
+                dataset.skipped(error)
         if samples:
             yield _collate(dataset, samples)[0]
 
