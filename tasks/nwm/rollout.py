@@ -1,0 +1,278 @@
+"""Driving the model: one predicted frame after the other, each from a command and the frames before it.
+
+    session = RolloutSession(generator, rae, sampling, history, seed=0)
+    for latents in session.stream(commands, seconds=0.25):        # frames come as they are ready
+        images = session.decode(latents)
+
+Predictions are fed back as latents, never decoded and encoded again. A command is a motion in metres and radians seen
+from the frame that was reached, so poses add up by composition in the plane. Everything that a session draws is keyed
+by (seed, id of the rollout, number of the step): the same session gives the same frames again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raev2.batch import Cond
+from raev2.data import derived_seed, to_uint8
+from raev2.errors import SpecError
+from raev2.sampler import map_rows, noise_for, sample_latents
+from raev2.spec import SamplingSpec
+from raev2_tasks.nwm.pose import compose, wrap
+
+RECORD_FORMAT_VERSION = 1
+NEW_FRAME_IDS = 1 << 40  # ids of predicted frames begin here, above every index of a dataset
+
+
+@dataclass(frozen=True)
+class History:
+    """The frames that B rollouts start from, the oldest first.
+
+    latents   (B, K, C, H, W) normalised
+    age_s     (B, K) seconds before the newest frame, whose age is 0
+    valid     (B, K) bool; False where a slot holds no frame
+    id        (B, K) int64; equal ids mean the same frame, which is then computed once
+    """
+
+    latents: Tensor
+    age_s: Tensor
+    valid: Tensor
+    id: Tensor
+
+    @classmethod
+    def of_cond(cls, cond: Cond) -> History:
+        """From the condition of the samples whose context it is, as `cond_encoder` of the task returns it."""
+        latents = cond["context_latents"]
+        shape, device = latents.shape[:2], latents.device
+        return cls(
+            latents,
+            cond["context_age"].to(device, torch.float32),
+            cond.get("context_valid", torch.ones(shape, dtype=torch.bool, device=device)),
+            cond.get("context_id", torch.arange(math.prod(shape), device=device).view(shape)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def rows(self, rows: Sequence[int]) -> History:
+        """The histories with these numbers; a number may come several times."""
+        index = torch.as_tensor(list(rows), device=self.latents.device)
+        return History(self.latents[index], self.age_s[index], self.valid[index], self.id[index])
+
+    def then(self, latents: Tensor, seconds: float, id: Tensor) -> History:
+        """With one more frame `seconds` after the newest one; the oldest leaves."""
+        newest = torch.zeros(len(self), 1, device=self.age_s.device)
+        return History(
+            torch.cat([self.latents[:, 1:], latents[:, None]], 1),
+            torch.cat([self.age_s[:, 1:] + seconds, newest], 1),
+            torch.cat([self.valid[:, 1:], torch.ones_like(self.valid[:, :1])], 1),
+            torch.cat([self.id[:, 1:], id[:, None].to(self.id)], 1),
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a session is: restore it to undo steps or to try another command from the same place.
+
+    history   the frames that the next step sees
+    poses     (S + 1, B, 3) float64, metres and radians, from the start (0, 0, 0) on
+    commands  (S, B, 3) float64; seconds: S durations
+    """
+
+    history: History
+    poses: np.ndarray
+    commands: np.ndarray
+    seconds: tuple[float, ...]
+
+
+class RolloutSession:
+    """B rollouts side by side. Read `step`.
+
+    generator   `Generator` with a condition of past frames
+    rae         decodes latents; only `decode` needs it
+    history     the frames that the rollouts start from
+    ids         ids of the B rollouts, which select their noise; default 0 to B - 1. Equal ids share their noise, so
+                that commands can be compared
+    use_action  False: hide the commands from the model, which then predicts from time alone (a baseline)
+    """
+
+    def __init__(
+        self,
+        generator: Any,
+        rae: Any,
+        sampling: SamplingSpec,
+        history: History,
+        *,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+        weak: Any = None,
+        use_action: bool = True,
+    ) -> None:
+        self.generator, self.rae, self.sampling, self.seed, self.weak = generator, rae, sampling, seed, weak
+        self.ids = list(range(len(history)) if ids is None else ids)
+        if len(self.ids) != len(history):
+            raise SpecError("rollout.ids", "one id for each rollout", got=len(self.ids), expected=str(len(history)))
+        if not use_action and "has_action" not in generator.conditioner.fields:
+            raise SpecError(
+                "rollout", "this model cannot do without a command", expected="a condition with has_action",
+                hint="Train with generator condition form block_causal and task.action_drop_prob above 0.",
+            )  # fmt: skip
+        self.use_action = use_action
+        start = np.zeros((1, len(history), 3))
+        self.state = State(history, start, np.zeros((0, len(history), 3)), ())
+
+    # State.
+
+    def __len__(self) -> int:
+        """Number of rollouts."""
+        return len(self.ids)
+
+    @property
+    def num_steps(self) -> int:
+        """Frames predicted so far."""
+        return len(self.state.seconds)
+
+    @property
+    def pose(self) -> np.ndarray:
+        """Where the rollouts are, (B, 3): x and y in metres, yaw in radians, seen from where they started."""
+        return self.state.poses[-1]
+
+    @property
+    def time_s(self) -> float:
+        """Seconds since the start."""
+        return sum(self.state.seconds)
+
+    def branch(self, rows: Sequence[int], ids: Sequence[int] | None = None) -> RolloutSession:
+        """A new session that goes on from here with copies of these rollouts; it leaves this one as it is.
+
+        rows   numbers of rollouts, several times where several continuations are wanted
+        """
+        rows = list(rows)
+        session = RolloutSession(
+            self.generator, self.rae, self.sampling, self.state.history.rows(rows), seed=self.seed,
+            ids=[self.ids[row] for row in rows] if ids is None else ids, weak=self.weak, use_action=self.use_action,
+        )  # fmt: skip
+        session.state = replace(
+            session.state, poses=self.state.poses[:, rows], commands=self.state.commands[:, rows],
+            seconds=self.state.seconds,
+        )  # fmt: skip
+        return session
+
+    # Steps.
+
+    def step(self, command: Any, seconds: float) -> Tensor:
+        """Predict the frame that a motion leads to; returns its latents (B, C, H, W).
+
+        command   (3,) for all rollouts or (B, 3): forward and left in metres, turn to the left in radians, seen from
+                  the frame reached
+        seconds   how long the motion takes
+
+        Raises SpecError for a duration that the model was not trained on.
+        """
+        command = np.broadcast_to(np.asarray(command, dtype=np.float64), (len(self), 3))
+        if not np.isfinite(command).all():
+            raise SpecError("rollout.command", "not finite", got=command.tolist())
+        self._check_seconds(seconds)
+        history, number = self.state.history, self.num_steps
+        cond = self._cond(history, command, seconds)
+        noise = noise_for(
+            self.seed, [derived_seed("rollout", id, number) for id in self.ids], self.generator.latent_shape
+        )
+        latents = self._sample(cond, noise.to(history.latents.device))
+        new_ids = torch.arange(len(self)) + NEW_FRAME_IDS + number * len(self)
+        self.state = State(
+            history.then(latents, seconds, new_ids),
+            np.concatenate([self.state.poses, compose(self.pose, command)[None]]),
+            np.concatenate([self.state.commands, command[None]]),
+            (*self.state.seconds, float(seconds)),
+        )
+        return latents
+
+    def stream(self, commands: Iterable[Any], seconds: float | Sequence[float]) -> Iterator[Tensor]:
+        """`step` for each command; a frame is yielded as soon as it is ready.
+
+        seconds   one duration for all commands, or one for each
+        """
+        for number, command in enumerate(commands):
+            yield self.step(command, seconds if isinstance(seconds, int | float) else seconds[number])
+
+    def run(self, commands: Iterable[Any], seconds: float | Sequence[float]) -> Tensor:
+        """All frames of `stream` at once: latents (B, S, C, H, W)."""
+        return torch.stack(list(self.stream(commands, seconds)), 1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> 8-bit images (B, 3, Hpx, Wpx) on the CPU; pixels are decoded in float32."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return to_uint8(self.rae.decode(latents.float())).cpu()
+
+    # Records.
+
+    def record(self) -> dict[str, Any]:
+        """What was done, in JSON types: enough to do it again from the same history with the same model."""
+        return {
+            "format_version": RECORD_FORMAT_VERSION,
+            "seed": self.seed,
+            "ids": self.ids,
+            "sampling": self.sampling.model_dump(mode="json"),
+            "use_action": self.use_action,
+            "axes": "x forward and y left in metres, turn to the left in radians; commands seen from the frame reached",
+            "steps": [
+                {"seconds": seconds, "commands": command.tolist(), "poses": pose.tolist()}
+                for seconds, command, pose in zip(
+                    self.state.seconds, self.state.commands, self.state.poses[1:], strict=True
+                )
+            ],
+        }
+
+    def replay(self, record: Mapping[str, Any]) -> Iterator[Tensor]:
+        """The frames of a record again; this session must be new and start from the same history."""
+        own = {"seed": self.seed, "ids": self.ids, "sampling": self.sampling.model_dump(mode="json")}
+        for name, value in own.items():
+            if record.get(name) != value:
+                raise SpecError(f"record.{name}", "differs from the session", got=record.get(name), expected=str(value))
+        if self.num_steps:
+            raise SpecError("rollout", "a replay starts from the beginning", got=f"{self.num_steps} steps done")
+        for entry in record["steps"]:
+            yield self.step(entry["commands"], entry["seconds"])
+
+    # Parts of a step.
+
+    def _check_seconds(self, seconds: float) -> None:
+        longest = getattr(self.generator.condition_spec, "max_time", None)
+        if seconds <= 0 or (longest is not None and seconds > longest * (1 + 1e-6)):
+            raise SpecError(
+                "rollout.seconds", "the model was not trained for this duration", got=f"{seconds:g}",
+                expected=f"above 0{'' if longest is None else f', at most {longest:g}'}",
+                hint="Take several shorter steps.",
+            )  # fmt: skip
+
+    def _cond(self, history: History, command: np.ndarray, seconds: float) -> dict[str, Tensor]:
+        device, num = history.latents.device, len(history)
+        command = np.concatenate([command[:, :2], wrap(command[:, 2:])], 1)
+        cond = {
+            "context_latents": history.latents,
+            "context_age": history.age_s,
+            "context_valid": history.valid,
+            "context_id": history.id,
+            "action": torch.as_tensor(command, dtype=torch.float32, device=device) * float(self.use_action),
+            "rel_time": torch.full((num, 1), float(seconds), device=device),
+            "has_action": torch.full((num,), self.use_action, device=device),
+        }
+        return {name: cond[name] for name in self.generator.conditioner.fields}
+
+    def _sample(self, cond: dict[str, Tensor], noise: Tensor) -> Tensor:
+        def rows(numbers: list[int]) -> Tensor:
+            part = {name: value[numbers] for name, value in cond.items()}
+            return sample_latents(self.generator, part, noise[numbers], self.sampling, weak=self.weak)
+
+        if len(self) == 1:  # nothing to be independent of, and a CPU would fill up a chunk for it
+            return rows([0])
+        return map_rows(rows, len(self), noise.device, self.sampling.batch_size)
