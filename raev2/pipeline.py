@@ -32,9 +32,11 @@ from raev2.manifest import read_manifest
 from raev2.model.generator import Generator, model_size
 from raev2.run import Run, add_provenance, make_accelerator, newest_run, open_run
 from raev2.sampler import sample
-from raev2.spec import NoGuidance, RunSpec, SamplingSpec, TokenizerSpec
+from raev2.spec import AnyTokenizerSpec, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
 from raev2.spec_io import load_spec
 from raev2.task import EvalContext, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
+from raev2.tokenizer.base import Tokenizer
+from raev2.tokenizer.baselines import VAES, build_tokenizer, load_tokenizer, tokenizer_spec
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoder_table import encoder_info
 from raev2.tokenizer.rae import RAE
@@ -70,8 +72,14 @@ def train(
 
     # Stage 1.
     tokenizer_dir = spec.tokenizer_from or run.dir / TOKENIZER
+    rae: Tokenizer
     if spec.tokenizer_from or (run.dir / TOKENIZER / "config.json").is_file():
-        rae = RAE.from_pretrained(tokenizer_dir).to(run.device)
+        rae = load_tokenizer(tokenizer_dir).to(run.device)
+    elif not isinstance(spec.tokenizer, TokenizerSpec):
+        rae = build_tokenizer(spec.tokenizer).to(run.device)
+        if dist.is_main():
+            rae.save_pretrained(run.dir / TOKENIZER)
+        dist.barrier()
     else:
         logger.info("no tokenizer in %s yet: training it first", run.dir / TOKENIZER)
         rae = train_tokenizer(run, train_set, val_set)
@@ -125,7 +133,7 @@ def with_tokenizer(spec: RunSpec) -> RunSpec:
     if spec.tokenizer_from is None:
         return spec
     config, _, _ = load_artefact(spec.tokenizer_from, kind=TOKENIZER)
-    return spec.replace(tokenizer=TokenizerSpec.model_validate(config["tokenizer"]))
+    return spec.replace(tokenizer=tokenizer_spec(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +146,7 @@ class TrainedRun:
 
     run: Run
     task: Task
-    rae: RAE
+    rae: Tokenizer
     generator: Generator | None
 
 
@@ -148,7 +156,7 @@ def open_trained(run_dir: str | Path) -> TrainedRun:
     spec = load_spec(run_dir / "spec.yaml")
     run = Run(run_dir, spec, make_accelerator(spec.precision))
     task = get_task(spec.task.name)
-    rae = RAE.from_pretrained(_tokenizer_of(run_dir, spec)).to(run.device)
+    rae = load_tokenizer(_tokenizer_of(run_dir, spec)).to(run.device)
     generator = None
     if (run_dir / GENERATOR / "config.json").is_file():
         generator = load_generator(run_dir / GENERATOR).to(run.device)
@@ -215,7 +223,9 @@ def sample_run(
     return out
 
 
-def _save_samples(run: Run, task: Task, rae: RAE, generator: Generator, dataset: ImageDataset, file: Path) -> None:
+def _save_samples(
+    run: Run, task: Task, rae: Tokenizer, generator: Generator, dataset: ImageDataset, file: Path
+) -> None:
     """Grid with fixed noise and conditions, to compare over training and settings."""
     if dist.is_main():
         raw, captions = task.sample_cond(run.spec, dataset, {"n": NUM_GRID_IMAGES})
@@ -267,7 +277,7 @@ def evaluate_run(run_dir: Path, protocols: Sequence[str] = ()) -> dict[str, list
 def _evaluate(
     run: Run,
     task: Task,
-    rae: RAE,
+    rae: Tokenizer,
     generator: Generator | None,
     protocols: Sequence[str],
     images: int = 0,
@@ -334,7 +344,7 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     Writes one PNG per image and `grid.png`, originals above their reconstructions.
     """
     device = make_accelerator("fp32").device
-    rae = _load_rae(source).to(device)
+    rae = _load_tokenizer(source).to(device)
     files = list(image_files(paths))
     name = "lpips_vgg" if lpips_available("vgg") else "feature_distance_micro"
     distance = build_pair_distance(name, device)
@@ -386,7 +396,9 @@ def read_image(file: Path, size: tuple[int, int]) -> Tensor:
 
 def write_latent_stats(source: str, data_dir: Path, split: str, out: Path) -> Path:
     """Latent statistics of a split by a trained tokenizer, as safetensors (mean, var) with their identity."""
-    rae, dataset = _rae_and_data(source, data_dir, split)
+    rae, dataset = _tokenizer_and_data(source, data_dir, split)
+    if not isinstance(rae, RAE):
+        raise SpecError("raev2 latents stats", "this tokenizer is normalised by its own configuration", got=source)
     stats = measure_stats(rae, dataset, rae.stats_mean.device)
     identity = {"num_images": stats.num_images, "encoder": dict(stats.encoder), "data": stats.data}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -396,25 +408,25 @@ def write_latent_stats(source: str, data_dir: Path, split: str, out: Path) -> Pa
 
 def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
     """Normalised latents (S, C, H, W) of a split, in index order, as one safetensors file in float16."""
-    rae, dataset = _rae_and_data(source, data_dir, split)
-    device = rae.stats_mean.device
+    rae, dataset = _tokenizer_and_data(source, data_dir, split)
+    device = make_accelerator("fp32").device
     parts = [rae.encode(to_float(batch.images.to(device))).half().cpu() for batch in ordered_batches(dataset, 64)]
-    identity = {"encoder": rae.encoder.fingerprint(), "data": dataset.fingerprint, "split": split}
+    identity = {"encoder": rae.fingerprint(), "data": dataset.fingerprint, "split": split}
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({"latents": torch.cat(parts).contiguous()}, out, metadata={"latents": json.dumps(identity)})
     return out
 
 
-def _rae_and_data(source: str, data_dir: Path, split: str) -> tuple[RAE, ImageDataset]:
-    rae = _load_rae(source).to(make_accelerator("fp32").device)
+def _tokenizer_and_data(source: str, data_dir: Path, split: str) -> tuple[Tokenizer, ImageDataset]:
+    rae = _load_tokenizer(source).to(make_accelerator("fp32").device)
     return rae, FolderDataset(data_dir, split, rae.spec.image_size)
 
 
-def _load_rae(source: str) -> RAE:
+def _load_tokenizer(source: str) -> Tokenizer:
     """The tokenizer of a run folder, an artefact folder or a hub repository."""
     if not (Path(source) / "spec.yaml").is_file():
-        return RAE.from_pretrained(source)
-    return RAE.from_pretrained(_tokenizer_of(Path(source), load_spec(Path(source) / "spec.yaml")))
+        return load_tokenizer(source)
+    return load_tokenizer(_tokenizer_of(Path(source), load_spec(Path(source) / "spec.yaml")))
 
 
 def _tokenizer_of(run_dir: Path, spec: RunSpec) -> str | Path:
@@ -434,32 +446,51 @@ def _tokenizer_of(run_dir: Path, spec: RunSpec) -> str | Path:
 
 def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
     """Parameters, compute and memory of a run by name, without data, weights or training."""
-    encoder_name = spec.tokenizer.encoder.name
-    info = encoder_info(encoder_name)
-    latent_shape = (info.width, *spec.tokenizer.grid)
-    with torch.device("meta"):
-        decoder = ViTDecoder(info.width, spec.tokenizer.decoder, spec.tokenizer.grid)
-    decoder_parameters = sum(value.numel() for value in decoder.state_dict().values())  # with its position table
+    rows, latent_shape = _tokenizer_sizes(spec.tokenizer)
     condition = task.condition(spec, None)
     size = model_size(spec.generator, condition, latent_shape)
     shift = spec.flow.time_shift or math.sqrt(math.prod(latent_shape) / 4096)
     # Training: weights, gradients, averages and two optimizer moments in float32; activations are not counted.
     state = (4 + len(spec.generator_training.ema_decays)) * 4 * size.num_parameters
     height, width = spec.tokenizer.image_size
+    loop = spec.tokenizer_training
+    trained = isinstance(spec.tokenizer, TokenizerSpec)
+    tokenizer_steps = [("tokenizer steps", f"{loop.num_steps:,} of {loop.batch_size} images")] if trained else []
     return [
-        ("encoder", f"{encoder_name}, layers {list(spec.tokenizer.encoder.layers) or 'last'}, licence {info.licence}"),
+        *rows,
         ("images", f"{height} x {width} px"),
         ("latents", f"{latent_shape[0]} x {latent_shape[1]} x {latent_shape[2]}"),
         ("image tokens", str(latent_shape[1] * latent_shape[2] // spec.generator.patch_size**2)),
         ("time shift", f"{shift:.4g}"),
-        ("decoder parameters", f"{decoder_parameters / 1e6:.2f} M"),
         ("generator parameters", f"{size.num_parameters / 1e6:.2f} M"),
         ("generator forward", f"{size.macs / 1e9:.2f} GMAC = {2 * size.macs / 1e9:.2f} GFLOPs an image"),
         ("sampling", f"{spec.sampling.steps} steps, {spec.sampling.guidance.kind}"),
         ("training state", f"{state / 2**30:.2f} GiB a process (weights, gradients, averages, optimizer)"),
-        ("tokenizer steps", f"{spec.tokenizer_training.num_steps:,} of {spec.tokenizer_training.batch_size} images"),
+        *tokenizer_steps,
         ("generator steps", f"{spec.generator_training.num_steps:,} of {spec.generator_training.batch_size} images"),
     ]
+
+
+def _tokenizer_sizes(spec: AnyTokenizerSpec) -> tuple[list[tuple[str, str]], tuple[int, int, int]]:
+    """Lines about a tokenizer, and its latent shape, without loading it."""
+    if isinstance(spec, PixelSpec):
+        return [("tokenizer", "none, pixels in [-1, 1]")], (3, *spec.image_size)
+    if isinstance(spec, VAESpec):
+        vae = VAES.get(spec.name)
+        if vae is None:  # only the model itself knows
+            return [("tokenizer", f"VAE {spec.name}")], build_tokenizer(spec).latent_shape
+        height, width = (side // vae.downsample for side in spec.image_size)
+        return [("tokenizer", f"VAE {vae.model_id}, licence {vae.licence}")], (vae.channels, height, width)
+    encoder = encoder_info(spec.encoder.name)
+    with torch.device("meta"):
+        decoder = ViTDecoder(encoder.width, spec.decoder, spec.grid)
+    parameters = sum(value.numel() for value in decoder.state_dict().values())  # with its position table
+    layers = list(spec.encoder.layers) or "last"
+    lines = [
+        ("encoder", f"{spec.encoder.name}, layers {layers}, licence {encoder.licence}"),
+        ("decoder parameters", f"{parameters / 1e6:.2f} M"),
+    ]
+    return lines, (encoder.width, *spec.grid)
 
 
 def _need_generator(trained: TrainedRun) -> Generator:

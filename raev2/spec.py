@@ -7,9 +7,10 @@ its base and then `replace`. Nothing changes a spec after it was built, derived 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, model_validator
 
 AnySpec = TypeVar("AnySpec", bound="Spec")
 
@@ -104,6 +105,7 @@ def decoder_size(size: str, patch_size: int = 16) -> DecoderSpec:
 class TokenizerSpec(Spec):
     """Representation autoencoder: frozen encoder, trained decoder, latent statistics."""
 
+    kind: Literal["rae"] = "rae"
     encoder: EncoderSpec
     decoder: DecoderSpec
     grid: tuple[int, int] = Field((16, 16), description="latent rows and columns; the encoder sees grid * its patch")
@@ -116,6 +118,29 @@ class TokenizerSpec(Spec):
     def image_size(self) -> tuple[int, int]:
         """Height and width of decoded images in pixels."""
         return self.grid[0] * self.decoder.patch_size, self.grid[1] * self.decoder.patch_size
+
+
+class VAESpec(Spec):
+    """Latents of a published VAE, the baseline; nothing is trained in stage 1. Needs the extra `diffusers`."""
+
+    kind: Literal["vae"] = "vae"
+    name: str = Field(description="sdvae-ema, sdxl, flux, vavae, ..., a hub id or a local folder of a diffusers VAE")
+    image_size: tuple[int, int] = Field((256, 256), description="height and width in pixels")
+
+
+class PixelSpec(Spec):
+    """Pixels in [-1, 1] as latents, the baseline without a tokenizer; set generator.patch_size to 16 or so."""
+
+    kind: Literal["pixels"] = "pixels"
+    image_size: tuple[int, int] = Field((256, 256), description="height and width in pixels")
+
+
+def _tokenizer_kind(value: Any) -> str:
+    """Which tokenizer spec a value is; a mapping without `kind` is an RAE."""
+    return value.get("kind", "rae") if isinstance(value, Mapping) else value.kind
+
+
+AnyTokenizerSpec = TokenizerSpec | VAESpec | PixelSpec
 
 
 class LPIPSLoss(Spec):
@@ -405,13 +430,19 @@ class RunSpec(Spec):
     summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")
     task: SerializeAsAny[TaskSpec]
     data: DataSpec
-    tokenizer: TokenizerSpec
+    tokenizer: Annotated[
+        Annotated[TokenizerSpec, Tag("rae")] | Annotated[VAESpec, Tag("vae")] | Annotated[PixelSpec, Tag("pixels")],
+        Discriminator(_tokenizer_kind),
+    ]
     tokenizer_from: str | None = Field(
         None,
         description="tokenizer artefact (folder or hub id) used instead of training one; its spec replaces `tokenizer`",
     )
     tokenizer_training: TokenizerTrainingSpec
     generator: NetworkSpec
+    generator_from: str | None = Field(
+        None, description="generator artefact (folder or hub id) whose weights the training of stage 2 starts from"
+    )
     flow: FlowSpec = FlowSpec()
     generator_training: GeneratorTrainingSpec
     sampling: SamplingSpec = SamplingSpec()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # light import: the command line lists tasks without torch
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
     from raev2.model.generator import Generator
-    from raev2.tokenizer.rae import RAE
+    from raev2.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
 EncodeImages = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
@@ -47,7 +47,7 @@ class EvalContext:
     """
 
     spec: RunSpec
-    rae: RAE
+    rae: Tokenizer
     dataset: Callable[[str], ImageDataset]
     device: torch.device
     cache_dir: Path

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raev2 import dist
-from raev2.artefact import load_strict
+from raev2.artefact import load_artefact, load_strict
 from raev2.batch import cond_map, drop_cond
 from raev2.data import ImageDataset, ordered_batches, to_float, train_batches
 from raev2.ema import EMA
@@ -34,8 +34,8 @@ from raev2.run import (
     update,
 )
 from raev2.task import EncodeImages, Task
+from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.encoders import build_encoder
-from raev2.tokenizer.rae import RAE
 
 STAGE = "generator"
 CACHE_BATCH = 64
@@ -44,7 +44,7 @@ CACHE_BATCH = 64
 def train_generator(
     run: Run,
     task: Task,
-    rae: RAE,
+    rae: Tokenizer,
     dataset: ImageDataset,
     look: Callable[[Generator, int], None],
     evaluate: Callable[[Generator, int], None],
@@ -62,13 +62,15 @@ def train_generator(
     # Network, optimizer, averages.
     torch.manual_seed(spec.seed)
     generator = Generator(spec.generator, task.condition(spec, dataset), spec.flow, rae.latent_shape).to(device)
+    if spec.generator_from is not None:
+        load_strict(generator, load_artefact(spec.generator_from, kind=STAGE)[1], spec.generator_from)
     network = distribute(generator)
     optimizer = build_optimizer(generator, loop.optimizer, loop.schedule.lr)
     ema, decay = EMA(generator, loop.ema_decays), loop.ema_decays[0]
     modules, optimizers = {"model": generator}, {"optimizer": optimizer}
     encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else latent_encoder(rae, device)
     encode_cond = task.cond_encoder(spec, encode, device)
-    repa_target = _repa_encoder(run)
+    repa_target = _repa_encoder(run, rae.latent_shape)
 
     # Resume.
     images = restore_training(checkpoints, modules, ema, optimizers)
@@ -164,12 +166,12 @@ def train_generator(
     return generator.eval()
 
 
-def latent_encoder(rae: RAE, device: torch.device) -> EncodeImages:
+def latent_encoder(rae: Tokenizer, device: torch.device) -> EncodeImages:
     """(8-bit images, keys) -> latents, encoded now, in float32."""
     return lambda images_u8, keys: rae.encode(to_float(images_u8.to(device)))
 
 
-def _cached_encoder(rae: RAE, dataset: ImageDataset, device: torch.device) -> EncodeImages:
+def _cached_encoder(rae: Tokenizer, dataset: ImageDataset, device: torch.device) -> EncodeImages:
     """(8-bit images, keys) -> latents, looked up; every image of the split is encoded once, here."""
     cache = torch.empty(len(dataset), *rae.latent_shape)
     for batch in ordered_batches(dataset, CACHE_BATCH, skip_unreadable=True):
@@ -177,12 +179,14 @@ def _cached_encoder(rae: RAE, dataset: ImageDataset, device: torch.device) -> En
     return lambda images_u8, keys: cache[keys].to(device)
 
 
-def _repa_encoder(run: Run) -> Callable[[Tensor], Tensor] | None:
-    """8-bit images -> target tokens of the alignment loss, or None for a run without it."""
+def _repa_encoder(run: Run, latent_shape: tuple[int, int, int]) -> Callable[[Tensor], Tensor] | None:
+    """8-bit images -> target tokens of the alignment loss, one a patch of latents; None for a run without it."""
     spec, repa = run.spec, run.spec.generator_training.repa
     if repa is None:
         return None
-    encoder = build_encoder(repa.encoder, spec.tokenizer.grid).to(run.device)
+    patch_size = spec.generator.patch_size
+    grid = (latent_shape[1] // patch_size, latent_shape[2] // patch_size)
+    encoder = build_encoder(repa.encoder, grid).to(run.device)
     if encoder.width != spec.generator.repa_dim:
         raise SpecError(
             "spec.generator.repa_dim", "differs from the width of the target encoder", got=spec.generator.repa_dim,

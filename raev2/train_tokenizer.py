@@ -36,7 +36,7 @@ from raev2.run import (
     step_generator,
     update,
 )
-from raev2.spec import ScheduleSpec
+from raev2.spec import ScheduleSpec, TokenizerSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
 from raev2.tokenizer.losses import (
@@ -65,6 +65,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     adversarial = loop.adversarial
 
     # Networks, losses, optimizers, averages.
+    assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
     torch.manual_seed(spec.seed)
     rae = RAE.from_spec(spec.tokenizer).to(device)
     decoder = distribute(rae.decoder)

@@ -9,26 +9,23 @@ Training uses `tokens`, `noisy_tokens` and `decode_tokens`; the loop is in train
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from raev2.artefact import load_artefact, load_strict, save_artefact
-from raev2.errors import CheckpointError, SpecError
+from raev2.errors import CheckpointError
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
+from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.tokenizer.latent_stats import LatentStats, denormalise, normalise
 
-AnyImages = Shaped[Tensor, "B 3 Hpx Wpx"]  # before the dtype was checked
 
-
-class RAE(nn.Module):
+class RAE(Tokenizer):
     """The tokenizer. Its parameters are those of the decoder; the encoder is never trained or saved.
 
     Precision is float32 unless the caller runs it under autocast.
@@ -93,16 +90,16 @@ class RAE(nn.Module):
         """Decode the tokens of images, clamped to [0, 1]; needs no statistics."""
         return self.decode_tokens(self.tokens(images)).clamp(0, 1)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the encoder, with its layers, norm, preprocessing and grid."""
+        return self.encoder.fingerprint()
+
     # Parts, for training.
 
     @torch.no_grad()
     def tokens(self, images: AnyImages) -> Tokens:
         """Encoder tokens as they are, neither noised nor normalised; no gradient."""
-        if not images.is_floating_point():
-            raise SpecError(
-                "RAE", "images must be floats in [0, 1]", got=images.dtype, expected="torch.float32",
-                hint="Convert 8-bit images with images_u8.float() / 255.",
-            )  # fmt: skip
+        check_float(images, "RAE")
         return self.encoder(images).float()
 
     def token_latents(self, tokens: Tokens) -> Latents:
@@ -134,6 +131,11 @@ class RAE(nn.Module):
         encoder   local folder with the encoder's weights, in place of its name
         """
         config, tensors, path = load_artefact(path_or_hub_id, kind="tokenizer")
+        kind = config["tokenizer"].get("kind", "rae")
+        if kind != "rae":
+            raise CheckpointError(
+                str(path), "not an RAE", got=kind, hint="Open it with raev2.tokenizer.baselines.load_tokenizer."
+            )
         rae = cls.from_spec(TokenizerSpec.model_validate(config["tokenizer"]), encoder=encoder)
         decoder_tensors = {
             name.removeprefix("decoder."): value for name, value in tensors.items() if name.startswith("decoder.")
@@ -154,16 +156,6 @@ class RAE(nn.Module):
             }  # fmt: skip
         config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": stats_config}
         return save_artefact(path, kind="tokenizer", config=config, tensors=tensors, card=self._card())
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload the artefact folder to the Hugging Face hub; returns the URL of the commit."""
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as parent:
-            folder = self.save_pretrained(Path(parent) / "tokenizer")
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload tokenizer"))
 
     def _card(self) -> str:
         info, spec, stats = self.encoder.info, self.spec, self._stats

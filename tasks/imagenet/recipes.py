@@ -14,6 +14,7 @@ from raev2.spec import (
     AdversarialSpec,
     DataSpec,
     DDTSpec,
+    DiTSpec,
     EncoderSpec,
     EvaluationSpec,
     FeatureLoss,
@@ -23,11 +24,14 @@ from raev2.spec import (
     LPIPSLoss,
     MuonSpec,
     NoGuidance,
+    PixelSpec,
+    RepaSpec,
     RunSpec,
     SamplingSpec,
     ScheduleSpec,
     TokenizerSpec,
     TokenizerTrainingSpec,
+    VAESpec,
     decoder_size,
 )
 from raev2_tasks.imagenet.spec import ClassToImageSpec
@@ -212,6 +216,88 @@ def rae_ditdh(size: str, resolution: int) -> RunSpec:
     )  # fmt: skip
 
 
+def lightningdit(size: str) -> RunSpec:
+    """The trunk alone instead of DiT^DH, on the RAEv2 system: what the wide head is worth."""
+    base = raev2_dinov3l((), "k1", "")
+    return base.replace(
+        recipe=f"raev2-lightningdit-{size}",
+        summary=f"baseline: LightningDiT-{size.upper()} without a wide head, in-context, DINOv3-L last layer",
+        generator=DiTSpec(**trunk_size(size), base_head_depth=8),
+    )
+
+
+def rae_lightningdit(size: str) -> RunSpec:
+    """RAE (v1) with its adaLN LightningDiT."""
+    base = rae_ditdh("b", 256)
+    return base.replace(
+        recipe=f"rae-lightningdit-{size}",
+        summary=f"RAE v1 baseline: LightningDiT-{size.upper()} on DINOv2-B (arXiv 2510.11690)",
+        generator=DiTSpec(
+            **trunk_size(size), conditioning="adaln", qk_norm=False, abs_pos_embed=True, num_time_tokens=1
+        ),
+    )
+
+
+def decoder_upsampling(size: str) -> RunSpec:
+    """RAE (v1) at 512 px from 256 tokens: the decoder draws patches of 32 pixels."""
+    base = rae_ditdh(size, 256)
+    return base.replace(
+        recipe=f"rae-ditdh-{size}-512-up",
+        summary=f"RAE v1: DiT^DH-{size.upper()}, 512 px from 256 tokens by a decoder of patch 32 (arXiv 2510.11690)",
+        data=imagenet_data(512).replace(horizontal_flip=True),
+        tokenizer=base.tokenizer.replace(decoder=decoder_size("XL", patch_size=32)),
+    )
+
+
+def vae_baseline(name: str, downsample: int, repa: bool = False) -> RunSpec:
+    """The RAEv2 network on VAE latents with 256 tokens; `repa` aligns block 8 with DINOv2-B."""
+    base = raev2_dinov3l((), "k1", "")
+    network: dict[str, object] = {"patch_size": 16 // downsample}
+    training = base.generator_training
+    if repa:
+        network |= {"repa_depth": 8, "repa_dim": 768}
+        training = training.replace(repa=RepaSpec(encoder=EncoderSpec(name="dinov2-b"), weight=0.5))
+    return base.replace(
+        recipe=f"vae-{name}" + ("-repa" if repa else ""),
+        summary=f"baseline: the RAEv2 network on latents of the VAE {name}" + (", with REPA" if repa else ""),
+        tokenizer=VAESpec(name=name),
+        generator=DDTSpec(**trunk_size("xl1440"), base_head_depth=8, **network),
+        generator_training=training,
+    )
+
+
+def pixel_baseline() -> RunSpec:
+    """The RAEv2 network on pixels in patches of 16, without a tokenizer."""
+    base = raev2_dinov3l((), "k1", "")
+    return base.replace(
+        recipe="pixels",
+        summary="baseline: the RAEv2 network on pixels, patches of 16, no tokenizer",
+        tokenizer=PixelSpec(),
+        generator=DDTSpec(**trunk_size("xl1440"), base_head_depth=8, patch_size=16),
+    )
+
+
+def unconditional() -> RunSpec:
+    """RAEv2, K = 7, without labels."""
+    base = raev2_dinov3l((11, 13, 15, 17, 19, 21, 23), "k7", "")
+    return base.replace(
+        recipe="raev2-dinov3l-k7-unconditional",
+        summary="RAEv2, 7 layers, without labels",
+        task=ClassToImageSpec(unconditional=True),
+    )
+
+
+VAE_DOWNSAMPLE = {
+    "sdvae-ema": 8,
+    "sdxl": 8,
+    "sd3.5": 8,
+    "flux": 8,
+    "flux2": 16,
+    "qwen-image": 8,
+    "vavae": 16,
+    "e2e-vavae": 16,
+}
+
 RECIPES: dict[str, Callable[[], RunSpec]] = {
     "quickstart": quickstart,
     "laptop": laptop,
@@ -227,4 +313,11 @@ RECIPES: dict[str, Callable[[], RunSpec]] = {
         for resolution in (256, 512)
         for size in ("s", "b", "l", "xl")
     },
+    "rae-ditdh-xl-512-up": partial(decoder_upsampling, "xl"),
+    "rae-lightningdit-xl": partial(rae_lightningdit, "xl"),
+    "raev2-lightningdit-xl": partial(lightningdit, "xl"),
+    "raev2-dinov3l-k7-unconditional": unconditional,
+    **{f"vae-{name}": partial(vae_baseline, name, factor) for name, factor in VAE_DOWNSAMPLE.items()},
+    "vae-sdvae-ema-repa": partial(vae_baseline, "sdvae-ema", 8, True),
+    "pixels": pixel_baseline,
 }
