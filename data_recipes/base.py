@@ -1,15 +1,15 @@
-"""The contract of a data recipe, and the dataset folder that every recipe writes.
+"""The contract of a data recipe (`DatasetRecipe`), and the folder of pictures that most recipes write (`Recipe`).
 
-A dataset folder::
+A dataset folder has a `manifest.json`; how the rest looks is known to the recipe that wrote it, which also verifies it.
+A folder of pictures::
 
     manifest.json              name, recipe, options, licence, classes, splits, fingerprint
     train.jsonl, val.jsonl     one line per picture: file, label, name, sha256, and what the recipe adds
     train/000012.png, ...      the pictures, RGB
     rejects.jsonl              pictures that could not be read: path and reason (only when there are some)
 
-A recipe says which pictures there are (``samples``); everything about files is here, once: the atomic build, the
-index, the manifest, the list of rejects, and ``verify_dataset``. Turning the folder into batches is not here, that is
-``raev2/data.py``.
+A ``Recipe`` says which pictures there are (``samples``); everything about files is here, once: the atomic build, the
+index, the manifest and the list of rejects. Turning the folder into batches is not here, that is ``raev2/data.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from raev2.manifest import FORMAT_VERSION, fingerprint, verify_dataset
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
-PARTIAL_MARK = ".raev2-partial"  # a folder with this file is an unfinished build of ours and may be deleted
+PARTIAL_MARK = ".raev2-partial"  # a folder with this file is an unfinished build of ours; it holds recipe and options
+PROGRESS = "progress.jsonl"  # of an interrupted build that can go on
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Option:
     meaning: str
 
 
-class Recipe(ABC):
-    """A source of pictures. Subclasses set the five texts and ``options``, and give ``plan`` and ``samples``."""
+class DatasetRecipe(ABC):
+    """A source of data. Subclasses set the five texts and ``options``, and give ``plan``, ``write`` and ``verify``."""
 
     name: str
     summary: str
@@ -82,12 +83,15 @@ class Recipe(ABC):
         """What ``build`` will do, one sentence per line. Writes nothing."""
 
     @abstractmethod
-    def classes(self, options: Mapping[str, str]) -> list[str]:
-        """Class names in label order; empty when there are no labels."""
+    def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
+        """Write the data into ``folder``, with a ``manifest.json``, and return the manifest. Called by ``build``."""
 
     @abstractmethod
-    def samples(self, options: Mapping[str, str]) -> Iterator[Sample]:
-        """Every picture, in a fixed order. The order gives the file names."""
+    def verify(self, data_dir: Path) -> dict[str, Any]:
+        """Check every file of a folder that this recipe wrote; return the manifest.
+
+        Raises DataError with the name of the first file that differs.
+        """
 
     def resolve(self, options: Mapping[str, str]) -> dict[str, str]:
         """``options`` with the defaults filled in; SpecError for an unknown or a missing one."""
@@ -112,17 +116,20 @@ class Recipe(ABC):
 
         The folder is written as ``<out_dir>.partial`` and renamed at the end, so it is complete or absent.
         DataError when ``out_dir`` exists (unless ``overwrite``) or when nothing could be read.
+
+        A recipe that leaves a ``PROGRESS`` file when it is interrupted is given its unfinished folder again.
         """
         resolved = self.resolve(options or {})
         out_dir = Path(out_dir).absolute()
         _refuse_existing(out_dir, overwrite)
         partial = out_dir.with_name(out_dir.name + ".partial")
-        _open_partial(partial)
+        _open_partial(partial, _json_line({"recipe": self.name, "options": resolved}))
         try:
-            manifest = self._write(partial, out_dir.name, resolved)
+            manifest = self.write(partial, out_dir.name, resolved)
             (partial / PARTIAL_MARK).unlink()
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not (partial / PROGRESS).is_file():
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         if out_dir.exists():
             old = out_dir.with_name(out_dir.name + ".old")
@@ -133,6 +140,18 @@ class Recipe(ABC):
             partial.rename(out_dir)
         return manifest
 
+
+class Recipe(DatasetRecipe):
+    """A source of pictures. Subclasses set what ``DatasetRecipe`` asks for, and give ``plan`` and ``samples``."""
+
+    @abstractmethod
+    def classes(self, options: Mapping[str, str]) -> list[str]:
+        """Class names in label order; empty when there are no labels."""
+
+    @abstractmethod
+    def samples(self, options: Mapping[str, str]) -> Iterator[Sample]:
+        """Every picture, in a fixed order. The order gives the file names."""
+
     def verify(self, data_dir: Path) -> dict[str, Any]:
         """``verify_dataset``, and the folder must come from this recipe."""
         manifest = verify_dataset(data_dir)
@@ -140,7 +159,7 @@ class Recipe(ABC):
             raise DataError(f"data {data_dir}", "written by another recipe", got=manifest["recipe"], expected=self.name)
         return manifest
 
-    def _write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
+    def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
         """Write pictures, indices, rejects and manifest into the empty ``folder``."""
         for split in SPLITS:
             (folder / split).mkdir()
@@ -207,18 +226,20 @@ def _refuse_existing(out_dir: Path, overwrite: bool) -> None:
         raise DataError(f"data {out_dir}", f"will not overwrite a folder without {MANIFEST}", hint=hint)
 
 
-def _open_partial(partial: Path) -> None:
-    """Make the empty folder of a build; what an interrupted build left there is deleted."""
+def _open_partial(partial: Path, mark: str) -> None:
+    """Make the folder of a build; what an interrupted build left there is deleted, unless the same build can go on."""
     if partial.exists():
         if not (partial / PARTIAL_MARK).is_file():
             hint = "Move it away."
             raise DataError(f"data {partial}", "exists and is not an unfinished build", hint=hint)
+        if (partial / PROGRESS).is_file() and (partial / PARTIAL_MARK).read_text(encoding="utf-8") == mark:
+            return
         shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise DataError(f"data {partial}", f"cannot be created ({error.strerror})") from None
-    (partial / PARTIAL_MARK).touch()
+    (partial / PARTIAL_MARK).write_text(mark, encoding="utf-8")
 
 
 def _read_in_order(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Picture | Exception]]:

@@ -174,7 +174,11 @@ def data(options: Namespace) -> int:
             f"raev2 data {options.action}", "which one?", expected="a recipe, or for verify a dataset folder"
         )
     if options.action == "verify":
-        manifest = verify_dataset(Path(options.recipe))
+        folder = Path(options.recipe)
+        name = read_manifest(folder).get("recipe")
+        # The recipe that wrote a folder knows its format; a folder written by hand is one of pictures.
+        verify = get_data_recipe(name).verify if name in installed_data_recipes() else verify_dataset
+        manifest = verify(folder)
         counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
         print(f"{options.recipe}: intact ({counts}; fingerprint {manifest['fingerprint'][:12]})")
         return OK
@@ -186,7 +190,8 @@ def data(options: Namespace) -> int:
     if options.action == "build":
         manifest = recipe.build(out, settings, options.overwrite)
         counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
-        print(f"{out}: {counts}, {len(manifest['classes'])} classes, {manifest['rejected']} rejected")
+        classes = f", {len(manifest['classes'])} classes" if manifest["classes"] else ""
+        print(f"{out}: {counts}{classes}, {manifest['rejected']} rejected")
     return OK
 
 

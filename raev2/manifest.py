@@ -44,13 +44,18 @@ def fingerprint(splits: Mapping[str, Any], classes: list[str]) -> str:
 
 
 def verify_dataset(data_dir: Path) -> dict[str, Any]:
-    """Check fingerprint, counts, labels and the SHA-256 of every file; return the manifest.
+    """Check a folder of pictures: fingerprint, counts, labels and the SHA-256 of every file; return the manifest.
 
     Raises DataError with the name of the first file that differs.
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
     rebuild = "Build the dataset again."
+    if any("index" not in entry for entry in manifest["splits"].values()):
+        raise DataError(
+            f"data {data_dir}", "not a folder of pictures",
+            hint=f"Install the package with the data recipe {manifest.get('recipe')}, which wrote it.",
+        )  # fmt: skip
     got = fingerprint(manifest["splits"], manifest["classes"])
     if got != manifest["fingerprint"]:
         where = f"data {data_dir / 'manifest.json'}"
