@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -27,11 +28,50 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class FrameCache:
+    """Past frames as every block of a trunk sees them: a function of the frame and the weights alone.
+
+    Keys are rotated by row and column, not by age, so that a cached frame can grow older. Rows are frames; an index
+    with one axis selects some (`cache[1:]`).
+    """
+
+    keys: Float[Tensor, "U L heads N d"]
+    values: Float[Tensor, "U L heads N d"]
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> FrameCache:
+        return FrameCache(self.keys[rows], self.values[rows])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @staticmethod
+    def cat(caches: Sequence[FrameCache]) -> FrameCache:
+        """The frames of all caches, one after the other."""
+        return FrameCache(torch.cat([cache.keys for cache in caches]), torch.cat([cache.values for cache in caches]))
+
+
+@dataclass(frozen=True)
+class PastFrames:
+    """Keys and values of past frames, which the trunk attends to besides its own sequence.
+
+    keys, values   rotated by row, column and age
+    mask           True = attend
+    age            of the trunk's own tokens, in frame periods: negative when they lie in the future
+    """
+
+    keys: Float[Tensor, "B L heads M d"]
+    values: Float[Tensor, "B L heads M d"]
+    mask: Bool[Tensor, "B M"]
+    age: Float[Tensor, "B"]
+
+
+@dataclass(frozen=True)
 class CondTokens:
     """A condition as the trunk sees it. `mask` None means that every token is attended."""
 
     tokens: Float[Tensor, "B M D"]
     mask: Bool[Tensor, "B M"] | None = None
+    past: PastFrames | None = None
 
 
 @dataclass(frozen=True)

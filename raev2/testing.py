@@ -56,6 +56,10 @@ class GaussianWorld(nn.Module):
         """See `Generator.null_cond`."""
         return self.conditioner.null_cond(cond)
 
+    def prepare_cond(self, cond: Cond) -> Cond:
+        """See `Generator.prepare_cond`."""
+        return cond
+
     def check_cond(self, cond: Cond) -> None:
         """See `Generator.check_cond`."""
         self.conditioner.check(cond)

@@ -25,7 +25,8 @@ CONDITIONS = {
     "none": NoCondition(),
     "label": LabelCondition(num_classes=5),
     "text": TextCondition(dim=10, max_tokens=7),
-    "frames": FramesCondition(num_frames=2),
+    "frames": FramesCondition(num_frames=2, max_time=4.0),
+    "frames_in_context": FramesCondition(form="in_context", num_frames=2),
 }
 
 
@@ -52,6 +53,8 @@ def example(generator, batch_size=3):
     for name, value in cond.items():
         if value.is_floating_point():
             cond[name] = torch.randn_like(value)
+        elif value.dtype == torch.bool and value.ndim == 1 or name == "context_valid":
+            continue
         elif value.dtype == torch.bool:
             cond[name] = torch.arange(value.shape[1]) < torch.arange(2, 2 + batch_size)[:, None]
         else:
@@ -246,7 +249,8 @@ def test_visible_tokens_of_the_empty_prompt():
 
 @pytest.mark.parametrize("frame_positions", [True, False])
 def test_order_of_context_frames_matters_only_with_frame_positions(frame_positions):
-    generator = build(condition=FramesCondition(num_frames=2, frame_positions=frame_positions))
+    condition = FramesCondition(form="in_context", num_frames=2, frame_positions=frame_positions)
+    generator = build(condition=condition)
     z_t, t, cond = example(generator)
     swapped = {**cond, "context_latents": cond["context_latents"].flip(1)}
     change = (generator(z_t, t, cond).pred - generator(z_t, t, swapped).pred).abs().max()
@@ -335,7 +339,8 @@ def test_time_shift_follows_the_latent_size():
 TRUNKS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16), "XL1440": (1440, 28, 20)}
 V1 = {"conditioning": "adaln", "qk_norm": False, "abs_pos_embed": True}
 IG = {"base_head_depth": 8}
-LABEL, TEXT, FRAMES = LabelCondition(num_classes=1000), TextCondition(dim=1024), FramesCondition(frame_positions=False)
+LABEL, TEXT = LabelCondition(num_classes=1000), TextCondition(dim=1024)
+FRAMES = FramesCondition(form="in_context", frame_positions=False)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
-from pydantic import Field, ValidationError
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from raev2.batch import Cond, CondTokens
+from raev2.batch import Cond, CondTokens, PastFrames, drop_cond
 from raev2.errors import SpecError
-from raev2.model.embed import FourierEmbed, PatchEmbed, patchify
+from raev2.model.embed import FourierEmbed, PatchEmbed, WaveEmbed, patchify, waves
 from raev2.model.layers import RMSNorm
 from raev2.positions import sincos_2d
 from raev2.spec import Spec
@@ -39,13 +39,18 @@ class CondField:
 class Conditioner(nn.Module, ABC):
     """Raw condition -> what the trunk sees. Trained and saved with the generator.
 
-    fields      the tensors of the condition by name
-    num_tokens  number of condition tokens, for a condition of free length the largest one
+    fields           the tensors of the condition by name
+    optional_fields  tensors that may be absent
+    num_tokens       number of condition tokens, for a condition of free length the largest one
+    parts            names of the parts that can be absent alone; none: a condition is there or is not
     """
+
+    parts: tuple[str, ...] = ()
 
     def __init__(self, fields: Mapping[str, CondField], num_tokens: int) -> None:
         super().__init__()
         self.fields = dict(fields)
+        self.optional_fields: dict[str, CondField] = {}
         self.num_tokens = num_tokens
 
     @abstractmethod
@@ -62,14 +67,42 @@ class Conditioner(nn.Module, ABC):
             "generator.conditioning", f"{type(self).__name__} has no vector form", got="adaln", expected="in_context"
         )
 
+    def complete(self, cond: Cond) -> dict[str, Tensor]:
+        """`cond` with the defaults of absent optional tensors."""
+        return dict(cond)
+
+    def without(self, cond: Cond, parts: Sequence[str] = ()) -> dict[str, Tensor]:
+        """`complete(cond)` without some of its `parts`; by default without all: `null_cond`."""
+        self._check_parts(parts)
+        return self.null_cond(cond)
+
+    def drop(self, cond: Cond, uniform: Float[Tensor, "B"], prob: float) -> dict[str, Tensor]:
+        """What training does to a condition: samples whose number in [0, 1) is below `prob` lose theirs."""
+        cond = self.complete(cond)
+        return drop_cond(cond, self.null_cond(cond), uniform < prob)
+
+    def _check_parts(self, parts: Sequence[str]) -> None:
+        unknown = [part for part in parts if part not in self.parts]
+        if unknown:
+            raise SpecError(
+                "guidance.drop", "no part of this condition", got=unknown,
+                expected=f"some of {', '.join(self.parts)}" if self.parts else "nothing: it has no parts",
+            )  # fmt: skip
+
     def check(self, cond: Cond) -> None:
         """Raise `SpecError` unless `cond` has the right names, shapes and values. Reads values: not for inner loops."""
-        if cond.keys() != self.fields.keys():
-            raise SpecError("cond", "wrong names", got=sorted(cond), expected=str(sorted(self.fields)))
+        self._check_fields(cond, self.fields, self.optional_fields)
+
+    def _check_fields(
+        self, cond: Cond, fields: Mapping[str, CondField], optional_fields: Mapping[str, CondField]
+    ) -> None:
+        if not fields.keys() <= cond.keys() <= fields.keys() | optional_fields.keys():
+            optional = f" and perhaps {sorted(optional_fields)}" if optional_fields else ""
+            raise SpecError("cond", "wrong names", got=sorted(cond), expected=f"{sorted(fields)}{optional}")
         batch_sizes = {name: value.shape[0] for name, value in cond.items() if value.ndim}
         if len(set(batch_sizes.values())) > 1:
             raise SpecError("cond", "tensors disagree in the batch axis", got=batch_sizes)
-        for name, field in self.fields.items():
+        for name, field in ((name, field) for name, field in {**fields, **optional_fields}.items() if name in cond):
             shape = tuple(cond[name].shape)
             fits = len(shape) == len(field.shape) + 1 and all(
                 want in (None, have) for want, have in zip(field.shape, shape[1:], strict=True)
@@ -265,30 +298,219 @@ class TextConditioner(Conditioner):
 # ---------------------------------------------------------------------------------------------------------------------
 # Past frames and motion
 
+_FRAME_FIELDS = ("context_latents", "context_age", "context_valid", "context_id")
+
 
 class FramesCondition(ConditionSpec):
-    """{"context_latents": (B, K, C, H, W), "action": (B, action_dim), "rel_time": (B, 1)}; unconditional: zeros.
+    """Past frames, a motion and a time: {"context_latents", "action", "rel_time"}.
 
-    `frame_positions` adds a learned embedding per frame and fixed 2-D positions to the context tokens. The RAEv2 code
-    has neither, so its trunk sees the context as an unordered set of patches; turn it off for weights from there.
+    context_latents  (B, K, C, H, W)   normalised latents of past frames, the oldest first
+    action           (B, 3)            pose of the target seen from the newest frame: forward and left in metres, yaw
+                                       counter-clockwise in radians
+    rel_time         (B, 1)            seconds from the newest frame to the target; negative: the past
+
+    Optional, with what their absence means:
+
+    context_age      (B, K)            seconds before the newest frame ((K - 1 - k) * frame_period)
+    context_valid    (B, K) bool       whether a frame is there (all are)
+    context_id       (B, K) int64      equal ids >= 0 in a batch are the same frame, which is then computed once
+    has_action       (B,) bool         whether the motion is known (it is)
+    has_time         (B,) bool         whether the time is known (it is)
+
+    form="block_causal": the tokens of a frame attend within that frame alone, so that a frame is computed once and
+    serves every step, target and motion (`Generator.prepare_cond`). Frames are placed by row, column and age. K may
+    differ from batch to batch.
+
+    form="in_context": the RAEv2 code. Frames are condition tokens like others, computed again at every step, and take
+    no optional tensors; action (any `action_dim` numbers) and time are used as they come, zeros are unconditional.
+    `frame_positions` adds a learned embedding per frame and fixed 2-D positions; the RAEv2 code has neither, so its
+    trunk sees an unordered set of patches.
     """
 
     kind: Literal["frames"] = "frames"
+    form: Literal["block_causal", "in_context"] = "block_causal"
     num_frames: int = Field(4, ge=1)
     patch_size: int = Field(1, ge=1)
     action_dim: int = Field(3, ge=1)
     num_action_tokens: int = Field(4, ge=1)
-    frame_positions: bool = True
+    spacing: float = Field(1.0, gt=0, description="block_causal: typical metres between two frames")
+    frame_period: float = Field(0.25, gt=0, description="block_causal: seconds between two frames")
+    max_time: float = Field(16.0, gt=0, description="block_causal: largest |rel_time| in seconds; more is an error")
+    action_drop_prob: float = Field(
+        0.0, ge=0, le=1, description="block_causal: share of training samples that lose their motion alone"
+    )
+    frame_positions: bool = Field(True, description="in_context: positions of the context tokens")
+
+    @model_validator(mode="after")
+    def _form(self) -> FramesCondition:
+        if self.form == "block_causal" and self.action_dim != 3:
+            raise ValueError(f"a motion in the plane has 3 numbers; got action_dim={self.action_dim}")
+        if self.max_time < self.frame_period:
+            raise ValueError(f"max_time is below frame_period; got {self.max_time} and {self.frame_period}")
+        return self
 
     def build(self, width: int, latent_shape: LatentShape, conditioning: Conditioning) -> Conditioner:
         """See `ConditionSpec.build`."""
         if conditioning != "in_context":
             raise SpecError("generator.conditioning", "frames need tokens", got=conditioning, expected="in_context")
-        return FramesConditioner(self, width, latent_shape)
+        conditioner = BlockCausalFrames if self.form == "block_causal" else InContextFrames
+        return conditioner(self, width, latent_shape)
 
 
-class FramesConditioner(Conditioner):
-    """Context patches, then action tokens, then one time token.
+class BlockCausalFrames(Conditioner):
+    """Action tokens and a time token; past frames come as keys and values (`Generator.prepare_cond` makes them).
+
+    action   action_tokens[j] + MLP_j(normalised motion), or null_action
+    time     time_token + MLP(rel_time), or null_time;  + null_context where no frame is there
+    frames   PatchEmbed(latents), for `Trunk.encode_frames`
+    Tokens and nulls N(0, 1/sqrt(width)), weights as PyTorch.
+
+    A prepared condition has `context_keys` and `context_values` in the place of `context_latents`, `context_age` and
+    `context_id`.
+    """
+
+    parts = ("context", "action", "time")
+
+    def __init__(self, spec: FramesCondition, width: int, latent_shape: LatentShape) -> None:
+        motion = {"action": CondField((3,)), "rel_time": CondField((1,))}
+        super().__init__({"context_latents": CondField((None, *latent_shape)), **motion}, spec.num_action_tokens + 1)
+        flags = {name: CondField((), torch.bool) for name in ("has_action", "has_time")}
+        self.optional_fields = {
+            "context_age": CondField((None,)),
+            "context_valid": CondField((None,), torch.bool),
+            "context_id": CondField((None,), torch.int64),
+            **flags,
+        }
+        self._prepared_fields = {
+            **motion,
+            **flags,
+            "context_valid": CondField((None,), torch.bool),
+            "context_keys": CondField((None,) * 4),
+            "context_values": CondField((None,) * 4),
+        }
+        self.spec = spec
+        self.context_embed = PatchEmbed(latent_shape[0], width, spec.patch_size)
+        max_frames = spec.max_time / spec.frame_period
+        displacement, other = waves(2 / max_frames, 4.0), waves(0.5, 8.0)
+        motion_waves = torch.stack([displacement] * 2 + [other] * 5)
+        self.action_embed = WaveEmbed(motion_waves, width, spec.num_action_tokens * width)
+        self.action_tokens = _tokens_parameter(spec.num_action_tokens, width)
+        self.time_embed = WaveEmbed(waves(2 * spec.frame_period, 4 * spec.max_time)[None], width, width)
+        self.time_token = _tokens_parameter(1, width)
+        self.null_action = _tokens_parameter(spec.num_action_tokens, width)
+        self.null_time = _tokens_parameter(1, width)
+        self.null_context = _tokens_parameter(1, width)
+
+    def forward(self, cond: Cond) -> CondTokens:
+        """Tokens of a prepared condition."""
+        valid, has_time = cond["context_valid"], cond["has_time"][:, None]
+        action = self.action_embed(self.normalised(cond)).unflatten(1, self.action_tokens.shape) + self.action_tokens
+        action = torch.where(cond["has_action"][:, None, None], action, self.null_action.to(action.dtype))
+        time = self.time_embed(cond["rel_time"])
+        time = torch.where(has_time, time + self.time_token, self.null_time)
+        time = time + self.null_context * ~valid.any(dim=1, keepdim=True)
+        past = PastFrames(
+            cond["context_keys"],
+            cond["context_values"],
+            mask=valid.repeat_interleave(cond["context_keys"].shape[3] // valid.shape[1], dim=1),
+            age=-self.in_frames(cond["rel_time"].where(has_time, 0))[:, 0],
+        )
+        return CondTokens(torch.cat([action, time[:, None].to(action.dtype)], dim=1), past=past)
+
+    def normalised(self, cond: Cond) -> Float[Tensor, "B 7"]:
+        """The motion as numbers of order one; no motion is exactly 0 at every `rel_time`.
+
+        d / spacing / most frames (2), d / spacing / frames (2), sin yaw, cos yaw - 1, yaw / frames
+        """
+        move, yaw = cond["action"].float().split([2, 1], dim=1)
+        num_frames = self.in_frames(cond["rel_time"]).abs().clamp(min=1)
+        steps = move / self.spec.spacing
+        max_frames = self.spec.max_time / self.spec.frame_period
+        return torch.cat([steps / max_frames, steps / num_frames, yaw.sin(), yaw.cos() - 1, yaw / num_frames], dim=1)
+
+    def in_frames(self, seconds: Tensor) -> Tensor:
+        """Seconds in frame periods, float32."""
+        return seconds.float() / self.spec.frame_period
+
+    def embed_frames(self, latents: Float[Tensor, "U C H W"]) -> Float[Tensor, "U N D"]:
+        """Tokens of frames."""
+        return self.context_embed(patchify(latents, self.spec.patch_size))
+
+    def distinct_frames(self, cond: Cond) -> tuple[Float[Tensor, "U C H W"], Int[Tensor, "B K"]]:
+        """The frames to compute, and which of them each context frame is. Without ids every frame is its own.
+
+        Invalid frames are not computed; they point to any other frame, since nothing attends to them.
+        """
+        latents = cond["context_latents"]
+        number = torch.arange(latents.shape[0] * latents.shape[1], device=latents.device)
+        if "context_id" not in cond:
+            return latents.flatten(0, 1), number.view(latents.shape[:2])
+        ids, valid = cond["context_id"].flatten(), cond["context_valid"].flatten()
+        names = ids.where(ids >= 0, -1 - number)
+        names = names.where(valid, names[valid.int().argmax()])
+        distinct, index = names.unique(return_inverse=True)
+        order = number + len(number) * ~valid  # valid frames first
+        first = order.new_full((len(distinct),), 2 * len(number)).scatter_reduce(0, index, order, "amin")
+        return latents.flatten(0, 1)[first % len(number)], index.view(latents.shape[:2])
+
+    def complete(self, cond: Cond) -> dict[str, Tensor]:
+        """See `Conditioner.complete`; `context_id` has no default."""
+        cond, action = dict(cond), cond["action"]
+        for name in ("has_action", "has_time"):
+            cond.setdefault(name, action.new_ones(len(action), dtype=torch.bool))
+        frames = cond.get("context_id", cond.get("context_latents"))
+        if frames is not None and "context_keys" not in cond:
+            batch_size, num_frames = frames.shape[:2]
+            age = torch.arange(num_frames - 1, -1, -1, device=action.device) * self.spec.frame_period
+            cond.setdefault("context_age", age.float().expand(batch_size, -1))
+            cond.setdefault("context_valid", action.new_ones(batch_size, num_frames, dtype=torch.bool))
+        return cond
+
+    def null_cond(self, cond: Cond) -> dict[str, Tensor]:
+        """See `Conditioner.null_cond`."""
+        return self.without(cond)
+
+    def without(self, cond: Cond, parts: Sequence[str] = ()) -> dict[str, Tensor]:
+        """See `Conditioner.without`. What is flagged as absent is not looked at."""
+        self._check_parts(parts)
+        cond = self.complete(cond)
+        flags = {"context": "context_valid", "action": "has_action", "time": "has_time"}
+        return cond | {flags[part]: torch.zeros_like(cond[flags[part]]) for part in parts or self.parts}
+
+    def check(self, cond: Cond) -> None:
+        """See `Conditioner.check`."""
+        if "context_keys" in cond:
+            self._check_fields(cond, self._prepared_fields, {})
+        else:
+            self._check_fields(cond, self.fields, self.optional_fields)
+        num_frames = {name: value.shape[1] for name, value in cond.items() if name in _FRAME_FIELDS}
+        if len(set(num_frames.values())) > 1:
+            raise SpecError("cond", "tensors disagree in the number of context frames", got=num_frames)
+        longest = cond["rel_time"].abs().max().item() if len(cond["rel_time"]) else 0
+        if longest > self.spec.max_time * (1 + 1e-5):
+            raise SpecError(
+                "cond.rel_time", "outside the range of times that the generator was made for", got=f"{longest:g} s",
+                expected=f"at most {self.spec.max_time:g} s", hint="Go there in several steps.",
+            )  # fmt: skip
+
+    def example_cond(self, batch_size: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """See `Conditioner.example_cond`; every frame and the motion are there."""
+        latent_shape = [size or 0 for size in self.fields["context_latents"].shape[1:]]
+        return self.complete({
+            "context_latents": torch.zeros(batch_size, self.spec.num_frames, *latent_shape, device=device),
+            "action": torch.zeros(batch_size, 3, device=device),
+            "rel_time": torch.zeros(batch_size, 1, device=device),
+        })  # fmt: skip
+
+    def drop(self, cond: Cond, uniform: Float[Tensor, "B"], prob: float) -> dict[str, Tensor]:
+        """See `Conditioner.drop`; a further share `action_drop_prob` of the samples loses its motion alone."""
+        cond = super().drop(cond, uniform, prob)
+        action_only = (uniform >= prob) & (uniform < prob + self.spec.action_drop_prob)
+        return drop_cond(cond, self.without(cond, ("action",)), action_only)
+
+
+class InContextFrames(Conditioner):
+    """Context patches, then action tokens, then one time token; action and time enter as they are given.
 
     context  PatchEmbed(latents of frame k) + frames[k] + positions     K * N tokens, weights as PyTorch
     action   action_tokens[j] + Linear(action)                          tokens N(0, 1/sqrt(width))

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raev2.batch import CondTokens, ModelOutput
+from raev2.batch import CondTokens, FrameCache, ModelOutput
 from raev2.errors import SpecError
 from raev2.model.embed import FourierEmbed, PatchEmbed, patchify, unpatchify
-from raev2.model.layers import Block, FinalLayer, FusedLinear, Rope2D
+from raev2.model.layers import AgeRope, Block, FinalLayer, FusedLinear, Rope2D, rotate, turn
 from raev2.positions import sincos_2d
 from raev2.spec import DiTSpec, TrunkSpec
 
@@ -59,6 +59,7 @@ class Trunk(nn.Module):
         positions = nn.Parameter(sincos_2d(spec.width, rows, cols), requires_grad=False) if spec.abs_pos_embed else None
         self.pos_embed = positions
         self.rope = Rope2D(spec.width // spec.num_heads, rows, cols)
+        self.age_rope = AgeRope(spec.width // spec.num_heads)
         self.blocks = nn.ModuleList(
             Block(spec.width, spec.num_heads, spec.mlp_ratio, spec.qk_norm) for _ in range(spec.depth)
         )
@@ -85,14 +86,13 @@ class Trunk(nn.Module):
             x = x + self.pos_embed
 
         # The sequence, or the modulation of every block.
-        mask = None
+        mask = past = None
         modulations: tuple[Tensor | None, ...] = (None,) * (self.spec.depth + 1)
         if self.spec.conditioning == "in_context":
             sequence = [x, time[:, None] + self.time_tokens]
             if cond_tokens is not None:
                 sequence.append(cond_tokens.tokens)
-                if cond_tokens.mask is not None:
-                    mask = F.pad(cond_tokens.mask, (num_patches + len(self.time_tokens), 0), value=True)[:, None, None]
+                past, mask = cond_tokens.past, _mask(cond_tokens, num_patches + len(self.time_tokens))
             x = torch.cat(sequence, dim=1)
         else:
             c = time if cond_vector is None else time + cond_vector
@@ -102,14 +102,39 @@ class Trunk(nn.Module):
 
         # The blocks, and what is read on the way.
         rope = self.rope(x.shape[1])
+        if past is not None:
+            rope = turn(rope, self.age_rope(past.age[:, None]))
         base_tokens = hidden = None
         for depth, (block, modulation) in enumerate(zip(self.blocks, modulations[:-1], strict=True), start=1):
-            x = block(x, rope, mask, modulation)
+            x = block(x, rope, mask, modulation, past and (past.keys[:, depth - 1], past.values[:, depth - 1]))
             if depth == self.spec.base_head_depth:
                 base_tokens = x[:, :num_patches]
             if depth == self.spec.repa_depth and self.repa_proj is not None:
                 hidden = self.repa_proj(x[:, :num_patches])
         return TrunkOutput(x[:, :num_patches], base_tokens, time, hidden, modulations[-1])
+
+    def encode_frames(self, tokens: Float[Tensor, "U N D"]) -> FrameCache:
+        """Keys and values of frames in every block. The tokens of a frame attend to nothing but that frame."""
+        x, rope = tokens, self.rope(tokens.shape[1])
+        keys, values = [], []
+        for depth, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, Block)
+            q, k, v = block.attn.project(block.norm1(x), rope)
+            keys.append(k)
+            values.append(v)
+            if depth < len(self.blocks):  # nothing reads the frames after the last block
+                x = x + block.attn.attend(q, k, v)
+                x = x + block.mlp(block.norm2(x))
+        return FrameCache(torch.stack(keys, dim=1), torch.stack(values, dim=1))
+
+    def place_frames(
+        self, frames: FrameCache, index: Int[Tensor, "B K"], age: Float[Tensor, "B K"]
+    ) -> tuple[Float[Tensor, "B L heads M d"], Float[Tensor, "B L heads M d"]]:
+        """Keys and values of the frames `index` at their age, in frame periods; M = K * N."""
+        keys, values = frames.keys[index], frames.values[index]  # (B, K, L, heads, N, d)
+        turned = rotate(keys.flatten(2, 4), self.age_rope(age)).to(keys.dtype).view_as(keys)
+        keys, values = (x.permute(0, 2, 3, 1, 4, 5).flatten(3, 4) for x in (turned, values))
+        return keys, values
 
     def init_weights(self) -> None:
         """Initial values of the trunk. The condition module has its own table.
@@ -125,6 +150,15 @@ class Trunk(nn.Module):
         else:
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
+
+
+def _mask(cond: CondTokens, num_before: int) -> Bool[Tensor, "B 1 1 NM"] | None:
+    """Which keys are seen: `num_before` tokens, those of the condition, those of past frames. None: all."""
+    if cond.mask is None and cond.past is None:
+        return None
+    own = cond.tokens.new_ones(cond.tokens.shape[:2], dtype=torch.bool) if cond.mask is None else cond.mask
+    mask = F.pad(own, (num_before, 0), value=True)
+    return (mask if cond.past is None else torch.cat([mask, cond.past.mask], dim=1))[:, None, None]
 
 
 def zero_init(layer: nn.Linear) -> None:

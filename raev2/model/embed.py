@@ -42,6 +42,30 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
 
+class WaveEmbed(nn.Module):
+    """Embedding of real numbers x_s: MLP([x_s, sin(w_sf x_s), cos(w_sf x_s)]) with fixed angular frequencies w."""
+
+    frequencies: Tensor
+
+    def __init__(self, frequencies: Float[Tensor, "S F"], width: int, out_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        num_scalars, num_waves = frequencies.shape
+        self.mlp = nn.Sequential(
+            nn.Linear(num_scalars * (1 + 2 * num_waves), width), nn.SiLU(), nn.Linear(width, out_dim)
+        )
+
+    def forward(self, x: Float[Tensor, "B S"]) -> Float[Tensor, "B O"]:
+        """Embed; angles are computed in float32."""
+        angles = (x.float()[..., None] * self.frequencies.float()).flatten(1)
+        return self.mlp(torch.cat([x.float(), angles.sin(), angles.cos()], dim=1).to(self.frequencies.dtype))
+
+
+def waves(shortest: float, longest: float, count: int = 8) -> Float[Tensor, "F"]:
+    """Angular frequencies of log-spaced periods, in the unit of the number."""
+    return 2 * math.pi / torch.logspace(math.log(shortest), math.log(longest), count, base=math.e, dtype=torch.float64)
+
+
 class FourierEmbed(nn.Module):
     """Embedding of a number in [0, 1]: Linear(SiLU(Linear([sin a, cos a]))) with a = 2 pi t W, W ~ N(0, 1) fixed.
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from raev2.artefact import load_artefact, load_strict, save_artefact
-from raev2.batch import Cond, ModelOutput
-from raev2.errors import CheckpointError
-from raev2.model.condition import ConditionSpec, LatentShape, condition_spec
+from raev2.batch import Cond, FrameCache, ModelOutput
+from raev2.errors import CheckpointError, SpecError
+from raev2.model.condition import BlockCausalFrames, ConditionSpec, FramesCondition, LatentShape, condition_spec
 from raev2.model.ddt import DDT
 from raev2.model.dit import DiT
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec, NetworkSpec
@@ -53,15 +53,55 @@ class Generator(nn.Module):
         self.extra = dict(extra or {})
         self.network = DDT(network, latent_shape) if isinstance(network, DDTSpec) else DiT(network, latent_shape)
         self.conditioner = condition.build(network.width, latent_shape, network.conditioning)
+        if isinstance(self.conditioner, BlockCausalFrames):
+            _check_frames(network, self.conditioner.spec)
 
     def forward(self, z_t: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], cond: Cond) -> ModelOutput:
-        """Prediction at the noisy latents `z_t`, time `t` in [0, 1] (1 = noise), raw condition `cond`."""
+        """Prediction at the noisy latents `z_t`, time `t` in [0, 1] (1 = noise), raw or prepared condition `cond`."""
+        cond = self.prepare_cond(cond)
         if self.network_spec.conditioning == "in_context":
             return self.network(z_t, t, self.conditioner(cond), None)
         return self.network(z_t, t, None, self.conditioner.vector(cond))
 
+    def prepare_cond(self, cond: Cond, frames: FrameCache | None = None) -> dict[str, Tensor]:
+        """The condition with all that depends neither on `z_t` nor on `t` computed, for the steps of a sampler.
+
+        Past frames become keys and values, with the batch as leading axis; motion, time and flags of the result may
+        still be changed. It belongs to this generator with its present weights. Other conditions, and prepared ones,
+        come back as they are.
+
+        frames   from `encode_frames`: then "context_id" (B, K) are its rows, and "context_latents" is not needed
+        """
+        cond, conditioner = self.conditioner.complete(cond), self.conditioner
+        if not isinstance(conditioner, BlockCausalFrames) or "context_keys" in cond:
+            return cond
+        if frames is None:
+            latents, index = conditioner.distinct_frames(cond)
+            frames = self.encode_frames(latents)
+        else:
+            index = cond["context_id"]
+        keys, values = self.network.trunk.place_frames(frames, index, conditioner.in_frames(cond["context_age"]))
+        raw = ("context_latents", "context_age", "context_id")
+        kept = {name: value for name, value in cond.items() if name not in raw}
+        return kept | {"context_keys": keys, "context_values": values}
+
+    def encode_frames(self, latents: Float[Tensor, "U C H W"]) -> FrameCache:
+        """Past frames as every block sees them, for `prepare_cond`: encode a frame once, use it wherever it occurs.
+
+        Without gradients on a CPU each frame is computed on its own, so that its bits depend on nothing else.
+        """
+        conditioner, trunk = self.conditioner, self.network.trunk
+        if not isinstance(conditioner, BlockCausalFrames):
+            raise SpecError(
+                "encode_frames", "this generator has no frames that can be cached", got=self.condition_spec.kind,
+                expected="FramesCondition(form='block_causal')",
+            )  # fmt: skip
+        alone = latents.device.type == "cpu" and not torch.is_grad_enabled()
+        parts = latents.split(1) if alone else [latents]
+        return FrameCache.cat([trunk.encode_frames(conditioner.embed_frames(part)) for part in parts])
+
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
-        """The unconditional condition in the shapes of `cond`."""
+        """The unconditional condition in the shapes of `cond`, whose optional tensors get their defaults."""
         return self.conditioner.null_cond(cond)
 
     def check_cond(self, cond: Cond) -> None:
@@ -123,6 +163,20 @@ class Generator(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "generator", card=card)
             return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "generator"))
+
+
+def _check_frames(network: DDTSpec | DiTSpec, condition: FramesCondition) -> None:
+    """Frames share the trunk's positions, and their age needs some of its rotary angles."""
+    if condition.patch_size != network.patch_size:
+        raise SpecError(
+            "condition.patch_size", "frames and noisy latents need the same patches", got=condition.patch_size,
+            expected=str(network.patch_size),
+        )  # fmt: skip
+    if network.width // network.num_heads < 8:
+        raise SpecError(
+            "generator.num_heads", "too few channels per head for rows, columns and the age of frames",
+            got=f"{network.width // network.num_heads} channels", expected="at least 8",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

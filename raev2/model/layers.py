@@ -10,6 +10,7 @@ Notable choices
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Rope = tuple[Float[Tensor, "N P"], Float[Tensor, "N P"]]  # cos and sin, P = head_dim / 2
+Rope = tuple[Float[Tensor, "... P"], Float[Tensor, "... P"]]  # cos and sin, (N, P) or (B, N, P), P = head_dim / 2
+KeysValues = tuple[Float[Tensor, "B heads M d"], Float[Tensor, "B heads M d"]]  # keys rotated
 
 
 class FusedLinear(nn.Linear):
@@ -94,9 +96,39 @@ class Rope2D(nn.Module):
         return F.pad(self.cos, (0, 0, 0, extra), value=1.0), F.pad(self.sin, (0, 0, 0, extra))
 
 
+class AgeRope(nn.Module):
+    """The third rotary axis: age in frame periods. It turns on top of `Rope2D`, in the slow half of its angles.
+
+    There rows and columns turn by at most 0.01 per token, so that those channels carry next to no position and are
+    free for time; two-dimensional networks keep their tables. Frequencies: log-spaced from pi per frame period (the
+    shortest period is two frames) down to pi / 128, each used once among the row and once among the column angles.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        per_axis = head_dim // 4
+        num_slow = per_axis // 2
+        slow = torch.logspace(0, -1, 2 * num_slow, base=128.0, dtype=torch.float64) * math.pi
+        fast = torch.zeros(per_axis - num_slow, dtype=torch.float64)
+        frequencies = torch.cat([fast, slow[0::2], fast, slow[1::2]])
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+
+    def forward(self, age: Float[Tensor, "..."]) -> Rope:
+        """Tables with the axes of `age` and the angles."""
+        angles = age.float()[..., None] * self.frequencies.float()
+        return angles.cos(), angles.sin()
+
+
+def turn(rope: Rope, by: Rope) -> Rope:
+    """The tables of one rotation after the other: angles add."""
+    return rope[0] * by[0] - rope[1] * by[1], rope[1] * by[0] + rope[0] * by[1]
+
+
 def rotate(x: Float[Tensor, "B N heads d"], rope: Rope) -> Float[Tensor, "B N heads d"]:
     """Rotate channel pairs (a, b) = (i, i + d/2): (a cos - b sin, b cos + a sin)."""
-    cos, sin = rope[0][:, None], rope[1][:, None]  # (N, 1, P)
+    cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)  # (N, 1, P), or with a batch axis
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -113,14 +145,29 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], rope: Rope, mask: Bool[Tensor, "B 1 1 N"] | None = None
+        self,
+        x: Float[Tensor, "B N D"],
+        rope: Rope,
+        mask: Bool[Tensor, "B 1 1 NM"] | None = None,
+        past: KeysValues | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """Attend; in `mask` True means that a key is seen."""
+        """Attend to the sequence and, after it, to the `past`; in `mask` True means that a key is seen."""
+        q, k, v = self.project(x, rope)
+        if past is not None:
+            k, v = torch.cat([k, past[0].to(k.dtype)], dim=2), torch.cat([v, past[1].to(v.dtype)], dim=2)
+        return self.attend(q, k, v, mask)
+
+    def project(self, x: Float[Tensor, "B N D"], rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, N, head_dim), queries and keys rotated."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (B, N, heads, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm.weight), rms_norm(k, self.k_norm.weight)
         q, k = rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Float[Tensor, "B N D"]:
+        """Attention and the output projection."""
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -148,12 +195,13 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B N D"],
         rope: Rope,
-        mask: Bool[Tensor, "B 1 1 N"] | None = None,
+        mask: Bool[Tensor, "B 1 1 NM"] | None = None,
         modulation: Float[Tensor, "B _ D6"] | None = None,
+        past: KeysValues | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Apply to a sequence; `modulation` is per sample (B, 1, 6 D) or per token (B, N, 6 D)."""
         if modulation is None:
-            x = x + self.attn(self.norm1(x), rope, mask)
+            x = x + self.attn(self.norm1(x), rope, mask, past)
             return x + self.mlp(self.norm2(x))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         x = x + gate_a * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope, mask)
