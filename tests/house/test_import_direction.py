@@ -23,12 +23,15 @@ MAX_LINES = 600
 # The reading order. A module imports only from modules above it.
 ORDER = """
     errors shapes manifest positions spec batch task spec_io dist artefact data grid
-    tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
+    tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
+    tokenizer.baselines
     tokenizer.losses tokenizer.discriminator
     model.layers model.embed model.condition model.dit model.ddt model.generator
     flow guidance sampler testing ema optim checkpoint run
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
-    train_tokenizer train_generator bench chart report pipeline interop actions cli __main__
+    train_tokenizer train_generator bench chart report pipeline
+    interop.convert interop.generators interop.decoders interop.stats interop.discriminators
+    actions cli __main__
 """.split()  # noqa: SIM905
 
 
@@ -79,7 +82,7 @@ def test_no_task_name_in_the_core():
     found = [
         f"{name}:{number}: {line.strip()}"
         for name, file in sources()
-        if name != "interop"  # reads the configurations of the reference implementation, which have these words
+        if not name.startswith("interop.")  # reads the reference's configurations, which have these words
         for number, line in enumerate(file.read_text().splitlines(), start=1)
         if word.search(line)
     ]

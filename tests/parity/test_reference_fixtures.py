@@ -179,7 +179,18 @@ def test_training_checkpoints_are_unwrapped():
     )
 
 
-def test_a_missing_config_entry_is_named():
-    config, weights, _, _ = read("lightning_label")
-    with pytest.raises(CheckpointError, match="lacks 'depth'"):
-        import_generator(weights, {name: value for name, value in config.items() if name != "depth"})
+def test_what_the_weights_do_not_determine_is_named():
+    config, weights, _, _ = read("ddt_ig_label")
+    with pytest.raises(CheckpointError, match="do not determine base_model_depth.*8 in all released"):
+        import_generator(weights)
+    with pytest.raises(CheckpointError, match="do not determine base_model_depth.*--set base_model_depth=VALUE"):
+        import_generator(weights, {name: value for name, value in config.items() if name != "base_model_depth"})
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_config_is_needed_only_for_what_the_weights_do_not_determine(name):
+    config, weights, _, _ = read(name)
+    part = {key: config[key] for key in ("base_model_depth", "repa_layer_depth") if key in config}
+    full, inferred = import_generator(weights, config), import_generator(weights, part)
+    assert inferred.network_spec == full.network_spec and inferred.latent_shape == full.latent_shape
+    assert inferred.condition_spec == full.condition_spec and inferred.flow == full.flow

@@ -1,0 +1,27 @@
+"""Weights of other implementations in and out: RAE, RAEv2 and diffusers.
+
+generator = import_generator(state_dict, config)    # DiTwDDTHead, DiTwDDTHeadIG, LightningDiT, LightningDiTIG
+decoder = import_decoder(state_dict, config)        # GeneralDecoder: latent tokens (B, N, D) -> images (B, 3, H, W)
+state_dict = export_generator(generator)            # back to the reference's names
+
+`raev2 import` and `raev2 export` do the same for files; autoencoders.py holds whole tokenizers of diffusers.
+"""
+
+from raev2.interop.decoders import export_decoder, import_decoder
+from raev2.interop.discriminators import export_discriminator, import_discriminator
+from raev2.interop.generators import export_generator, generator_config, import_generator
+from raev2.interop.stats import export_stats, import_stats
+from raev2.tokenizer.encoders import aggregate_layers
+
+__all__ = [
+    "aggregate_layers",
+    "export_decoder",
+    "export_discriminator",
+    "export_generator",
+    "export_stats",
+    "generator_config",
+    "import_decoder",
+    "import_discriminator",
+    "import_generator",
+    "import_stats",
+]
