@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from raev2.errors import SpecError
 from raev2.spec import Spec
 from raev2_tasks.nwm.pose import IDENTITY, accumulate, relative
+from raev2_tasks.nwm.twist import exp, log
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -345,22 +346,7 @@ def pixel_cost(predicted: Tensor, goal: Tensor) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Motions
-
-
-def exp(twists: Array) -> Array:
-    """Motions (..., 3) of constant velocities (forward, sideways, turn) held for one unit of time."""
-    a, b = _arc(twists[..., 2])
-    x, y = twists[..., 0], twists[..., 1]
-    return np.stack([a * x - b * y, b * x + a * y, twists[..., 2]], axis=-1)
-
-
-def log(motions: Array) -> Array:
-    """Constant velocities (..., 3) that give these motions in one unit of time; inverse of `exp` for |turn| < 2 pi."""
-    a, b = _arc(motions[..., 2])
-    x, y = motions[..., 0], motions[..., 1]
-    square = a**2 + b**2
-    return np.stack([(a * x + b * y) / square, (a * y - b * x) / square, motions[..., 2]], axis=-1)
+# Paths of candidates
 
 
 def accumulate_batch(commands: Array) -> Array:
@@ -378,11 +364,6 @@ def _steps(path: Array) -> Array:
     start = np.broadcast_to(IDENTITY, (len(path), 1, 3))
     poses = np.concatenate([start, path], axis=1)
     return relative(poses[:, :-1], poses[:, 1:])
-
-
-def _arc(turn: Array) -> tuple[Array, Array]:
-    """sin(turn) / turn and (1 - cos(turn)) / turn."""
-    return np.sinc(turn / np.pi), np.sinc(turn / (2 * np.pi)) * np.sin(turn / 2)
 
 
 def _sideways(motion: Motion, duration_s: float) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2_tasks.nwm.pose import compose
+from raev2_tasks.nwm.twist import log
 
 Frame = NDArray[np.uint8]  # (Hpx, Wpx, 3) RGB
 Poses = NDArray[np.float64]  # (..., 3)
@@ -33,7 +34,7 @@ class MotionRange:
     def complaint(self, command: Poses, seconds: float) -> str:
         """What about a command lies outside the range, in words with numbers; '' for a command inside."""
         found = []
-        speed, turn = float(command[0]) / seconds, float(command[2]) / seconds
+        speed, _, turn = map(float, log(command) / seconds)
         if not _inside(speed, self.speed_m_s):
             low, high = self.speed_m_s
             found.append(f"speed {speed:.2f} m/s is outside the data ({low:.2f} to {high:.2f})")

@@ -22,9 +22,7 @@ from raev2_tasks.nwm.planning import (
     SplinePath,
     UnicyclePath,
     accumulate_batch,
-    exp,
     latent_cost,
-    log,
     pixel_cost,
     plan,
     random_commands,
@@ -33,6 +31,7 @@ from raev2_tasks.nwm.planning import (
     to_jump,
 )
 from raev2_tasks.nwm.pose import accumulate, compose, relative
+from raev2_tasks.nwm.twist import exp, log
 from raev2_tasks.nwm.worlds import MotionRange, ToyWorld
 
 MOTION = Motion(speed_m_s=0.8, speed_std=0.4, turn_std=0.6)
@@ -306,8 +305,8 @@ def test_imagined_poses_are_those_of_steps():
 
 def test_motion_range_names_what_is_outside():
     motion = MotionRange(speed_m_s=(0, 1.5), turn_rad_s=(-1, 1))
-    assert motion.complaint(np.array([0.75, 0, 0.5]), 0.5) == ""
-    complaint = motion.complaint(np.array([-0.25, 0, 1.0]), 0.5)
+    assert motion.complaint(exp(np.array([0.75, 0, 0.5])), 0.5) == ""
+    complaint = motion.complaint(exp(np.array([-0.25, 0, 1.0])), 0.5)
     assert complaint == (
         "speed -0.50 m/s is outside the data (0.00 to 1.50); turn rate 115 °/s is outside the data (-57 to 57)"
     )

@@ -1,0 +1,236 @@
+"use strict";
+
+const element = (id) => document.getElementById(id);
+const KEYS = {
+  w: "forward", arrowup: "forward", s: "back", arrowdown: "back",
+  a: "left", arrowleft: "left", d: "right", arrowright: "right", " ": "stay",
+};
+let ride = null; // the last state that the server sent
+
+// --------------------------------------------------------------------------------------------------------------------
+// Server
+
+async function ask(path, body) {
+  const options = body === undefined ? {} :
+    { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  const response = await fetch(`api/rides${path}`, options);
+  const answer = await response.json();
+  if (!response.ok) throw new Error(answer.error);
+  return answer;
+}
+
+// One request at a time, in order; an error is shown and the ride stays as it was.
+let queue = Promise.resolve();
+function inOrder(action) {
+  queue = queue.then(action).then(show, (error) => {
+    held.clear();
+    warn(error instanceof TypeError ? "The server does not answer." : error.message, "error");
+  });
+  return queue;
+}
+
+function seed() {
+  const value = Number(element("seed").value);
+  return Number.isInteger(value) && value >= 0 ? value : 0;
+}
+
+// The ride of this tab survives a reload.
+const start = () => inOrder(() => {
+  const id = sessionStorage.getItem("ride");
+  const fresh = () => ask("", { seed: seed() });
+  return id ? ask(`/${id}`).catch(fresh) : fresh();
+});
+const reset = () => inOrder(() => ask(`/${ride.id}/reset`, { seed: seed() }));
+const undo = () => inOrder(() => ask(`/${ride.id}/undo`, {}));
+
+function step(directions) {
+  const sign = (plus, minus) => directions.has(plus) - directions.has(minus);
+  return inOrder(() => ask(`/${ride.id}/step`, {
+    speed_m_s: sign("forward", "back") * Number(element("speed").value),
+    turn_deg_s: sign("left", "right") * Number(element("turn").value),
+    seconds: Number(element("seconds").value),
+    sampler_steps: ride.sampler_steps === null ? null : Number(element("sampler-steps").value),
+  }));
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Keys: what is held drives on, a short tap is one step
+
+const held = new Set();
+const tapped = new Set();
+let driving = false;
+
+async function drive() {
+  if (driving || ride === null) return;
+  driving = true;
+  while (held.size || tapped.size) {
+    const now = new Set([...held, ...tapped]);
+    tapped.clear();
+    await step(now);
+  }
+  driving = false;
+}
+
+function press(directions, on) {
+  for (const direction of directions) {
+    if (on) { held.add(direction); tapped.add(direction); } else held.delete(direction);
+  }
+  if (on) drive();
+}
+
+function typing(event) {
+  return event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input[type=number], select");
+}
+
+addEventListener("keydown", (event) => {
+  if (typing(event)) return;
+  const key = event.key.toLowerCase();
+  if (key in KEYS) {
+    event.preventDefault();
+    if (!event.repeat) press([KEYS[key]], true);
+  } else if (key === "u" || key === "backspace") {
+    event.preventDefault();
+    if (ride) undo();
+  } else if (key === "r" && ride) reset();
+});
+addEventListener("keyup", (event) => {
+  const key = event.key.toLowerCase();
+  if (key in KEYS) press([KEYS[key]], false);
+});
+addEventListener("blur", () => held.clear());
+
+for (const button of document.querySelectorAll("[data-drive]")) {
+  const directions = button.dataset.drive.split(" ");
+  button.addEventListener("pointerdown", () => { button.classList.add("on"); press(directions, true); });
+  for (const end of ["pointerup", "pointerleave", "pointercancel"]) {
+    button.addEventListener(end, () => { button.classList.remove("on"); press(directions, false); });
+  }
+}
+
+element("reset").addEventListener("click", (event) => { event.target.blur(); reset(); });
+element("undo").addEventListener("click", (event) => { event.target.blur(); undo(); });
+element("seed").addEventListener("keydown", (event) => {
+  if (event.key === "Enter") { event.target.blur(); reset(); }
+});
+for (const id of ["speed", "turn", "sampler-steps", "seconds"]) {
+  element(id).addEventListener("input", labels);
+  element(id).addEventListener("change", (event) => event.target.blur()); // the arrow keys drive again
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// What is shown
+
+function show(state) {
+  const first = ride === null || ride.id !== state.id;
+  ride = state;
+  sessionStorage.setItem("ride", state.id);
+  if (first) controls(state);
+  element("world").textContent = state.world;
+  element("frame").src = state.frame;
+  element("frame-name").textContent = state.engine ? "model" : "view";
+  element("engine").hidden = state.engine === null;
+  if (state.engine) {
+    element("engine-frame").src = state.engine_frame;
+    element("engine-name").textContent = state.engine;
+  }
+  element("steps").textContent = state.steps;
+  element("time").textContent = `${state.time_s.toFixed(2)} s`;
+  element("latency").textContent = state.latency_ms === null ? "–" : `${state.latency_ms.toFixed(0)} ms`;
+  element("position").textContent = `${state.pose.x_m.toFixed(2)}, ${state.pose.y_m.toFixed(2)} m`;
+  element("heading").textContent = `${state.pose.yaw_deg.toFixed(0)}°`;
+  element("recording").href = `api/rides/${state.id}/recording`;
+  warn(state.complaint ? `Outside of what the model has seen: ${state.complaint}.` : "", "warn");
+  draw();
+  document.body.dataset.steps = state.steps;
+}
+
+function controls(state) {
+  element("seed").value = state.seed;
+  const seconds = element("seconds");
+  seconds.replaceChildren(...state.durations_s.map((value) => new Option(`${value} s`, value)));
+  for (const part of document.querySelectorAll("[data-sampler]")) part.hidden = state.sampler_steps === null;
+  if (state.sampler_steps !== null) {
+    element("sampler-steps").max = Math.max(50, state.sampler_steps);
+    element("sampler-steps").value = state.sampler_steps;
+  }
+  if (state.motion) { // begin inside the data, and let the sliders leave it a little
+    const speed = state.motion.speed_m_s[1], turn = Math.max(...state.motion.turn_deg_s.map(Math.abs));
+    element("speed").max = Math.max(0.2, 2 * speed).toFixed(2);
+    element("speed").value = 0.7 * speed;
+    element("turn").max = Math.max(20, Math.ceil(2 * turn / 5) * 5);
+    element("turn").value = 0.5 * turn;
+  }
+  labels();
+}
+
+function labels() {
+  const motion = ride && ride.motion;
+  const range = (low, high, unit) => motion ? ` (data: ${low} to ${high} ${unit})` : "";
+  const digits = (values, count) => values.map((value) => value.toFixed(count));
+  element("speed-text").textContent = `${Number(element("speed").value).toFixed(2)} m/s` +
+    (motion ? range(...digits(motion.speed_m_s, 2), "m/s") : "");
+  element("turn-text").textContent = `${element("turn").value} °/s` +
+    (motion ? range(...digits(motion.turn_deg_s, 0), "°/s") : "");
+  element("sampler-steps-text").textContent = element("sampler-steps").value;
+}
+
+function warn(text, kind) {
+  element("warning").textContent = text;
+  element("warning").className = text ? kind : "";
+}
+
+// The start is in the middle, its heading points up.
+function draw() {
+  const canvas = element("map"), ratio = devicePixelRatio || 1, size = canvas.clientWidth;
+  canvas.width = canvas.height = size * ratio;
+  const pen = canvas.getContext("2d"), colour = (name) => getComputedStyle(document.body).getPropertyValue(name);
+  pen.scale(ratio, ratio);
+  const [startX, startY, startYaw] = ride.trail[0];
+  const local = ([x, y, yaw]) => {
+    const dx = x - startX, dy = y - startY, cos = Math.cos(startYaw), sin = Math.sin(startYaw);
+    return [cos * dx + sin * dy, cos * dy - sin * dx, yaw - startYaw];
+  };
+  const trails = [[ride.engine_trail, "--engine"], [ride.trail, "--model"]]
+    .map(([trail, name]) => [trail.map(local), colour(name)]);
+  const reach = Math.max(1, ...trails.flatMap(([trail]) => trail.flatMap(([x, y]) => [Math.abs(x), Math.abs(y)])));
+  const grid = [0.5, 1, 2, 5, 10, 20, 50, 100].find((step) => reach / step <= 4) || reach;
+  const scale = size / 2 / (reach * 1.15);
+  const place = ([x, y]) => [size / 2 - y * scale, size / 2 - x * scale];
+
+  pen.strokeStyle = colour("--line");
+  pen.lineWidth = 1;
+  for (let line = -Math.ceil(reach * 1.15 / grid); line * grid <= reach * 1.15; line += 1) {
+    const at = size / 2 + line * grid * scale;
+    pen.beginPath();
+    pen.moveTo(at, 0); pen.lineTo(at, size);
+    pen.moveTo(0, at); pen.lineTo(size, at);
+    pen.stroke();
+  }
+  element("scale").textContent = `${grid} m a square`;
+
+  for (const [trail, paint] of trails) {
+    if (!trail.length) continue;
+    pen.strokeStyle = pen.fillStyle = paint;
+    pen.lineWidth = 2;
+    pen.beginPath();
+    trail.forEach((pose, number) => pen[number ? "lineTo" : "moveTo"](...place(pose)));
+    pen.stroke();
+    for (const pose of trail) {
+      pen.beginPath();
+      pen.arc(...place(pose), 2.5, 0, 7);
+      pen.fill();
+    }
+    const last = trail[trail.length - 1], [x, y] = place(last);
+    pen.save();
+    pen.translate(x, y);
+    pen.rotate(-last[2]);
+    pen.beginPath();
+    pen.moveTo(0, -11); pen.lineTo(7, 8); pen.lineTo(0, 4); pen.lineTo(-7, 8);
+    pen.closePath();
+    pen.fill();
+    pen.restore();
+  }
+}
+addEventListener("resize", () => { if (ride) draw(); });
+
+start();
