@@ -158,7 +158,11 @@ class ToyWorld:
         """Poses (B, 3) after commands (B, 3); motion stops in front of walls, turning does not."""
         length = np.hypot(commands[:, 0], commands[:, 1])
         heading = poses[:, 2] + np.arctan2(commands[:, 1], commands[:, 0])
-        free = np.maximum(self._cast(poses[:, :2], heading)[0] - RADIUS_M, 0)
+        distance, wall, _ = self._cast(poses[:, :2], heading)
+        direction = np.stack([np.cos(heading), np.sin(heading)], axis=1)
+        along = self._along[wall] / np.hypot(*self._along[wall].T)[:, None]
+        steepness = np.maximum(np.abs(_cross(direction, along)), 1e-9)  # 1: straight at the wall
+        free = np.maximum(distance - RADIUS_M / steepness, 0)
         share = np.minimum(1, free / np.maximum(length, 1e-9))
         return compose(poses, commands * np.stack([share, share, np.ones_like(share)], axis=1))
 

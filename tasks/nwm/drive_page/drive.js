@@ -135,7 +135,8 @@ function show(state) {
   }
   element("steps").textContent = state.steps;
   element("time").textContent = `${state.time_s.toFixed(2)} s`;
-  element("latency").textContent = state.latency_ms === null ? "–" : `${state.latency_ms.toFixed(0)} ms`;
+  element("latency").textContent = state.latency_ms === null ? "–" :
+    `${state.latency_ms.toFixed(state.latency_ms < 10 ? 1 : 0)} ms`;
   element("position").textContent = `${state.pose.x_m.toFixed(2)}, ${state.pose.y_m.toFixed(2)} m`;
   element("heading").textContent = `${state.pose.yaw_deg.toFixed(0)}°`;
   element("recording").href = `api/rides/${state.id}/recording`;
