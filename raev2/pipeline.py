@@ -205,7 +205,7 @@ def sample_run(
     sampling = sampling or spec.sampling
     raw, captions = trained.task.sample_cond(spec, trained.task.dataset(spec, "train"), options)
     num = len(captions)
-    images = _generate(trained, generator, sampling, seed)(raw, range(num))
+    images = image_sampler(trained, sampling, seed)(raw, range(num))
     out.mkdir(parents=True, exist_ok=True)
     for index, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         Image.fromarray(pixels).save(out / f"{index:05d}.png")
@@ -229,16 +229,14 @@ def _save_samples(
     """Grid with fixed noise and conditions, to compare over training and settings."""
     if dist.is_main():
         raw, captions = task.sample_cond(run.spec, dataset, {"n": NUM_GRID_IMAGES})
-        generate = _generate(TrainedRun(run, task, rae, generator), generator, run.spec.sampling, run.spec.seed)
+        generate = image_sampler(TrainedRun(run, task, rae, generator), run.spec.sampling, run.spec.seed)
         save_grid(generate(raw, range(len(captions))), file, columns=8, captions=captions)
     dist.barrier()
 
 
-def _generate(
-    trained: TrainedRun, generator: Generator, sampling: SamplingSpec, seed: int
-) -> Callable[[Cond, Sequence[int]], Tensor]:
+def image_sampler(trained: TrainedRun, sampling: SamplingSpec, seed: int) -> Callable[[Cond, Sequence[int]], Tensor]:
     """(raw conditions, global indices) -> 8-bit images: the one way to sample, in training and after it."""
-    run = trained.run
+    run, generator = trained.run, _need_generator(trained)
     encode_cond = trained.task.cond_encoder(run.spec, latent_encoder(trained.rae, run.device), run.device)
     weak = _weak_generator(sampling, run)
 
@@ -296,7 +294,7 @@ def _evaluate(
         dataset=lambda split: task.dataset(spec, split),
         device=run.device,
         cache_dir=run.dir / EVAL / "reference",
-        generate=None if generator is None else _generate(trained, generator, spec.sampling, spec.evaluation.seed),
+        generate=None if generator is None else image_sampler(trained, spec.sampling, spec.evaluation.seed),
         generator=generator,
     )
     results = {}
