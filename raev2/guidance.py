@@ -32,36 +32,48 @@ def build_guidance(spec: Guidance, generator: Any, weak: Any = None) -> Predicto
     internal        base + scale * (full - base), one forward
     auto            weak + scale * (full - weak)
     internal+cfg    internal guidance on both branches, then cfg between them
+
+    The null branch lacks the whole condition, or the parts of it that `drop` names. What depends on the condition alone
+    is computed once for all steps that pass the same one.
     """
     _check(spec, generator, weak)
+    prepare = _remembered(generator.prepare_cond)
+    prepare_weak = None if weak is None else _remembered(weak.prepare_cond)
+    pair = _remembered(lambda cond: _pair(generator, prepare(cond), getattr(spec, "drop", ())))
+
+    def plain(z_t: Tensor, t: float, cond: Cond) -> ModelOutput:
+        return _forward(generator, z_t, t, prepare(cond))
+
+    def both(z_t: Tensor, t: float, cond: Cond) -> ModelOutput:
+        """One forward of [conditional; unconditional]."""
+        return _forward(generator, torch.cat([z_t, z_t]), t, pair(cond))
 
     def full(z_t: Tensor, t: float, cond: Cond) -> Tensor:
-        return _forward(generator, z_t, t, cond).pred
+        return plain(z_t, t, cond).pred
 
     def cfg(z_t: Tensor, t: float, cond: Cond) -> Tensor:
         assert isinstance(spec, CFG)
         if not is_active(spec.scale, spec.interval, t):
             return full(z_t, t, cond)
-        pred, null_pred = _forward_both(generator, z_t, t, cond).pred.chunk(2)
+        pred, null_pred = both(z_t, t, cond).pred.chunk(2)
         return extrapolate(null_pred, pred, spec.scale)
 
     def internal(z_t: Tensor, t: float, cond: Cond) -> Tensor:
         assert isinstance(spec, InternalGuidance)
-        return _internal(_forward(generator, z_t, t, cond), spec.scale, spec.interval, t)
+        return _internal(plain(z_t, t, cond), spec.scale, spec.interval, t)
 
     def auto(z_t: Tensor, t: float, cond: Cond) -> Tensor:
-        assert isinstance(spec, AutoGuidance)
+        assert isinstance(spec, AutoGuidance) and prepare_weak is not None
         pred = full(z_t, t, cond)
         if not is_active(spec.scale, spec.interval, t):
             return pred
-        return extrapolate(_forward(weak, z_t, t, cond).pred, pred, spec.scale)
+        return extrapolate(_forward(weak, z_t, t, prepare_weak(cond)).pred, pred, spec.scale)
 
     def internal_cfg(z_t: Tensor, t: float, cond: Cond) -> Tensor:
         assert isinstance(spec, InternalCFG)
         if not is_active(spec.scale, spec.interval, t):
-            return _internal(_forward(generator, z_t, t, cond), spec.internal_scale, spec.internal_interval, t)
-        both = _forward_both(generator, z_t, t, cond)
-        pred, null_pred = _internal(both, spec.internal_scale, spec.internal_interval, t).chunk(2)
+            return _internal(plain(z_t, t, cond), spec.internal_scale, spec.internal_interval, t)
+        pred, null_pred = _internal(both(z_t, t, cond), spec.internal_scale, spec.internal_interval, t).chunk(2)
         return extrapolate(null_pred, pred, spec.scale)
 
     return {"none": full, "cfg": cfg, "internal": internal, "auto": auto, "internal+cfg": internal_cfg}[spec.kind]
@@ -91,11 +103,22 @@ def _forward(generator: Any, z_t: Tensor, t: float, cond: Cond) -> ModelOutput:
     return ModelOutput(output.pred.to(z_t.dtype), base_pred)
 
 
-def _forward_both(generator: Any, z_t: Tensor, t: float, cond: Cond) -> ModelOutput:
-    """One forward of [conditional; unconditional]."""
-    null_cond = generator.null_cond(cond)
-    both = {name: torch.cat([value, null_cond[name]]) for name, value in cond.items()}
-    return _forward(generator, torch.cat([z_t, z_t]), t, both)
+def _pair(generator: Any, cond: Cond, drop: tuple[str, ...]) -> Cond:
+    """The rows of a condition, then the same rows without it."""
+    null_cond = generator.conditioner.without(cond, drop)
+    return {name: torch.cat([value, null_cond[name]]) for name, value in cond.items()}
+
+
+def _remembered(function: Callable[[Cond], Cond]) -> Callable[[Cond], Cond]:
+    """`function` with its last result kept: a sampler passes one and the same condition at every step."""
+    last: list[tuple[Cond, Cond]] = []
+
+    def remembered(cond: Cond) -> Cond:
+        if not last or last[0][0] is not cond:
+            last[:] = [(cond, function(cond))]
+        return last[0][1]
+
+    return remembered
 
 
 def _check(spec: Guidance, generator: Any, weak: Any) -> None:
@@ -113,6 +136,8 @@ def _check(spec: Guidance, generator: Any, weak: Any) -> None:
             "guidance", "classifier-free guidance needs a condition, this generator is unconditional", got=spec.kind,
             hint="Use none, internal or auto.",
         )  # fmt: skip
+    if isinstance(spec, CFG | InternalCFG):
+        generator.conditioner.check_parts(spec.drop)
     if isinstance(spec, AutoGuidance) and weak is None:
         raise SpecError("guidance.weak", "auto guidance needs a weak generator", hint="Pass `weak=Generator`.")
     if not isinstance(spec, AutoGuidance) and weak is not None:

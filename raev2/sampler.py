@@ -66,7 +66,7 @@ def sample_latents(
 ) -> Latents:
     """Integrate from the noise at t = 1 to latents at t = 0, the whole batch at once.
 
-    generator   `Generator`, or anything with its forward, null_cond, flow, time_shift
+    generator   `Generator`, or anything with its forward, prepare_cond, conditioner, flow, time_shift
     weak        second generator of auto guidance
     on_step     called with the number of finished steps
     """

@@ -358,6 +358,9 @@ class CFG(Spec):
     kind: Literal["cfg"] = "cfg"
     scale: float = Field(description="1 = off")
     interval: Interval = (0.0, 1.0)
+    drop: tuple[str, ...] = Field(
+        (), description="parts of the condition that the weak branch lacks, for example action; none: all of it"
+    )
 
 
 class InternalGuidance(Spec):
@@ -385,6 +388,9 @@ class InternalCFG(Spec):
     internal_interval: Interval = (0.0, 1.0)
     scale: float = Field(description="scale of the classifier-free part; 1 = off")
     interval: Interval = (0.0, 1.0)
+    drop: tuple[str, ...] = Field(
+        (), description="parts of the condition that the weak branch lacks, for example action; none: all of it"
+    )
 
 
 GuidanceSpec = Annotated[NoGuidance | CFG | InternalGuidance | AutoGuidance | InternalCFG, Field(discriminator="kind")]

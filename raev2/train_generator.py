@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raev2 import dist
 from raev2.artefact import load_artefact, load_strict
-from raev2.batch import cond_map, drop_cond
+from raev2.batch import cond_map
 from raev2.data import ImageDataset, ordered_batches, to_float, train_batches
 from raev2.ema import EMA
 from raev2.errors import SpecError
@@ -103,7 +103,7 @@ def train_generator(
 
             # Random numbers, for the whole batch at once: they do not depend on `micro_batch_size`.
             num, size = len(batch.key), loop.micro_batch_size or len(batch.key)
-            all_drop = torch.rand(num, generator=rng, device=device) < loop.cond_drop_prob
+            all_drop = torch.rand(num, generator=rng, device=device)
             all_t = sample_t(num, spec.flow, generator.time_shift, rng, device)
             all_noise = torch.randn(num, *rae.latent_shape, generator=rng, device=device)
 
@@ -114,7 +114,7 @@ def train_generator(
                 # Latents and conditions.
                 latents = encode(part.images, part.key)
                 cond = encode_cond(cond_map(part.cond, lambda value: value.to(device)))
-                cond = drop_cond(cond, generator.null_cond(cond), drop)
+                cond = generator.conditioner.drop(cond, drop, loop.cond_drop_prob)
 
                 # Path, prediction, loss, gradients.
                 point = interpolate(latents, noise, t)

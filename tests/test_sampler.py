@@ -43,6 +43,9 @@ class Constant(torch.nn.Module):
     def forward(self, z_t, t, cond):
         return ModelOutput(self.latents)
 
+    def prepare_cond(self, cond):
+        return cond
+
 
 def test_time_grid_is_exact_at_both_ends():
     grid = time_grid(50, 6.928)

@@ -73,7 +73,7 @@ class Conditioner(nn.Module, ABC):
 
     def without(self, cond: Cond, parts: Sequence[str] = ()) -> dict[str, Tensor]:
         """`complete(cond)` without some of its `parts`; by default without all: `null_cond`."""
-        self._check_parts(parts)
+        self.check_parts(parts)
         return self.null_cond(cond)
 
     def drop(self, cond: Cond, uniform: Float[Tensor, "B"], prob: float) -> dict[str, Tensor]:
@@ -81,7 +81,8 @@ class Conditioner(nn.Module, ABC):
         cond = self.complete(cond)
         return drop_cond(cond, self.null_cond(cond), uniform < prob)
 
-    def _check_parts(self, parts: Sequence[str]) -> None:
+    def check_parts(self, parts: Sequence[str]) -> None:
+        """Raise `SpecError` unless these are parts of the condition."""
         unknown = [part for part in parts if part not in self.parts]
         if unknown:
             raise SpecError(
@@ -472,7 +473,7 @@ class BlockCausalFrames(Conditioner):
 
     def without(self, cond: Cond, parts: Sequence[str] = ()) -> dict[str, Tensor]:
         """See `Conditioner.without`. What is flagged as absent is not looked at."""
-        self._check_parts(parts)
+        self.check_parts(parts)
         cond = self.complete(cond)
         flags = {"context": "context_valid", "action": "has_action", "time": "has_time"}
         return cond | {flags[part]: torch.zeros_like(cond[flags[part]]) for part in parts or self.parts}
