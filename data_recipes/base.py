@@ -30,13 +30,12 @@ from typing import Any
 from PIL import Image
 
 from raev2.errors import DataError, RaeError, SpecError, did_you_mean
-from raev2.manifest import FORMAT_VERSION, fingerprint, verify_dataset
+from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, verify_dataset
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
 PARTIAL_MARK = ".raev2-partial"  # a folder with this file is an unfinished build of ours; it holds recipe and options
-PROGRESS = "progress.jsonl"  # of an interrupted build that can go on
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from raev2.errors import DataError
 
 FORMAT_VERSION = 1
+PROGRESS = "progress.jsonl"  # what an interrupted build leaves in its folder when it can go on
 
 
 def read_manifest(dir: str | Path) -> dict[str, Any]:

@@ -31,14 +31,9 @@ from raev2.data import ImageDataset, centre_crop, derived_seed
 from raev2.errors import DataError, SpecError
 from raev2.manifest import read_manifest
 from raev2_tasks.t2i.captions import BadSample, Caption, CaptionRule, parse_captions, parse_json
-from raev2_tasks.t2i.shards import (
-    FORMAT,
-    IMAGE_ERRORS,
-    INDEX_ROW,
-    collection_fingerprint,
-    is_plain_rgb,
-    to_rgb,
-)
+from raev2_tasks.t2i.pixels import IMAGE_ERRORS, is_plain_rgb, to_rgb
+from raev2_tasks.t2i.shards import FORMAT, collection_fingerprint
+from raev2_tasks.t2i.tar_scan import INDEX_ROW
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ A source folder::
     rejects.jsonl                    samples that were left out, with the reason (only when there are some)
 
 A collection is a folder whose `manifest.json` lists several `sources`, each a folder inside it. Read `write_shards`
-first, then `scan_shard`, which finds the samples of any such tar, ours or not. Reading samples: tasks/t2i/reader.py.
+first. The samples of a tar are found in tasks/t2i/tar_scan.py and read in tasks/t2i/reader.py.
 Page: docs/how_to/shards.md.
 """
 
@@ -24,36 +24,25 @@ import tarfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from raev2.errors import DataError
-from raev2.manifest import FORMAT_VERSION, fingerprint, read_manifest
-from raev2_tasks.t2i.captions import UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
+from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
+from raev2_tasks.t2i.captions import UNLABELLED_KIND, BadSample, Caption
+from raev2_tasks.t2i.pixels import IMAGE_ERRORS, encode_image, is_plain_rgb, to_rgb
+from raev2_tasks.t2i.tar_scan import INDEX_ROW, Scan, scan_shard
 
 FORMAT = "image-text-shards"
 SCHEMA_VERSION = 1  # of the json member
 MANIFEST, REJECTS = "manifest.json", "rejects.jsonl"
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 RESERVED = {"v", "key", "source", "source_id", "width", "height", "captions", "default", "sha256"}
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
-JPEG_QUALITY = 95
-
-INDEX_ROW = np.dtype(
-    [
-        ("image_offset", "<u8"), ("image_bytes", "<u4"),
-        ("text_offset", "<u8"), ("text_bytes", "<u4"),  # 0 bytes: no such member
-        ("json_offset", "<u8"), ("json_bytes", "<u4"),
-        ("width_px", "<u2"), ("height_px", "<u2"),
-        ("num_captions", "u1"), ("num_words", "<u2"),  # of the default caption
-        ("flags", "<u4"),
-    ]
-)  # fmt: skip
-HAS_SCENE = 1  # flag: the json member has a scene
 
 
 @dataclass(frozen=True)
@@ -83,32 +72,6 @@ class Deferred:
     read: Callable[[], Example]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with a sample; `fatal` False: it can be used, but should be looked at."""
-
-    key: str
-    kind: str
-    text: str
-    fatal: bool = True
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What one pass over a tar found.
-
-    rows   usable samples in file order, of `INDEX_ROW`; `keys` are their names
-    """
-
-    rows: np.ndarray
-    keys: list[str]
-    caption_kinds: Counter[str]
-    problems: list[Problem]
-
-
-# Writing.
-
-
 def write_shards(
     out: Path,
     source: str,
@@ -131,39 +94,44 @@ def write_shards(
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", source):
         raise DataError("shards", "not a usable source name", got=repr(source), expected="letters, digits, '-', '_'")
+    if (out / MANIFEST).is_file():
+        raise DataError(f"data {out}", "has shards already", hint="Choose another folder, or delete it yourself.")
     out.mkdir(parents=True, exist_ok=True)
+    same = {"source": source, "per_shard": per_shard, "seed": shuffle_seed, "format": image_format, "options": options}
+    progress = _Progress(out / PROGRESS, json.loads(json.dumps(same, default=str)))
     entries: dict[str, Any] = {}
-    kinds: Counter[str] = Counter()
-    sizes_px: set[tuple[int, int]] = set()
-    rejects: list[str] = []
     for split, examples in splits.items():
-        shards: list[dict[str, Any]] = []
         if shuffle_seed is not None and isinstance(examples, list | tuple):
             examples = random.Random(f"{shuffle_seed} {source} {split}").sample(examples, len(examples))
-        good = _readable(examples, rejects)
+        shards = progress.shards(split)
+        start = progress.num_taken(split)
+        pack = partial(_pack, source=source, image_format=image_format)
+        good = _packed(islice(examples, start, None), pack, progress.rejects)
         while first := next(good, None):
             file = out / f"{source}-{split}-{len(shards):06d}.tar"
-            prefix = f"{source}_{split}_{len(shards):06d}"
-            sizes_px |= _write_tar(file, prefix, source, _take(first, good, per_shard), image_format, rejects)
+            num_taken = start + _write_tar(
+                file, f"{source}_{split}_{len(shards):06d}", chain([first], islice(good, per_shard - 1))
+            )
             scan = scan_shard(file)
-            if scan.problems or not len(scan.rows):
-                file.unlink()
-                if scan.problems:
-                    raise AssertionError(f"wrote a bad shard: {scan.problems[0]}")
-                continue
-            kinds += scan.caption_kinds
-            shards.append(_shard_entry(out, file, _write_index(file.with_suffix(".idx"), scan.rows), len(scan.rows)))
+            if scan.problems:
+                raise AssertionError(f"wrote a bad shard {file}: {scan.problems[0]}")
+            index = _write_index(file.with_suffix(".idx"), scan.rows)
+            shards.append(_shard_entry(out, file, index, len(scan.rows)))
+            progress.add(split, shards[-1], num_taken, scan)
         entries[split] = {"num_samples": sum(shard["num_samples"] for shard in shards), "shards": shards}
+    rejects = progress.rejects
     if not entries.get("train", {}).get("num_samples"):
         hint = f"First of them: {rejects[0].strip()}" if rejects else ""
         raise DataError(f"data {source}", f"no training samples; {len(rejects)} rejected", hint=hint)
     if rejects:
-        (out / REJECTS).write_text("".join(rejects), encoding="utf-8")
-    return _write_manifest(
+        _write_text(out / REJECTS, "".join(rejects))
+    manifest = _write_manifest(
         out, name=source, recipe=recipe, options=options, licence=licence, attribution=attribution,
-        image_size_px=list(sizes_px.pop()) if len(sizes_px) == 1 else None, entries=entries, kinds=kinds,
-        num_rejected=len(rejects), caption_kind=UNLABELLED_KIND,
+        sizes_px=progress.sizes_px, entries=entries, kinds=progress.kinds, num_rejected=len(rejects),
+        caption_kind=UNLABELLED_KIND,
     )  # fmt: skip
+    progress.file.unlink()
+    return manifest
 
 
 def write_collection(out: Path, names: Sequence[str], *, recipe: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,42 +219,9 @@ def index_shards(
         _write_text(out / REJECTS, "".join(rejects))
     return _write_manifest(
         out, name=source or folder.resolve().name, recipe=recipe, options=options or {}, licence=licence,
-        attribution=attribution, image_size_px=list(sizes_px.pop()) if len(sizes_px) == 1 else None, entries=entries,
+        attribution=attribution, sizes_px=sizes_px, entries=entries,
         kinds=kinds, num_rejected=len(rejects), caption_kind=caption_kind,
     )  # fmt: skip
-
-
-# Scanning and checking.
-
-
-def scan_shard(file: Path, caption_kind: str = UNLABELLED_KIND, decode: bool = False) -> Scan:
-    """Find the samples of a tar by its headers, and everything that is wrong with it.
-
-    Members are grouped as webdataset does it: neighbours whose names are equal up to the first dot of the last part.
-
-    decode   decode every image completely, instead of reading its size only
-    """
-    rows, keys, problems, kinds = [], [], [], Counter[str]()
-    seen: set[str] = set()
-    previous = ""
-    with file.open("rb") as data:
-        for key, members in _groups(data, problems):
-            if key in seen:
-                problems.append(Problem(key, "duplicate_key", "the key occurs twice, or its files are not adjacent"))
-                continue
-            seen.add(key)
-            if key < previous:
-                problems.append(Problem(key, "unsorted", "keys are not in sorted order", fatal=False))
-            previous = key
-            try:
-                row, captions = _row(key, members, caption_kind, data, decode)
-            except BadSample as error:
-                problems.append(Problem(key, error.kind, str(error)))
-                continue
-            rows.append(row)
-            keys.append(key)
-            kinds.update(caption.kind for caption in captions)
-    return Scan(np.array(rows, dtype=INDEX_ROW), keys, kinds, problems)
 
 
 def verify_shards(dir: str | Path) -> dict[str, Any]:
@@ -327,34 +262,6 @@ def verify_shards(dir: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: the EXIF orientation applied, transparency on white, 16 bits scaled to 8, CMYK converted."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # 16-bit grey; Pillow would clip it at 255
-        pixels = np.asarray(image, dtype=np.float64)
-        scale = 1.0 if pixels.size and pixels.max() <= 1.0 and image.mode == "F" else 1 / 65535
-        return Image.fromarray(np.rint(np.clip(pixels * scale, 0, 1) * 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
-
-
-def is_plain_rgb(image: Image.Image) -> bool:
-    """Whether an opened image is what shards should hold: RGB without transparency, nothing to rotate."""
-    return image.mode == "RGB" and not image.has_transparency_data and image.getexif().get(0x0112, 1) == 1
-
-
-def encode_image(image: Image.Image, format: str) -> bytes:
-    """An RGB image as 'png', or as 'jpg' of quality 95 with 4:4:4 chroma."""
-    buffer = io.BytesIO()
-    if format == "jpg":
-        image.save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
-    else:
-        image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def collection_fingerprint(sources: Mapping[str, str]) -> str:
     """Hash of the fingerprints of several sources by name."""
     return fingerprint(dict(sources), [])
@@ -363,86 +270,109 @@ def collection_fingerprint(sources: Mapping[str, str]) -> str:
 # Parts of the above.
 
 
-def _readable(examples: Iterable[Example | Deferred], rejects: list[str]) -> Iterator[Example]:
-    """The examples in order; deferred ones are read by a few threads, at most 64 ahead."""
-    waiting: deque[tuple[str, Example | Future[Example]]] = deque()
+class _Progress:
+    """The finished shards of a build, one line each, so that the same build can go on after an interruption."""
 
-    def finish() -> Iterator[Example]:
-        source, item = waiting.popleft()
+    def __init__(self, file: Path, same: Mapping[str, Any]) -> None:
+        self.file, self.lines = file, list[dict[str, Any]]()
+        self.rejects: list[str] = []
+        self._num_written_rejects = 0
+        if file.is_file():
+            head, *lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            if head != same:
+                hint = "Delete the folder, or build it with the options that it was begun with."
+                raise DataError(f"data {file.parent}", "an unfinished build with other options", hint=hint)
+            self.lines = lines
+            self.rejects = [reject for line in lines for reject in line["rejects"]]
+            self._num_written_rejects = len(self.rejects)
+        else:
+            file.write_text(_json_line(same), encoding="utf-8")
+
+    def shards(self, split: str) -> list[dict[str, Any]]:
+        """Manifest entries of the finished shards of a split."""
+        return [line["shard"] for line in self.lines if line["split"] == split]
+
+    def num_taken(self, split: str) -> int:
+        """How many examples of a split the finished shards have used up, rejected ones included."""
+        return max((line["num_taken"] for line in self.lines if line["split"] == split), default=0)
+
+    def add(self, split: str, shard: Mapping[str, Any], num_taken: int, scan: Scan) -> None:
+        """Note a finished shard."""
+        sizes = np.unique(np.stack([scan.rows["width_px"], scan.rows["height_px"]], axis=1), axis=0)
+        line = {
+            "split": split, "shard": shard, "num_taken": num_taken, "sizes_px": sizes.tolist(),
+            "kinds": scan.caption_kinds, "rejects": self.rejects[self._num_written_rejects :],
+        }  # fmt: skip
+        self._num_written_rejects = len(self.rejects)
+        self.lines.append(json.loads(json.dumps(line)))
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(_json_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+
+    @property
+    def kinds(self) -> Counter[str]:
+        return sum((Counter(line["kinds"]) for line in self.lines), Counter[str]())
+
+    @property
+    def sizes_px(self) -> set[tuple[int, int]]:
+        return {(width, height) for line in self.lines for width, height in line["sizes_px"]}
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """An example ready for the tar; its key is not known yet. `place` counts examples from 1, with rejected ones."""
+
+    place: int
+    suffix: str
+    image: bytes
+    fields: dict[str, Any]
+
+
+def _packed(
+    examples: Iterable[Example | Deferred], pack: Callable[..., _Packed], rejects: list[str]
+) -> Iterator[_Packed]:
+    """The examples in order, read and encoded by a few threads, at most 64 ahead; bad ones go to `rejects`."""
+    waiting: deque[tuple[str, Future[_Packed]]] = deque()
+
+    def finish() -> Iterator[_Packed]:
+        source, future = waiting.popleft()
         try:
-            yield item if isinstance(item, Example) else item.result()
+            yield future.result()
         except (*IMAGE_ERRORS, DataError) as error:
             rejects.append(_json_line({"path": source, "reason": f"{type(error).__name__}: {error}"}))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
-            for example in examples:
-                if isinstance(example, Deferred):
-                    waiting.append((example.source, pool.submit(example.read)))
-                else:
-                    waiting.append((example.key_hint, example))
+            for place, example in enumerate(examples, start=1):
+                name = example.source if isinstance(example, Deferred) else example.key_hint
+                waiting.append((name, pool.submit(pack, place, example)))
                 if len(waiting) == 64:
                     yield from finish()
             while waiting:
                 yield from finish()
         finally:
-            for _, item in waiting:
-                if isinstance(item, Future):
-                    item.cancel()
+            for _, future in waiting:
+                future.cancel()
 
 
-def _take(first: Example, more: Iterator[Example], count: int) -> Iterator[Example]:
-    yield first
-    for _, example in zip(range(count - 1), more, strict=False):
-        yield example
-
-
-def _write_tar(
-    file: Path, prefix: str, source: str, examples: Iterator[Example], image_format: str, rejects: list[str]
-) -> set[tuple[int, int]]:
-    """Write one shard through a temporary file; return the image sizes in it. Unusable examples go to `rejects`."""
-    partial = file.with_name(file.name + ".tmp")
-    sizes_px: set[tuple[int, int]] = set()
-    row = 0
-    with partial.open("wb") as handle:
-        with tarfile.open(fileobj=handle, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for example in examples:
-                key = f"{prefix}_{row:05d}"
-                try:
-                    members, size_px = _members_of(key, source, example, image_format)
-                except (*IMAGE_ERRORS, DataError) as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    rejects.append(_json_line({"path": example.key_hint, "reason": reason}))
-                    continue
-                row += 1
-                sizes_px.add(size_px)
-                for suffix, data in members.items():
-                    info = tarfile.TarInfo(f"{key}.{suffix}")
-                    info.size, info.mode = len(data), 0o644
-                    tar.addfile(info, io.BytesIO(data))
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.rename(file)
-    return sizes_px
-
-
-def _members_of(key: str, source: str, example: Example, image_format: str) -> tuple[dict[str, bytes], tuple[int, int]]:
-    """Files of one sample by suffix, and the image size (width, height)."""
-    texts = [Caption(" ".join(c.text.split()), c.kind, c.model, c.score) for c in example.captions]
-    if not texts or not texts[0].text:
-        raise BadSample("bad_caption", f"sample {example.key_hint}", "the default caption is missing or empty")
+def _pack(place: int, example: Example | Deferred, *, source: str, image_format: str) -> _Packed:
+    if isinstance(example, Deferred):
+        example = example.read()
+    where = f"sample {example.key_hint}"
+    captions = [replace(caption, text=" ".join(caption.text.split())) for caption in example.captions]
+    if not captions or not captions[0].text:
+        raise BadSample("bad_caption", where, "the default caption is missing or empty")
     reserved = RESERVED & set(example.extra)
     if reserved:
-        raise DataError(f"sample {example.key_hint}", "extra field has a reserved name", got=sorted(reserved)[0])
-    suffix, data, size_px = _image_of(example.image, image_format)
+        raise DataError(where, "extra field has a reserved name", got=sorted(reserved)[0])
+    suffix, data, (width, height) = _image_of(example.image, image_format)
     fields = {
-        "v": SCHEMA_VERSION, "key": key, "source": source, "source_id": example.key_hint,
-        "width": size_px[0], "height": size_px[1],
-        "captions": [caption.as_json() for caption in texts if caption.text], "default": 0,
+        "v": SCHEMA_VERSION, "source": source, "source_id": example.key_hint, "width": width, "height": height,
+        "captions": [caption.as_json() for caption in captions if caption.text], "default": 0,
         "sha256": hashlib.sha256(data).hexdigest(), **example.extra,
     }  # fmt: skip
-    members = {suffix: data, "txt": texts[0].text.encode(), "json": json.dumps(fields, ensure_ascii=False).encode()}
-    return dict(sorted(members.items())), size_px
+    return _Packed(place, suffix, data, fields)
 
 
 def _image_of(image: bytes | Image.Image, image_format: str) -> tuple[str, bytes, tuple[int, int]]:
@@ -459,67 +389,26 @@ def _image_of(image: bytes | Image.Image, image_format: str) -> tuple[str, bytes
     return image_format, encode_image(rgb, image_format), rgb.size
 
 
-def _groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, {suffix: (offset, bytes)}) of neighbouring members with one key."""
-    size = os.fstat(data.fileno()).st_size
-    key, members = "", dict[str, tuple[int, int]]()
-    try:
-        tar = tarfile.open(fileobj=data, mode="r:")  # noqa: SIM115, closing it would close nothing of ours
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-            folder, _, base = member.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            if not member.isfile() or not stem:
-                continue
-            name, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
-            if name != key:
-                if members:
-                    yield key, members
-                key, members = name, {}
-            if suffix in members:
-                problems.append(Problem(key, "duplicate_key", f"two members {member.name}"))
-                continue
-            members[suffix] = member.offset_data, member.size
-            if member.offset_data + member.size > size:
-                problems.append(Problem(key, "bad_tar", "the file ends inside this sample"))
-                return
-    except (tarfile.TarError, OSError) as error:
-        problems.append(Problem(key, "bad_tar", f"cannot be read on: {error}"))
-    if members:
-        yield key, members
-
-
-def _row(
-    key: str, members: Mapping[str, tuple[int, int]], caption_kind: str, data: IO[bytes], decode: bool
-) -> tuple[tuple[int, ...], list[Caption]]:
-    """Index row and captions of a sample; BadSample when it cannot be used."""
-
-    def read(suffix: str) -> bytes | None:
-        if suffix not in members:
-            return None
-        offset, size = members[suffix]
-        return os.pread(data.fileno(), size, offset)
-
-    images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
-    if not images and any(suffix.rpartition(".")[2] in IMAGE_SUFFIXES for suffix in members):
-        raise BadSample("dotted_key", f"sample {key}", "its key has a dot, which tar readers take for a suffix")
-    if len(images) != 1:
-        raise BadSample("bad_image", f"sample {key}", f"{len(images) or 'no'} images", hint="Exactly one is needed.")
-    text, fields = read("txt"), read("json")
-    captions = parse_captions(text, fields, caption_kind)
-    if text is not None and not text.strip():
-        raise BadSample("bad_caption", f"sample {key}", "its txt is empty")
-    try:
-        with Image.open(io.BytesIO(read(images[0]) or b"")) as image:
-            width, height = image.size
-            if decode:
-                image.load()
-    except IMAGE_ERRORS as error:
-        raise BadSample("bad_image", f"sample {key}", "cannot be read as an image", got=type(error).__name__) from error
-    places = [place for suffix in (images[0], "txt", "json") for place in members.get(suffix, (0, 0))]
-    flags = HAS_SCENE if parse_json(fields).get("scene") else 0
-    limit = 2**16 - 1
-    return (*places, width, height, min(len(captions), 255), min(captions[0].num_words, limit), flags), captions
+def _write_tar(file: Path, prefix: str, samples: Iterator[_Packed]) -> int:
+    """Write one shard through a temporary file; return the place of its last sample."""
+    partial = file.with_name(file.name + ".tmp")
+    with partial.open("wb") as handle:
+        with tarfile.open(fileobj=handle, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, sample in enumerate(samples):
+                key = f"{prefix}_{row:05d}"
+                members = {
+                    sample.suffix: sample.image,
+                    "txt": sample.fields["captions"][0]["text"].encode(),
+                    "json": json.dumps({"key": key, **sample.fields}, ensure_ascii=False).encode(),
+                }
+                for suffix, data in sorted(members.items()):
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size, info.mode = len(data), 0o644
+                    tar.addfile(info, io.BytesIO(data))
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.rename(file)
+    return sample.place
 
 
 def _write_index(file: Path, rows: np.ndarray) -> Path:
@@ -543,7 +432,7 @@ def _shard_entry(out: Path, file: Path, index: Path, num_samples: int, digest: s
 
 def _write_manifest(
     out: Path, *, name: str, recipe: str, options: Mapping[str, Any], licence: str, attribution: str,
-    image_size_px: list[int] | None, entries: dict[str, Any], kinds: Counter[str], num_rejected: int, caption_kind: str,
+    sizes_px: set[tuple[int, int]], entries: dict[str, Any], kinds: Counter[str], num_rejected: int, caption_kind: str,
 ) -> dict[str, Any]:  # fmt: skip
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -553,7 +442,7 @@ def _write_manifest(
         "options": dict(options),
         "licence": licence,
         "attribution": attribution,
-        "image_size_px": image_size_px,
+        "image_size_px": list(*sizes_px) if len(sizes_px) == 1 else None,
         "classes": [],
         "caption_kind": caption_kind,
         "caption_kinds": dict(sorted(kinds.items())),
