@@ -4,15 +4,17 @@
     for latents in session.stream(commands, seconds=0.25):        # frames come as they are ready
         images = session.decode(latents)
 
-Predictions are fed back as latents, never decoded and encoded again. A command is a motion in metres and radians seen
-from the frame that was reached, so poses add up by composition in the plane. Everything that a session draws is keyed
-by (seed, id of the rollout, number of the step): the same session gives the same frames again.
+Predictions are fed back as latents, never decoded and encoded again, and a generator with cacheable frames computes
+each frame once: all steps of the sampler, all later steps and all branches use its keys and values. A command is a
+motion in metres and radians seen from the frame that was reached, so poses add up by composition in the plane.
+Everything that a session draws is keyed by (seed, id of the rollout, number of the step): the same session gives the
+same frames again.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,15 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raev2.batch import Cond
+from raev2.batch import Cond, FrameCache
 from raev2.data import derived_seed, to_uint8
 from raev2.errors import SpecError
+from raev2.model.condition import BlockCausalFrames, FramesCondition
 from raev2.sampler import map_rows, noise_for, sample_latents
 from raev2.spec import SamplingSpec
 from raev2_tasks.nwm.pose import compose, wrap
 
 RECORD_FORMAT_VERSION = 1
-NEW_FRAME_IDS = 1 << 40  # ids of predicted frames begin here, above every index of a dataset
+PUBLISHED_TIME_SCALE = 128  # frames; what NWM and RAEv2 divide the offset by
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class History:
     latents   (B, K, C, H, W) normalised
     age_s     (B, K) seconds before the newest frame, whose age is 0
     valid     (B, K) bool; False where a slot holds no frame
-    id        (B, K) int64; equal ids mean the same frame, which is then computed once
+    id        (B, K) int64; equal ids mean the same frame, which is then computed once. Negative: a frame of its own
     """
 
     latents: Tensor
@@ -50,13 +53,9 @@ class History:
     def of_cond(cls, cond: Cond) -> History:
         """From the condition of the samples whose context it is, as `cond_encoder` of the task returns it."""
         latents = cond["context_latents"]
-        shape, device = latents.shape[:2], latents.device
-        return cls(
-            latents,
-            cond["context_age"].to(device, torch.float32),
-            cond.get("context_valid", torch.ones(shape, dtype=torch.bool, device=device)),
-            cond.get("context_id", torch.arange(math.prod(shape), device=device).view(shape)),
-        )
+        missing = torch.full(latents.shape[:2], -1, device=latents.device)
+        valid = cond.get("context_valid", torch.ones_like(missing, dtype=torch.bool))
+        return cls(latents, cond["context_age"].float(), valid, cond.get("context_id", missing))
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -81,12 +80,14 @@ class History:
 class State:
     """Where a session is: restore it to undo steps or to try another command from the same place.
 
-    history   the frames that the next step sees
+    history   the frames that the next step sees; with `caches`, their ids are rows of all caches in a row
+    caches    keys and values of these frames, where the generator has them; shared with earlier and later states
     poses     (S + 1, B, 3) float64, metres and radians, from the start (0, 0, 0) on
     commands  (S, B, 3) float64; seconds: S durations
     """
 
     history: History
+    caches: tuple[FrameCache, ...]
     poses: np.ndarray
     commands: np.ndarray
     seconds: tuple[float, ...]
@@ -119,14 +120,17 @@ class RolloutSession:
         self.ids = list(range(len(history)) if ids is None else ids)
         if len(self.ids) != len(history):
             raise SpecError("rollout.ids", "one id for each rollout", got=len(self.ids), expected=str(len(history)))
-        if not use_action and "has_action" not in generator.conditioner.fields:
+        if not use_action and "has_action" not in generator.conditioner.optional_fields:
             raise SpecError(
                 "rollout", "this model cannot do without a command", expected="a condition with has_action",
-                hint="Train with generator condition form block_causal and task.action_drop_prob above 0.",
+                hint="Train with task.condition_form=block_causal and task.action_drop_prob above 0.",
             )  # fmt: skip
         self.use_action = use_action
-        start = np.zeros((1, len(history), 3))
-        self.state = State(history, start, np.zeros((0, len(history), 3)), ())
+        self.caching = (
+            isinstance(generator.conditioner, BlockCausalFrames) and weak is None
+        )  # caches are of one network
+        nowhere, nothing = np.zeros((1, len(history), 3)), np.zeros((0, len(history), 3))
+        self.state = State(*self._cached(history), nowhere, nothing, ())
 
     # State.
 
@@ -154,15 +158,12 @@ class RolloutSession:
 
         rows   numbers of rollouts, several times where several continuations are wanted
         """
-        rows = list(rows)
-        session = RolloutSession(
-            self.generator, self.rae, self.sampling, self.state.history.rows(rows), seed=self.seed,
-            ids=[self.ids[row] for row in rows] if ids is None else ids, weak=self.weak, use_action=self.use_action,
-        )  # fmt: skip
+        rows, state = list(rows), self.state
+        session = copy(self)
+        session.ids = [self.ids[row] for row in rows] if ids is None else list(ids)
         session.state = replace(
-            session.state, poses=self.state.poses[:, rows], commands=self.state.commands[:, rows],
-            seconds=self.state.seconds,
-        )  # fmt: skip
+            state, history=state.history.rows(rows), poses=state.poses[:, rows], commands=state.commands[:, rows]
+        )
         return session
 
     # Steps.
@@ -180,19 +181,10 @@ class RolloutSession:
         if not np.isfinite(command).all():
             raise SpecError("rollout.command", "not finite", got=command.tolist())
         self._check_seconds(seconds)
-        history, number = self.state.history, self.num_steps
-        cond = self._cond(history, command, seconds)
-        noise = noise_for(
-            self.seed, [derived_seed("rollout", id, number) for id in self.ids], self.generator.latent_shape
-        )
-        latents = self._sample(cond, noise.to(history.latents.device))
-        new_ids = torch.arange(len(self)) + NEW_FRAME_IDS + number * len(self)
-        self.state = State(
-            history.then(latents, seconds, new_ids),
-            np.concatenate([self.state.poses, compose(self.pose, command)[None]]),
-            np.concatenate([self.state.commands, command[None]]),
-            (*self.state.seconds, float(seconds)),
-        )
+        keys = [derived_seed("rollout", id, self.num_steps) for id in self.ids]
+        noise = noise_for(self.seed, keys, self.generator.latent_shape)
+        latents = self._sample(self._cond(command, seconds), noise.to(self.state.history.latents.device))
+        self.state = self._moved(latents, command, float(seconds))
         return latents
 
     def stream(self, commands: Iterable[Any], seconds: float | Sequence[float]) -> Iterator[Tensor]:
@@ -254,25 +246,74 @@ class RolloutSession:
                 hint="Take several shorter steps.",
             )  # fmt: skip
 
-    def _cond(self, history: History, command: np.ndarray, seconds: float) -> dict[str, Tensor]:
+    def _cond(self, command: np.ndarray, seconds: float) -> dict[str, Tensor]:
+        history = self.state.history
         device, num = history.latents.device, len(history)
         command = np.concatenate([command[:, :2], wrap(command[:, 2:])], 1)
-        cond = {
+        return {
             "context_latents": history.latents,
             "context_age": history.age_s,
             "context_valid": history.valid,
             "context_id": history.id,
-            "action": torch.as_tensor(command, dtype=torch.float32, device=device) * float(self.use_action),
+            "action": torch.as_tensor(command, dtype=torch.float32, device=device),
             "rel_time": torch.full((num, 1), float(seconds), device=device),
             "has_action": torch.full((num,), self.use_action, device=device),
         }
-        return {name: cond[name] for name in self.generator.conditioner.fields}
 
     def _sample(self, cond: dict[str, Tensor], noise: Tensor) -> Tensor:
+        frames = FrameCache.cat(self.state.caches) if self.caching else None
+
+        @torch.no_grad()
         def rows(numbers: list[int]) -> Tensor:
-            part = {name: value[numbers] for name, value in cond.items()}
+            part = model_cond(self.generator, {name: value[numbers] for name, value in cond.items()})
+            if frames is not None:
+                del part["context_latents"]
+                part = self.generator.prepare_cond(part, frames)
             return sample_latents(self.generator, part, noise[numbers], self.sampling, weak=self.weak)
 
         if len(self) == 1:  # nothing to be independent of, and a CPU would fill up a chunk for it
             return rows([0])
         return map_rows(rows, len(self), noise.device, self.sampling.batch_size)
+
+    @torch.no_grad()
+    def _cached(self, history: History) -> tuple[History, tuple[FrameCache, ...]]:
+        """A history with its distinct frames computed."""
+        if not self.caching:
+            return history, ()
+        cond = {"context_latents": history.latents, "context_id": history.id, "context_valid": history.valid}
+        latents, rows = self.generator.conditioner.distinct_frames(cond)
+        return replace(history, id=rows), (self.generator.encode_frames(latents),)
+
+    @torch.no_grad()
+    def _moved(self, latents: Tensor, command: np.ndarray, seconds: float) -> State:
+        """The state after a step to the frames `latents`; caches that no frame needs any more are let go."""
+        state, caches, new_id = self.state, self.state.caches, torch.full((len(self),), -1)
+        if self.caching:
+            new_id = torch.arange(len(self)) + sum(map(len, caches))
+            caches = (*caches, self.generator.encode_frames(latents))
+        history = state.history.then(latents, seconds, new_id)
+        while caches and int(history.id.min()) >= len(caches[0]):
+            history = replace(history, id=history.id - len(caches[0]))
+            caches = caches[1:]
+        return State(
+            history,
+            caches,
+            np.concatenate([state.poses, compose(self.pose, command)[None]]),
+            np.concatenate([state.commands, command[None]]),
+            (*state.seconds, seconds),
+        )
+
+
+def model_cond(generator: Any, cond: Cond) -> dict[str, Tensor]:
+    """The tensors of a condition that a generator takes, in its units.
+
+    Metres, radians and seconds are what `block_causal` takes. `in_context` takes numbers as they come, so motions are
+    given in spacings over the longest offset and times in frames over 128, the scales of published models.
+    """
+    conditioner, spec = generator.conditioner, generator.condition_spec
+    cond = {name: cond[name] for name in (*conditioner.fields, *conditioner.optional_fields) if name in cond}
+    if isinstance(spec, FramesCondition) and spec.form == "in_context":
+        action, most_frames = cond["action"].clone(), spec.max_time / spec.frame_period
+        action[:, :2] /= spec.spacing * most_frames
+        cond |= {"action": action, "rel_time": cond["rel_time"] / spec.frame_period / PUBLISHED_TIME_SCALE}
+    return cond

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,18 +9,18 @@ import pytest
 import torch
 
 from raev2.batch import ModelOutput
+from raev2.data import derived_seed
 from raev2.errors import SpecError
-from raev2.model.condition import CondField
-from raev2.spec import FlowSpec, SamplingSpec
+from raev2.model.condition import CondField, FramesCondition
+from raev2.model.generator import Generator
+from raev2.sampler import noise_for, sample_latents
+from raev2.spec import DDTSpec, FlowSpec, SamplingSpec
 from raev2_tasks.nwm.pose import accumulate, compose, relative, steps, wrap
-from raev2_tasks.nwm.rollout import History, RolloutSession
+from raev2_tasks.nwm.rollout import History, RolloutSession, model_cond
 
 SHAPE = (4, 2, 2)
-FIELDS = {
-    "context_latents": CondField((3, *SHAPE)), "action": CondField((3,)), "rel_time": CondField((1,)),
-    "context_age": CondField((3,)), "context_valid": CondField((3,)), "context_id": CondField((3,)),
-    "has_action": CondField(()),
-}  # fmt: skip
+FIELDS = {"context_latents": CondField((3, *SHAPE)), "action": CondField((3,)), "rel_time": CondField((1,))}
+OPTIONAL = {"context_age": CondField((3,)), "context_valid": CondField((3,)), "has_action": CondField(())}
 
 
 class Counter:
@@ -29,9 +30,12 @@ class Counter:
     device = torch.device("cpu")
     condition_spec = SimpleNamespace(max_time=2.0)
 
-    def __init__(self, fields=FIELDS) -> None:
-        self.conditioner = SimpleNamespace(fields=fields)
+    def __init__(self, optional_fields=OPTIONAL) -> None:
+        self.conditioner = SimpleNamespace(fields=FIELDS, optional_fields=optional_fields)
         self.seen = []
+
+    def prepare_cond(self, cond):
+        return cond
 
     def __call__(self, z_t, t, cond):
         self.seen.append(cond)
@@ -84,7 +88,6 @@ def test_predicted_frames_become_context_with_their_true_ages():
     assert past.age_s.tolist() == [[1.25, 1.0, 0.0]]
     assert torch.equal(past.latents[:, 1], first) and torch.equal(past.latents[:, 2], second)
     assert torch.equal(past.latents[:, 0], history().latents[:, 2]), "the oldest frames left"
-    assert len(set(past.id[0].tolist())) == 3
 
 
 def test_the_model_gets_the_command_in_its_units():
@@ -92,16 +95,15 @@ def test_the_model_gets_the_command_in_its_units():
     rollout = session(generator=generator)
     rollout.step((0.5, -0.25, 3 * np.pi), 0.75)
     cond = generator.seen[0]
-    assert cond.keys() == FIELDS.keys()
+    assert cond.keys() == FIELDS.keys() | OPTIONAL.keys()
     assert torch.allclose(cond["action"], torch.tensor([[0.5, -0.25, -np.pi]]).float()), "turns are wrapped"
     assert cond["rel_time"].tolist() == [[0.75]] and cond["has_action"].tolist() == [True]
 
 
 def test_a_model_without_ages_gets_only_what_it_knows():
-    fields = {name: FIELDS[name] for name in ("context_latents", "action", "rel_time")}
-    generator = Counter(fields)
+    generator = Counter({})
     session(generator=generator).step((1, 0, 0), 0.5)
-    assert generator.seen[0].keys() == fields.keys()
+    assert generator.seen[0].keys() == FIELDS.keys()
 
 
 def test_a_rollout_depends_on_neither_its_neighbours_nor_their_number():
@@ -171,12 +173,72 @@ def test_wrong_calls_are_refused():
         session(ids=[0, 1])
     with pytest.raises(SpecError, match=r"rollout.command: not finite"):
         session().step((0, float("nan"), 0), 0.25)
-    fields = {name: field for name, field in FIELDS.items() if name != "has_action"}
     with pytest.raises(SpecError, match="cannot do without a command"):
-        session(generator=Counter(fields), use_action=False)
+        session(generator=Counter({}), use_action=False)
 
 
 def test_a_blind_model_is_not_told_the_command():
     generator = Counter()
     session(generator=generator, use_action=False).step((1, 2, 3), 0.25)
-    assert generator.seen[0]["has_action"].tolist() == [False] and not generator.seen[0]["action"].any()
+    assert generator.seen[0]["has_action"].tolist() == [False]
+
+
+# With the real network.
+
+
+def network(**condition) -> Generator:
+    spec = FramesCondition(num_frames=3, spacing=0.5, max_time=2.0, **condition)
+    trunk = DDTSpec(width=16, depth=2, num_heads=2, head_width=16, head_depth=1, head_num_heads=2)
+    generator = Generator(trunk, spec, FlowSpec(), SHAPE).eval()
+    for parameter in generator.parameters():  # output layers start at zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    return generator
+
+
+def past(batch: int) -> History:
+    """Random frames; all rollouts but the last share theirs."""
+    latents, id = torch.randn(1, 3, *SHAPE).expand(batch, 3, *SHAPE).clone(), torch.arange(3).repeat(batch, 1)
+    latents[-1], id[-1] = torch.randn(3, *SHAPE), torch.arange(3, 6)
+    return replace(history(batch), latents=latents, id=id)
+
+
+def test_frames_computed_once_give_what_frames_computed_anew_give():
+    generator, start = network(), past(3)
+    commands = np.random.default_rng(0).normal(size=(5, 3, 3))
+    rollout = RolloutSession(generator, None, SamplingSpec(steps=3), start)
+    for number, command in enumerate(commands):
+        before = rollout.state.history
+        frame = rollout.step(command, 0.25 * (1 + number))
+        cond = {
+            "context_latents": before.latents, "context_age": before.age_s, "context_valid": before.valid,
+            "action": torch.tensor(rollout.state.commands[-1], dtype=torch.float32),
+            "rel_time": torch.full((3, 1), 0.25 * (1 + number)),
+        }  # fmt: skip
+        cond["action"][:, 2] = torch.tensor(wrap(command[:, 2]))
+        noise = noise_for(0, [derived_seed("rollout", i, number) for i in range(3)], SHAPE)
+        assert torch.allclose(frame, sample_latents(generator, cond, noise, SamplingSpec(steps=3)), atol=1e-5)
+
+
+def test_every_frame_is_encoded_once_for_all_branches(monkeypatch):
+    generator, counts = network(), []
+    encode = generator.encode_frames
+    monkeypatch.setattr(generator, "encode_frames", lambda latents: counts.append(len(latents)) or encode(latents))
+    rollout = RolloutSession(generator, None, SamplingSpec(steps=2), past(4))
+    rollout.run([(0.5, 0, 0)] * 4, 0.25)
+    branch = rollout.branch([0] * 5)
+    branch.step((0.5, 0, 0), 0.25)
+    assert counts == [6, 4, 4, 4, 4, 5], "the frames that three rollouts share came once"
+    assert sum(map(len, branch.state.caches)) == 2 * 4 + 5, "frames that left the history are let go"
+
+
+def test_in_context_models_get_published_units():
+    generator = network(form="in_context")
+    cond = {
+        "action": torch.tensor([[4.0, -2.0, 0.5]]),
+        "rel_time": torch.tensor([[1.0]]),
+        "context_latents": torch.zeros(1),
+    }
+    found = model_cond(generator, cond)
+    assert found["action"].tolist() == [[1.0, -0.5, 0.5]] and found["rel_time"].tolist() == [[4 / 128]]
+    assert cond["action"][0, 0] == 4, "the caller's tensors stay"
+    assert RolloutSession(generator, None, SamplingSpec(steps=2), past(2)).run([(1, 0, 0)], 1.0).shape == (2, 1, *SHAPE)
