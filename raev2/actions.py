@@ -65,7 +65,8 @@ def sample(options: Namespace) -> int:
     out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
     _refuse_existing(out, options.overwrite)
     sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
-    given = {name: value for name in ("label", "prompt", "n") if (value := getattr(options, name)) is not None}
+    names = ("label", "prompt", "prompts", "n")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     pipeline.sample_run(run_dir, given, sampling, options.seed, out=out)
     print(f"guidance: {_plan(sampling)}\n{out / 'grid.png'}")
     return OK
