@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,24 @@ from torch import Tensor
 from raev2.errors import CheckpointError
 
 FORMAT_VERSION = 1
-FILES = {"config.json", "model.safetensors", "README.md"}
+ENCODER = "encoder"  # folder with the encoder's weights, in tokenizers that bring their own
+FILES = {"config.json", "model.safetensors", "README.md", ENCODER}
 
 
 def save_artefact(
-    path: str | Path, *, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
+    path: str | Path,
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | Callable[[Path], None],
+    card: str,
+    encoder: Path | None = None,
 ) -> Path:
     """Write an artefact folder atomically: it is complete or it is not there. An older artefact there is replaced.
 
     kind      'tokenizer' or 'generator'; checked when loading
-    tensors   saved contiguous, on the CPU, in their dtype
+    tensors   saved contiguous, on the CPU, in their dtype; or a function that writes them to a safetensors file
+    encoder   folder that is copied into the artefact
 
     Raises CheckpointError when `path` holds anything else than an artefact, or when it cannot be written.
     """
@@ -45,9 +53,13 @@ def save_artefact(
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir()
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / "model.safetensors"
-        )
+        weights_file = partial / "model.safetensors"
+        if callable(tensors):
+            tensors(weights_file)
+        else:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, weights_file)
+        if encoder is not None:
+            shutil.copytree(encoder, partial / ENCODER)
         (partial / "README.md").write_text(card)
         write_json(partial / "config.json", {"format_version": FORMAT_VERSION, "kind": kind, **config})
         if path.exists():
@@ -127,7 +139,9 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors", "README.md"]))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors", "README.md", f"{ENCODER}/*"])
+        )
     except Exception as error:  # the hub client has many error types; all mean that we have no folder
         raise CheckpointError(
             hub_id, "neither a local folder nor a hub repository that can be reached", got=type(error).__name__

@@ -63,6 +63,9 @@ class EncoderSpec(Spec):
     norm: Literal["plain", "affine", "none"] | None = Field(
         None, description="final norm per layer: without gain and bias, with, or none; null: the family's default"
     )
+    antialias: bool = Field(
+        True, description="antialias pictures that shrink to the encoder's input; the reference code never does"
+    )
 
     @model_validator(mode="after")
     def _ascending(self) -> EncoderSpec:

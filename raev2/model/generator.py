@@ -125,15 +125,18 @@ class Generator(nn.Module):
 
     def save_pretrained(self, path: str | Path, *, card: str = "") -> Path:
         """Write an artefact folder that `from_pretrained` reads."""
-        config = {
+        card = card or "# Generator\n\nA raev2 generator without a written model card.\n"
+        return save_artefact(path, kind="generator", config=self.config(), tensors=self.state_dict(), card=card)
+
+    def config(self) -> dict[str, Any]:
+        """What config.json of the artefact says about this generator."""
+        return {
             "network": self.network_spec.model_dump(mode="json"),
             "condition": self.condition_spec.model_dump(mode="json"),
             "flow": self.flow.model_dump(mode="json"),
             "latent_shape": list(self.latent_shape),
             "extra": self.extra,
         }
-        card = card or "# Generator\n\nA raev2 generator without a written model card.\n"
-        return save_artefact(path, kind="generator", config=config, tensors=self.state_dict(), card=card)
 
     @classmethod
     def from_pretrained(

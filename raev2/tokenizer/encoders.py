@@ -46,8 +46,8 @@ class FrozenEncoder(nn.Module):
 
     resize to grid * patch_size -> normalise -> blocks -> drop prefix tokens -> final norm per layer -> aggregate
 
-    Resizing is bicubic, with antialiasing when an image gets smaller. (RAEv2 never antialiases, so its features of
-    larger images contain aliases of fine texture; at equal size, the common case, nothing is resized.)
+    Resizing is bicubic, with antialiasing when an image gets smaller. (RAE and RAEv2 never antialias, so their features
+    of larger images contain aliases of fine texture; `antialias=False` does the same, for weights from there.)
 
     The network is not a registered submodule: `parameters`, `state_dict`, `train` and `requires_grad_` of a parent
     never reach it. In RAEv2 they do, and DINOv3 then distorts its positions at random while the decoder trains.
@@ -101,7 +101,8 @@ class FrozenEncoder(nn.Module):
         size = (images.shape[2], images.shape[3])
         if size != self.input_size:
             smaller = self.input_size[0] < size[0] or self.input_size[1] < size[1]
-            images = F.interpolate(images, self.input_size, mode="bicubic", align_corners=False, antialias=smaller)
+            antialias = smaller and self.spec.antialias
+            images = F.interpolate(images, self.input_size, mode="bicubic", align_corners=False, antialias=antialias)
         return (images - self.mean) / self.std
 
     def fingerprint(self) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class FrozenEncoder(nn.Module):
             "grid": list(self.grid),
             "mean": list(self.info.mean),
             "std": list(self.info.std),
-            "resize": "bicubic, antialiased when shrinking",
+            "resize": "bicubic, antialiased when shrinking" if self.spec.antialias else "bicubic",
         }
 
     def train(self, mode: bool = True) -> FrozenEncoder:

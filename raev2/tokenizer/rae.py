@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raev2.artefact import load_artefact, load_strict, save_artefact
+from raev2.artefact import ENCODER, load_artefact, load_strict, save_artefact
 from raev2.errors import CheckpointError
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
@@ -26,9 +26,12 @@ from raev2.tokenizer.latent_stats import LatentStats, denormalise, normalise
 
 
 class RAE(Tokenizer):
-    """The tokenizer. Its parameters are those of the decoder; the encoder is never trained or saved.
+    """The tokenizer. Its parameters are those of the decoder; the encoder is never trained.
 
     Precision is float32 unless the caller runs it under autocast.
+
+    extra         further entries of config.json: where imported weights come from, their licence
+    encoder_dir   folder with the encoder's weights, for tokenizers that bring their own; saved with the artefact
     """
 
     stats_mean: Tensor
@@ -37,6 +40,8 @@ class RAE(Tokenizer):
     def __init__(self, spec: TokenizerSpec, encoder: FrozenEncoder, stats: LatentStats | None = None) -> None:
         super().__init__()
         self.spec, self.encoder = spec, encoder
+        self.extra: dict[str, Any] = {}
+        self.encoder_dir: Path | None = None
         self.decoder = ViTDecoder(encoder.width, spec.decoder, spec.grid)
         self._stats: LatentStats | None = None
         self.register_buffer("stats_mean", torch.zeros(self.latent_shape), persistent=False)
@@ -126,7 +131,7 @@ class RAE(Tokenizer):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, encoder: str | Path | None = None) -> RAE:
-        """Load an artefact folder or hub repository; the encoder is built from its name.
+        """Load an artefact folder or hub repository; the encoder is built from its name, or comes with the folder.
 
         encoder   local folder with the encoder's weights, in place of its name
         """
@@ -136,7 +141,9 @@ class RAE(Tokenizer):
             raise CheckpointError(
                 str(path), "not an RAE", got=kind, hint="Open it with raev2.tokenizer.baselines.load_tokenizer."
             )
-        rae = cls.from_spec(TokenizerSpec.model_validate(config["tokenizer"]), encoder=encoder)
+        own = path / ENCODER if (path / ENCODER).is_dir() else None
+        rae = cls.from_spec(TokenizerSpec.model_validate(config["tokenizer"]), encoder=encoder or own)
+        rae.extra, rae.encoder_dir = dict(config.get("extra", {})), own
         decoder_tensors = {
             name.removeprefix("decoder."): value for name, value in tensors.items() if name.startswith("decoder.")
         }
@@ -146,7 +153,10 @@ class RAE(Tokenizer):
         return rae.eval()
 
     def save_pretrained(self, path: str | Path) -> Path:
-        """Write an artefact folder: spec, decoder, statistics and a model card. Encoder weights are not in it."""
+        """Write an artefact folder: spec, decoder, statistics and a model card.
+
+        Encoder weights are in it only where the tokenizer brought its own (`encoder_dir`).
+        """
         tensors = {f"decoder.{name}": value for name, value in self.decoder.state_dict().items()}
         stats_config: dict[str, Any] | None = None
         if self._stats is not None:
@@ -154,8 +164,9 @@ class RAE(Tokenizer):
             stats_config = {
                 "num_images": self._stats.num_images, "encoder": dict(self._stats.encoder), "data": self._stats.data
             }  # fmt: skip
-        config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": stats_config}
-        return save_artefact(path, kind="tokenizer", config=config, tensors=tensors, card=self._card())
+        config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": stats_config, "extra": self.extra}
+        card, encoder = self._card(), self.encoder_dir
+        return save_artefact(path, kind="tokenizer", config=config, tensors=tensors, card=card, encoder=encoder)
 
     def _card(self) -> str:
         info, spec, stats = self.encoder.info, self.spec, self._stats
@@ -163,6 +174,12 @@ class RAE(Tokenizer):
         parameters = sum(parameter.numel() for parameter in self.decoder.parameters())
         gate = " Its licence must be accepted at the source." if info.gated else ""
         statistics = f"over {stats.num_images} images (data {stats.data or 'not named'})" if stats else "not computed"
+        if stats is not None and not stats.num_images:
+            statistics = stats.data
+        where = "in the folder `encoder`" if self.encoder_dir else "not in this folder"
+        licence = self.extra.get(
+            "licence", "The licence of the decoder weights in this folder is for their author to add here."
+        )
         return f"""---
 library_name: raev2
 tags: [representation-autoencoder, tokenizer]
@@ -172,7 +189,7 @@ tags: [representation-autoencoder, tokenizer]
 
 | | |
 |---|---|
-| encoder | {info.name} ({info.route}: {info.model_id}), frozen, not in this folder |
+| encoder | {info.name} ({info.route}: {info.model_id}), frozen, {where} |
 | layers | {list(self.encoder.layers)}, {spec.encoder.aggregate}, final norm {self.encoder.norm} |
 | latents | {channels} x {rows} x {columns}, normalised per channel and position |
 | images | {spec.image_size[0]} x {spec.image_size[1]} px |
@@ -182,7 +199,9 @@ tags: [representation-autoencoder, tokenizer]
 ## Licence
 
 The encoder weights are under: {info.licence}.{gate} They are loaded from their own source and their terms apply to \
-you. The licence of the decoder weights in this folder is for their author to add here.
+you.
+
+{licence}
 
 ## Use
 
