@@ -1,1 +1,5 @@
-"""Text to image: sharded image-text data, text encoders, compositional evaluation."""
+"""Text to image."""
+
+from raev2_tasks.t2i.task import TextToImage
+
+TASK = TextToImage()

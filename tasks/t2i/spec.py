@@ -55,6 +55,21 @@ class TextEncoderSpec(Spec):
         return self.name if self.name in (SCRATCH, HASH) else "pretrained"  # type: ignore[return-value]
 
 
+class CaptionSpec(Spec):
+    """Which caption of an image a training step sees; evaluation sees the default one."""
+
+    mix: dict[str, float] = Field(
+        default_factory=dict,
+        description="probability of each kind (short, long, alt, prompt, ocr, template), renormalised over the kinds "
+        "that an image has; empty: always the default caption",
+    )
+    min_score: float | None = Field(None, description="leave out captions with a lower score, where they have one")
+    score_temperature: float | None = Field(
+        None, gt=0, description="inside a kind, weight exp(score / temperature); null: equal weights"
+    )
+    shorten_prob: float = Field(0.0, ge=0, le=1, description="share of captions cut to their first k sentences")
+
+
 class TextToImageSpec(TaskSpec):
     """Text-conditional image generation."""
 
@@ -65,13 +80,13 @@ class TextToImageSpec(TaskSpec):
         description="the unconditional condition of a frozen encoder: its output for the empty prompt, or no visible "
         "token at all (what RAEv2 does with Qwen3); 'scratch' learns its own",
     )
+    adapter: Literal["none", "mlp"] = Field(
+        "none", description="layers between a frozen encoder and the generator: one linear layer (published) or two"
+    )
     caption_cache: str | None = Field(
         None, description="folder of `raev2 t2i cache-captions`: encoded captions are read instead of computed"
     )
     weights: dict[str, float] = Field(
         default_factory=dict, description="share of each source in every batch; empty: by its number of images"
     )
-    caption_mix: dict[str, float] = Field(
-        default_factory=dict, description="probability of each kind of caption, renormalised over the kinds that an "
-        "image has; empty: the default caption",
-    )  # fmt: skip
+    captions: CaptionSpec = CaptionSpec()

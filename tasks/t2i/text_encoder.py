@@ -29,6 +29,7 @@ from raev2_tasks.t2i.spec import TextEncoderSpec
 logger = logging.getLogger(__name__)
 WHERE = "spec.task.text_encoder"
 CAPTION_MODEL = Path(__file__).parent / "assets" / "captions.model"
+VOCAB_SIZE = 2048  # pieces of that model
 HASH_WIDTH, HASH_WORDS = 256, 1 << 15
 ENCODE_ROWS = 64  # captions in one forward of a frozen encoder
 WARN_SHARE, WARN_AFTER = 0.02, 1_000  # cut captions that are worth a warning, and when to look
