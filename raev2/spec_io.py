@@ -7,14 +7,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
-from raev2.spec import RunSpec
+from raev2.spec import RunSpec, Spec
 from raev2.task import get_task
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
 
 # Fields that change what a run shows or how fast it goes, never its numbers. A resumed run may differ in them.
 FREE_FIELDS = (
@@ -97,7 +99,18 @@ def spec_differences(old: RunSpec, new: RunSpec) -> list[str]:
 
 def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:
     """Apply `path.to.field=value` settings; values are YAML. Setting a `kind` starts that choice from its defaults."""
-    values = spec_to_dict(spec)
+    return spec_from_dict(_override(spec_to_dict(spec), overrides))
+
+
+def override_spec(spec: AnySpec, overrides: Sequence[str]) -> AnySpec:
+    """`apply_overrides` for a spec that is not a whole run, such as the settings of a command."""
+    try:
+        return type(spec).model_validate(_override(spec.model_dump(mode="json"), overrides))
+    except ValidationError as error:
+        raise _spec_error(error, type(spec), ()) from None
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path:
@@ -117,7 +130,7 @@ def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:
         if last == "kind" and node.get("kind") != value:
             node.clear()
         node[last] = value
-    return spec_from_dict(values)
+    return values
 
 
 def _spec_error(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...]) -> SpecError:

@@ -12,6 +12,7 @@ from raev2.spec_io import (
     apply_overrides,
     fingerprint,
     load_spec,
+    override_spec,
     save_spec,
     spec_differences,
     spec_from_dict,
@@ -43,6 +44,12 @@ def test_overrides_set_fields_at_any_depth(tiny_spec):
 
 def test_no_override_changes_nothing(tiny_spec):
     assert apply_overrides(tiny_spec, []) == tiny_spec
+
+
+def test_a_part_of_a_spec_is_set_the_same_way():
+    assert override_spec(AdamWSpec(), ["betas=[0.8, 0.9]"]).betas == (0.8, 0.9)
+    with pytest.raises(SpecError, match="spec.beta: unknown field. Did you mean 'betas'?"):
+        override_spec(AdamWSpec(), ["beta=1"])
 
 
 def test_a_value_may_contain_an_equals_sign(tiny_spec):

@@ -45,6 +45,11 @@ class Motion:
     speed_std: float
     turn_std: float
 
+    @classmethod
+    def of(cls, velocities: Array) -> Motion:
+        """From velocities (N, 3) of the data, see `twist.velocities`."""
+        return cls(*map(float, (velocities[:, 0].mean(), velocities[:, 0].std(), velocities[:, 2].std())))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds of path
@@ -208,6 +213,8 @@ class Limits(Spec):
 class PlanSpec(Spec):
     """How to plan.
 
+    step_s   how long each command of a plan lasts
+    repeats  futures that the cost of a candidate is averaged over; all candidates share their noise
     coarse   candidates are scored by one jump over the whole path, which costs one prediction instead of S; then the
              best `coarse` of all are scored step by step, and the best of these wins. None: all step by step
     """
@@ -215,8 +222,20 @@ class PlanSpec(Spec):
     path: PathSpec = UnicyclePath()
     sampler: SamplerSpec = CEM()
     limits: Limits = Limits()
+    cost: Literal["latent", "pixel"] = Field("latent", description="distance of the last frame to the goal")
+    step_s: float = Field(0.5, gt=0, description="duration of a command")
+    repeats: int = Field(1, ge=1, description="sampled futures per candidate")
     coarse: int | None = Field(None, ge=1, description="candidates scored step by step; null: all of them")
     seed: int = Field(0, ge=0)
+
+    def num_steps(self, seconds: float) -> int:
+        """Commands in a plan of this length; SpecError unless `step_s` divides it."""
+        steps = round(seconds / self.step_s)
+        if steps < 1 or abs(steps * self.step_s - seconds) > 1e-6:
+            raise SpecError(
+                "plan.step_s", "does not divide the length of the plan", got=f"{self.step_s:g} s for {seconds:g} s"
+            )
+        return steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,6 +362,11 @@ def latent_cost(predicted: Tensor, goal: Tensor) -> Array:
 def pixel_cost(predicted: Tensor, goal: Tensor) -> Array:
     """Mean squared difference of images (B, 3, Hpx, Wpx) in [0, 1] to the goal (3, Hpx, Wpx); (B,)."""
     return ((predicted.double() - goal.double()[None]) ** 2).mean((1, 2, 3)).cpu().numpy()
+
+
+def cost_between(cost: Literal["latent", "pixel"], predicted: Tensor, goal: Tensor) -> Array:
+    """`latent_cost` or `pixel_cost` by name."""
+    return {"latent": latent_cost, "pixel": pixel_cost}[cost](predicted, goal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

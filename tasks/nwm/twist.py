@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from raev2_tasks.nwm.pose import relative
+
 Array = NDArray[np.float64]
 
 
@@ -24,6 +26,15 @@ def log(motions: Array) -> Array:
     x, y = motions[..., 0], motions[..., 1]
     square = a**2 + b**2
     return np.stack([(a * x + b * y) / square, (a * y - b * x) / square, motions[..., 2]], axis=-1)
+
+
+def velocities(t: Array, poses: Array, every: int = 1) -> Array:
+    """Constant velocities (T - every, 3) that lead from each pose to the one `every` frames later; m/s and rad/s.
+
+    t       (T,) increasing seconds
+    poses   (T, 3) in metres and radians
+    """
+    return log(relative(poses[:-every], poses[every:])) / (t[every:] - t[:-every])[:, None]
 
 
 def _arc(turn: Array) -> tuple[Array, Array]:

@@ -31,6 +31,12 @@ class MotionRange:
     speed_m_s: tuple[float, float]
     turn_rad_s: tuple[float, float]
 
+    @classmethod
+    def of(cls, velocities: Poses) -> MotionRange:
+        """All but the outermost 0.5 % on either side of velocities (N, 3), see `twist.velocities`."""
+        speed, turn = np.quantile(velocities[:, [0, 2]], [0.005, 0.995], axis=0).T.tolist()
+        return cls(tuple(speed), tuple(turn))
+
     def complaint(self, command: Poses, seconds: float) -> str:
         """What about a command lies outside the range, in words with numbers; '' for a command inside."""
         found = []
