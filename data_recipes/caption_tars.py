@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,28 +19,17 @@ from raev2.errors import DataError
 from raev2.manifest import read_manifest
 from raev2_tasks.t2i.captions import BadSample, Caption, parse_captions, parse_json
 from raev2_tasks.t2i.shards import index_shards, verify_shards
-from raev2_tasks.t2i.tar_scan import IMAGE_SUFFIXES, Problem, groups
+from raev2_tasks.t2i.tar_scan import Members, Problem, TarSample, groups, read_sample
 
 from .base import DatasetRecipe, Option
 from .shard_recipe import Deferred, Example, ShardRecipe, prepared
 
-Members = Mapping[str, tuple[int, int]]  # suffix -> offset, bytes
 SHARD_OPTIONS = {
     **ShardRecipe.SHARD_OPTIONS,
     "size": Option("256", "resize the short side and crop the centre to this many pixels; empty = keep the files"),
     "val_samples": Option("1000", "how many samples of the first tar validate; at most half of it"),
     "skip": Option("", "leave out tars whose path matches one of these patterns, separated by commas"),
 }
-
-
-@dataclass(frozen=True)
-class TarSample:
-    """Files of one sample as they lie in a tar; `name` is tar and key."""
-
-    name: str
-    image: bytes
-    text: bytes | None
-    json: bytes | None
 
 
 class TarRecipe(ShardRecipe):
@@ -93,16 +80,8 @@ class TarRecipe(ShardRecipe):
                     yield Deferred(name, partial(self._read, name, file, members, options))
 
     def _read(self, name: str, file: Path, members: Members, options: Mapping[str, str]) -> Example:
-        images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
-        if len(images) != 1:
-            raise BadSample("bad_image", name, f"{len(images) or 'no'} images", hint="Exactly one is needed.")
-        with file.open("rb") as handle:
-            image, text, data = (
-                os.pread(handle.fileno(), members[suffix][1], members[suffix][0]) if suffix in members else None
-                for suffix in (images[0], "txt", "json")
-            )
-        assert image is not None
-        return self.example(TarSample(name, image, text, data), options)
+        with file.open("rb") as data:
+            return self.example(read_sample(data, name, members), options)
 
     def _files(self, options: Mapping[str, str]) -> list[Path]:
         src = self.folder(options)

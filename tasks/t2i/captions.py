@@ -136,6 +136,8 @@ def parse_captions(text: bytes | None, data: bytes | None, kind: str = UNLABELLE
     Raises BadSample when there is none, or when a member cannot be decoded.
     """
     fields = parse_json(data)
+    if text is not None and not text.strip():
+        raise BadSample("bad_caption", "caption", "the txt is empty")
     try:
         if isinstance(fields.get("captions"), list):
             captions = _listed(fields)

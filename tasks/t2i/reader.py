@@ -32,15 +32,14 @@ from raev2.errors import DataError, SpecError
 from raev2.manifest import read_manifest
 from raev2_tasks.t2i.captions import BadSample, Caption, CaptionRule, parse_captions, parse_json
 from raev2_tasks.t2i.pixels import IMAGE_ERRORS, is_plain_rgb, to_rgb
-from raev2_tasks.t2i.shards import FORMAT, collection_fingerprint
-from raev2_tasks.t2i.tar_scan import INDEX_ROW
+from raev2_tasks.t2i.shards import collection_fingerprint, read_index, source_folders, source_manifest
+from raev2_tasks.t2i.shards_check import MAX_ASPECT
 
 logger = logging.getLogger(__name__)
 
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 SHARDS_PER_GROUP = 16  # what is permuted together
-MAX_ASPECT = 2.5  # wider or taller images are not used
 MIN_SIDE = 0.9  # an image whose short side is less than this share of the wanted size is not enlarged but skipped
 RETRY_AFTER_S = (0.5, 2.0, 8.0)
 MAX_OPEN_FILES = 64
@@ -80,7 +79,7 @@ class TextImageDataset(ImageDataset):
         self.dir, self.split, self.image_size, self.seed = Path(dir), split, image_size, seed
         self.tokenize = tokenize
         self.rule = caption_mix if isinstance(caption_mix, CaptionRule) else CaptionRule(caption_mix)
-        self.manifest = open_manifest(self.dir)
+        self.manifest = read_manifest(self.dir)
         self.sources = _open_sources(self.dir, self.manifest, split, weights)
         if "sources" in self.manifest and len(self.sources) < len(self.manifest["sources"]):
             used = {source.name: source.manifest["fingerprint"] for source in self.sources}
@@ -289,16 +288,10 @@ class Source:
         return int(np.searchsorted(self.ends, position, side="right"))
 
     def row(self, position: int) -> np.void:
-        """Index row of the sample at `position`, of `INDEX_ROW`."""
+        """Index row of the sample at `position`, of `tar_scan.INDEX_ROW`."""
         shard = self.shard_of(position)
         if shard not in self._rows:
-            file, expected = self.dir / self.shards[shard]["index"], self.shards[shard]["num_samples"]
-            if not file.is_file() or file.stat().st_size != expected * INDEX_ROW.itemsize:
-                raise DataError(
-                    f"data {file}", "the index is missing or not the one of the manifest",
-                    hint=f"Run `raev2 data verify {self.dir}`.",
-                )  # fmt: skip
-            self._rows[shard] = np.memmap(file, dtype=INDEX_ROW, mode="r")
+            self._rows[shard] = read_index(self.dir, self.shards[shard])
         start = int(self.ends[shard - 1]) if shard else 0
         return self._rows[shard][position - start]
 
@@ -451,27 +444,13 @@ def uniforms(n: int, *parts: object) -> list[float]:
     return [int(bits >> 11) / 2**53 for bits in np.random.Philox(key=derived_seed(*parts)).random_raw(n)]
 
 
-def open_manifest(dir: Path) -> dict[str, Any]:
-    """Manifest of a folder of image-text shards; DataError for another kind of dataset folder."""
-    manifest = read_manifest(dir)
-    if manifest.get("format") != FORMAT:
-        raise DataError(
-            f"data {dir}", "not image-text shards", got=f"a folder of the data recipe {manifest.get('recipe')}",
-            hint="Build one with `raev2 data build captioned-folder`, or index tar shards with `tar-shards`.",
-        )  # fmt: skip
-    return manifest
-
-
 def _open_sources(
     dir: Path, manifest: Mapping[str, Any], split: str, weights: Mapping[str, float] | None
 ) -> list[Source]:
     """The sources of a folder with a weight above 0; DataError when the split is unknown or empty."""
     if split not in manifest["splits"]:
         raise DataError(f"data {dir}", "unknown split", got=split, expected=f"one of {', '.join(manifest['splits'])}")
-    if "sources" in manifest:
-        sources = [Source(dir / name, split, open_manifest(dir / name), name) for name in manifest["sources"]]
-    else:
-        sources = [Source(dir, split, manifest, manifest["name"])]
+    sources = [Source(folder, split, source_manifest(folder), name) for name, folder in source_folders(dir).items()]
     if weights is not None:
         names = [source.name for source in sources]
         wrong = sorted(set(weights) ^ set(names))

@@ -35,9 +35,9 @@ from PIL import Image
 
 from raev2.errors import DataError
 from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
-from raev2_tasks.t2i.captions import UNLABELLED_KIND, BadSample, Caption
+from raev2_tasks.t2i.captions import UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
 from raev2_tasks.t2i.pixels import IMAGE_ERRORS, encode_image, is_plain_rgb, to_rgb
-from raev2_tasks.t2i.tar_scan import INDEX_ROW, Scan, scan_shard
+from raev2_tasks.t2i.tar_scan import INDEX_ROW, Members, Scan, groups, read_sample, scan_shard
 
 FORMAT = "image-text-shards"
 SCHEMA_VERSION = 1  # of the json member
@@ -262,6 +262,65 @@ def verify_shards(dir: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def rewrite_shards(dir: str | Path, out: str | Path, *, per_shard: int = 5000) -> dict[str, Any]:
+    """Write the usable samples of a source folder as new shards; return their manifest. Nothing in `dir` changes."""
+    dir = Path(dir)
+    manifest = source_manifest(dir)
+
+    def examples(shards: Sequence[Mapping[str, Any]]) -> Iterator[Deferred]:
+        for shard in shards:
+            offsets = set(read_index(dir, shard)["image_offset"].tolist())
+            with (dir / shard["file"]).open("rb") as data:
+                for key, members in groups(data, []):
+                    if any(offset in offsets for offset, _ in members.values()):
+                        yield Deferred(f"{shard['file']}: {key}", partial(read, dir / shard["file"], key, members))
+
+    def read(file: Path, key: str, members: Members) -> Example:
+        with file.open("rb") as data:
+            sample = read_sample(data, key, members)
+        fields = parse_json(sample.json)
+        extra = {name: value for name, value in fields.items() if name not in RESERVED}
+        captions = parse_captions(sample.text, sample.json, manifest["caption_kind"])
+        return Example(fields.get("source_id", key), sample.image, captions, extra)
+
+    return write_shards(
+        Path(out), Path(out).resolve().name, {split: examples(s["shards"]) for split, s in manifest["splits"].items()},
+        per_shard=per_shard, licence=manifest["licence"], attribution=manifest["attribution"], recipe="tar-shards",
+        options={"rewritten": manifest["fingerprint"]},
+    )  # fmt: skip
+
+
+def source_manifest(dir: Path) -> dict[str, Any]:
+    """Manifest of a source folder; DataError for a collection and for other dataset folders."""
+    manifest = read_manifest(dir)
+    if manifest.get("format") != FORMAT:
+        raise DataError(
+            f"data {dir}", "not image-text shards", got=f"a folder of the data recipe {manifest.get('recipe')}",
+            hint="Build one with `raev2 data build captioned-folder`, or index tars with `tar-shards`.",
+        )  # fmt: skip
+    if "sources" in manifest:
+        raise DataError(f"data {dir}", "a collection", expected=f"one of its sources: {', '.join(manifest['sources'])}")
+    return manifest
+
+
+def source_folders(dir: str | Path) -> dict[str, Path]:
+    """Folders of the sources by name: those of a collection, or the folder itself."""
+    dir = Path(dir)
+    manifest = read_manifest(dir)
+    return {name: dir / name for name in manifest["sources"]} if "sources" in manifest else {manifest["name"]: dir}
+
+
+def read_index(dir: Path, shard: Mapping[str, Any]) -> np.ndarray:
+    """Rows of the index of a shard of a manifest, mapped into memory, of `INDEX_ROW`."""
+    file = dir / shard["index"]
+    if not file.is_file() or file.stat().st_size != shard["num_samples"] * INDEX_ROW.itemsize:
+        raise DataError(
+            f"data {file}", "the index is missing or not the one of the manifest",
+            hint=f"Run `raev2 data verify {dir}`.",
+        )  # fmt: skip
+    return np.memmap(file, dtype=INDEX_ROW, mode="r")
+
+
 def collection_fingerprint(sources: Mapping[str, str]) -> str:
     """Hash of the fingerprints of several sources by name."""
     return fingerprint(dict(sources), [])
@@ -340,7 +399,8 @@ def _packed(
         try:
             yield future.result()
         except (*IMAGE_ERRORS, DataError) as error:
-            rejects.append(_json_line({"path": source, "reason": f"{type(error).__name__}: {error}"}))
+            kind = error.kind if isinstance(error, BadSample) else type(error).__name__
+            rejects.append(_json_line({"path": source, "reason": f"{kind}: {error}"}))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:

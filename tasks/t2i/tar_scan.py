@@ -57,6 +57,20 @@ class Scan:
     problems: list[Problem]
 
 
+@dataclass(frozen=True)
+class TarSample:
+    """Files of one sample as they lie in a tar; `name` says which one it is."""
+
+    name: str
+    image: bytes
+    text: bytes | None
+    json: bytes | None
+
+
+Members = Mapping[str, tuple[int, int]]
+"""Files of a sample in a tar: suffix -> (offset, bytes)."""
+
+
 def scan_shard(file: Path, caption_kind: str = UNLABELLED_KIND, decode: bool = False) -> Scan:
     """Find the samples of a tar by its headers, and everything that is wrong with it.
 
@@ -87,7 +101,26 @@ def scan_shard(file: Path, caption_kind: str = UNLABELLED_KIND, decode: bool = F
     return Scan(np.array(rows, dtype=INDEX_ROW), keys, kinds, problems)
 
 
-def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def read_sample(data: IO[bytes], name: str, members: Members) -> TarSample:
+    """Read the files of a sample of an open tar. Raises BadSample unless it has exactly one image."""
+    image, text, json = (
+        os.pread(data.fileno(), members[suffix][1], members[suffix][0]) if suffix in members else None
+        for suffix in (image_suffix(name, members), "txt", "json")
+    )
+    return TarSample(name, image or b"", text, json)
+
+
+def image_suffix(name: str, members: Members) -> str:
+    """Suffix of the image of a sample. Raises BadSample unless there is exactly one."""
+    images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+    if not images and any(suffix.rpartition(".")[2] in IMAGE_SUFFIXES for suffix in members):
+        raise BadSample("dotted_key", name, "its key has a dot, which tar readers take for a suffix")
+    if len(images) != 1:
+        raise BadSample("bad_image", name, f"{len(images) or 'no'} images", hint="Exactly one is needed.")
+    return images[0]
+
+
+def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, Members]]:
     """(key, {suffix: (offset, bytes)}) of neighbouring members with one key."""
     size = os.fstat(data.fileno()).st_size
     key, members = "", dict[str, tuple[int, int]]()
@@ -118,27 +151,14 @@ def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, dict
 
 
 def _row(
-    key: str, members: Mapping[str, tuple[int, int]], caption_kind: str, data: IO[bytes], decode: bool
+    key: str, members: Members, caption_kind: str, data: IO[bytes], decode: bool
 ) -> tuple[tuple[int, ...], list[Caption]]:
     """Index row and captions of a sample; BadSample when it cannot be used."""
 
-    def read(suffix: str) -> bytes | None:
-        if suffix not in members:
-            return None
-        offset, size = members[suffix]
-        return os.pread(data.fileno(), size, offset)
-
-    images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
-    if not images and any(suffix.rpartition(".")[2] in IMAGE_SUFFIXES for suffix in members):
-        raise BadSample("dotted_key", f"sample {key}", "its key has a dot, which tar readers take for a suffix")
-    if len(images) != 1:
-        raise BadSample("bad_image", f"sample {key}", f"{len(images) or 'no'} images", hint="Exactly one is needed.")
-    text, fields = read("txt"), read("json")
-    captions = parse_captions(text, fields, caption_kind)
-    if text is not None and not text.strip():
-        raise BadSample("bad_caption", f"sample {key}", "its txt is empty")
+    sample = read_sample(data, f"sample {key}", members)
+    captions = parse_captions(sample.text, sample.json, caption_kind)
     try:
-        with Image.open(io.BytesIO(read(images[0]) or b"")) as image:
+        with Image.open(io.BytesIO(sample.image)) as image:
             width, height = image.size
             if decode:
                 image.load()
@@ -147,6 +167,8 @@ def _row(
     limit = 2**16 - 1  # of the two-byte fields
     if max(width, height) > limit:
         raise BadSample("bad_geometry", f"sample {key}", "image too large", got=f"{width} x {height} px")
-    places = [place for suffix in (images[0], "txt", "json") for place in members.get(suffix, (0, 0))]
-    flags = HAS_SCENE if parse_json(fields).get("scene") else 0
+    places = [
+        place for suffix in (image_suffix(sample.name, members), "txt", "json") for place in members.get(suffix, (0, 0))
+    ]
+    flags = HAS_SCENE if parse_json(sample.json).get("scene") else 0
     return (*places, width, height, min(len(captions), 255), min(captions[0].num_words, limit), flags), captions
