@@ -64,6 +64,11 @@ def build_guidance(spec: Guidance, generator: Any, weak: Any = None) -> Predicto
 
     def auto(z_t: Tensor, t: float, cond: Cond) -> Tensor:
         assert isinstance(spec, AutoGuidance) and prepare_weak is not None
+        if weak.conditioner.is_prepared(cond):
+            raise SpecError(
+                "guidance.weak", "the condition is already prepared for the other generator",
+                hint="Pass the condition as it was before prepare_cond.",
+            )  # fmt: skip
         pred = full(z_t, t, cond)
         if not is_active(spec.scale, spec.interval, t):
             return pred

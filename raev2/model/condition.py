@@ -71,6 +71,10 @@ class Conditioner(nn.Module, ABC):
         """`cond` with the defaults of absent optional tensors."""
         return dict(cond)
 
+    def is_prepared(self, cond: Cond) -> bool:
+        """Whether a generator has already computed its part of `cond` (`Generator.prepare_cond`)."""
+        return False
+
     def without(self, cond: Cond, parts: Sequence[str] = ()) -> dict[str, Tensor]:
         """`complete(cond)` without some of its `parts`; by default without all: `null_cond`."""
         self.check_parts(parts)
@@ -390,6 +394,7 @@ class BlockCausalFrames(Conditioner):
             "context_values": CondField((None,) * 4),
         }
         self.spec = spec
+        self.tokens_per_frame = latent_shape[1] * latent_shape[2] // spec.patch_size**2
         self.context_embed = PatchEmbed(latent_shape[0], width, spec.patch_size)
         max_frames = spec.max_time / spec.frame_period
         displacement, other = waves(2 / max_frames, 4.0), waves(0.5, 8.0)
@@ -413,7 +418,7 @@ class BlockCausalFrames(Conditioner):
         past = PastFrames(
             cond["context_keys"],
             cond["context_values"],
-            mask=valid.repeat_interleave(cond["context_keys"].shape[3] // valid.shape[1], dim=1),
+            mask=valid.repeat_interleave(self.tokens_per_frame, dim=1),
             age=-self.in_frames(cond["rel_time"].where(has_time, 0))[:, 0],
         )
         return CondTokens(torch.cat([action, time[:, None].to(action.dtype)], dim=1), past=past)
@@ -460,12 +465,16 @@ class BlockCausalFrames(Conditioner):
         for name in ("has_action", "has_time"):
             cond.setdefault(name, action.new_ones(len(action), dtype=torch.bool))
         frames = cond.get("context_id", cond.get("context_latents"))
-        if frames is not None and "context_keys" not in cond:
+        if frames is not None and not self.is_prepared(cond):
             batch_size, num_frames = frames.shape[:2]
             age = torch.arange(num_frames - 1, -1, -1, device=action.device) * self.spec.frame_period
             cond.setdefault("context_age", age.float().expand(batch_size, -1))
             cond.setdefault("context_valid", action.new_ones(batch_size, num_frames, dtype=torch.bool))
         return cond
+
+    def is_prepared(self, cond: Cond) -> bool:
+        """See `Conditioner.is_prepared`."""
+        return "context_keys" in cond
 
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """See `Conditioner.null_cond`."""
@@ -480,7 +489,7 @@ class BlockCausalFrames(Conditioner):
 
     def check(self, cond: Cond) -> None:
         """See `Conditioner.check`."""
-        if "context_keys" in cond:
+        if self.is_prepared(cond):
             self._check_fields(cond, self._prepared_fields, {})
         else:
             self._check_fields(cond, self.fields, self.optional_fields)

@@ -73,7 +73,7 @@ class Generator(nn.Module):
         frames   from `encode_frames`: then "context_id" (B, K) are its rows, and "context_latents" is not needed
         """
         cond, conditioner = self.conditioner.complete(cond), self.conditioner
-        if not isinstance(conditioner, BlockCausalFrames) or "context_keys" in cond:
+        if not isinstance(conditioner, BlockCausalFrames) or conditioner.is_prepared(cond):
             return cond
         if frames is None:
             latents, index = conditioner.distinct_frames(cond)
