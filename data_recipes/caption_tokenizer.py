@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of the data recipe t2i-embedded")
     options = parser.parse_args()
-    dataset = TextImageDataset(options.data, "train", (64, 64))
+    dataset = TextImageDataset(options.data, "train", (64, 64), batch_size=64)
     captions = [caption.text for index in range(len(dataset)) for caption in dataset.captions(index)]
     model = train_pieces(captions)
     CAPTION_MODEL.parent.mkdir(exist_ok=True)

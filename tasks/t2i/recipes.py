@@ -33,7 +33,7 @@ from raev2_tasks.t2i.spec import CaptionSpec, TextEncoderSpec, TextToImageSpec
 
 QWEN, T5_XL, GEMMA = "Qwen/Qwen3-0.6B", "google/t5-v1_1-xl", "google/gemma-2-2b"
 VIRTUAL_EPOCH = 10_000 * 1024  # images: 10,000 steps of 1,024
-EMBEDDED_MIX = {"template": 0.45, "short": 0.45, "long": 0.10}
+EMBEDDED_MIX = {"template": 0.45, "short": 0.45, "long": 0.10, "alt": 0.20}
 
 
 def quickstart() -> RunSpec:
