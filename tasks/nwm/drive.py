@@ -354,15 +354,18 @@ def drive(argv: Sequence[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, reachable from this machine only")
     parser.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one (default: {PORT})")
     options = parser.parse_args(argv)
-    if options.toy:
-        if options.run or options.engine:
-            raise SpecError("--toy", "needs neither --run nor --engine")
-        make_worlds: MakeWorlds = lambda: (ToyWorld(), None)  # noqa: E731
-    else:
+    serve(open_worlds(options.run, toy=options.toy, engine=options.engine), options.host, options.port)
+
+
+def open_worlds(run: str | None = None, *, toy: bool = False, engine: bool = False) -> MakeWorlds:
+    """Worlds of the toy, or of a trained run (None: the newest) with the simulator of its data beside it."""
+    if not toy:
         from raev2_tasks.nwm.model_world import model_worlds
 
-        make_worlds = model_worlds(options.run, engine=options.engine)
-    serve(make_worlds, options.host, options.port)
+        return model_worlds(run, engine=engine)
+    if run or engine:
+        raise SpecError("--toy", "needs neither --run nor --engine")
+    return lambda: (ToyWorld(), None)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"drive": drive}

@@ -18,7 +18,7 @@ import pytest
 from raev2 import actions, cli, pipeline
 from raev2.spec import FeatureLoss, RunSpec
 from raev2.spec_io import apply_overrides
-from raev2.task import get_data_recipe, get_evaluators, get_recipe, get_task
+from raev2.task import get_data_recipe, get_evaluators, get_recipe, get_task, installed_tasks
 
 ROOT = Path(__file__).parents[2]
 MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -210,6 +210,9 @@ def command_lines(page: Path) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", [page for page in MANUAL if any(b.language == "bash" for b in blocks(page))], ids=name)
 def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in command_lines(page):
+        if arguments[0] in installed_tasks():  # raev2 TASK COMMAND ..., parsed by the plugin
+            assert arguments[1] in get_task(arguments[0]).commands()
+            continue
         try:
             options = cli.parser().parse_args(arguments)
         except SystemExit:
