@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from raev2.errors import SpecError
 from raev2_tasks.nwm.path_metrics import ate, final_position_error
+from raev2_tasks.nwm.plan_command import plan_command
 from raev2_tasks.nwm.planning import (
     CEM,
     MPPI,
@@ -31,7 +35,7 @@ from raev2_tasks.nwm.planning import (
     to_jump,
 )
 from raev2_tasks.nwm.pose import accumulate, compose, relative
-from raev2_tasks.nwm.twist import exp, log
+from raev2_tasks.nwm.twist import exp, log, velocities
 from raev2_tasks.nwm.worlds import MotionRange, ToyWorld
 
 MOTION = Motion(speed_m_s=0.8, speed_std=0.4, turn_std=0.6)
@@ -310,3 +314,62 @@ def test_motion_range_names_what_is_outside():
     assert complaint == (
         "speed -0.50 m/s is outside the data (0.00 to 1.50); turn rate 115 °/s is outside the data (-57 to 57)"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_writes_numbers_and_a_picture(tmp_path, capsys):
+    plan_command(["--toy", "--goals", "6", "--seconds", "1", "2", "--success-m", "1", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "2s.json").read_text())
+    assert result["source"] == "toy world" and result["spec"]["sampler"]["kind"] == "cem"
+    numbers = {
+        method: {entry["name"]: entry["value"] for entry in entries} for method, entries in result["results"].items()
+    }
+    for metric in ("ate_m", "final_position_m", "final_yaw_deg"):
+        assert numbers["plan"][metric] < min(numbers["straight"][metric], numbers["random"][metric])
+    assert numbers["plan"]["ate_wp"] == pytest.approx(numbers["plan"]["ate_m"] / result["spacing_m"])
+    goals = result["goals"]
+    assert numbers["plan"]["ate_m"] == pytest.approx(np.mean([goal["errors"]["plan"]["ate_m"] for goal in goals]))
+    paths = [accumulate(np.array(goal["commands"])) for goal in goals]
+    again = [float(ate(path, np.array(goal["true_path"]))) for path, goal in zip(paths, goals, strict=True)]
+    assert again == pytest.approx([goal["errors"]["plan"]["ate_m"] for goal in goals])
+    for name in ("1s.png", "2s.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+            assert picture.width > 700
+    shown = capsys.readouterr().out
+    assert "6 goals 2 s ahead" in shown and "straight" in shown and "success" in shown
+
+
+def test_the_command_gives_equal_numbers_again(tmp_path):
+    for name in ("one", "two"):
+        plan_command(["--toy", "--goals", "1", "--seconds", "1", "--out", str(tmp_path / name)])
+    assert (tmp_path / "one" / "1s.json").read_bytes() == (tmp_path / "two" / "1s.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--toy", "--set", "sampler.elite=3"], "spec.sampler.elite: unknown field. Did you mean 'elites'?"),
+        (["--toy", "--set", "sampler.elites=100"], r"spec.sampler: elites \(100\) cannot exceed population \(64\)"),
+        (["--toy", "--seconds", "1.3"], "plan.step_s: does not divide the length of the plan; got 0.5 s for 1.3 s"),
+        (["--toy", "--goals", "0"], "--goals: not usable; got 0"),
+        (["--toy", "--run", "runs/x"], "--toy: needs no --run"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(SpecError, match=message):
+        plan_command(options)
+
+
+def test_velocities_of_recorded_poses():
+    t = np.arange(5) * 0.25
+    poses = np.stack([t * 2, 0 * t, 0 * t], axis=1)
+    assert velocities(t, poses, every=2) == pytest.approx(np.tile([2, 0, 0], (3, 1)))
+    arc = accumulate(np.tile(exp(np.array([0.25, 0, 0.1])), (8, 1)))
+    found = velocities(np.arange(8) * 0.25, arc)
+    assert found == pytest.approx(np.tile([1, 0, 0.4], (7, 1)))
+    assert astuple(Motion.of(found)) == pytest.approx((1, 0, 0))
+    assert MotionRange.of(found).turn_rad_s == pytest.approx((0.4, 0.4))
