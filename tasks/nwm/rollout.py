@@ -25,13 +25,13 @@ from torch import Tensor
 from raev2.batch import Cond, FrameCache
 from raev2.data import derived_seed, to_uint8
 from raev2.errors import SpecError
-from raev2.model.condition import BlockCausalFrames, FramesCondition
+from raev2.model.condition import BlockCausalFrames
 from raev2.sampler import map_rows, noise_for, sample_latents
 from raev2.spec import SamplingSpec
+from raev2_tasks.nwm.cond import model_cond
 from raev2_tasks.nwm.pose import compose, wrap
 
 RECORD_FORMAT_VERSION = 1
-PUBLISHED_TIME_SCALE = 128  # frames; what NWM and RAEv2 divide the offset by
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class RolloutSession:
 
         @torch.no_grad()
         def rows(numbers: list[int]) -> Tensor:
-            part = model_cond(self.generator, {name: value[numbers] for name, value in cond.items()})
+            part = model_cond(self.generator.condition_spec, {name: value[numbers] for name, value in cond.items()})
             if frames is not None:
                 del part["context_latents"]
                 part = self.generator.prepare_cond(part, frames)
@@ -302,18 +302,3 @@ class RolloutSession:
             np.concatenate([state.commands, command[None]]),
             (*state.seconds, seconds),
         )
-
-
-def model_cond(generator: Any, cond: Cond) -> dict[str, Tensor]:
-    """The tensors of a condition that a generator takes, in its units.
-
-    Metres, radians and seconds are what `block_causal` takes. `in_context` takes numbers as they come, so motions are
-    given in spacings over the longest offset and times in frames over 128, the scales of published models.
-    """
-    conditioner, spec = generator.conditioner, generator.condition_spec
-    cond = {name: cond[name] for name in (*conditioner.fields, *conditioner.optional_fields) if name in cond}
-    if isinstance(spec, FramesCondition) and spec.form == "in_context":
-        action, most_frames = cond["action"].clone(), spec.max_time / spec.frame_period
-        action[:, :2] /= spec.spacing * most_frames
-        cond |= {"action": action, "rel_time": cond["rel_time"] / spec.frame_period / PUBLISHED_TIME_SCALE}
-    return cond

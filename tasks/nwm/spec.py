@@ -44,6 +44,11 @@ class NavigationSpec(TaskSpec):
     def _horizons(self) -> NavigationSpec:
         if list(self.horizons_s) != sorted(set(self.horizons_s)):
             raise ValueError(f"horizons_s must ascend without repeats; got {list(self.horizons_s)}")
+        if self.horizons_s[0] > self.max_offset_s:
+            raise ValueError(
+                f"no horizon is within one jump; got horizons_s={list(self.horizons_s)} and "
+                f"max_offset_s={self.max_offset_s:g}"
+            )
         return self
 
     @property

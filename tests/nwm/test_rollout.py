@@ -11,16 +11,17 @@ import torch
 from raev2.batch import ModelOutput
 from raev2.data import derived_seed
 from raev2.errors import SpecError
-from raev2.model.condition import CondField, FramesCondition
+from raev2.model.condition import FramesCondition
 from raev2.model.generator import Generator
 from raev2.sampler import noise_for, sample_latents
 from raev2.spec import DDTSpec, FlowSpec, SamplingSpec
+from raev2_tasks.nwm.cond import model_cond
 from raev2_tasks.nwm.pose import accumulate, compose, relative, steps, wrap
-from raev2_tasks.nwm.rollout import History, RolloutSession, model_cond
+from raev2_tasks.nwm.rollout import History, RolloutSession
 
 SHAPE = (4, 2, 2)
-FIELDS = {"context_latents": CondField((3, *SHAPE)), "action": CondField((3,)), "rel_time": CondField((1,))}
-OPTIONAL = {"context_age": CondField((3,)), "context_valid": CondField((3,)), "has_action": CondField(())}
+FIELDS = {"context_latents", "action", "rel_time"}
+OPTIONAL = {"context_age", "context_valid", "context_id", "has_action"}
 
 
 class Counter:
@@ -28,10 +29,10 @@ class Counter:
 
     flow, time_shift, latent_shape, has_base_head = FlowSpec(), 1.0, SHAPE, False
     device = torch.device("cpu")
-    condition_spec = SimpleNamespace(max_time=2.0)
 
-    def __init__(self, optional_fields=OPTIONAL) -> None:
-        self.conditioner = SimpleNamespace(fields=FIELDS, optional_fields=optional_fields)
+    def __init__(self, form="block_causal") -> None:
+        self.condition_spec = FramesCondition(num_frames=3, max_time=2.0, form=form)
+        self.conditioner = SimpleNamespace(optional_fields={"has_action": None} if form == "block_causal" else {})
         self.seen = []
 
     def prepare_cond(self, cond):
@@ -95,15 +96,15 @@ def test_the_model_gets_the_command_in_its_units():
     rollout = session(generator=generator)
     rollout.step((0.5, -0.25, 3 * np.pi), 0.75)
     cond = generator.seen[0]
-    assert cond.keys() == FIELDS.keys() | OPTIONAL.keys()
+    assert cond.keys() == FIELDS | OPTIONAL
     assert torch.allclose(cond["action"], torch.tensor([[0.5, -0.25, -np.pi]]).float()), "turns are wrapped"
     assert cond["rel_time"].tolist() == [[0.75]] and cond["has_action"].tolist() == [True]
 
 
 def test_a_model_without_ages_gets_only_what_it_knows():
-    generator = Counter({})
+    generator = Counter("in_context")
     session(generator=generator).step((1, 0, 0), 0.5)
-    assert generator.seen[0].keys() == FIELDS.keys()
+    assert generator.seen[0].keys() == FIELDS
 
 
 def test_a_rollout_depends_on_neither_its_neighbours_nor_their_number():
@@ -174,7 +175,7 @@ def test_wrong_calls_are_refused():
     with pytest.raises(SpecError, match=r"rollout.command: not finite"):
         session().step((0, float("nan"), 0), 0.25)
     with pytest.raises(SpecError, match="cannot do without a command"):
-        session(generator=Counter({}), use_action=False)
+        session(generator=Counter("in_context"), use_action=False)
 
 
 def test_a_blind_model_is_not_told_the_command():
@@ -238,7 +239,7 @@ def test_in_context_models_get_published_units():
         "rel_time": torch.tensor([[1.0]]),
         "context_latents": torch.zeros(1),
     }
-    found = model_cond(generator, cond)
+    found = model_cond(generator.condition_spec, cond)
     assert found["action"].tolist() == [[1.0, -0.5, 0.5]] and found["rel_time"].tolist() == [[4 / 128]]
     assert cond["action"][0, 0] == 4, "the caller's tensors stay"
     assert RolloutSession(generator, None, SamplingSpec(steps=2), past(2)).run([(1, 0, 0)], 1.0).shape == (2, 1, *SHAPE)
