@@ -11,24 +11,29 @@ from PIL import Image
 from .foreground import Component, components
 from .palette import TURQUOISES
 from .scene import SIZE_PX
-from .sprites import tinted
+from .sprites import size_of, tinted
 
 CELLS = 32  # side of a template
+BLURRED_PX = 80
 MIN_VARIANCE = 15.0  # of L, per unit of mask
 
 
 class SpriteTemplates:
-    """Templates of the emojis ``codes``, all made by the pipeline that also cuts components from a picture."""
+    """Templates of the emojis ``codes``: each sharp, and as it looks small in a picture that was 64 px.
+
+    Both are made by the pipeline that also cuts components from a picture.
+    """
 
     def __init__(self, codes: Sequence[str]) -> None:
-        views = [_view(_alone(code)) for code in codes]
+        self.num_codes = len(codes)
+        views = [_view(_alone(code, blurred)) for blurred in (False, True) for code in codes]
         self.mask = np.stack([view[0] for view in views])  # (K, P)
         self.lab = np.stack([view[1] for view in views])  # (K, P, 3)
         self.aspect = np.array([view[2] for view in views])  # (K,)
         self.light = np.stack([view[3] for view in views])  # (K, P)
 
     def class_scores(self, component: Component, by_form: bool) -> NDArray[np.float64]:
-        """Likeness of a component to each template (K,), at most 1.
+        """Likeness of a component to each emoji, at most 1: that of its better template.
 
         by_form  leave colour out, for pictures that may be tinted
         """
@@ -39,11 +44,14 @@ class SpriteTemplates:
         shape = np.exp(-np.abs(self.aspect - aspect) / 0.25)
         correlation = self._correlation(low, light)
         if by_form:
-            return 0.5 * iou + 0.3 * correlation + 0.2 * shape
+            return self._better(0.5 * iou + 0.3 * correlation + 0.2 * shape)
         difference = self.lab - lab
         distance = np.sqrt(np.einsum("kpc,kpc->kp", difference, difference))
         colour = np.exp(-(low * distance).sum(axis=1) / np.maximum(shared, 1e-6) / 25)
-        return 0.40 * iou + 0.20 * correlation + 0.15 * shape + 0.25 * colour
+        return self._better(0.40 * iou + 0.20 * correlation + 0.15 * shape + 0.25 * colour)
+
+    def _better(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        return scores.reshape(2, self.num_codes).max(axis=0)
 
     def _correlation(self, weight: NDArray[np.float32], light: NDArray[np.float32]) -> NDArray[np.float64]:
         """Correlation of brightness under the common mask (K, P); flat pictures count as nearly uncorrelated."""
@@ -75,10 +83,12 @@ def _view(
     return mask, planes, float(np.log(width / height)), np.ascontiguousarray(planes[:, 0])
 
 
-def _alone(code: str) -> Component:
-    """The emoji at twice its size, cut from a picture of its own."""
+def _alone(code: str, blurred: bool) -> Component:
+    """The emoji at twice its size, cut from a picture of its own; ``blurred``: 80 px wide or high, seen at 64 px."""
     canvas = Image.new("RGB", (SIZE_PX, SIZE_PX), TURQUOISES["turquoise"])
-    picture = tinted(code, None)
-    picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC)
+    size = size_of(code, BLURRED_PX) if blurred else tuple(2 * side for side in tinted(code, None).size)
+    picture = tinted(code, None).resize(size, Image.Resampling.BICUBIC)
     canvas.paste(picture, ((SIZE_PX - picture.width) // 2, (SIZE_PX - picture.height) // 2), picture)
+    if blurred:
+        canvas = canvas.reduce(4).resize(canvas.size, Image.Resampling.BICUBIC)
     return max(components(np.asarray(canvas)), key=lambda component: component.mask.sum())
