@@ -43,7 +43,7 @@ SHARDS_PER_GROUP = 16  # what is permuted together
 MIN_SIDE = 0.9  # an image whose short side is less than this share of the wanted size is not enlarged but skipped
 RETRY_AFTER_S = (0.5, 2.0, 8.0)
 MAX_OPEN_FILES = 64
-BAD_KINDS = ("bad_tar", "bad_image", "bad_geometry", "bad_caption", "io_error", "converted")
+BAD_KINDS = ("bad_tar", "dotted_key", "bad_image", "bad_geometry", "bad_caption", "io_error", "converted")
 WINDOW, MIN_WINDOW = 10_000, 1_000  # samples over which the share of unusable ones is taken
 REPORT_EVERY_S = 60.0
 MAX_WORKERS = 64  # rows of the shared counters
@@ -52,14 +52,15 @@ MAX_WORKERS = 64  # rows of the shared counters
 class TextImageDataset(ImageDataset):
     """One split of a source or collection of image-text shards.
 
-    weights       share of each source in a batch, by name; 0 leaves a source out. None: by size
-    batch_size    global batch of the training, in which the shares are exact
-    caption_mix   which caption a training step sees: weights by kind, or a whole `CaptionRule`. None: the default
-                  caption, which is also what evaluation sees
-    tokenize      captions -> tensors with the batch as leading axis, right-padded to the longest; None: no conditions
-    cache         keep decoded images in memory
-    max_bad_share training ends with an error when more of the last 10,000 samples of a worker are unusable, or more
-                  than half of a shard
+    weights        share of each source in a batch, by name; 0 leaves a source out. None: by size
+    batch_size     global batch of the training, in which the shares are exact
+    caption_mix    which caption a training step sees: weights by kind, or a whole `CaptionRule`. None: the default
+                   caption, which is also what evaluation sees
+    tokenize       captions -> tensors with the batch as leading axis, right-padded to the longest; None: no conditions
+    seed           of the choice of captions; the order has the seed that the training passes
+    cache          keep decoded images in memory
+    max_bad_share  training ends with an error when more of the last 10,000 samples of a worker are unusable, or more
+                   than half of a shard
     """
 
     def __init__(
@@ -102,10 +103,8 @@ class TextImageDataset(ImageDataset):
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         source, position = self._locate(index)
-        data, row = source.read(position, "image"), source.row(position)
         where = f"data {source.where(position)}"
-        check_geometry(where, int(row["width_px"]), int(row["height_px"]), self.image_size)
-        pixels, converted = decode_image(data, self.image_size, where)
+        pixels, converted = decode_image(source.read(position, "image"), self.image_size, where)
         if converted:
             self.bad.count("converted")
         if self._cache is not None:
@@ -162,7 +161,7 @@ class TextImageDataset(ImageDataset):
         index = self.stream_index(seed, number, skip)
         try:
             image = self.image(index)
-            draws = uniforms(4, "caption", seed, number)
+            draws = uniforms(4, "caption", self.seed, number)
             caption = self.rule.choose(self.captions(index), draws, f"data {self.dir}: {self.key_name(index)}")
         except BadSample as error:
             source, position = self._locate(index)
@@ -411,10 +410,12 @@ class BadSamples:
 def decode_image(data: bytes, size: tuple[int, int], where: str) -> tuple[Tensor, bool]:
     """An image file as uint8 (3, H_px, W_px), resized and cropped to `size`; and whether it had to be made RGB.
 
-    A damaged or truncated file is a BadSample; there is no switch to take what can be read of it.
+    BadSample for a damaged or truncated file (there is no switch to take what can be read of it), and for an image
+    that is much smaller than `size` (height, width) or too long.
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
+            _check_geometry(where, *opened.size, size)
             opened.load()
             plain = is_plain_rgb(opened)
             image = centre_crop(opened.copy() if plain else to_rgb(opened), size)
@@ -423,8 +424,7 @@ def decode_image(data: bytes, size: tuple[int, int], where: str) -> tuple[Tensor
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), not plain
 
 
-def check_geometry(where: str, width: int, height: int, size: tuple[int, int]) -> None:
-    """BadSample for an image that is much smaller than `size` (height, width), or much longer than wide."""
+def _check_geometry(where: str, width: int, height: int, size: tuple[int, int]) -> None:
     if height < MIN_SIDE * size[0] or width < MIN_SIDE * size[1]:
         raise BadSample(
             "bad_geometry", where, "image too small", got=f"{width} x {height} px",
