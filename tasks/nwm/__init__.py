@@ -1,1 +1,5 @@
-"""Navigation world model: trajectories, action-conditioned frames, rollouts, planning."""
+"""Navigation world model."""
+
+from raev2_tasks.nwm.task import NavigationWorldModel
+
+TASK = NavigationWorldModel()

@@ -151,8 +151,9 @@ def raev2_dinov3l(layers: tuple[int, ...], label: str, summary: str) -> RunSpec:
         recipe=f"raev2-dinov3l-{label}",
         summary=summary,
         task=NavigationSpec(
-            max_offset_s=2.0, targets_per_context=1, fit="crop", condition_form="in_context", frame_positions=False,
-            action_drop_prob=0.0, horizons_s=(1.0, 2.0, 4.0, 8.0, 16.0), num_rollouts=150,
+            max_offset_s=2.0, offset_distribution="uniform", targets_per_context=1, context_drop_prob=0.0, fit="crop",
+            condition_form="in_context", frame_positions=False, action_drop_prob=0.0,
+            horizons_s=(1.0, 2.0, 4.0, 8.0, 16.0), num_rollouts=150,
         ),
         data=recon_data(),
         tokenizer=TokenizerSpec(

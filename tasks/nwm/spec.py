@@ -20,8 +20,14 @@ class NavigationSpec(TaskSpec):
     max_offset_s: float = Field(
         4.0, gt=0, description="targets lie up to so many seconds from now; nothing further is sampled or evaluated"
     )
+    offset_distribution: Literal["uniform", "log-uniform", "mixture"] = Field(
+        "mixture", description="of targets in time; mixture: half within 8 frames, half anywhere in the range"
+    )
     past_targets: bool = Field(False, description="train on targets before now too")
     targets_per_context: int = Field(4, ge=1, description="targets in a row of the batch that share their context")
+    context_drop_prob: float = Field(
+        0.1, ge=0, le=1, description="share of training contexts that lose their oldest frames"
+    )
     fit: Fit = Field("squeeze", description="how a camera frame becomes an image of the model's size")
 
     # How it is told.
