@@ -213,6 +213,24 @@ def bench(options: Namespace) -> int:
     return OK
 
 
+def import_(options: Namespace) -> int:
+    """`raev2 import`."""
+    from raev2.convert_actions import import_weights
+
+    _refuse_existing(Path(options.out), options.overwrite)
+    _print_table(("what", "value"), import_weights(options))
+    return OK
+
+
+def export(options: Namespace) -> int:
+    """`raev2 export`."""
+    from raev2.convert_actions import export_weights
+
+    _refuse_existing(Path(options.out), options.overwrite)
+    _print_table(("what", "where"), export_weights(options))
+    return OK
+
+
 def doctor(options: Namespace) -> int:
     """`raev2 doctor`."""
     import torch
@@ -249,7 +267,7 @@ def doctor(options: Namespace) -> int:
 COMMANDS = {
     "train": train, "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report, "show": show,
     "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents, "bench": bench,
-    "doctor": doctor,
+    "import": import_, "export": export, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "bench", "doctor",
+    "import", "export", "bench", "doctor",
 )  # fmt: skip
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
@@ -103,6 +103,26 @@ def parser() -> argparse.ArgumentParser:
     bench = command("bench", "benchmark tables with the machine's description")
     bench.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     bench.add_argument("--json", metavar="FILE", help="also write the numbers here")
+
+    import_ = command("import", "weights of RAE, RAEv2 or diffusers -> artefact folder")
+    import_.add_argument(
+        "src", metavar="SRC", help="checkpoint or decoder file (.pt, .safetensors), or diffusers folder"
+    )
+    import_.add_argument("--out", required=True, metavar="DIR", help="artefact folder to write")
+    import_.add_argument("--config", metavar="FILE", help="configuration that belongs to the weights, YAML or JSON")
+    import_.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE",
+                         help="entry of that configuration; encoder.FIELD for the encoder")  # fmt: skip
+    import_.add_argument("--encoder", metavar="NAME", help="encoder of a decoder: our name, RAEv2's name, or a folder")
+    import_.add_argument("--encoder-dir", metavar="DIR", help="local folder with the weights of that encoder")
+    import_.add_argument("--stats", metavar="FILE", help="latent statistics that belong to a decoder")
+    import_.add_argument("--from", dest="origin", choices=("rae", "raev2"), help="who trained a decoder")
+    import_.add_argument("--overwrite", action="store_true", help="replace an artefact folder")
+
+    export = command("export", "weights of a run in the layout of RAEv2 or diffusers, or ready for the hub")
+    export.add_argument("--run", required=True, metavar="DIR", help="run folder, tokenizer or generator folder")
+    export.add_argument("--format", required=True, choices=("reference", "diffusers", "hub"))
+    export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument("--overwrite", action="store_true")
 
     command("doctor", "environment, devices, optional parts, reachable and missing assets")
     return root

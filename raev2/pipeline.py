@@ -156,7 +156,7 @@ def open_trained(run_dir: str | Path) -> TrainedRun:
     spec = load_spec(run_dir / "spec.yaml")
     run = Run(run_dir, spec, make_accelerator(spec.precision))
     task = get_task(spec.task.name)
-    rae = load_tokenizer(_tokenizer_of(run_dir, spec)).to(run.device)
+    rae = load_tokenizer(tokenizer_of(run_dir, spec)).to(run.device)
     generator = None
     if (run_dir / GENERATOR / "config.json").is_file():
         generator = load_generator(run_dir / GENERATOR).to(run.device)
@@ -424,10 +424,10 @@ def _load_tokenizer(source: str) -> Tokenizer:
     """The tokenizer of a run folder, an artefact folder or a hub repository."""
     if not (Path(source) / "spec.yaml").is_file():
         return load_tokenizer(source)
-    return load_tokenizer(_tokenizer_of(Path(source), load_spec(Path(source) / "spec.yaml")))
+    return load_tokenizer(tokenizer_of(Path(source), load_spec(Path(source) / "spec.yaml")))
 
 
-def _tokenizer_of(run_dir: Path, spec: RunSpec) -> str | Path:
+def tokenizer_of(run_dir: Path, spec: RunSpec) -> str | Path:
     """Where the tokenizer of a run is; CheckpointError while there is none."""
     if spec.tokenizer_from is None and not (run_dir / TOKENIZER / "config.json").is_file():
         raise CheckpointError(

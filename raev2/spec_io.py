@@ -99,18 +99,19 @@ def spec_differences(old: RunSpec, new: RunSpec) -> list[str]:
 
 def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:
     """Apply `path.to.field=value` settings; values are YAML. Setting a `kind` starts that choice from its defaults."""
-    return spec_from_dict(_override(spec_to_dict(spec), overrides))
+    return spec_from_dict(override_values(spec_to_dict(spec), overrides))
 
 
 def override_spec(spec: AnySpec, overrides: Sequence[str]) -> AnySpec:
     """`apply_overrides` for a spec that is not a whole run, such as the settings of a command."""
     try:
-        return type(spec).model_validate(_override(spec.model_dump(mode="json"), overrides))
+        return type(spec).model_validate(override_values(spec.model_dump(mode="json"), overrides))
     except ValidationError as error:
         raise _spec_error(error, type(spec), ()) from None
 
 
-def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `path.to.field=value` settings to a nested mapping in place; nothing is validated."""
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path:

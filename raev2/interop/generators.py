@@ -49,7 +49,10 @@ def convert_generator(
     config = _complete(infer_config(tensors), config or {})
     spec, condition = _network_spec(config, is_v1), _condition_spec(config, is_v1, tensors)
     latent_shape = (int(config["in_channels"]), int(config["input_size"]), int(config["input_size"]))
-    flow = FlowSpec(prediction=config.get("prediction", "velocity" if is_v1 else "x"))
+    prediction = config.get("prediction", "velocity" if is_v1 else "x")
+    if prediction not in ("x", "velocity"):
+        raise CheckpointError("reference config", "unknown prediction", got=prediction, expected="x or velocity")
+    flow = FlowSpec(prediction=prediction)
     with init_empty_weights(include_buffers=False):
         generator = Generator(spec, condition, flow, latent_shape)
 
@@ -125,13 +128,14 @@ def generator_config(generator: Generator) -> dict[str, Any]:
         config |= {"condition_type": "label", "num_classes": condition.num_classes}
     elif isinstance(condition, TextCondition):
         config |= {"condition_type": "text", "context_dim": condition.dim}
-    elif isinstance(condition, FramesCondition):
+    elif isinstance(condition, FramesCondition) and condition.form == "in_context":
         config |= {"condition_type": "nwm"}
         cond_arch |= {"n_action_tokens": condition.num_action_tokens}
     else:
         raise CheckpointError(
-            "reference config", "has no place for this condition", got=condition.kind, expected="label, text or frames"
-        )
+            "reference config", "has no place for this condition", got=condition.kind,
+            expected="label, text, or frames with form=in_context",
+        )  # fmt: skip
     if is_v1:
         del config["condition_type"]
         return config | {"use_qknorm": spec.qk_norm, "use_pos_embed": spec.abs_pos_embed}

@@ -31,7 +31,7 @@ ORDER = """
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
     train_tokenizer train_generator bench chart report pipeline
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
-    actions cli __main__
+    interop.encoders interop.autoencoders interop.files convert_actions actions cli __main__
 """.split()  # noqa: SIM905
 
 

@@ -1,0 +1,290 @@
+"""Whole tokenizers of diffusers (`AutoencoderRAE`) in and out.
+
+They differ from ours in four ways, all of them exact: the encoder lies in the same file, the decoder predicts
+normalised pixels (folded into our last layer), latents are divided by std + 1e-5 instead of sqrt(var + 1e-5), and
+attention has other names. diffusers builds three kinds of encoder, without the gain and bias of the last norm, and
+computes the positions of the decoder anew, for a grid of 16 x 16 whatever the grid is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raev2.errors import CheckpointError, SpecError
+from raev2.interop.convert import some
+from raev2.interop.decoders import decoder_spec, export_decoder, import_decoder
+from raev2.interop.generators import nearest_multiples
+from raev2.positions import sincos_2d
+from raev2.spec import EncoderSpec, TokenizerSpec
+from raev2.tokenizer.encoder_table import RGB_MEAN, RGB_STD
+from raev2.tokenizer.encoders import TransformersTrunk, build_encoder
+from raev2.tokenizer.latent_stats import EPS, LatentStats
+from raev2.tokenizer.rae import RAE
+
+HEAD_DIM = 64  # of every encoder there
+STD_EPS = 1e-5
+DECODER_NAMES = {
+    ".attention.to_q.": ".attention.attention.query.",
+    ".attention.to_k.": ".attention.attention.key.",
+    ".attention.to_v.": ".attention.attention.value.",
+    ".attention.to_out.0.": ".attention.output.dense.",
+}
+# Kind -> model type of transformers, pixels that the positions are made for, further settings of diffusers.
+ENCODER_KINDS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "dinov2": ("dinov2_with_registers", 518, {}),
+    "siglip2": ("siglip_vision_model", 256, {}),
+    "mae": ("vit_mae", 224, {"mask_ratio": 0.0}),
+}
+# (kind, width, blocks, patch) -> the hub repository that such an encoder is from.
+KNOWN_ENCODERS = {
+    ("dinov2", 384, 12, 14): "facebook/dinov2-with-registers-small",
+    ("dinov2", 768, 12, 14): "facebook/dinov2-with-registers-base",
+    ("dinov2", 1024, 24, 14): "facebook/dinov2-with-registers-large",
+    ("siglip2", 768, 12, 16): "google/siglip2-base-patch16-256",
+    ("mae", 768, 12, 16): "facebook/vit-mae-base",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+
+
+def import_autoencoder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], encoder_dir: Path) -> RAE:
+    """A tokenizer from the state dict and config.json of an AutoencoderRAE.
+
+    encoder_dir   new folder for the encoder, in the format of transformers; artefacts of the tokenizer contain it
+
+    Raises CheckpointError for a partial or inconsistent folder.
+    """
+    config = {**DEFAULTS, **config}
+    if config["encoder_type"] not in ENCODER_KINDS or config["num_channels"] != 3:
+        raise CheckpointError(
+            "AutoencoderRAE", "not supported", got=f"{config['encoder_type']}, {config['num_channels']} channels",
+            expected=f"encoder_type {', '.join(ENCODER_KINDS)}, 3 channels",
+        )  # fmt: skip
+    size, patch = config["encoder_input_size"], config["encoder_patch_size"]
+    if size % patch:
+        raise CheckpointError(
+            "AutoencoderRAE", "encoder_input_size is not a multiple of the encoder's patch size", got=size,
+            expected=" or ".join(map(str, nearest_multiples(size, patch))),
+        )  # fmt: skip
+    side = size // patch
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "": {}}
+    for name, value in tensors.items():
+        part, dot, rest = name.partition(".")
+        parts[part if dot and part in parts else ""][rest if dot and part in parts else name] = value
+    others = sorted(parts[""].keys() - {"encoder_mean", "encoder_std", "_latents_mean", "_latents_std"})
+    if not parts["encoder"] or not parts["decoder"] or others:
+        raise CheckpointError(
+            "AutoencoderRAE", "the weights are not those of a whole autoencoder",
+            got=f"{len(parts['encoder'])} of the encoder, {len(parts['decoder'])} of the decoder, unexpected "
+            f"{some(others)}",
+        )  # fmt: skip
+
+    mean = _pixel_values(parts[""].get("encoder_mean"), config["encoder_norm_mean"] or RGB_MEAN)
+    std = _pixel_values(parts[""].get("encoder_std"), config["encoder_norm_std"] or RGB_STD)
+    _write_encoder(encoder_dir, config, parts["encoder"], mean, std)
+    decoder_weights = {_rename(name, DECODER_NAMES): value for name, value in parts["decoder"].items()}
+    width = config["decoder_hidden_size"]
+    decoder_weights.setdefault("decoder_pos_embed", positions(width, side))
+    decoder_config = {"heads": config["decoder_num_attention_heads"], "grid": (side, side)}
+
+    key = (config["encoder_type"], config["encoder_hidden_size"], config["encoder_num_hidden_layers"], patch)
+    name = f"hf:{KNOWN_ENCODERS.get(key, config['encoder_type'])}"
+    encoder_spec = EncoderSpec(name=name, norm="plain", antialias=False)
+    spec, _, grid = decoder_spec(decoder_weights, decoder_config)
+    tokenizer = TokenizerSpec(encoder=encoder_spec, decoder=spec, grid=grid, noise_tau=config["noise_tau"])
+    encoder = build_encoder(encoder_spec, grid, source=encoder_dir)
+    with init_empty_weights(include_buffers=False):
+        rae = RAE(tokenizer, encoder)
+    rae.encoder_dir = encoder_dir
+    rae.decoder = import_decoder(decoder_weights, decoder_config, mean, std)
+    rae.set_stats(_import_stats(parts[""], config, rae))
+    return rae.eval()
+
+
+DEFAULTS: dict[str, Any] = {  # of diffusers
+    "encoder_type": "dinov2", "encoder_hidden_size": 768, "encoder_patch_size": 14, "encoder_num_hidden_layers": 12,
+    "decoder_hidden_size": 512, "decoder_num_hidden_layers": 8, "decoder_num_attention_heads": 16,
+    "decoder_intermediate_size": 2048, "patch_size": 16, "encoder_input_size": 224, "num_channels": 3,
+    "encoder_norm_mean": None, "encoder_norm_std": None, "latents_mean": None, "latents_std": None, "noise_tau": 0.0,
+    "scaling_factor": 1.0,
+}  # fmt: skip
+
+
+def positions(width: int, side: int) -> Tensor:
+    """The decoder positions (1, 1 + side * side, width) that diffusers computes."""
+    return torch.cat([torch.zeros(1, width), sincos_2d(width, side, side, scale=16 / side)])[None]
+
+
+def _write_encoder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], mean: list[float], std: list[float]
+) -> None:
+    """The encoder as a folder of transformers. The last norm has no gain and bias there; ours ignores them."""
+    import transformers
+
+    model_type, image_size, settings = ENCODER_KINDS[config["encoder_type"]]
+    width = config["encoder_hidden_size"]
+    encoder_config = transformers.AutoConfig.for_model(
+        model_type, hidden_size=width, patch_size=config["encoder_patch_size"], image_size=image_size,
+        num_attention_heads=width // HEAD_DIM, num_hidden_layers=config["encoder_num_hidden_layers"], **settings,
+    )  # fmt: skip
+    norm = "post_layernorm" if config["encoder_type"] == "siglip2" else "layernorm"
+    norm = f"vision_model.{norm}" if any(name.startswith("vision_model.") for name in tensors) else norm
+    folder.mkdir(parents=True)
+    encoder_config.save_pretrained(folder)
+    values = {f"{norm}.weight": torch.ones(width), f"{norm}.bias": torch.zeros(width)}
+    save_file(values | {name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}, indent=2))
+
+    # Loading fills what is missing with random values, and says so only in its report.
+    _, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        raise CheckpointError(
+            "AutoencoderRAE", "the encoder weights do not fit the config",
+            got=f"missing {some(missing)}; unexpected {some(unexpected)}", expected=f"{model_type} of transformers",
+        )  # fmt: skip
+
+
+def _import_stats(tensors: Mapping[str, Tensor], config: Mapping[str, Any], rae: RAE) -> LatentStats:
+    """(z - mean) / (std + 1e-5) * scale as (z - mean) / sqrt(var + 1e-5)."""
+    mean = tensors.get("_latents_mean", torch.zeros(1)).double()
+    std = tensors.get("_latents_std", torch.ones(1)).double()
+    var = ((std + STD_EPS) / config["scaling_factor"]).square() - EPS
+    shape = rae.latent_shape
+    mean, var = (value[0] if value.ndim == 4 else value for value in (mean, var))
+    try:
+        mean, var = mean.expand(shape).float(), var.expand(shape).float()
+    except RuntimeError as error:
+        raise CheckpointError(
+            "latent statistics", "wrong shape", got=f"{tuple(mean.shape)} and {tuple(var.shape)}", expected=str(shape)
+        ) from error
+    if not mean.isfinite().all() or not var.isfinite().all() or (var < 0).any():
+        raise CheckpointError(
+            "latent statistics", "not finite, or standard deviations too small for (x - mean) / sqrt(var + 1e-5)",
+            got=f"smallest {std.min().item():g}", expected="at least 0.0032",
+        )  # fmt: skip
+    return LatentStats(mean, var, 0, rae.encoder.fingerprint(), "imported from diffusers")
+
+
+def _pixel_values(stored: Tensor | None, configured: Any) -> list[float]:
+    """Three numbers; those of the config where they are those of the weights up to rounding."""
+    values = [float(value) for value in configured]
+    if stored is None or torch.allclose(
+        stored.flatten().double(), torch.tensor(values, dtype=torch.float64), atol=1e-6
+    ):
+        return values
+    return stored.flatten().tolist()
+
+
+def _rename(name: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        name = name.replace(old, new)
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+def export_autoencoder(rae: RAE) -> Any:
+    """The tokenizer as an `AutoencoderRAE`; its `save_pretrained` writes the folder of diffusers.
+
+    The outputs are the same up to rounding, for images of the encoder's input size; other images are resized there,
+    without antialiasing. Raises CheckpointError for a tokenizer that diffusers cannot express.
+    """
+    try:
+        from diffusers import AutoencoderRAE
+    except ImportError as error:
+        raise SpecError(
+            "--format diffusers", "needs diffusers", got="not installed", hint="Run pip install 'raev2[diffusers]'."
+        ) from error
+    kind, model = _encoder_kind(rae)
+    side = rae.spec.grid[0]
+    decoder, stats, info = rae.spec.decoder, rae.latent_stats, rae.encoder.info
+    difference = (rae.decoder.pos_embed - positions(decoder.width, side).to(rae.decoder.pos_embed)).abs().max().item()
+    if difference > 1e-5:
+        raise _not_possible(
+            f"its decoder has other positions than diffusers computes (largest difference {difference:.2g})",
+            "fixed sine-cosine positions of a 16 x 16 grid",
+        )
+    config: dict[str, Any] = {
+        "encoder_type": kind, "encoder_hidden_size": rae.encoder.width, "encoder_patch_size": rae.encoder.patch_size,
+        "encoder_num_hidden_layers": rae.encoder.depth, "decoder_hidden_size": decoder.width,
+        "decoder_num_hidden_layers": decoder.depth, "decoder_num_attention_heads": decoder.num_heads,
+        "decoder_intermediate_size": decoder.mlp_dim, "patch_size": decoder.patch_size,
+        "encoder_input_size": rae.encoder.input_size[0], "encoder_norm_mean": list(info.mean),
+        "encoder_norm_std": list(info.std),
+    }  # fmt: skip
+    if stats is not None:
+        std = (stats.var.double() + EPS).sqrt() - STD_EPS
+        config |= {"latents_mean": stats.mean.cpu(), "latents_std": std.float().cpu()}
+    try:
+        autoencoder: Any = AutoencoderRAE(**config)
+    except Exception as error:  # what diffusers raises where it does not fit the installed transformers
+        import diffusers
+        import transformers
+
+        raise CheckpointError(
+            "--format diffusers", f"diffusers {diffusers.__version__} cannot build this with transformers "
+            f"{transformers.__version__}", got=f"{type(error).__name__}: {error}",
+        ) from error  # fmt: skip
+
+    names = {new: old for old, new in DECODER_NAMES.items()}
+    weights = export_decoder(rae.decoder, info.mean, info.std)
+    tensors = {f"decoder.{_rename(name, names)}": value for name, value in weights.items()}
+    del tensors["decoder.decoder_pos_embed"]
+    tensors |= {
+        f"encoder.{name}": value
+        for name, value in model.state_dict().items()
+        if name.removeprefix("vision_model.").partition(".")[0] not in ("layernorm", "post_layernorm", "head")
+    }
+    own = {
+        name: value for name, value in autoencoder.state_dict().items() if not name.startswith(("encoder.", "decoder."))
+    }
+    expected = {name: tuple(value.shape) for name, value in autoencoder.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in (tensors | own).items()}
+    if expected != found:
+        different = sorted({name for name, _ in expected.items() ^ found.items()})
+        raise _not_possible(f"{some(different)} are not what diffusers builds", "one of its encoders")
+    autoencoder.load_state_dict(tensors | own)
+    return autoencoder.eval()
+
+
+def _encoder_kind(rae: RAE) -> tuple[str, Any]:
+    """Kind and network of an encoder that diffusers can build; CheckpointError for any other."""
+    encoder, spec = rae.encoder, rae.spec
+    if not isinstance(encoder.trunk, TransformersTrunk):
+        raise _not_possible(
+            f"its encoder {encoder.info.name} is built by {encoder.info.route}",
+            "an encoder built by transformers: 'hf:ID' or a folder of it",
+        )
+    model: Any = encoder.trunk.model
+    model_type = model.config.model_type
+    kinds = {type_: kind for kind, (type_, _, _) in ENCODER_KINDS.items()}
+    if model_type not in kinds:
+        raise _not_possible(f"its encoder is a {model_type}", f"one of {', '.join(kinds)}")
+    if encoder.layers != (encoder.depth - 1,) or spec.encoder.pooled_term or encoder.norm != "plain":
+        raise _not_possible(
+            f"its latents are layers {list(encoder.layers)} with norm {encoder.norm}", "the last layer, norm plain"
+        )
+    if spec.grid[0] != spec.grid[1] or math.prod(spec.grid) < 1:
+        raise _not_possible(f"its grid is {spec.grid[0]} x {spec.grid[1]}", "a square grid")
+    return kinds[model_type], model
+
+
+def _not_possible(reason: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        "--format diffusers", "AutoencoderRAE cannot express this tokenizer", got=reason, expected=expected,
+        hint="Export it with --format hub or reference.",
+    )  # fmt: skip
