@@ -209,7 +209,7 @@ class TrajectoryDataset(ImageDataset):
         }
 
     def commands(self, trajectory: int | str, t: int, num_steps: int, stride: int = 1) -> Array:
-        """Recorded motions (num_steps, 3) from frame `t` on, `stride` frames each, every one seen from its own start."""
+        """Recorded motions (num_steps, 3) from frame `t` on, `stride` frames each, each seen from its own start."""
         number = self.trajectory_number(trajectory)
         self.frame_index(number, t)
         self.frame_index(number, t + num_steps * stride)

@@ -18,7 +18,8 @@ TELEPORT = 5.0  # times the median displacement of a frame
 STATIONARY = 0.05  # times the spacing
 HEADING_MIN = 0.5  # times the spacing: frames that move less say nothing about the heading
 JITTER = 0.2  # relative deviation of a frame period
-BLACK = 8.0  # mean 8-bit level
+BLACK = 8.0  # mean 8-bit level below which a frame is called black
+FROZEN, BLACK_SHARE = 0.01, 0.001  # shares of the frames that are worth a line
 
 
 class Motion(Protocol):
@@ -133,9 +134,9 @@ def warnings(trajectories: Sequence[Motion], splits: Sequence[str], spacing_m: f
 def frame_warnings(num_frozen: int, num_black: int, num_frames: int) -> list[str]:
     """Lines about identical consecutive frames of a moving camera, and near-black frames."""
     lines = []
-    if num_frozen:
+    if num_frozen > FROZEN * num_frames:
         lines.append(f"{num_frozen} of {num_frames} frames equal the one before although the pose changed (frozen)")
-    if num_black:
+    if num_black > BLACK_SHARE * num_frames:
         lines.append(f"{num_black} of {num_frames} frames are nearly black")
     return lines
 
