@@ -173,8 +173,13 @@ class MazeWorld:
         exits = self.maze.neighbours(cell)
         ahead = exits[rng.integers(len(exits))]
         yaw = math.atan2(ahead[1] - cell[1], ahead[0] - cell[0])
-        self._pose, self._before = np.array([*self.maze.centre(cell) / UNITS_PER_M, yaw]), []
-        return self.look(self._pose)
+        return self.place([*self.maze.centre(cell) / UNITS_PER_M, yaw])
+
+    def place(self, pose: ArrayLike) -> NDArray[np.uint8]:
+        """Start at a pose in metres and radians; (H, W, 3) uint8. DataError inside a wall."""
+        picture = self.look(pose)
+        self._pose, self._before = np.array(pose, np.float64), []
+        return picture
 
     def step(self, command: ArrayLike, seconds: float = 0.25) -> NDArray[np.uint8]:
         """Move by `command` (dx, dy, dyaw) and look; how long it takes makes no difference."""
