@@ -18,13 +18,13 @@ from raev2_tasks.nwm.pose import relative
 
 
 class Places:
-    """At most `num` frames of a split, evenly spread, each with a full context before it and `horizon_s` after it.
+    """Frames of a split with a full context before them and `horizon_s` after them; at most `num`, evenly spread.
 
+    moments    (number of the trajectory, frame in it) of each place
     period_s   seconds between two frames
-    identity   what the list is, with a hash of it
     """
 
-    def __init__(self, dataset: TrajectoryDataset, num: int, horizon_s: float) -> None:
+    def __init__(self, dataset: TrajectoryDataset, num: int | None = None, horizon_s: float = 0.0) -> None:
         self.dataset, self.period_s = dataset, 1 / dataset.rate_hz
         ahead = self.frames(horizon_s)
         self.moments = [
@@ -36,14 +36,19 @@ class Places:
             raise DataError(
                 f"data {dataset.dir}", f"no trajectory of '{dataset.split}' is long enough",
                 expected=f"{dataset.num_context} frames of context and {horizon_s:g} s after them",
-                hint="Choose shorter horizons: task.horizons_s.",
+                hint="Choose shorter horizons.",
             )  # fmt: skip
-        if len(self.moments) > num:
+        if num is not None and len(self.moments) > num:
             self.moments = [self.moments[i * len(self.moments) // num] for i in range(num)]
-        listed = [[dataset.trajectories[number].id, frame] for number, frame in self.moments]
-        self.identity: dict[str, Any] = {
-            "data": dataset.fingerprint, "split": dataset.split, "num": len(self), "horizon_s": horizon_s,
-            "sha256": hashlib.sha256(json.dumps([dataset.fingerprint, listed]).encode()).hexdigest(),
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the list is, for result files."""
+        listed = [[self.dataset.trajectories[number].id, frame] for number, frame in self.moments]
+        content = json.dumps([self.dataset.fingerprint, self.dataset.split, listed])
+        return {
+            "data": self.dataset.fingerprint, "split": self.dataset.split, "num": len(self),
+            "sha256": hashlib.sha256(content.encode()).hexdigest(),
         }  # fmt: skip
 
     def __len__(self) -> int:

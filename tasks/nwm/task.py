@@ -1,4 +1,4 @@
-"""Navigation world model: past frames, a motion and a time as condition; protocols for jumps, rollouts and obedience."""
+"""Navigation world model: past frames, a motion and a time as condition; protocols for jumps, rollouts, obedience."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ class NavigationWorldModel(Task):
         return RECIPES
 
     def commands(self) -> dict[str, Callable[[Sequence[str]], None]]:
-        """rollout, and what others add."""
-        from raev2_tasks.nwm.commands import COMMANDS
+        """rollout, plan, drive."""
+        from raev2_tasks.nwm import drive, plan_command, rollout_command
 
-        return COMMANDS
+        return {**rollout_command.COMMANDS, **plan_command.COMMANDS, **drive.COMMANDS}
 
 
 def _condition(spec: RunSpec, manifest: Mapping[str, Any]) -> FramesCondition:
