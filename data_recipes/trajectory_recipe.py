@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +17,14 @@ from raev2_tasks.nwm.trajectories import Source, Storage, verify_trajectories, w
 from .base import DatasetRecipe, Option
 
 RULES = ("by-recording", "nwm-legacy", "given")
+
+
+def require(name: str) -> Any:
+    """An optional package; DataError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(name, "is not installed", hint="Install it with `pip install 'raev2[nwm]'`.") from error
 
 
 class TrajectoryRecipe(DatasetRecipe):
@@ -90,6 +100,16 @@ class TrajectoryRecipe(DatasetRecipe):
             expected = f"one of {', '.join(known)}"
             raise SpecError(f"data {self.name}: {name}", "not usable", got=options[name], expected=expected)
         return options[name]
+
+    def pattern(self, options: Mapping[str, str], name: str) -> re.Pattern[str]:
+        """An option as a regular expression with a group; empty: the whole name."""
+        try:
+            found = re.compile(options[name] or "(.+)")
+        except re.error as error:
+            raise SpecError(f"data {self.name}: {name}", "not a regular expression", got=error) from error
+        if not found.groups:
+            raise SpecError(f"data {self.name}: {name}", "has no group", got=options[name], expected="parentheses")
+        return found
 
     def folder(self, options: Mapping[str, str], name: str = "src") -> Path:
         """An option as an existing folder; DataError when there is none."""

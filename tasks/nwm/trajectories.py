@@ -182,7 +182,7 @@ def write_trajectories(
     every = [one for split in SPLITS for one in stored[split]]
     names = [split for split in SPLITS for _ in stored[split]]
     lines = warnings(every, names, statistics["spacing_m"], facts["rate_hz"])
-    lines += frame_warnings(_num_frozen(every, statistics["spacing_m"]), black, sum(map(len, every)))
+    lines += frame_warnings(num_frozen(every, statistics["spacing_m"]), black, sum(map(len, every)))
     sizes = sorted({tuple(entry["size_px"]) for entry in entries})
     if len(sizes) > 1:
         lines.append(f"frames of {len(sizes)} sizes: {', '.join(f'{width}x{height}' for width, height in sizes[:5])}")
@@ -277,8 +277,12 @@ def _write_frame(where: str, frames_dir: Path, index: int, frame: Frame, storage
         data = encode_frame(image, suffix)
     (frames_dir / f"{index:06d}{suffix}").write_bytes(data)
     digest = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
-    thumbnail = np.asarray(image.convert("L").resize((16, 16)))
-    return _StoredFrame(image.size, suffix, digest, bool(thumbnail.mean() < BLACK))
+    return _StoredFrame(image.size, suffix, digest, is_black(image))
+
+
+def is_black(image: Image.Image) -> bool:
+    """Whether an image is nearly black: a mean level below 8 of 255."""
+    return bool(np.asarray(image.convert("L").resize((16, 16))).mean() < BLACK)
 
 
 def split_entries(
@@ -328,7 +332,7 @@ def action_statistics(trajectories: Sequence[StoredTrajectory]) -> dict[str, Any
     }
 
 
-def _num_frozen(trajectories: Sequence[StoredTrajectory], spacing_m: float) -> int:
+def num_frozen(trajectories: Sequence[StoredTrajectory], spacing_m: float) -> int:
     """Frames whose bytes equal those of the frame before although the camera moved or turned."""
     count = 0
     for one in trajectories:
