@@ -42,7 +42,7 @@ Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 SHARDS_PER_GROUP = 16  # what is permuted together
 MIN_SIDE = 0.9  # an image whose short side is less than this share of the wanted size is not enlarged but skipped
 RETRY_AFTER_S = (0.5, 2.0, 8.0)
-MAX_OPEN_FILES = 64
+MAX_OPEN_SHARDS = 64  # of a source: open tars, and indices in memory
 BAD_KINDS = ("bad_tar", "dotted_key", "bad_image", "bad_geometry", "bad_caption", "io_error", "converted")
 WINDOW, MIN_WINDOW = 10_000, 1_000  # samples over which the share of unusable ones is taken
 REPORT_EVERY_S = 60.0
@@ -53,7 +53,7 @@ class TextImageDataset(ImageDataset):
     """One split of a source or collection of image-text shards.
 
     weights        share of each source in a batch, by name; 0 leaves a source out. None: by size
-    batch_size     global batch of the training, in which the shares are exact
+    batch_size     global batch of the training, in which the shares are exact; needed for training only
     caption_mix    which caption a training step sees: weights by kind, or a whole `CaptionRule`. None: the default
                    caption, which is also what evaluation sees
     tokenize       captions -> tensors with the batch as leading axis, right-padded to the longest; None: no conditions
@@ -70,7 +70,7 @@ class TextImageDataset(ImageDataset):
         image_size: tuple[int, int],
         *,
         weights: Mapping[str, float] | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         caption_mix: Mapping[str, float] | CaptionRule | None = None,
         tokenize: Tokenize | None = None,
         seed: int = 0,
@@ -86,10 +86,9 @@ class TextImageDataset(ImageDataset):
             used = {source.name: source.manifest["fingerprint"] for source in self.sources}
             self.manifest = {**self.manifest, "fingerprint": collection_fingerprint(used)}
         self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
-        self.mix = Mix(
-            {source.name: (weights[source.name] if weights else len(source)) for source in self.sources}, batch_size
-        )
-        if split == "train":
+        shares = {source.name: weights[source.name] if weights else len(source) for source in self.sources}
+        self.mix = Mix(shares, batch_size or 1)
+        if split == "train" and batch_size is not None:
             self.mix.check()
         self.bad = BadSamples(self.dir, max_bad_share)
         self._slots: tuple[tuple[int, int], np.ndarray] | None = None
@@ -241,8 +240,8 @@ class Source:
         self._open()
 
     def _open(self) -> None:
-        self._rows: dict[int, np.ndarray] = {}
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._rows: OrderedDict[int, np.ndarray] = OrderedDict()  # by shard, least recently used first
+        self._files: OrderedDict[int, int] = OrderedDict()  # descriptors
         self._pass: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
         self._groups: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
 
@@ -291,6 +290,9 @@ class Source:
         shard = self.shard_of(position)
         if shard not in self._rows:
             self._rows[shard] = read_index(self.dir, self.shards[shard])
+            if len(self._rows) > MAX_OPEN_SHARDS:
+                self._rows.popitem(last=False)
+        self._rows.move_to_end(shard)
         start = int(self.ends[shard - 1]) if shard else 0
         return self._rows[shard][position - start]
 
@@ -340,7 +342,7 @@ class Source:
     def _descriptor(self, shard: int, file: Path) -> int:
         if shard not in self._files:
             self._files[shard] = os.open(file, os.O_RDONLY)
-            if len(self._files) > MAX_OPEN_FILES:
+            if len(self._files) > MAX_OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)
         return self._files[shard]

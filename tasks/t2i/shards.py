@@ -311,14 +311,14 @@ def source_folders(dir: str | Path) -> dict[str, Path]:
 
 
 def read_index(dir: Path, shard: Mapping[str, Any]) -> np.ndarray:
-    """Rows of the index of a shard of a manifest, mapped into memory, of `INDEX_ROW`."""
+    """Rows of the index of a shard of a manifest, of `INDEX_ROW`. Not mapped: a mapping would keep the file open."""
     file = dir / shard["index"]
     if not file.is_file() or file.stat().st_size != shard["num_samples"] * INDEX_ROW.itemsize:
         raise DataError(
             f"data {file}", "the index is missing or not the one of the manifest",
             hint=f"Run `raev2 data verify {dir}`.",
         )  # fmt: skip
-    return np.memmap(file, dtype=INDEX_ROW, mode="r")
+    return np.fromfile(file, dtype=INDEX_ROW)
 
 
 def collection_fingerprint(sources: Mapping[str, str]) -> str:
