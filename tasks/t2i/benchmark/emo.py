@@ -26,7 +26,7 @@ from .rules import ImageScore
 from .scene import SIZE_PX, Scene
 from .sprites import Sprite, size_of
 
-IMAGES_PER_PROMPT = 1
+IMAGES_PER_PROMPT = 4
 SIDE_PX = 192
 SCALES = (0.8, 1.1)
 JITTER_PX = 16
@@ -152,8 +152,8 @@ def near_duplicates() -> dict[str, frozenset[str]]:
     codes = [emoji.code for emoji in emojis()]
     pairs: dict[str, set[str]] = {}
     for i, template in enumerate(coarse):
-        # The mean over cells of 4 x 4 is never farther than the cells are; so these are all that can be near.
-        close = np.nonzero(((coarse[i + 1 :] - template) ** 2).mean(axis=1) * 4 < (4 * NEAR_DUPLICATE) ** 2)[0] + i + 1
+        # Averaging over 4 x 4 cells never makes a distance larger, so these are all that can be near.
+        close = np.nonzero(4 * ((coarse[i + 1 :] - template) ** 2).mean(axis=1) < NEAR_DUPLICATE**2)[0] + i + 1
         if len(close):
             area = np.maximum(fine[close][..., 3], fine[i][:, 3]).sum(axis=1) / MASK_WEIGHT
             rms = np.sqrt(((fine[close] - fine[i]) ** 2).sum(axis=(1, 2)) / area)
@@ -202,8 +202,9 @@ def _templates() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     views = []
     for emoji in emojis():
         width, height = size_of(emoji.code, SIDE_PX)
-        sprite = Sprite(emoji.name, emoji.code, None, ((SIZE_PX - width) // 2, (SIZE_PX - height) // 2), SIDE_PX)
-        canvas = Image.new("RGB", (SIZE_PX, SIZE_PX), TURQUOISES["turquoise"])
+        free = FRAME_PX + 2
+        sprite = Sprite(emoji.name, emoji.code, None, (free, free), SIDE_PX)
+        canvas = Image.new("RGB", (width + 2 * free, height + 2 * free), TURQUOISES["turquoise"])
         sprite.paint(canvas)
         view = _view(np.asarray(canvas))
         assert view is not None, emoji.name
