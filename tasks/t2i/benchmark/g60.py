@@ -2,7 +2,7 @@
 
 The prompts are those whose classes all have a usable sprite. What they ask for is held out: no training scene shows
 such a pair of classes, such a colour of a class, or such a number of a class. The rows are those of GenEval
-(https://github.com/djghosh13/geneval, MIT, copyright 2023 Dhruba Ghosh); the scorer is ours, so scores of this track
+(https://github.com/djghosh13/geneval, MIT); the scorer is ours, so scores of this track
 are not GenEval scores.
 """
 
