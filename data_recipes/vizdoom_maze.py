@@ -25,8 +25,9 @@ from .trajectory_recipe import TrajectoryRecipe
 TICS = (9, 9, 9, 8)  # a frame each: 35 tics in 4 frames, so 4 Hz on average
 RATE_HZ = 4.0
 MODES = {"explore": 0.6, "wander": 0.15, "rotate": 0.1, "stop": 0.05, "reverse": 0.1}  # probabilities
-CRUISE = 5.0  # forward button; steady speed is 1/3 map unit a tic for each, so 15 units or 0.47 m a frame
-STUCK = 3.0  # map units: a driver that wants ahead and moves less has met a wall
+CRUISE = 3.5  # forward button; steady speed is 1/3 map unit a tic for each, so 10 units or 0.33 m a frame
+MAX_TURN = 1.7  # degrees a tic: 60 a second, so that a second leaves part of the view in sight
+STUCK = 2.0  # map units: a driver that wants ahead and moves less has met a wall
 FIRST_VAL_SEED = 1_000_000  # seeds of validation mazes start here
 
 
@@ -55,7 +56,7 @@ class Driver:
         pose    x, y in map units, yaw in radians
         moved   map units since the last frame
         """
-        ahead = self.mode in ("explore", "wander") and self.speed > 2
+        ahead = self.mode in ("explore", "wander") and self.speed > 0.4 * CRUISE
         self.num_stuck = self.num_stuck + 1 if ahead and moved < STUCK else 0
         if self.num_stuck >= 3:  # back out and take another way
             self.mode, self.left, self.num_stuck, self.target = "reverse", 3, 0, None
@@ -66,7 +67,7 @@ class Driver:
         if self.mode == "explore":
             return self._explore(pose)
         if self.mode == "wander":
-            self.turn = 0.8 * self.turn + float(self.rng.normal(0, 0.9))
+            self.turn = float(np.clip(0.8 * self.turn + self.rng.normal(0, 0.6), -MAX_TURN, MAX_TURN))
             self.speed = float(np.clip(self.speed + self.rng.normal(0, 1), 1, 1.6 * CRUISE))
             return self.speed, self.turn
         if self.mode == "rotate":
@@ -82,7 +83,7 @@ class Driver:
         self.speed = float(self.rng.uniform(0.7, 1.3)) * CRUISE
         self.target = None
         side = -1.0 if self.rng.random() < 0.5 else 1.0
-        self.turn = {"rotate": side * float(self.rng.uniform(0.6, 3.5)), "reverse": float(self.rng.normal(0, 0.4))}.get(
+        self.turn = {"rotate": side * float(self.rng.uniform(0.4, MAX_TURN)), "reverse": float(self.rng.normal(0, 0.4))}.get(
             self.mode, 0.0
         )
 
@@ -94,7 +95,7 @@ class Driver:
             self.came_from, self.target = cell, options[self.rng.integers(len(options))]
         goal = self.maze.centre(self.target)
         error = float(wrap(math.atan2(goal[1] - pose[1], goal[0] - pose[0]) - pose[2]))
-        turn = float(np.clip(math.degrees(error) / TICS[0], -4, 4)) + float(self.rng.normal(0, 0.15))
+        turn = float(np.clip(math.degrees(error) / TICS[0], -MAX_TURN, MAX_TURN)) + float(self.rng.normal(0, 0.15))
         return self.speed * max(0.0, math.cos(error)) ** 2, turn
 
 
