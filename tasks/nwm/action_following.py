@@ -35,14 +35,14 @@ from raev2_tasks.nwm.spec import NavigationSpec
 logger = logging.getLogger(__name__)
 CHUNK_SIZE = 16
 OFFSETS_S = (0.5, 1.0)  # between frames so far apart motion is read
-NUM_PAIRS = 6_000  # real pairs that the judge is trained on
+NUM_PAIRS = 4_000  # real pairs that the judge is trained on
 JUDGE = "micro"  # its encoder
 PARTS = ("forward", "left", "turn")
 KINDS = {
-    "": "the model with the true commands",
-    "swapped": "the model with the command of another place",
-    "no_action": "the same model without its command: what past and time alone tell",
-    "real": "the true frames: how well motion can be read at all",
+    "": "true commands",
+    "swapped": "commands of another place",
+    "no_action": "without the command",  # the same model: what past and time alone tell
+    "real": "true frames: how well motion can be read",
 }
 
 
@@ -117,7 +117,7 @@ class ActionFollowing(Evaluator):
                 yield mean_result(f"{part}_error_{unit}@{time}s{suffix}", difference.abs() * factor, note, scale)
 
     def _places(self, context: EvalContext) -> Places:
-        return Places(context.dataset("val"), self.num_places, max(self.offsets_s))
+        return Places(context.dataset("val"), self.num_places, max(self.offsets_s), context.spec.task.index)
 
     def _judge_identity(self, train: ImageDataset) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from torch import Tensor
 from raev2.batch import Cond
 from raev2.errors import DataError, SpecError
 from raev2_tasks.nwm.dataset import TrajectoryDataset
+from raev2_tasks.nwm.index import EvalIndex, read_index
 from raev2_tasks.nwm.pose import relative
 
 
@@ -21,11 +22,18 @@ class Places:
     """Frames of a split with a full context before them and `horizon_s` after them; at most `num`, evenly spread.
 
     moments    (number of the trajectory, frame in it) of each place
+    ids        select the noise of a prediction from each place
     period_s   seconds between two frames
     """
 
-    def __init__(self, dataset: TrajectoryDataset, num: int | None = None, horizon_s: float = 0.0) -> None:
+    def __init__(
+        self, dataset: TrajectoryDataset, num: int | None = None, horizon_s: float = 0.0, index: str | None = None
+    ) -> None:
+        """index: name of a frozen list of places (raev2_tasks.nwm.index) that is used instead, its first `num`."""
         self.dataset, self.period_s = dataset, 1 / dataset.rate_hz
+        if index is not None:
+            self._take(read_index(dataset.dir, index), num, self.frames(horizon_s))
+            return
         ahead = self.frames(horizon_s)
         self.moments = [
             (number, frame)
@@ -40,6 +48,19 @@ class Places:
             )  # fmt: skip
         if num is not None and len(self.moments) > num:
             self.moments = [self.moments[i * len(self.moments) // num] for i in range(num)]
+        self.ids = list(range(len(self.moments)))
+
+    def _take(self, index: EvalIndex, num: int | None, ahead: int) -> None:
+        self.moments = [(self.dataset.trajectory_number(place.trajectory), place.t) for place in index.places[:num]]
+        self.ids = [place.noise_seed for place in index.places[:num]]
+        for number, frame in self.moments:
+            trajectory = self.dataset.trajectories[number]
+            if not self.dataset.num_context - 1 <= frame < len(trajectory) - ahead:
+                raise DataError(
+                    f"index {index.name}", f"a place of {trajectory.id} is too near to its ends", got=f"frame {frame}",
+                    expected=f"{self.dataset.num_context} frames of context and {ahead} frames after it",
+                    hint="Build an index with these offsets, or choose shorter horizons.",
+                )  # fmt: skip
 
     @property
     def identity(self) -> dict[str, Any]:

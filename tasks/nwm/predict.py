@@ -17,7 +17,7 @@ from raev2_tasks.nwm.rollout import History, RolloutSession
 
 
 class Predictor:
-    """Predictions from places, in float32 or under the autocast of the run. Numbers of places select the noise."""
+    """Predictions from places, in float32 or under the autocast of the run."""
 
     def __init__(self, context: EvalContext, places: Places) -> None:
         if context.generator is None:
@@ -32,11 +32,12 @@ class Predictor:
     def session(self, indices: Sequence[int], use_action: bool = True) -> RolloutSession:
         """A new rollout from each of these places."""
         raw = {name: value.to(self.context.device) for name, value in self.places.context(indices).items()}
+        spec, ids = self.context.spec, [self.places.ids[index] for index in indices]
         with self._autocast():
+            history = History.of_cond(encode_context(raw, lambda images, keys: self.encode(images)))
             return RolloutSession(
-                self.generator, self.context.rae, self.context.spec.sampling,
-                History.of_cond(encode_context(raw, lambda images, keys: self.encode(images))),
-                seed=self.context.spec.evaluation.seed, ids=indices, weak=self.weak, use_action=use_action,
+                self.generator, self.context.rae, spec.sampling, history, seed=spec.evaluation.seed, ids=ids,
+                weak=self.weak, use_action=use_action,
             )  # fmt: skip
 
     def jumps(self, indices: Sequence[int], times_s: Sequence[float], use_action: bool = True) -> dict[float, Tensor]:

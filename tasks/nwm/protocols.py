@@ -33,10 +33,10 @@ CHUNK_SIZE = 16  # places a chunk; fixed, so that no result depends on a batch s
 NUM_PICTURED = 4  # places in the picture of a protocol
 QUICK_PLACES = 32
 NOTES = {
-    "copy": "the last context frame again, as if nothing moved",
-    "nearest": "the training frame whose features are nearest to the TRUE frame: the best that copying can do",
-    "no_action": "the same model without its command: what past and time alone tell",
-    "reconstruction": "the true frame through the tokenizer: no prediction can be expected to be better",
+    "copy": "the last context frame",  # as if nothing moved
+    "nearest": "training frame nearest to the true one",  # in features: the best that copying can do
+    "no_action": "without the command",  # the same model: what past and time alone tell
+    "reconstruction": "true frame, decoded",  # no prediction can be expected to be better
 }
 PREDICTED = ""  # name of the model's own rows
 
@@ -184,7 +184,7 @@ class PredictionEvaluator(Evaluator):
             if f"features/{name}/{time}" in found:
                 features, true = found[f"features/{name}/{time}"], found[f"features/true/{time}"]
                 note, scale = _note(name)
-                note = note or "against the true frames of the same places; compare at equal n only"
+                note = note or "to the true frames; compare at equal n only"
                 yield frechet_result(_name(frechet_name(net), time, name), features, true, note, scale)
 
     def _clips(self, found: Mapping[str, Tensor], net: str) -> Iterator[MetricResult]:
@@ -195,10 +195,10 @@ class PredictionEvaluator(Evaluator):
             for name in (PREDICTED, "reconstruction", "true")
             if f"features/{name}/{self.times_s[0]:g}" in found
         }
-        true, what = clips.pop("true"), f"clips of {len(self.times_s)} frames in the features '{net}'"
+        true = clips.pop("true")
         for name, features in clips.items():
             suffix, (note, scale) = f"_{name}" if name else "", _note(name)
-            note = note or f"{what} against the true clips; compare at equal n only"
+            note = note or f"clips of {len(self.times_s)} frames to the true ones; compare at equal n only"
             yield frechet_result(f"fvd_enc_{net}{suffix}", features, true, note, scale)
             start = "scale: " if scale else ""
             yield MetricResult(f"kvd_enc_{net}{suffix}", kernel_distance(features, true), len(true), None, start + note)
@@ -223,7 +223,7 @@ class PredictionEvaluator(Evaluator):
         contact_sheet(rows, ["now", *(f"+{time:g} s" for time in self.times_s)], context.picture)
 
     def _places(self, context: EvalContext) -> Places:
-        return Places(context.dataset("val"), self.num_places, max(self.horizons_s))
+        return Places(context.dataset("val"), self.num_places, max(self.horizons_s), context.spec.task.index)
 
 
 class _NearestFrame:

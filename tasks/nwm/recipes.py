@@ -28,7 +28,7 @@ from raev2.spec import (
 from raev2_tasks.nwm.spec import NavigationSpec
 
 RECON_TRAIN = 488_000  # frames of an epoch: about 80 % of the 610,907 frames of RECON
-MIX_TRAIN = 1_000_000  # the four datasets together, rounded; progress is counted in images all the same
+MIX_TRAIN = 1_000_000  # frames of an epoch of the mix, about
 
 
 def quickstart() -> RunSpec:
@@ -126,7 +126,7 @@ def trunk_size(size: str) -> dict[str, int]:
 
 def recon_data() -> DataSpec:
     """RECON: set `data.options.src` to the folder `recon_release` with its HDF5 files."""
-    return DataSpec(dir="data/recon", recipe="recon", num_workers=8)
+    return DataSpec(dir="data/recon", recipe="recon-hdf5", num_workers=8)
 
 
 def tokenizer_training(epoch: int) -> TokenizerTrainingSpec:
@@ -194,26 +194,31 @@ def dinov2b() -> RunSpec:
 
 
 def multi() -> RunSpec:
-    """Several robots in one model, as NWM trains: RECON, SCAND, TartanDrive and HuRoN, 4 targets a context."""
+    """Several robots in one model, as NWM trains: batches of 1,024 contexts with 4 targets each, past and future.
+
+    Prepare the datasets one by one; `data.options.src` names their folders.
+    """
     base = dinov2b()
-    training = base.generator_training
     return base.replace(
         recipe="multi",
-        summary="RECON + SCAND + TartanDrive + HuRoN on DINOv2-B, past and future targets up to 16 s (as NWM)",
+        summary="RECON + SCAND + TartanDrive + HuRoN on DINOv2-B, past and future targets up to 16 s (data as NWM)",
         task=base.task.replace(past_targets=True),
-        data=DataSpec(dir="data/nwm-mix", recipe="trajectory-mix", num_workers=8),
-        generator=DDTSpec(**trunk_size("xl"), base_head_depth=8),
-        generator_training=training.replace(
-            images=100 * 4096 * 1000 // 100 * 100,
-            batch_size=4096,
-            micro_batch_size=64,
-            schedule=ScheduleSpec(lr=2e-4, final_lr=2e-5, decay="linear", decay_start_images=200 * MIX_TRAIN),
-            sample_every_images=20 * MIX_TRAIN,
-            eval_every_images=50 * MIX_TRAIN,
-            save_every_images=5 * MIX_TRAIN,
+        data=DataSpec(
+            dir="data/nwm-mix", recipe="trajectory-mix", num_workers=8,
+            options={"src": "data/recon,data/scand,data/tartan-drive,data/huron"},
         ),
         tokenizer_training=tokenizer_training(MIX_TRAIN),
-    )
+        generator=DDTSpec(**trunk_size("xl"), base_head_depth=8),
+        generator_training=base.generator_training.replace(
+            images=100_000 * 4096,
+            batch_size=4096,
+            micro_batch_size=64,
+            schedule=ScheduleSpec(lr=2e-4, final_lr=2e-5, decay="linear", decay_start_images=50_000 * 4096),
+            sample_every_images=5_000 * 4096,
+            eval_every_images=10_000 * 4096,
+            save_every_images=1_000 * 4096,
+        ),
+    )  # fmt: skip
 
 
 RECIPES: dict[str, Callable[[], RunSpec]] = {

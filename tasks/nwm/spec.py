@@ -44,6 +44,9 @@ class NavigationSpec(TaskSpec):
     horizons_s: tuple[PositiveFloat, ...] = Field(
         (1.0, 2.0, 4.0), min_length=1, description="times at which single jumps and rollouts are scored"
     )
+    index: str | None = Field(
+        None, description="frozen places, `index/<name>.json` of the data (`raev2 nwm index`); null: spread evenly"
+    )
     num_rollouts: int = Field(64, gt=1, description="rollouts of the rollout protocols")
 
     @model_validator(mode="after")

@@ -105,10 +105,11 @@ class NavigationWorldModel(Task):
         return RECIPES
 
     def commands(self) -> dict[str, Callable[[Sequence[str]], None]]:
-        """rollout, plan, drive."""
-        from raev2_tasks.nwm import drive, plan_command, rollout_command
+        """rollout, plan, drive, validate, index."""
+        from raev2_tasks.nwm import data_commands, drive, plan_command, rollout_command
 
-        return {**rollout_command.COMMANDS, **plan_command.COMMANDS, **drive.COMMANDS}
+        modules = (rollout_command, plan_command, drive, data_commands)
+        return {name: command for module in modules for name, command in module.COMMANDS.items()}
 
 
 def _condition(spec: RunSpec, manifest: Mapping[str, Any]) -> FramesCondition:
