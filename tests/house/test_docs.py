@@ -220,11 +220,11 @@ def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str])
         if options.command == "train":
             apply_overrides(get_recipe(get_task(options.task), options.recipe), options.overrides)
         elif options.command == "show":
-            assert any(options.recipe in get_task(task).recipes() for task in ("imagenet",))
+            assert any(options.recipe in get_task(task).recipes() for task in installed_tasks())
         elif options.command == "sample":
             actions._sampling(get_recipe(get_task("imagenet"), "quickstart").sampling, options)
         elif options.command == "eval":
-            task = get_task("imagenet")
+            task = get_task(options.task or "imagenet")
             get_evaluators(task, get_recipe(task, "quickstart"), options.protocol or [])
         elif options.command == "data" and options.action in ("plan", "build"):
             get_data_recipe(options.recipe).resolve(dict(pair.split("=", 1) for pair in options.overrides))
