@@ -25,6 +25,7 @@ from raev2.eval.generate import collect, generated_images, local_chunks
 from raev2.eval.protocols import CHUNK_SIZE, GenerationEvaluator, ReconstructionEvaluator
 from raev2.spec import RunSpec
 from raev2.task import EvalContext, Evaluator, Task
+from raev2_tasks.t2i.benchmark.baselines import class_only_floor, retrieve
 from raev2_tasks.t2i.benchmark.rows import PromptRow
 from raev2_tasks.t2i.benchmark.rules import ImageScore
 from raev2_tasks.t2i.benchmark.scoring import get_track, score_images, summarise
@@ -35,6 +36,7 @@ TRACKS = {
     "text-rendering": "txt",
     "emoji-names": "emo",
 }
+WITH_COMPOSITIONS = ("g60", "s12")
 HELD, SEEN = "test_held", "test_seen"
 CLIP = "openai/clip-vit-large-patch14"
 CAPTIONS = "captions of the validation split in its order, repeated as needed"
@@ -74,10 +76,12 @@ class BenchmarkEvaluator(Evaluator):
     The headline is the unweighted mean over tags for the prompts `test_held`, whose compositions no training picture
     shows. Beside it stand numbers with a known place, from the same scorer and the same prompts:
 
-    oracle     the renderer's own pictures, at the size of the run
-    ceiling    these pictures after the tokenizer; a generator can hardly be better
-    shuffled   the generated pictures, judged by another prompt of the same tag
-    seen       generated pictures of prompts whose compositions training does show
+    oracle       the renderer's own pictures, at the size of the run
+    ceiling      these pictures after the tokenizer; a generator can hardly be better
+    shuffled     the generated pictures, judged by another prompt of the same tag
+    class_only   rendered pictures with the right classes and the rest at random, where a track has more than classes
+    retrieval    the training picture whose caption is most like the prompt, where the training data has the track
+    seen         generated pictures of prompts whose compositions training does show
     """
 
     needs_generator = True
@@ -137,6 +141,19 @@ class BenchmarkEvaluator(Evaluator):
         yield self._headline("_ceiling", scores, held, "scale: rendered pictures after the tokenizer")
         (scores,) = self._scores(render, held)
         yield self._headline("_oracle", scores, held, "scale: rendered pictures")
+        if self.track in WITH_COMPOSITIONS:
+            guesses = torch.from_numpy(class_only_floor(self.track, held, context.spec.tokenizer.image_size[0]))
+            (scores,) = self._scores(lambda indices: guesses[list(indices)], held)
+            yield self._headline("_class_only", scores, held, "scale: right classes, the rest at random")
+        train = context.dataset("train")
+        numbers = [i for i in range(len(train)) if train.source_name(i) == self.track]  # type: ignore[attr-defined]
+        if numbers:
+            captions = [train.caption(i) for i in numbers]  # type: ignore[attr-defined]
+            nearest = [numbers[place] for place in retrieve(held, captions)]
+            (scores,) = self._scores(lambda indices: torch.stack([train.image(nearest[i]) for i in indices]), held)
+            yield self._headline(
+                "_retrieval", scores, held, "scale: the training picture with the most similar caption"
+            )
 
     def _picture(self, row: PromptRow, index: int, size: tuple[int, int]) -> Tensor:
         """The rendered scene of a row, another one for every index: uint8 (3, H_px, W_px)."""

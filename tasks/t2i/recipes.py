@@ -74,7 +74,7 @@ def quickstart() -> RunSpec:
         sampling=SamplingSpec(steps=20, guidance=CFG(scale=3.0)),
         evaluation=EvaluationSpec(
             protocols=("reconstruction-micro", "generation-micro", "retrieval-micro", "compositional-s12"),
-            num_samples=192,
+            num_samples=128,
         ),
     )
 
