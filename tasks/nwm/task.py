@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from raev2.batch import Cond
+    from raev2.bench import Measurement
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec, FramesCondition
 
@@ -110,6 +111,12 @@ class NavigationWorldModel(Task):
 
         modules = (rollout_command, plan_command, drive, data_commands)
         return {name: command for module in modules for name, command in module.COMMANDS.items()}
+
+    def benchmarks(self) -> dict[str, Callable[[], list[Measurement]]]:
+        """A rollout frame with past frames cached, computed again at every step, and among the other tokens."""
+        from raev2_tasks.nwm.bench import bench_rollout_frame
+
+        return {"nwm": bench_rollout_frame}
 
 
 def _condition(spec: RunSpec, manifest: Mapping[str, Any]) -> FramesCondition:
