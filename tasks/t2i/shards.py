@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -38,6 +39,8 @@ from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
 from raev2_tasks.t2i.captions import UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
 from raev2_tasks.t2i.pixels import IMAGE_ERRORS, encode_image, is_plain_rgb, to_rgb
 from raev2_tasks.t2i.tar_scan import INDEX_ROW, Members, Scan, groups, read_sample, scan_shard
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "image-text-shards"
 SCHEMA_VERSION = 1  # of the json member
@@ -197,6 +200,9 @@ def index_shards(
             for problem in scan.problems
             if problem.fatal
         ]
+        for problem in scan.problems:
+            if problem.kind == "bad_tar":
+                logger.warning("%s: %s: %s", file, problem.key, problem.text)
         kinds += scan.caption_kinds
         sizes_px |= {(int(row["width_px"]), int(row["height_px"])) for row in scan.rows}
         if val_files:

@@ -20,6 +20,7 @@ from PIL import Image
 from raev2_tasks.t2i.captions import UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
 from raev2_tasks.t2i.pixels import IMAGE_ERRORS
 
+BLOCK = 512  # bytes; a tar ends with two blocks of zeros
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INDEX_ROW = np.dtype(
     [
@@ -144,6 +145,8 @@ def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, Memb
             if member.offset_data + member.size > size:
                 problems.append(Problem(key, "bad_tar", "the file ends inside this sample"))
                 return
+        if os.pread(data.fileno(), BLOCK, tar.offset) != bytes(BLOCK):
+            problems.append(Problem(key, "bad_tar", "no end mark: the file may have been cut after here", fatal=False))
     except (tarfile.TarError, OSError) as error:
         problems.append(Problem(key, "bad_tar", f"cannot be read on: {error}"))
     if members:

@@ -271,7 +271,10 @@ def test_scan_stops_where_a_tar_is_cut_and_takes_one_without_an_end_mark(tmp_pat
     scan = scan_shard(file)
     assert scan.keys == ["0", "1", "2"] and [p.kind for p in scan.problems] == ["bad_tar"]
     file.write_bytes(whole[: last.offset_data + 512])
-    assert scan_shard(file).keys == ["0", "1", "2", "3"] and not scan_shard(file).problems
+    scan = scan_shard(file)
+    assert scan.keys == ["0", "1", "2", "3"]
+    assert [(p.key, p.kind, p.fatal) for p in scan.problems] == [("3", "bad_tar", False)]
+    assert "no end mark" in scan.problems[0].text
     file.write_bytes(b"\x1f\x8b" + bytes(600))
     assert [p.kind for p in scan_shard(file).problems] == ["bad_tar"]
 

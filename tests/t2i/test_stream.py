@@ -1,0 +1,130 @@
+"""Streams of shards: every process gets its batches, orders are seeded, and what cannot work is said."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shlex
+from collections import Counter
+from itertools import islice
+
+import pytest
+from shard_examples import SIZE, file_of, pair, picture, stream, texts, tokenize, write_source, write_tar
+
+from raev2.data import ordered_batches, train_batches
+from raev2.errors import DataError
+from raev2_tasks.t2i.stream import StreamedDataset
+
+B = 8
+pytestmark = [  # webdataset leaves closing files to the garbage collector
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def collect():
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """50 samples in shards of 7 and one of 1."""
+    out = tmp_path_factory.mktemp("shards") / "s"
+    write_source(out, "s", 50)
+    return out
+
+
+def open_stream(urls, **options):
+    options = {"num_samples": 50, "batch_size": B, "licence": "CC0-1.0", "shuffle_buffer": 10, **options}
+    return StreamedDataset(urls, SIZE, tokenize=tokenize, **options)
+
+
+def local(source):
+    return str(source / "s-train-{000000..000007}.tar")
+
+
+def captions(dataset, num_batches=13, **options):
+    return [caption for _, caption in stream(dataset, num_batches, batch_size=B, **options)]
+
+
+def test_the_order_is_a_function_of_seed_and_start(source):
+    first, again = captions(open_stream(local(source))), captions(open_stream(local(source)))
+    assert first == again and len(first) == 104
+    assert Counter(first).keys() == {f"s {n}" for n in range(50)}
+    resumed = captions(open_stream(local(source)), 5, start_images=80)
+    assert resumed != first[:40] and resumed[:24] != first[80:]
+
+
+def test_processes_and_workers_share_each_pass_and_none_runs_dry(source):
+    """Two processes x two workers over 8 uneven shards: equal numbers of batches, no sample twice in a pass."""
+    parts = [
+        captions(open_stream(local(source), rank=rank, world_size=2), 8, rank=rank, world_size=2, num_workers=2)
+        for rank in range(2)
+    ]
+    assert [len(part) for part in parts] == [32, 32]
+    first_pass = [set(part[:8]) for part in parts]
+    assert not first_pass[0] & first_pass[1]
+    again = captions(open_stream(local(source), rank=1, world_size=2), 8, rank=1, world_size=2, num_workers=2)
+    assert again == parts[1]
+    assert len(set(parts[0]) | set(parts[1])) > 36  # shards change hands between passes
+
+
+def test_pipes_are_read_and_s3_becomes_one(source):
+    urls = [f"pipe:cat {shlex.quote(str(source / f's-train-{n:06d}.tar'))}" for n in range(3)]
+    assert len(captions(open_stream(urls), 2)) == 16
+    assert open_stream(["s3://bucket/a b.tar"]).urls == ["pipe:aws s3 cp 's3://bucket/a b.tar' -"]
+    assert open_stream("https://host/{00..02}.tar").urls == [f"https://host/0{n}.tar" for n in range(3)]
+
+
+def test_batches_carry_pictures_captions_and_numbers(source):
+    batch, skipped = next(train_batches(open_stream(local(source), caption_mix={"long": 1}), batch_size=B, seed=0))
+    assert batch.images.shape == (B, 3, 16, 16) and batch.key.tolist() == list(range(B)) and skipped == 0
+    for image, caption in zip(batch.images, texts(batch.cond), strict=True):
+        assert caption.endswith("at length. It has noise.")
+        expected = picture(int(caption.split()[1]))
+        assert (image.permute(1, 2, 0).numpy() == expected).all()
+
+
+def test_bad_samples_are_counted_and_a_cut_shard_is_left(tmp_path):
+    members = [m for n in range(30) for m in pair(f"{n:02d}", n)]
+    whole = write_tar(tmp_path / "0.tar", members)
+    cut = write_tar(tmp_path / "1.tar", members)
+    cut.write_bytes(whole.read_bytes()[:41_700])  # inside a member
+    json_bytes = json.dumps({"captions": []}).encode()
+    extra = [
+        ("a.png", file_of(picture(1))),
+        ("b.png", b"no image"),
+        ("b.txt", b"x"),
+        ("c.d.png", b""),
+        ("c.d.txt", b""),
+    ]
+    extra += [("e.json", json_bytes), ("e.png", file_of(picture(2))), ("f.txt", b"alone")]
+    write_tar(tmp_path / "2.tar", [*members, *extra])
+    dataset = open_stream(str(tmp_path / "{0..2}.tar"), num_samples=90, shuffle_buffer=1, max_bad_share=0.5)
+    found = captions(dataset, 12)
+    assert len(found) == 96 and "" not in found
+    assert dataset.bad.counts["bad_tar"] >= 1 and dataset.bad.counts["dotted_key"] >= 1
+    assert dataset.bad.counts["bad_caption"] >= 2 and dataset.bad.counts["bad_image"] >= 2
+
+
+def test_fewer_shards_than_readers_is_an_error(source):
+    with pytest.raises(DataError, match=r"fewer shards than readers; got 8 shards; expected at least 9 processes x 1"):
+        open_stream(local(source), rank=0, world_size=9)
+    dataset = open_stream(local(source), rank=0, world_size=4)
+    with pytest.raises(DataError, match=r"expected at least 4 processes x 3 workers = 12\. Use fewer workers"):
+        next(train_batches(dataset, batch_size=B, seed=0, world_size=4, num_workers=3))
+
+
+def test_addresses_without_any_sample_end_in_an_error(tmp_path):
+    dataset = open_stream([str(tmp_path / "nothing.tar")])
+    with pytest.raises(DataError, match=r"no sample in a whole pass over the shards; got first: .*nothing\.tar"):
+        next(islice(train_batches(dataset, batch_size=B, seed=0, num_workers=1), 1))
+
+
+def test_a_stream_cannot_be_read_by_number(source):
+    dataset = open_stream(local(source))
+    assert len(dataset) == 50 and dataset.classes == []
+    with pytest.raises(DataError, match="a stream cannot be read by number. Download the shards"):
+        next(ordered_batches(dataset, 4))
