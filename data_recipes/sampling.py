@@ -58,7 +58,7 @@ def resample(
     gap = pose_t[np.minimum(after, len(pose_t) - 1)] - pose_t[after - 1]
     good = (np.abs(times - grid) <= period / 2 + 1e-9) & (times >= pose_t[0]) & (times <= pose_t[-1])
     good &= gap <= max(MAX_GAP * period, 1e-9)
-    good[1:] &= nearest[1:] != nearest[:-1]
+    good[1:] &= ~good[:-1] | (nearest[1:] != nearest[:-1])  # no frame twice
     return [Piece(nearest[part], times[part], interpolate(times[part], pose_t, poses)) for part in _runs(good)]
 
 
