@@ -31,15 +31,16 @@ class Batch:
 class FrameCache:
     """Past frames as every block of a trunk sees them: a function of the frame and the weights alone.
 
-    Keys are rotated by row and column, not by age, so that a cached frame can grow older. Rows are frames; an index
-    with one axis selects some (`cache[1:]`).
+    Keys are rotated by row and column, not by age, so that a cached frame can grow older; `tokens` are the embedded
+    patches. Rows are frames; an index with one axis selects some (`cache[1:]`).
     """
 
     keys: Float[Tensor, "U L heads N d"]
     values: Float[Tensor, "U L heads N d"]
+    tokens: Float[Tensor, "U N D"]
 
     def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> FrameCache:
-        return FrameCache(self.keys[rows], self.values[rows])
+        return FrameCache(self.keys[rows], self.values[rows], self.tokens[rows])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -47,7 +48,11 @@ class FrameCache:
     @staticmethod
     def cat(caches: Sequence[FrameCache]) -> FrameCache:
         """The frames of all caches, one after the other."""
-        return FrameCache(torch.cat([cache.keys for cache in caches]), torch.cat([cache.values for cache in caches]))
+        return FrameCache(
+            torch.cat([cache.keys for cache in caches]),
+            torch.cat([cache.values for cache in caches]),
+            torch.cat([cache.tokens for cache in caches]),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,15 @@ class PastFrames:
 
 @dataclass(frozen=True)
 class CondTokens:
-    """A condition as the trunk sees it. `mask` None means that every token is attended."""
+    """A condition as the trunk sees it. `mask` None means that every token is attended.
+
+    at_image   added to the image tokens, place by place
+    """
 
     tokens: Float[Tensor, "B M D"]
     mask: Bool[Tensor, "B M"] | None = None
     past: PastFrames | None = None
+    at_image: Float[Tensor, "B N D"] | None = None
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ class Trunk(nn.Module):
         if self.spec.conditioning == "in_context":
             sequence = [x, time[:, None] + self.time_tokens]
             if cond_tokens is not None:
+                if cond_tokens.at_image is not None:
+                    sequence[0] = x + cond_tokens.at_image
                 sequence.append(cond_tokens.tokens)
                 past, mask = cond_tokens.past, _mask(cond_tokens, num_patches + len(self.time_tokens))
             x = torch.cat(sequence, dim=1)
@@ -125,7 +127,7 @@ class Trunk(nn.Module):
             if depth < len(self.blocks):  # nothing reads the frames after the last block
                 x = x + block.attn.attend(q, k, v)
                 x = x + block.mlp(block.norm2(x))
-        return FrameCache(torch.stack(keys, dim=1), torch.stack(values, dim=1))
+        return FrameCache(torch.stack(keys, dim=1), torch.stack(values, dim=1), tokens)
 
     def place_frames(
         self, frames: FrameCache, index: Int[Tensor, "B K"], age: Float[Tensor, "B K"]
@@ -197,8 +199,16 @@ class DiT(nn.Module):
         return unpatchify(patches, self.patch_size, self.rows, self.cols)
 
     def init_weights(self) -> None:
-        """The trunk by its own table; final and base_final linear 0, so the first prediction is exactly 0."""
+        """The trunk by its own table; final and base_final linear 0, so the first prediction is exactly 0.
+
+        The adaLN variant (RAE v1) starts the linear layers of its blocks Xavier uniform with bias 0; DiT^DH does not.
+        """
         self.trunk.init_weights()
+        if self.trunk.spec.conditioning == "adaln":
+            for layer in self.trunk.blocks.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
         zero_init(self.final.linear)
         if self.base_final is not None:
             zero_init(self.base_final.linear)

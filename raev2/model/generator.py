@@ -83,7 +83,8 @@ class Generator(nn.Module):
         keys, values = self.network.trunk.place_frames(frames, index, conditioner.in_frames(cond["context_age"]))
         raw = ("context_latents", "context_age", "context_id")
         kept = {name: value for name, value in cond.items() if name not in raw}
-        return kept | {"context_keys": keys, "context_values": values}
+        kept |= {"context_keys": keys, "context_values": values}
+        return kept | ({"context_newest": frames.tokens[index[:, -1]]} if conditioner.spec.align_newest else {})
 
     def encode_frames(self, latents: Float[Tensor, "U C H W"]) -> FrameCache:
         """Past frames as every block sees them, for `prepare_cond`: encode a frame once, use it wherever it occurs.

@@ -35,6 +35,9 @@ class NavigationSpec(TaskSpec):
         "block_causal", description="past frames computed once and cached, or as in RAEv2 among the other tokens"
     )
     frame_positions: bool = Field(True, description="in_context: positions of past frames; false in RAEv2")
+    align_newest: bool = Field(
+        False, description="block_causal: the newest frame is also added to the image tokens, place by place"
+    )
     num_action_tokens: int = Field(4, ge=1)
     action_drop_prob: float = Field(
         0.1, ge=0, le=1, description="block_causal: share of samples trained without their motion alone"
