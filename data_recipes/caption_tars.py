@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from raev2_tasks.t2i.tar_scan import Members, Problem, TarSample, groups, read_s
 
 from .base import DatasetRecipe, Option
 from .shard_recipe import Deferred, Example, ShardRecipe, prepared
+
+logger = logging.getLogger(__name__)
 
 SHARD_OPTIONS = {
     **ShardRecipe.SHARD_OPTIONS,
@@ -74,9 +77,11 @@ class TarRecipe(ShardRecipe):
         for file in files:
             for key, members in _members(file):
                 name = f"{file.relative_to(src)}: {key}"
+                if not wanted(file, key):
+                    continue
                 if isinstance(members, Problem):
                     yield Deferred(name, partial(_fail, members))
-                elif wanted(file, key):
+                else:
                     yield Deferred(name, partial(self._read, name, file, members, options))
 
     def _read(self, name: str, file: Path, members: Members, options: Mapping[str, str]) -> Example:
@@ -163,7 +168,7 @@ class RenderedText(TarRecipe):
             if not heights:
                 hint = "Keep such samples with --set min_text_px=0."
                 raise BadSample(
-                    "bad_caption", name, "no ocr_annotation.bb_relative to measure the writing by", hint=hint
+                    "bad_caption", sample.name, "no ocr_annotation.bb_relative to measure the writing by", hint=hint
                 )
             if median(heights) * 1024 < least_px:
                 raise ValueError(f"writing too small: {median(heights) * 1024:.0f} px at 1024 px")
@@ -216,11 +221,15 @@ class TarShards(DatasetRecipe):
 
 
 def _members(file: Path) -> Iterator[tuple[str, Members | Problem]]:
-    """Samples of a tar by key, and at the end what is wrong with the file."""
+    """Samples of a tar by key, and at the end what is wrong with others."""
     problems: list[Problem] = []
     with file.open("rb") as data:
         yield from groups(data, problems)
-    yield from ((problem.key, problem) for problem in problems)
+    for problem in problems:
+        if problem.fatal:
+            yield problem.key, problem
+        else:
+            logger.warning("%s: %s: %s", file, problem.key, problem.text)
 
 
 def _geneval_note(names: list[str]) -> str:

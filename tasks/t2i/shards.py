@@ -339,7 +339,7 @@ class _Progress:
     """The finished shards of a build, one line each, so that the same build can go on after an interruption."""
 
     def __init__(self, file: Path, same: Mapping[str, Any]) -> None:
-        self.file, self.lines = file, list[dict[str, Any]]()
+        self.file, self.same, self.lines = file, same, list[dict[str, Any]]()
         self.rejects: list[str] = []
         self._num_written_rejects = 0
         if file.is_file():
@@ -350,8 +350,6 @@ class _Progress:
             self.lines = lines
             self.rejects = [reject for line in lines for reject in line["rejects"]]
             self._num_written_rejects = len(self.rejects)
-        else:
-            file.write_text(_json_line(same), encoding="utf-8")
 
     def shards(self, split: str) -> list[dict[str, Any]]:
         """Manifest entries of the finished shards of a split."""
@@ -371,7 +369,7 @@ class _Progress:
         self._num_written_rejects = len(self.rejects)
         self.lines.append(json.loads(json.dumps(line)))
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(_json_line(line))
+            file.write((_json_line(self.same) if len(self.lines) == 1 else "") + _json_line(line))
             file.flush()
             os.fsync(file.fileno())
 
