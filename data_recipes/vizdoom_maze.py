@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raev2_tasks.nwm.engine import CAMERA, TICS_PER_S, Engine, require_vizdoom
 from raev2_tasks.nwm.maze import UNITS_PER_M, Maze, make_maze
 from raev2_tasks.nwm.pose import wrap
-from raev2_tasks.nwm.trajectories import Source, Trajectory
+from raev2_tasks.nwm.trajectories import Source, Storage, Trajectory
 
 from .base import Option
 from .trajectory_recipe import TrajectoryRecipe
@@ -27,7 +27,7 @@ RATE_HZ = 4.0
 MODES = {"explore": 0.6, "wander": 0.15, "rotate": 0.1, "stop": 0.05, "reverse": 0.1}  # probabilities
 CRUISE = 3.5  # forward button; steady speed is 1/3 map unit a tic for each, so 10 units or 0.33 m a frame
 MAX_TURN = 1.7  # degrees a tic: 60 a second, so that a second leaves part of the view in sight
-STUCK = 2.0  # map units: a driver that wants ahead and moves less has met a wall
+STUCK = 2.0  # map units a frame: who moves less for three frames, at a wall or in a sharp turn, backs out
 FIRST_VAL_SEED = 1_000_000  # seeds of validation mazes start here
 
 
@@ -58,7 +58,7 @@ class Driver:
         """
         ahead = self.mode in ("explore", "wander") and self.speed > 0.4 * CRUISE
         self.num_stuck = self.num_stuck + 1 if ahead and moved < STUCK else 0
-        if self.num_stuck >= 3:  # back out and take another way
+        if self.num_stuck >= 3:
             self.mode, self.left, self.num_stuck, self.target = "reverse", 3, 0, None
             self.turn = float(self.rng.normal(0, 1))
         if self.left <= 0:
@@ -83,9 +83,10 @@ class Driver:
         self.speed = float(self.rng.uniform(0.7, 1.3)) * CRUISE
         self.target = None
         side = -1.0 if self.rng.random() < 0.5 else 1.0
-        self.turn = {"rotate": side * float(self.rng.uniform(0.4, MAX_TURN)), "reverse": float(self.rng.normal(0, 0.4))}.get(
-            self.mode, 0.0
-        )
+        self.turn = {
+            "rotate": side * float(self.rng.uniform(0.4, MAX_TURN)),
+            "reverse": float(self.rng.normal(0, 0.4)),
+        }.get(self.mode, 0.0)
 
     def _explore(self, pose: NDArray[np.float64]) -> tuple[float, float]:
         cell = self.maze.cell_at(pose[:2])
@@ -144,7 +145,7 @@ class VizdoomMaze(TrajectoryRecipe):
         "Made by the raev2 data recipe `vizdoom`: mazes and textures by raev2, rendered with ViZDoom "
         "(https://github.com/Farama-Foundation/ViZDoom), which is not included."
     )
-    size = "8,640 frames in 72 drives, 64 px, 26 MB"
+    size = "8,640 frames in 72 drives, 64 px, 29 MB"
     options = {
         "num_train": Option("60", "training drives"),
         "num_val": Option("12", "validation drives"),
@@ -187,7 +188,7 @@ class VizdoomMaze(TrajectoryRecipe):
             for number, (seed, count) in enumerate(plans):
                 yield Source(f"maze-{seed}", f"maze {seed}", partial(_drives, engine, number, seed, count, num_frames))
 
-    def storage(self, options: Mapping[str, str]) -> Any:
+    def storage(self, options: Mapping[str, str]) -> Storage:
         """The split is given: by maze."""
         return super().storage({**options, "split": "given"})
 
