@@ -205,6 +205,15 @@ def latents(options: Namespace) -> int:
     return OK
 
 
+def analyse(options: Namespace) -> int:
+    """`raev2 analyse`."""
+    from raev2.analysis.command import analyse as run
+
+    table = run(options)
+    print(f"{table.markdown()}\nwritten to {options.out}/{table.name}.*")
+    return OK
+
+
 def bench(options: Namespace) -> int:
     """`raev2 bench`."""
     from raev2.bench import run_benchmarks, table
@@ -267,7 +276,7 @@ def doctor(options: Namespace) -> int:
 COMMANDS = {
     "train": train, "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report, "show": show,
     "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents, "bench": bench,
-    "import": import_, "export": export, "doctor": doctor,
+    "import": import_, "export": export, "analyse": analyse, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -93,6 +93,24 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, log: bool 
     return "".join(out) + f'<div class="legend">{keys}</div>'
 
 
+COLOURS = ("#2a6fdb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285", "#e67700", "#495057")
+
+
+def standalone(chart: str, series: Sequence[Series]) -> str:
+    """A chart of `line_chart` as an SVG file of its own: colours inside, the legend at the top right."""
+    svg = chart[: chart.index("</svg>")]
+    css = "text{font:11.5px sans-serif;fill:#555}.grid{stroke:#e3e3e3}.axis{stroke:#888}"
+    css += ".line{fill:none;stroke-width:2}.raw{opacity:.3}.dashed{stroke-dasharray:5 4}"
+    css += "".join(f".line.c{n}{{stroke:{colour}}}.dot.c{n}{{fill:{colour}}}" for n, colour in enumerate(COLOURS))
+    legend = "".join(
+        f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 12 + 14 * n}" text-anchor="end" style="fill:{COLOURS[n % 8]}">'
+        f"{escape(line.name)}</text>"
+        for n, line in enumerate(series)
+    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}"'
+    return svg.replace("<svg", head, 1).replace(">", f"><style>{css}</style>", 1) + legend + "</svg>\n"
+
+
 def smooth(ys: Sequence[Number], window: int) -> list[Number]:
     """Mean of the last `window` finite values."""
     out, recent = [], []  # type: list[Number], list[Number]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "import", "export", "bench", "doctor",
+    "import", "export", "analyse", "bench", "doctor",
 )  # fmt: skip
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
@@ -99,6 +99,22 @@ def parser() -> argparse.ArgumentParser:
     latents.add_argument("--data", required=True, metavar="DIR", help="dataset folder")
     latents.add_argument("--split", default="train")
     latents.add_argument("--out", required=True, metavar="FILE")
+
+    analyse = command("analyse", "an analysis of the papers: writes a table (JSON, Markdown) and a plot (SVG)")
+    analyse.add_argument(
+        "name", metavar="NAME", help="probe, correlation, blocks, width, layers, time-shift or decoder-noise"
+    )
+    _run_options(analyse)
+    analyse.add_argument("--recipe", default="quickstart", help="recipe that is varied (default: quickstart)")
+    analyse.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
+    analyse.add_argument("--data", default="emoji", metavar="DIR", help="labelled dataset folder or data recipe")
+    analyse.add_argument("--encoder", nargs="+", metavar="NAME", help="probe: encoders (default: micro)")
+    analyse.add_argument("--grid", type=int, nargs=2, default=(8, 8), metavar=("ROWS", "COLS"), help="probe: tokens")
+    analyse.add_argument("--layers", type=int, nargs="+", metavar="K", help="probe: numbers of last layers")
+    analyse.add_argument("--widths", type=int, nargs="+", metavar="D", help="width: widths of the network")
+    analyse.add_argument("--steps", type=int, default=300, help="width: training steps")
+    analyse.add_argument("--n", type=int, default=64, help="blocks: number of images")
+    analyse.add_argument("--out", metavar="DIR", default="analysis")
 
     bench = command("bench", "benchmark tables with the machine's description")
     bench.add_argument("names", nargs="*", metavar="NAME", help="default: all")

@@ -1,0 +1,119 @@
+"""`raev2 analyse NAME`: which analyses there are, and how the options of the command line reach them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from raev2.analysis.ablations import run_ablation
+from raev2.analysis.blocks import block_table
+from raev2.analysis.correlation import correlation_table
+from raev2.analysis.probe import probe_encoders
+from raev2.analysis.table import Table
+from raev2.analysis.width import width_table
+from raev2.data import FolderDataset, to_float
+from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.pipeline import find_run, open_trained, prepare_data
+from raev2.published import published_encoders
+from raev2.run import make_accelerator
+from raev2.spec_io import apply_overrides
+from raev2.task import get_data_recipe, get_recipe, get_task
+from raev2.tokenizer.rae import RAE
+from raev2.train_generator import latent_encoder
+
+
+def analyse(options: Namespace) -> Table:
+    """Run the analysis that `options.name` names, write its files to `options.out` and return its table."""
+    if options.name not in ANALYSES:
+        raise SpecError(
+            "raev2 analyse", "unknown analysis", got=repr(options.name), expected=f"one of {', '.join(ANALYSES)}",
+            hint=did_you_mean(options.name, ANALYSES),
+        )  # fmt: skip
+    table = ANALYSES[options.name](options)
+    table.write(Path(options.out))
+    return table
+
+
+def _probe(options: Namespace) -> Table:
+    """LP and LDS of encoders by number of layers; --encoder, --data, --grid, --layers."""
+    data = _labelled_data(options)
+    counts = options.layers or list(range(1, 100))
+    device = make_accelerator("fp32").device
+    return probe_encoders(data, options.encoder or ["micro"], tuple(options.grid), counts, device)
+
+
+def _correlation(options: Namespace) -> Table:
+    """Pearson correlations over the published encoders: LP, LDS and gFID of RAE and RAEv2."""
+    return correlation_table(
+        published_encoders(), ("gFID RAE", "gFID RAEv2"), "Published values of the RAEv2 study, quoted."
+    )
+
+
+def _blocks(options: Namespace) -> Table:
+    """CKA and spatial self-similarity of the blocks of a trained run; --run, --n."""
+    trained = open_trained(find_run(options.run, options.task))
+    if trained.generator is None:
+        raise SpecError("raev2 analyse blocks", "the run has no trained generator", got=str(trained.run.dir))
+    spec, task, device = trained.run.spec, trained.task, trained.run.device
+    val = task.dataset(spec, "val")
+    encode = latent_encoder(trained.rae, device)
+    indices = range(min(options.n, len(val)))
+    images = torch.stack([val.image(i) for i in indices])
+    latents = encode(images, torch.tensor(list(indices)))
+    raw = {name: value.to(device) for name, value in task.eval_cond(spec, val, indices).items()}
+    return block_table(trained.generator, latents, task.cond_encoder(spec, encode, device)(raw), (0.2, 0.5, 0.8))
+
+
+def _width(options: Namespace) -> Table:
+    """Over-fit one image at several widths; --run (a run with an RAE tokenizer), --data, --widths, --steps."""
+    trained = open_trained(find_run(options.run, options.task))
+    if not isinstance(trained.rae, RAE):
+        raise SpecError("raev2 analyse width", "needs a run with an RAE tokenizer", got=str(trained.run.dir))
+    val = trained.task.dataset(trained.run.spec, "val")
+    latents = trained.rae.encode(to_float(val.image(0)[None].to(trained.run.device)))[0]
+    channels = latents.shape[0]
+    widths = options.widths or [channels // 4, channels // 2, channels, 2 * channels]
+    return width_table(latents, widths, steps=options.steps, depth=4, batch_size=16, lr=1e-3)
+
+
+def _ablation(name: str) -> Callable[[Namespace], Table]:
+    def run(options: Namespace) -> Table:
+        task = get_task(options.task) if options.task else _default_task()
+        spec = apply_overrides(get_recipe(task, options.recipe), options.overrides)
+        prepare_data(spec)
+        return run_ablation(name, spec, Path(options.out))
+
+    return run
+
+
+def _default_task():  # type: ignore[no-untyped-def]
+    raise SpecError("--task", "which task?", expected="--task T, and --recipe R for another recipe than quickstart")
+
+
+def _labelled_data(options: Namespace) -> Path:
+    """The dataset folder of --data; with a data recipe's name in place of a folder, it is built."""
+    folder = Path(options.data)
+    if not (folder / "manifest.json").is_file():
+        if folder.exists() or len(folder.parts) > 1:
+            raise DataError(
+                f"data {folder}", "no dataset folder here", expected="a folder with manifest.json, or a data recipe"
+            )
+        recipe, folder = get_data_recipe(options.data), Path("data") / options.data
+        if not (folder / "manifest.json").is_file():
+            recipe.build(folder, {})
+    FolderDataset(folder, "train", (8, 8))
+    return folder
+
+
+ANALYSES: dict[str, Callable[[Namespace], Table]] = {
+    "probe": _probe,
+    "correlation": _correlation,
+    "blocks": _blocks,
+    "width": _width,
+    "layers": _ablation("layers"),
+    "time-shift": _ablation("time-shift"),
+    "decoder-noise": _ablation("decoder-noise"),
+}

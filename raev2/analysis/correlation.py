@@ -1,0 +1,66 @@
+"""Which property of an encoder goes with good generation: Pearson correlations over encoders, with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raev2.analysis.table import Table
+from raev2.chart import Series
+
+PROPERTIES = ("LP", "LDS", "mean")
+
+
+def correlation_table(encoders: Sequence[Mapping[str, Any]], outcomes: Sequence[str], source: str) -> Table:
+    """Pearson r of LP, LDS and their mean with every outcome (such as gFID), over encoders.
+
+    encoders   one mapping an encoder: name, LP, LDS and the outcomes
+    """
+    complete = [row for row in encoders if all(row.get(name) is not None for name in ("LP", "LDS", *outcomes))]
+    values = {name: [float(row[name]) for row in complete] for name in ("LP", "LDS", *outcomes)}
+    values["mean"] = [(a + b) / 2 for a, b in zip(min_max(values["LP"]), min_max(values["LDS"]), strict=True)]
+    rows = []
+    for outcome in outcomes:
+        for name in PROPERTIES:
+            r = pearson(values[name], values[outcome])
+            low, high = fisher_interval(r, len(complete))
+            rows.append({"outcome": outcome, "property": name, "r": r, "low": low, "high": high, "n": len(complete)})
+    series = [
+        Series(outcome, [x for x, _ in pairs], [y for _, y in pairs], points=True)
+        for outcome in outcomes
+        for pairs in [sorted(zip(values["mean"], values[outcome], strict=True))]
+    ]
+    return Table(
+        "correlation",
+        "Correlation of encoder properties with generation",
+        ("outcome", "property", "r", "low", "high", "n"),
+        rows,
+        f"{source} low, high: 95 % interval by Fisher's z. mean: of LP and LDS, each scaled to [0, 1] over these "
+        "encoders. With so few encoders the intervals are wide; a negative r with gFID means better.",
+        series,
+        x_label="mean of scaled LP and LDS",
+    )
+
+
+def pearson(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Correlation coefficient; nan where one of the two does not vary."""
+    n = len(xs)
+    mean_x, mean_y = sum(xs) / n, sum(ys) / n
+    cov = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
+    var_x, var_y = sum((x - mean_x) ** 2 for x in xs), sum((y - mean_y) ** 2 for y in ys)
+    return cov / math.sqrt(var_x * var_y) if var_x and var_y else math.nan
+
+
+def fisher_interval(r: float, n: int) -> tuple[float | None, float | None]:
+    """95 % interval of a correlation over n points; None where n < 4 or r is +-1."""
+    if n < 4 or not abs(r) < 1:
+        return None, None
+    z, half = math.atanh(r), 1.959964 / math.sqrt(n - 3)
+    return math.tanh(z - half), math.tanh(z + half)
+
+
+def min_max(values: Sequence[float]) -> list[float]:
+    """Values scaled to [0, 1]."""
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
