@@ -54,7 +54,7 @@ def width_table(
         rows,
         f"Latent tokens of {channels} channels. loss: mean squared error of the velocity over the last tenth of "
         f"{steps} steps (LightningDiT, depth {depth}, batch {batch_size} noises of one image, velocity prediction). "
-        f"bound: Theorem 1, zero from a width of {channels} on; the loss also holds what {steps} steps have not learned.",
+        f"bound: Theorem 1, zero from a width of {channels} on. The loss also holds what {steps} steps did not learn.",
         [
             Series("loss", [r["width"] for r in rows], [r["loss"] for r in rows], points=True),
             Series("bound", [r["width"] for r in rows], [r["bound"] for r in rows], points=True),
