@@ -80,7 +80,7 @@ def export_decoder(
 
 def decoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The decoder alone, of a decoder or of a whole autoencoder, whose frozen encoder is left out."""
-    if not any(name.startswith("decoder.") for name in tensors):
+    if "decoder.decoder_embed.weight" not in tensors:
         return dict(tensors)
     return {name.removeprefix("decoder."): value for name, value in tensors.items() if name.startswith("decoder.")}
 

@@ -194,7 +194,7 @@ def generator_part(values: Mapping[str, Any]) -> dict[str, Any]:
     prediction: dict[str, Any] = {}
     for node in _mappings(values):
         target = str(node.get("target", "")).rpartition(".")[2]
-        if found:  # the first one; a configuration for autoguidance has a second
+        if found:  # the outer one; a configuration for autoguidance has a second inside
             pass
         elif target in NETWORKS and isinstance(node.get("params"), Mapping):
             found = {"model": target, **node["params"]}
@@ -214,7 +214,8 @@ def tokenizer_part(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mappings(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield values
-    for value in values.values():
-        if isinstance(value, Mapping):
-            yield from _mappings(value)
+    """All mappings in a nested one, the outer ones first."""
+    level = [values]
+    while level:
+        yield from level
+        level = [value for node in level for value in node.values() if isinstance(value, Mapping)]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from raev2.errors import CheckpointError
-from raev2.interop.convert import Conversion, describe, linear_names, load, unwrap
+from raev2.interop.convert import Conversion, describe, linear_names, load, some, unwrap
 from raev2.model.condition import ConditionSpec, FramesCondition, LabelCondition, TextCondition
 from raev2.model.ddt import DDT
 from raev2.model.generator import Generator
@@ -46,8 +46,11 @@ def convert_generator(
 ) -> tuple[Generator, Conversion]:
     """A generator without values, and the conversion that gives them."""
     is_v1 = any(name.startswith("y_embedder.") for name in tensors)
-    config = _complete(infer_config(tensors), config or {})
-    spec, condition = _network_spec(config, is_v1), _condition_spec(config, is_v1, tensors)
+    config = _complete(infer_config(tensors, (config or {}).get("input_size")), config or {})
+    try:
+        spec, condition = _network_spec(config, is_v1), _condition_spec(config, is_v1, tensors)
+    except ValidationError as error:
+        raise CheckpointError("reference config", str(error.errors()[0]["msg"]), got=f"{dict(config)}") from error
     latent_shape = (int(config["in_channels"]), int(config["input_size"]), int(config["input_size"]))
     prediction = config.get("prediction", "velocity" if is_v1 else "x")
     if prediction not in ("x", "velocity"):
@@ -142,8 +145,10 @@ def generator_config(generator: Generator) -> dict[str, Any]:
     return config | {"cond_arch": cond_arch}
 
 
-def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def infer_config(tensors: Mapping[str, Tensor], input_size: int | None = None) -> dict[str, Any]:
     """What names and shapes of reference weights say about their config.
+
+    input_size   if known: LightningDiT has one table of positions for patches and condition
 
     The depth of the base head and of the REPA projector, and what is predicted, cannot be seen. Raises CheckpointError
     where these are no generator weights.
@@ -173,10 +178,11 @@ def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         head_dims = [_head_dim(tensors, i, table) for i, table in zip(first, tables, strict=True)]
         if None not in head_dims:
             config["num_heads"] = [stack[0] // dim for stack, dim in zip(stacks, head_dims, strict=True) if dim]
-        config["mlp_ratio"] = _mlp_ratio(widths[0], tensors, is_v1)
+        config["mlp_ratio"] = _mlp_ratio(tensors, widths)
         if not is_ddt:
             config |= {key: config[key][0] for key in ("hidden_size", "depth", "num_heads") if key in config}
-    config |= _infer_condition(tensors, tables, is_v1, embed.shape[2])
+    num_patches = None if input_size is None else (input_size // embed.shape[2]) ** 2
+    config |= _infer_condition(tensors, tables, is_v1, embed.shape[2], num_patches)
     if is_v1:
         config |= {"use_qknorm": "blocks.0.attn.q_norm.weight" in tensors, "use_pos_embed": "pos_embed" in tensors}
     if "repa_projector.weight" in tensors:
@@ -185,16 +191,17 @@ def infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _infer_condition(
-    tensors: Mapping[str, Tensor], tables: tuple[str, ...], is_v1: bool, patch_size: int
+    tensors: Mapping[str, Tensor], tables: tuple[str, ...], is_v1: bool, patch_size: int, num_patches: int | None
 ) -> dict[str, Any]:
     """The condition, and the input size, which only tables of positions tell."""
     config: dict[str, Any] = {}
     cond_arch: dict[str, int] = {}
-    num_patches = None
     if is_v1:
         config["num_classes"] = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
         if "pos_embed" in tensors:
             num_patches = tensors["pos_embed"].shape[1]
+        elif f"{tables[0]}.freqs_cos" in tensors:
+            num_patches = len(tensors[f"{tables[0]}.freqs_cos"])
     elif "t_embedder.learnable_tokens" in tensors:
         cond_arch["num_t_tokens"] = len(tensors["t_embedder.learnable_tokens"])
     table = tensors.get(f"{tables[0]}.freqs_cos")
@@ -205,7 +212,8 @@ def _infer_condition(
             "condition_type": "label",
             "num_classes": tensors["ctx_embedder.embedding_table.weight"].shape[0] - 1,
         }
-        cond_arch["num_c_tokens"] = len(tensors["ctx_embedder.learnable_tokens"])
+        if "ctx_embedder.learnable_tokens" in tensors:
+            cond_arch["num_c_tokens"] = len(tensors["ctx_embedder.learnable_tokens"])
         if num_patches is None and table is not None:
             num_patches = len(table) - sum(cond_arch.values())
     elif "ctx_embedder.proj.weight" in tensors:
@@ -215,7 +223,7 @@ def _infer_condition(
         cond_arch["n_action_tokens"] = len(tensors["ctx_embedder.action_tokens"])
     if "num_c_tokens" not in cond_arch and table is not None and num_patches is not None and not is_v1:
         cond_arch["num_c_tokens"] = len(table) - num_patches - cond_arch.get("num_t_tokens", 4)
-    if num_patches is not None:
+    if num_patches is not None and num_patches > 0:
         config["input_size"] = math.isqrt(num_patches) * patch_size
     return config if is_v1 else config | {"cond_arch": cond_arch}
 
@@ -233,7 +241,7 @@ def _head_blocks(tensors: Mapping[str, Tensor], widths: list[int], is_v1: bool) 
         count = sum(width != widths[0] for width in widths)
     else:
         count = sum(f"blocks.{i}.adaln_modulation.1.weight" in tensors for i in range(len(widths)))
-    return count or None
+    return count if 0 < count < len(widths) else None
 
 
 def _head_dim(tensors: Mapping[str, Tensor], block: int, table: str) -> int | None:
@@ -243,9 +251,13 @@ def _head_dim(tensors: Mapping[str, Tensor], block: int, table: str) -> int | No
     return None
 
 
-def _mlp_ratio(width: int, tensors: Mapping[str, Tensor], is_v1: bool) -> float:
-    hidden = tensors["blocks.0.mlp.w3.weight"].shape[1]
-    return 4.0 if swiglu_dim(width, 4.0) == hidden else (hidden + 0.5) * 1.5 / width
+def _mlp_ratio(tensors: Mapping[str, Tensor], widths: list[int]) -> float:
+    """The shortest decimal that gives the hidden units of every block; 4 where none does, which is then named."""
+    weights = [(width, tensors.get(f"blocks.{i}.mlp.w3.weight")) for i, width in enumerate(widths)]
+    hidden = {(width, weight.shape[1]) for width, weight in weights if weight is not None}
+    middle = sum((units + 0.5) * 1.5 / width for width, units in hidden) / max(1, len(hidden))
+    candidates = [4.0, *(round(middle, digits) for digits in range(6))]
+    return next((r for r in candidates if all(swiglu_dim(width, r) == units for width, units in hidden)), 4.0)
 
 
 def _complete(inferred: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,8 +332,6 @@ def _network_spec(config: Mapping[str, Any], is_v1: bool) -> DDTSpec | DiTSpec:
         (width, head_width), (depth, head_depth), (num_heads, head_num_heads) = sizes
         head = {"head_width": head_width, "head_depth": head_depth, "head_num_heads": head_num_heads}
         return DDTSpec(width=width, depth=depth, num_heads=num_heads, **head, **trunk)
-    except ValidationError as error:
-        raise CheckpointError("reference config", str(error.errors()[0]["msg"]), got=f"{dict(config)}") from error
     except TypeError as error:
         raise CheckpointError(
             "reference config", f"{model} has a trunk and a head", got=f"hidden_size {sizes[0]}, depth {sizes[1]}",
@@ -351,6 +361,9 @@ def _condition_spec(config: Mapping[str, Any], is_v1: bool, tensors: Mapping[str
                 "reference config", "the weights do not determine cond_arch.num_c_tokens",
                 hint="It is frames * patches + action tokens + 1.",
             )  # fmt: skip
+        needed = ["ctx_embedder.context_patch_embed.weight", "ctx_embedder.action_proj.weight"]
+        if missing := [name for name in needed if name not in tensors]:
+            raise CheckpointError("reference weights", "do not fit the config", got=f"missing {some(missing)}")
         patch_size = tensors["ctx_embedder.context_patch_embed.weight"].shape[-1]
         num_patches = (config["input_size"] // patch_size) ** 2
         return FramesCondition(
