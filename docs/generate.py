@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from raev2 import cli, errors, spec
+from raev2.published import published, published_encoders
 from raev2.spec_io import apply_overrides, load_spec
 from raev2.task import get_recipe, get_task, installed_tasks
 from raev2.tokenizer.encoder_table import ENCODERS
@@ -284,11 +285,42 @@ def encoders_page() -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+
+def published_page() -> str:
+    """Every published number with its setting, source and how it was read."""
+    content = published()
+    text = "# Published numbers\n\n" + HEAD
+    text += (
+        "Status of every number: **quoted** from a paper or project page, not measured with this code; none of these "
+        "systems was trained here. They lie in `raev2/assets/published.json`; a run whose recipe describes such a "
+        "system shows them in its report. What was measured here: [results](../results.md).\n\n"
+        "*Read off a figure* is approximate, about 0.01 to 0.03 for FID below 4; *second-hand* comes from notes about "
+        "a paper.\n\n## Sources\n\n"
+    )
+    text += "".join(f"- {name}: {source}\n" for name, source in content["sources"].items()) + "\n"
+    for task in dict.fromkeys(row["task"] for row in content["results"]):
+        rows = [
+            (row["system"], row["metric"], row["value"], row["setting"], row["source"], row["how"],
+             f"`{row['recipe']}`" if "recipe" in row else "")
+            for row in content["results"] if row["task"] == task
+        ]  # fmt: skip
+        text += (
+            f"## {task}\n\n" + table(("system", "metric", "value", "setting", "source", "how", "recipe"), rows) + "\n"
+        )
+    rows = [
+        (r["name"], r["LP"], r["LDS"], r["gFID RAE"], r["gFID RAEv2"], r["setting"], r["how"])
+        for r in published_encoders()
+    ]
+    header = ("encoder", "LP", "LDS", "gFID RAE", "gFID RAEv2", "setting", "how")
+    return text + "## Encoders\n\n" + table(header, rows)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "spec.md": spec_page,
     "errors.md": errors_page,
     "encoders.md": encoders_page,
+    "published.md": published_page,
 }
 
 

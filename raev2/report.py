@@ -24,6 +24,7 @@ from raev2.artefact import write_json
 from raev2.chart import Series, line_chart, number, smooth
 from raev2.errors import CheckpointError
 from raev2.eval.protocols import ep_fid
+from raev2.published import published, published_results
 
 REPORT_FORMAT_VERSION = 1
 STAGES = {"tokenizer": "Tokenizer (stage 1)", "generator": "Generator (stage 2)"}
@@ -76,7 +77,8 @@ def write_report(run_dir: str | Path) -> Path:
         "ep_text": "EP_<metric>@k: where the metric first falls to k, linear between evaluations, with the sampling "
         "settings of the protocol. For FID k is 2, as published. Elsewhere k comes from the scale: the value of "
         "block-shuffled pictures, and the geometric mean of theirs and that of real pictures.",
-        "stages": _stages(lines), "events": _events(lines), "data": _flat(data), "provenance": _provenance(provenance),
+        "published": _published(spec), "stages": _stages(lines),
+        "events": _events(lines), "data": _flat(data), "provenance": _provenance(provenance),
         "spec_text": spec_text, "glossary": _glossary(names), "version": __version__, "date": date,
     }  # fmt: skip
     template = (resources.files("raev2") / "assets" / "report.html.j2").read_text()
@@ -503,6 +505,16 @@ def _train_samples(data: Mapping) -> int | None:
 
 def _provenance(provenance: Mapping) -> list[tuple[str, str]]:
     return _flat({name: value for name, value in provenance.items() if name != "data"})
+
+
+def _published(spec: Mapping) -> list[dict[str, Any]]:
+    """Published numbers of the system that a run's recipe describes."""
+    task, recipe = (spec.get("task") or {}).get("name"), spec.get("recipe")
+    sources = published()["sources"]
+    return [
+        {**row, "value": number(row["value"]), "source": sources[row["source"]]}
+        for row in published_results(recipe) if recipe and row["task"] == task
+    ]  # fmt: skip
 
 
 def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from raev2.chart import Series, line_chart, number, smooth
@@ -238,3 +239,15 @@ def test_the_picture_of_a_protocol_is_shown_beside_its_numbers(tmp_path):
     assert "rollouts above" not in re.sub(r"<pre>.*?</pre>", "", write_report(run).read_text(), flags=re.S)
     grid(run / "eval" / "rollout.png", 0, 1.0)
     assert 'alt="rollouts above, true frames below"' in write_report(run).read_text()
+
+
+def test_published_numbers_are_shown_where_the_recipe_is_a_published_system(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Published numbers" not in write_report(run).read_text()
+    spec = yaml.safe_load((run / "spec.yaml").read_text())
+    spec["recipe"], spec["task"] = "raev2-dinov3l-k7", {"name": "imagenet"}
+    (run / "spec.yaml").write_text(yaml.safe_dump(spec))
+    page = write_report(run).read_text()
+    assert "Published numbers of this system" in page and "not measured in this run" in page
+    assert re.search(r'<td>gFID</td><td class="num">1.06</td>', page)
+    assert "GenEval" not in page, "numbers of another task"

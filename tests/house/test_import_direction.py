@@ -29,7 +29,7 @@ ORDER = """
     model.layers model.embed model.condition model.dit model.ddt model.generator
     flow guidance sampler testing ema optim checkpoint run
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
-    train_tokenizer train_generator bench chart report pipeline published
+    train_tokenizer train_generator bench published chart report pipeline
     analysis.table analysis.probe analysis.correlation analysis.blocks analysis.width analysis.ablations
     analysis.command
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
