@@ -263,9 +263,9 @@ def import_eval(argv: Sequence[str]) -> None:
     parser.add_argument("--scorer", help="program and weights that scored, where they differ from the benchmark's own")
     options = parser.parse_args(argv)
     try:
-        about = json.loads(_text(options.export / EXPORT))
+        about = json.loads((options.export / EXPORT).read_text())
         benchmark = BENCHMARKS[about["benchmark"]]
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"export {options.export}", "not a folder of `raev2 t2i export-eval`", got=repr(error)
         ) from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raev2 import dist
@@ -329,18 +329,39 @@ class ClipScoreEvaluator(Evaluator):
         )
 
 
+class ClipFeatures(nn.Module):
+    """A CLIP of transformers as torchmetrics wants it: features as tensors, in every version of transformers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, *inputs: Tensor) -> Tensor:
+        """Projected image features."""
+        return _features(self.model.get_image_features(*inputs))
+
+    def get_text_features(self, *inputs: Tensor) -> Tensor:
+        """Projected text features."""
+        return _features(self.model.get_text_features(*inputs))
+
+
+def _features(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
 def load_clip(model: str, device: torch.device) -> tuple[Any, Any]:
     """torchmetrics' CLIPScore and the text tokenizer of its model; DataError where the weights are not at hand."""
     from torchmetrics.multimodal import CLIPScore
+    from transformers import CLIPModel, CLIPProcessor
 
     try:
-        metric = CLIPScore(model_name_or_path=model).to(device)
+        parts = ClipFeatures(CLIPModel.from_pretrained(model)), CLIPProcessor.from_pretrained(model)
     except Exception as error:  # transformers and the hub client have many error types
         raise DataError(
             f"weights {model}", "the CLIP of protocol clipscore is missing", got=type(error).__name__,
             hint=f"Download {model} into the hub's cache on this machine.",
         ) from error  # fmt: skip
-    return metric, metric.processor.tokenizer
+    return CLIPScore(model_name_or_path=lambda: parts).to(device), parts[1].tokenizer
 
 
 def _clip_score(metric: Any, image: Tensor, caption: str) -> Tensor:

@@ -52,6 +52,9 @@ MAX_WORKERS = 64  # rows of the shared counters
 class TextImageDataset(ImageDataset):
     """One split of a source or collection of image-text shards.
 
+    By number, training samples stand source after source. Those of other splits alternate between the sources, so that
+    the first so many of them are a fair part.
+
     weights        share of each source in a batch, by name; 0 leaves a source out. None: by size
     batch_size     global batch of the training, in which the shares are exact; needed for training only
     caption_mix    which caption a training step sees: weights by kind, or a whole `CaptionRule`. None: the default
@@ -85,7 +88,9 @@ class TextImageDataset(ImageDataset):
         if "sources" in self.manifest and len(self.sources) < len(self.manifest["sources"]):
             used = {source.name: source.manifest["fingerprint"] for source in self.sources}
             self.manifest = {**self.manifest, "fingerprint": collection_fingerprint(used)}
-        self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
+        sizes = [len(source) for source in self.sources]
+        self._starts = np.cumsum([0, *sizes])
+        self._places = None if split == "train" else alternate(sizes)
         shares = {source.name: weights[source.name] if weights else len(source) for source in self.sources}
         self.mix = Mix(shares, batch_size or 1)
         if split == "train" and batch_size is not None:
@@ -187,8 +192,15 @@ class TextImageDataset(ImageDataset):
     def _locate(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        index = index if self._places is None else int(self._places[index])
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.sources[which], index - int(self._starts[which])
+
+
+def alternate(sizes: Sequence[int]) -> np.ndarray:
+    """All positions of a row of blocks of these sizes, so that every beginning has its share of every block."""
+    places = np.concatenate([(np.arange(size) + 0.5) / max(size, 1) for size in sizes])
+    return np.argsort(places, kind="stable")
 
 
 class Mix:

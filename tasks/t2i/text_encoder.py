@@ -350,6 +350,21 @@ def text_sizes(spec: TextEncoderSpec) -> tuple[int, int]:
     return _width(_text_config(spec)), len(HubTokenizer(spec).ids(""))
 
 
+def text_encoders(argv: Sequence[str]) -> None:
+    """List known text encoders with width, licence and access; every other transformers folder works too."""
+    header = ("name", "family", "width", "tokens of ''", "parameters", "licence", "access")
+    rows = [
+        (e.hub_id, e.family, str(e.width), str(e.num_null_tokens), e.parameters, e.licence, "gated" if e.gated else "")
+        for e in KNOWN_ENCODERS.values()
+    ]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+COMMANDS = {"text-encoders": text_encoders}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 

@@ -43,7 +43,7 @@ def t2i_spec(scenes_data: Path) -> RunSpec:
         "sample_every_images": 32, "save_every_images": 16,
     }  # fmt: skip
     task = base.task.replace(
-        text_encoder=base.task.text_encoder.replace(scratch={"width": 32, "depth": 1, "num_heads": 2})
+        text_encoder=base.task.text_encoder.replace(scratch={"width": 32, "depth": 1, "num_heads": 2}), weights={}
     )
     return base.replace(
         recipe="tiny",
