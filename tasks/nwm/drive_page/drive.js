@@ -54,19 +54,24 @@ function step(directions) {
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Keys: what is held drives on, a short tap is one step
+// Keys: a tap is one step at once; what is held drives on, in real time where the world is quick enough
 
 const held = new Set();
 const tapped = new Set();
 let driving = false;
+let wake = () => {};
+
+const pause = (ms) => new Promise((done) => { wake = done; setTimeout(done, ms); });
 
 async function drive() {
   if (driving || ride === null) return;
   driving = true;
   while (held.size || tapped.size) {
-    const now = new Set([...held, ...tapped]);
+    const begin = performance.now(), now = new Set([...held, ...tapped]);
     tapped.clear();
     await step(now);
+    const rest = begin + 1000 * Number(element("seconds").value) - performance.now();
+    if (held.size && !tapped.size && rest > 0) await pause(rest);
   }
   driving = false;
 }
@@ -75,6 +80,7 @@ function press(directions, on) {
   for (const direction of directions) {
     if (on) { held.add(direction); tapped.add(direction); } else held.delete(direction);
   }
+  if (on || !held.size) wake();
   if (on) drive();
 }
 
