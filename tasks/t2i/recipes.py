@@ -116,6 +116,19 @@ def laptop() -> RunSpec:
     )
 
 
+def own_data() -> RunSpec:
+    """The quickstart's networks for your own captioned pictures: every source and every caption as it comes."""
+    base = quickstart()
+    return base.replace(
+        recipe="own-data",
+        summary="quickstart sizes for your own captioned pictures in data/captioned, 64 px",
+        task=base.task.replace(captions=CaptionSpec(), weights={}),
+        data=DataSpec(dir="data/captioned"),
+        generator_training=base.generator_training.replace(latent_cache=False),
+        evaluation=base.evaluation.replace(protocols=("reconstruction-micro", "generation-micro", "retrieval-micro")),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Published systems
 
@@ -215,6 +228,7 @@ def raev2_siglip2b_finetune() -> RunSpec:
 RECIPES: dict[str, Callable[[], RunSpec]] = {
     "quickstart": quickstart,
     "laptop": laptop,
+    "own-data": own_data,
     "raev2-siglip2b": raev2_siglip2b,
     "raev2-siglip2b-t5xl": partial(raev2_siglip2b, T5_XL, "-t5xl"),
     "raev2-siglip2b-gemma2": partial(raev2_siglip2b, GEMMA, "-gemma2"),
