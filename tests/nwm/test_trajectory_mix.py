@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from raev2.errors import DataError
+from raev2.manifest import read_manifest
+from raev2_data_recipes.trajectory_mix import RECIPE
+from raev2_tasks.nwm.trajectories import read_trajectories
+
+
+def test_a_mix_holds_the_trajectories_of_its_folders_and_keeps_their_splits(world, tmp_path):
+    (tmp_path / "a").symlink_to(world)
+    (tmp_path / "b").symlink_to(world)
+    options = {"src": f"{tmp_path / 'a'}, {tmp_path / 'b'}"}
+    assert RECIPE.plan(options) == [f"Copy 120 frames of {tmp_path / name}." for name in "ab"]
+    RECIPE.build(tmp_path / "mix", options)
+    for split in ("train", "val"):
+        parts, mixed = read_trajectories(world, split), read_trajectories(tmp_path / "mix", split)
+        assert [one.id for one in mixed] == [f"{name}-{one.id}" for name in "ab" for one in parts]
+        for one, other in zip(parts, mixed, strict=False):
+            assert np.array_equal(one.poses, other.poses) and np.array_equal(one.t, other.t)
+            assert one.frame_file(7).read_bytes() == other.frame_file(7).read_bytes()
+    assert read_manifest(tmp_path / "mix")["rate_hz"] == 4.0
+    assert RECIPE.verify(tmp_path / "mix")["split_rule"] == "given"
+
+
+def test_only_folders_of_one_rate_mix(world, tmp_path):
+    (tmp_path / "a").symlink_to(world)
+    (tmp_path / "b").mkdir()
+    manifest = {**read_manifest(world), "rate_hz": 3.0}
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="the folders differ in their rate"):
+        RECIPE.build(tmp_path / "mix", {"src": f"{tmp_path / 'a'},{tmp_path / 'b'}"})
+    with pytest.raises(DataError, match="not a mix; got .*; expected two or more folders of different names"):
+        RECIPE.build(tmp_path / "mix", {"src": str(tmp_path / "a")})
