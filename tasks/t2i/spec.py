@@ -49,6 +49,12 @@ class TextEncoderSpec(Spec):
     keep_pad: int = Field(0, ge=0, le=8, description="padding tokens that stay visible after each caption")
     scratch: ScratchEncoderSpec = ScratchEncoderSpec()
 
+    @model_validator(mode="after")
+    def _belongs_together(self) -> TextEncoderSpec:
+        if self.kind != "pretrained":
+            _refuse_changed(self, ("revision", "hidden", "prefix", "keep_pad"), f"text_encoder.name={self.name}")
+        return self
+
     @property
     def kind(self) -> Literal["scratch", "hash", "pretrained"]:
         """What `name` means."""
@@ -90,3 +96,17 @@ class TextToImageSpec(TaskSpec):
         default_factory=dict, description="share of each source in every batch; empty: by its number of images"
     )
     captions: CaptionSpec = CaptionSpec()
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> TextToImageSpec:
+        if self.text_encoder.kind == SCRATCH:
+            _refuse_changed(self, ("null", "adapter", "caption_cache"), "text_encoder.name=scratch")
+        return self
+
+
+def _refuse_changed(spec: Spec, fields: tuple[str, ...], where: str) -> None:
+    """A setting without effect is an error, so that nobody believes in it."""
+    for field in fields:
+        value = getattr(spec, field)
+        if value != type(spec).model_fields[field].default:
+            raise ValueError(f"{field} has no effect with {where}; got {field}={value}")

@@ -53,6 +53,14 @@ def test_the_name_alone_chooses_the_encoder():
     assert apply_overrides(spec, ["task.text_encoder.name=hash"]).task.text_encoder.kind == "hash"
 
 
+def test_a_setting_without_effect_is_refused():
+    spec = get_recipe(get_task("t2i"), "quickstart")
+    for field, value in (("text_encoder.prefix", "draw"), ("text_encoder.keep_pad", 1), ("null", "none_visible")):
+        with pytest.raises(SpecError, match=f"{field.split('.')[-1]} has no effect with text_encoder.name=scratch"):
+            apply_overrides(spec, [f"task.{field}={value}"])
+    apply_overrides(spec, ["task.text_encoder.name=google/t5-v1_1-base", "task.null=none_visible"])
+
+
 @pytest.mark.parametrize(("encoder", "family"), [(f, f) for f in FAMILIES], indirect=["encoder"])
 def test_the_part_that_reads_text_is_loaded_alone(encoder, family):
     assert type(encoder.model).__name__ == CLASSES[family]
