@@ -11,6 +11,14 @@ from raev2.spec import Spec, TaskSpec
 SCRATCH, HASH = "scratch", "hash"
 
 
+def _refuse_changed(spec: Spec, fields: tuple[str, ...], where: str) -> None:
+    """A setting without effect is an error, so that nobody believes in it."""
+    for field in fields:
+        value = getattr(spec, field)
+        if value != type(spec).model_fields[field].default:
+            raise ValueError(f"{field} has no effect with {where}; got {field}={value}")
+
+
 class ScratchEncoderSpec(Spec):
     """Sizes of the text encoder that is trained with the generator."""
 
@@ -102,11 +110,3 @@ class TextToImageSpec(TaskSpec):
         if self.text_encoder.kind == SCRATCH:
             _refuse_changed(self, ("null", "adapter", "caption_cache"), "text_encoder.name=scratch")
         return self
-
-
-def _refuse_changed(spec: Spec, fields: tuple[str, ...], where: str) -> None:
-    """A setting without effect is an error, so that nobody believes in it."""
-    for field in fields:
-        value = getattr(spec, field)
-        if value != type(spec).model_fields[field].default:
-            raise ValueError(f"{field} has no effect with {where}; got {field}={value}")
