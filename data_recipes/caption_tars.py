@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -205,8 +206,8 @@ class TarShards(DatasetRecipe):
         """Write indices and manifest."""
         try:
             val_fraction = float(options["val_fraction"])
-        except ValueError as error:
-            raise DataError(f"data {self.name}: val_fraction", "not a number", got=options["val_fraction"]) from error
+        except ValueError:
+            val_fraction = math.nan  # which is in no range
         return index_shards(
             Path(options["src"]).expanduser(), folder, source=dataset_name, val_fraction=val_fraction,
             licence=self.licence, attribution=self.attribution, caption_kind=options["kind"], options=options,

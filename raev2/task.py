@@ -159,7 +159,7 @@ def usable_tasks() -> list[Task]:
 
 
 def get_data_recipe(name: str) -> Any:
-    """Load a data recipe by name; its contract is `Recipe` in data_recipes/base.py."""
+    """Load a data recipe by name; its contract is `DatasetRecipe` in data_recipes/base.py."""
     return _load(installed_data_recipes(), name, "data recipe", "data recipe")
 
 

@@ -91,6 +91,7 @@ class TextImageDataset(ImageDataset):
         sizes = [len(source) for source in self.sources]
         self._starts = np.cumsum([0, *sizes])
         self._places = None if split == "train" else alternate(sizes)
+        self._numbers = None if self._places is None else np.argsort(self._places)
         shares = {source.name: weights[source.name] if weights else len(source) for source in self.sources}
         self.mix = Mix(shares, batch_size or 1)
         if split == "train" and batch_size is not None:
@@ -180,7 +181,8 @@ class TextImageDataset(ImageDataset):
         if self._slots is None or self._slots[0] != (seed, step):
             self._slots = (seed, step), permutation(self.mix.batch_size, "slots", seed, step)
         which, count = self.mix.draw(step, int(self._slots[1][slot]))
-        return int(self._starts[which]) + self.sources[which].visit(seed, count, skip)
+        place = int(self._starts[which]) + self.sources[which].visit(seed, count, skip)
+        return place if self._numbers is None else int(self._numbers[place])
 
     def skipped(self, error: DataError) -> None:
         """Name a sample that was passed over in the log, not too often; end the training when there are too many."""

@@ -34,9 +34,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from raev2.errors import DataError
+from raev2.errors import DataError, SpecError
 from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
-from raev2_tasks.t2i.captions import UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
+from raev2_tasks.t2i.captions import KINDS, UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
 from raev2_tasks.t2i.pixels import IMAGE_ERRORS, encode_image, is_plain_rgb, to_rgb
 from raev2_tasks.t2i.tar_scan import INDEX_ROW, Members, Scan, groups, read_sample, scan_shard
 
@@ -182,6 +182,10 @@ def index_shards(
 
     caption_kind   kind of captions whose files do not say it
     """
+    if caption_kind not in KINDS:
+        raise SpecError("kind", "unknown kind of caption", got=caption_kind, expected=f"one of {', '.join(KINDS)}")
+    if not 0 <= val_fraction <= 0.5:
+        raise SpecError("val_fraction", "not usable", got=val_fraction, expected="a number from 0 to 0.5")
     folder = Path(folder)
     out = folder if out is None else Path(out)
     files = sorted(folder.rglob("*.tar"))

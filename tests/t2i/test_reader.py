@@ -224,6 +224,13 @@ def test_weights_follow_the_sizes_unless_given_and_are_checked(both):
     assert len(open_both(both, split="val", weights={"a": 1, "b": 9})) == 8
 
 
+def test_the_stream_of_another_split_keeps_the_shares_too(both):
+    """There numbers alternate between the sources, and the stream must not mistake a number for a place."""
+    dataset = open_both(both, split="val", weights={"a": 1, "b": 3})
+    sources = [dataset.source_name(dataset.stream_index(0, n)) for n in range(3 * B)]
+    assert Counter(sources) == {"a": 6, "b": 18}
+
+
 def test_unknown_splits_and_other_folders_are_named(both, synthetic_data):
     with pytest.raises(DataError, match=r"unknown split; got test; expected one of train, val"):
         TextImageDataset(both, "test", SIZE)

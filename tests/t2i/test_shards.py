@@ -14,7 +14,7 @@ from PIL import Image
 from shard_examples import examples, file_of, pair, picture, write_source, write_tar, write_two_sources
 
 from raev2.cli import main
-from raev2.errors import DataError
+from raev2.errors import DataError, SpecError
 from raev2.manifest import read_manifest, verify_dataset
 from raev2_tasks.t2i import shards
 from raev2_tasks.t2i.pixels import to_rgb
@@ -304,6 +304,10 @@ def test_index_takes_tars_named_val_for_validation(tmp_path):
     assert (splits["train"]["num_samples"], splits["val"]["num_samples"]) == (6, 1)
     with pytest.raises(DataError, match="no tar files here"):
         index_shards(tmp_path / "t" / "nothing")
+    with pytest.raises(SpecError, match="unknown kind of caption; got poem; expected one of short, long"):
+        index_shards(tmp_path / "t", caption_kind="poem")
+    with pytest.raises(SpecError, match="val_fraction: not usable; got 2; expected a number from 0 to 0.5"):
+        index_shards(tmp_path / "t", val_fraction=2)
 
 
 # The commands.
