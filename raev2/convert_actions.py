@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from argparse import Namespace
@@ -15,7 +16,7 @@ from raev2.spec_io import override_values
 
 if TYPE_CHECKING:
     from raev2.interop.files import Source
-    from raev2.spec import EncoderSpec, TokenizerSpec
+    from raev2.spec import AnySpec, EncoderSpec, TokenizerSpec
     from raev2.tokenizer.decoder import ViTDecoder
     from raev2.tokenizer.encoders import FrozenEncoder
     from raev2.tokenizer.latent_stats import LatentStats
@@ -56,7 +57,7 @@ def import_weights(options: Namespace) -> Rows:
                 raise SpecError(f"--{name}", f"has no effect with {source.layout}")
     if source.kind == "generator":
         return _import_generator(source, options, out)
-    with tempfile.TemporaryDirectory() as folder:
+    with _scratch(out) as folder:
         if source.kind == "autoencoder":
             rae, rows = _import_autoencoder(source, Path(folder))
         else:
@@ -117,7 +118,10 @@ def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
         )  # fmt: skip
     _check_image_size(given.config, encoder, grid)
     with init_empty_weights(include_buffers=False):
-        rae = RAE(TokenizerSpec(encoder=given.encoder, decoder=decoder, grid=grid, **given.noise), encoder)
+        spec = _validated(
+            TokenizerSpec, {"encoder": given.encoder, "decoder": decoder, "grid": grid, **given.noise}, "--set "
+        )
+        rae = RAE(spec, encoder)
     pixels = (encoder.info.mean, encoder.info.std) if origin == ORIGINS["rae"] else (None, None)
     rae.decoder = import_decoder(source.tensors, {**given.decoder, "grid": grid}, *pixels)
 
@@ -150,18 +154,16 @@ class _Given:
 
 
 def _given_tokenizer(options: Namespace) -> _Given:
-    from pydantic import ValidationError
-
-    from raev2.interop.decoders import CONFIG_NAMES
+    from raev2.interop.decoders import HEADS
     from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
     from raev2.interop.files import read_config, tokenizer_part
     from raev2.spec import EncoderSpec, TokenizerSpec
 
     config = tokenizer_part(read_config(options.config)) if options.config else {}
-    decoder: dict[str, Any] = dict(config) if any(name.startswith("decoder_") for name in config) else {}
+    decoder: dict[str, Any] = {"heads": config[HEADS]} if HEADS in config else {}
     encoder: EncoderSpec | None = None
     if "encoder" in config and "decoder" in config:  # ours
-        spec = TokenizerSpec.model_validate(config)
+        spec = _validated(TokenizerSpec, config, f"{options.config} tokenizer.")
         encoder, decoder = spec.encoder, {"heads": spec.decoder.num_heads, "grid": spec.grid}
     elif "encoder_name" in config:
         encoder = reference_encoder(str(config["encoder_name"]))
@@ -177,20 +179,25 @@ def _given_tokenizer(options: Namespace) -> _Given:
             "'dinov3mls-vit-l16[layers=11.13.15.17.19.21.23]', 'hf:ID' or a folder; or --config FILE",
         )  # fmt: skip
     values = override_values({"encoder": encoder.model_dump()}, options.overrides)
-    try:
-        encoder = EncoderSpec.model_validate(values.pop("encoder"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SpecError(f"--set encoder.{'.'.join(map(str, first['loc']))}", str(first["msg"])) from error
+    encoder = _validated(EncoderSpec, values.pop("encoder"), "--set encoder.")
     noise: dict[str, Any] = {name: values.pop(name) for name in ("noise_tau", "noise_distribution") if name in values}
     known = {"latent_dim", "width", "depth", "heads", "mlp_width", "patch_size", "num_patches", "grid"}
-    decoder = {name: value for name, value in decoder.items() if name in known | CONFIG_NAMES.keys()}
     unknown = sorted(values.keys() - known)
     if unknown:
         raise SpecError(
             f"--set {unknown[0]}", "unknown field", expected=f"encoder.FIELD, noise_tau, {', '.join(sorted(known))}"
         )
     return _Given(config, encoder, decoder | values, noise)
+
+
+def _validated(model: type[AnySpec], values: Mapping[str, Any], where: str) -> AnySpec:
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SpecError(f"{where}{'.'.join(map(str, first['loc']))}", str(first["msg"])) from error
 
 
 def _origin(options: Namespace, config: Mapping[str, Any]) -> str:
@@ -291,13 +298,21 @@ def export_weights(options: Namespace) -> Rows:
     out = Path(options.out)
     artefacts = _artefacts(Path(options.run))
     write = {"reference": _export_reference, "diffusers": _export_diffusers, "hub": _export_hub}[options.format]
-    with tempfile.TemporaryDirectory() as folder:
-        partial = Path(folder) / "export"
-        partial.mkdir()
-        rows = write(artefacts, partial)
+    with _scratch(out) as folder:
+        rows = write(artefacts, Path(folder))
         out.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(partial, out, dirs_exist_ok=True)
+        for entry in Path(folder).iterdir():
+            target = out / entry.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(entry, target)
     return [(name, str(out / file) if file else text) for name, file, text in rows]
+
+
+def _scratch(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder for partial output on the disk of `out`, gone in the end."""
+    parent = next(folder for folder in out.resolve().parents if folder.is_dir())
+    return tempfile.TemporaryDirectory(dir=parent, prefix=".raev2-")
 
 
 Written = list[tuple[str, str, str]]  # name, file in the output folder, or else a text

@@ -372,3 +372,20 @@ def test_published_parameter_counts_and_macs(kind, size, options, condition, cha
     assert counted.num_parameters / 1e6 == pytest.approx(parameters_m, abs=0.1)
     if macs_g is not None:
         assert counted.macs / 1e9 == pytest.approx(macs_g, rel=0.01)
+
+
+def test_the_adaln_lightningdit_starts_as_rae_v1_does():
+    """Xavier uniform, bias 0 in its blocks; the in-context one, and DiT^DH, start as PyTorch does."""
+    width, hidden = 64, swiglu_dim(64, 4.0)
+    shapes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.w12": (2 * hidden, width)}
+    for kind, options in ((DiTSpec, V1), (DiTSpec, {}), (DDTSpec, V1)):
+        spec = kind(width=width, depth=1, num_heads=4, **options)
+        generator = Generator(spec, CONDITIONS["label"], FlowSpec(), LATENT_SHAPE)
+        state = generator.state_dict()
+        for name, (rows, cols) in shapes.items():
+            weight, bias = (state[f"network.trunk.blocks.0.{name}.{part}"] for part in ("weight", "bias"))
+            xavier, default = (6 / (rows + cols)) ** 0.5, cols**-0.5
+            expected = xavier if kind is DiTSpec and options else default
+            assert weight.abs().max().item() == pytest.approx(expected, rel=0.01)
+            assert bias.any() == (expected == default)
+        assert not state["network.final.linear.weight"].any(), "the first prediction is still zero"

@@ -270,7 +270,7 @@ def test_heads_of_published_sizes_are_known_and_others_asked_for():
         import_decoder(weights)
     micro = ViTDecoder(6, DecoderSpec(width=256, depth=6, num_heads=4, mlp_dim=1024, patch_size=4), (2, 2))
     assert import_decoder(export_decoder(micro)).spec.num_heads == 4
-    official = {"decoder_num_attention_heads": 3, "decoder_hidden_size": 24, "num_attention_heads": 12}
+    official = {"decoder_num_attention_heads": 3, "num_attention_heads": 12, "hidden_size": 768, "patch_size": 14}
     assert import_decoder(weights, official).spec.num_heads == 3
 
 

@@ -161,3 +161,54 @@ def test_positions_that_diffusers_does_not_compute_are_not_exported(work, capsys
     assert torch.equal(RAE.from_pretrained("ours").decoder.pos_embed, table)
     assert main(["export", "--run", "ours", "--format", "diffusers", "--out", "back"]) == 4
     assert "its decoder has other positions than diffusers computes" in capsys.readouterr().err
+
+
+def test_folders_with_the_names_of_older_versions(work):
+    """transformers renamed the layers of these encoders; published folders have the names of their time."""
+    model = autoencoder("mae", 4)
+    model.save_pretrained("theirs")
+    model.encoder.layernorm = torch.nn.LayerNorm(64)  # transformers saves by the old names
+    model.encoder.save_pretrained("old")
+    old = {f"encoder.{name}": value for name, value in load_file("old/model.safetensors").items()}
+    old = {name: value for name, value in old.items() if not name.startswith("encoder.layernorm.")}
+    assert any("attention.attention.query" in name for name in old)
+    change("theirs", drop="encoder.layers.", **{n: v for n, v in old.items() if "encoder.encoder.layer" in n})
+    assert main(["import", "theirs", "--out", "ours"]) == 0
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        theirs = autoencoder("mae", 4).encode(images).latent
+    torch.testing.assert_close(RAE.from_pretrained("ours").encode(images), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("prefix", "head"), [("", True), ("vision_model.", True), ("", False)])
+def test_a_siglip2_folder(prefix, head, tmp_path):
+    """Built by hand: diffusers 0.42 cannot build this kind with transformers 5."""
+    import transformers
+    from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+
+    from raev2.interop.autoencoders import import_autoencoder
+
+    torch.manual_seed(0)
+    config = transformers.SiglipVisionConfig(
+        hidden_size=64, patch_size=16, image_size=256, num_attention_heads=1, num_hidden_layers=2
+    )
+    encoder = transformers.SiglipVisionModel(config).eval()
+    norm = next(module for name, module in encoder.named_modules() if name.endswith("post_layernorm"))
+    decoder = RAEDecoder(64, 32, 2, 2, 48, num_patches=16, patch_size=4, image_size=16).eval()
+    weights = {name.removeprefix("vision_model."): value for name, value in encoder.state_dict().items()}
+    absent = ("post_layernorm",) if head else ("post_layernorm", "head.")
+    tensors = {f"encoder.{prefix}{name}": value for name, value in weights.items() if not name.startswith(absent)}
+    tensors |= {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+    rae = import_autoencoder(
+        tensors,
+        {**SIZES, "encoder_type": "siglip2", "encoder_patch_size": 16, "encoder_input_size": 64,
+         "encoder_norm_mean": [0.5] * 3, "encoder_norm_std": [0.5] * 3},
+        tmp_path / "encoder",
+    )  # fmt: skip
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        normed = encoder(images * 2 - 1, interpolate_pos_encoding=True).last_hidden_state
+        plain = (normed - norm.bias) / norm.weight  # random here: ones and zeros
+        torch.testing.assert_close(rae.tokens(images), plain, atol=1e-5, rtol=1e-5)
+        pixels = decoder.unpatchify(decoder(plain).logits) * 0.5 + 0.5
+        torch.testing.assert_close(rae.decode_tokens(plain), pixels, atol=1e-5, rtol=1e-5)

@@ -222,6 +222,7 @@ def test_wrong_files(refused, arguments, message):
         (["decoder.pt", *TOKENIZER, "--set", "depht=1"], "--set depht: unknown field; expected encoder.FIELD, "),
         (["decoder.pt", *TOKENIZER, "--set", "encoder.layer=[1]"], "--set encoder.layer: Extra inputs are not"),
         (["decoder.pt", *TOKENIZER[2:], "--encoder", "mikro"], "unknown encoder; got 'mikro'.*Did you mean 'micro'"),
+        (["decoder.pt", *TOKENIZER, "--set", "noise_tau=-1"], "--set noise_tau: Input should be greater than or equal"),
         (["generator.pt", "--encoder", "micro"], "--encoder: has no effect with RAEv2 DiTwDDTHeadIG"),
         (["generator.pt", "--stats", "stats.pt"], "--stats: has no effect with RAEv2 DiTwDDTHeadIG"),
     ],

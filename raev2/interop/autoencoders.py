@@ -134,6 +134,8 @@ def _write_encoder(
 
     model_type, image_size, settings = ENCODER_KINDS[config["encoder_type"]]
     width = config["encoder_hidden_size"]
+    if config["encoder_type"] == "siglip2":  # a pooling head, which no latent goes through
+        settings = {"vision_use_head": any("head." in name for name in tensors)}
     encoder_config = transformers.AutoConfig.for_model(
         model_type, hidden_size=width, patch_size=config["encoder_patch_size"], image_size=image_size,
         num_attention_heads=width // HEAD_DIM, num_hidden_layers=config["encoder_num_hidden_layers"], **settings,
@@ -247,7 +249,7 @@ def export_autoencoder(rae: RAE) -> Any:
     tensors |= {
         f"encoder.{name}": value
         for name, value in model.state_dict().items()
-        if name.removeprefix("vision_model.").partition(".")[0] not in ("layernorm", "post_layernorm", "head")
+        if name.removeprefix("vision_model.").partition(".")[0] not in ("layernorm", "post_layernorm")
     }
     own = {
         name: value for name, value in autoencoder.state_dict().items() if not name.startswith(("encoder.", "decoder."))

@@ -16,14 +16,7 @@ from raev2.interop.convert import Conversion, describe, linear_names, load, unwr
 from raev2.spec import DECODER_SIZES, DecoderSpec
 from raev2.tokenizer.decoder import ViTDecoder
 
-# Names of the entries in the reference's JSON files -> ours.
-CONFIG_NAMES = {
-    "hidden_size": "latent_dim",
-    "decoder_hidden_size": "width",
-    "decoder_num_hidden_layers": "depth",
-    "decoder_num_attention_heads": "heads",
-    "decoder_intermediate_size": "mlp_width",
-}
+HEADS = "decoder_num_attention_heads"  # in the reference's JSON files, whose other entries the weights know better
 
 
 def import_decoder(
@@ -35,8 +28,8 @@ def import_decoder(
     """Build a `ViTDecoder` from the reference's GeneralDecoder: latent tokens (B, N, D) -> images (B, 3, H, W).
 
     state_dict              a decoder, or a whole autoencoder, of which only "decoder." is read
-    config                  "latent_dim", "width", "depth", "heads", "mlp_width", "patch_size", "num_patches" or "grid";
-                            what the weights determine may be missing
+    config                  "latent_dim", "width", "depth", "heads", "mlp_width", "patch_size", "num_patches" or "grid",
+                            or a JSON file of the reference; what the weights determine may be missing
     pixel_mean, pixel_std   for decoders of RAE v1, which predict (pixel - mean) / std; folded into the last layer, so
                             that the output is in [0, 1] like that of RAEv2's
 
@@ -108,8 +101,7 @@ def decoder_spec(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
     for sizes in DECODER_SIZES.values():
         if sizes[:2] == (width, depth) and sizes[3] == inferred.get("mlp_width"):
             inferred["heads"] = sizes[2]
-    given = {CONFIG_NAMES.get(name, name): value for name, value in config.items()}
-    full = {**inferred, **given}
+    full = {**inferred, **({"heads": config[HEADS]} if HEADS in config else config)}
     missing = [name for name in ("heads", "mlp_width", "patch_size") if name not in full]
     if missing:
         reason = f"width {width}, depth {depth}, which is no published size"
