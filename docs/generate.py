@@ -147,7 +147,15 @@ def _parts() -> Iterator[type[BaseModel]]:
             yield model
     for name, point in sorted(installed_tasks().items()):
         if point.value.startswith("raev2_tasks."):
-            yield get_task(name).spec_type
+            yield from _with_parts(get_task(name).spec_type)
+
+
+def _with_parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A task's model, then the models of its fields."""
+    yield model
+    for field in model.model_fields.values():
+        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            yield from _with_parts(field.annotation)
 
 
 def _model_section(model: type[BaseModel]) -> str:

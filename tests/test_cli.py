@@ -60,14 +60,15 @@ def test_each_class_of_error_has_its_exit_code():
 
 def test_an_unknown_task(refused):
     assert refused(5, "train", "--task", "imagenett") == (
-        "--task: unknown task; got 'imagenett'; expected one of imagenet. Did you mean 'imagenet'?"
+        "--task: unknown task; got 'imagenett'; expected one of imagenet, nwm, t2i. Did you mean 'imagenet'?"
     )
     assert refused(5, "eval", "--task", "imagenett").startswith("--task: unknown task")
     assert refused(5, "recipes", "--task", "imagenett").startswith("--task: unknown task")
 
 
 def test_an_unknown_data_recipe(refused):
-    assert "unknown data recipe; got 'emojy'; expected one of emoji, " in refused(5, "data", "build", "emojy")
+    message = refused(5, "data", "build", "emojy")
+    assert "unknown data recipe; got 'emojy'; expected one of " in message and "Did you mean 'emoji'?" in message
 
 
 # 2: specs and options.
@@ -95,7 +96,7 @@ def test_an_unknown_recipe(refused):
 )  # fmt: skip
 def test_a_setting_that_cannot_be(refused, setting, message):
     assert refused(2, *TRAIN, "--set", setting).startswith(message)
-    assert refused(2, "show", "quickstart", "--set", setting).startswith(message)
+    assert refused(2, "show", "quickstart", "--task", "imagenet", "--set", setting).startswith(message)
 
 
 @pytest.mark.parametrize(

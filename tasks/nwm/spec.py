@@ -38,7 +38,7 @@ class NavigationSpec(TaskSpec):
     align_newest: bool = Field(
         False, description="block_causal: the newest frame is also added to the image tokens, place by place"
     )
-    num_action_tokens: int = Field(4, ge=1)
+    num_action_tokens: int = Field(4, ge=1, description="tokens that carry the motion")
     action_drop_prob: float = Field(
         0.1, ge=0, le=1, description="block_causal: share of samples trained without their motion alone"
     )

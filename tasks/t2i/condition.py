@@ -73,6 +73,11 @@ class ScratchTextConditioner(Conditioner):
         ids[:, 0], mask[:, 0] = self.null_id, 1
         return {"token_ids": ids, "token_mask": mask}
 
+    def example_cond(self, batch_size: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """See `Conditioner.example_cond`; every token is there."""
+        cond = super().example_cond(batch_size, device)
+        return cond | {"token_mask": torch.ones_like(cond["token_mask"])}
+
     def check(self, cond: Cond) -> None:
         """See `Conditioner.check`."""
         super().check(cond)

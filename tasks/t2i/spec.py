@@ -88,7 +88,7 @@ class TextToImageSpec(TaskSpec):
     """Text-conditional image generation."""
 
     name: Literal["t2i"] = "t2i"
-    text_encoder: TextEncoderSpec = TextEncoderSpec()
+    text_encoder: TextEncoderSpec = Field(TextEncoderSpec(), description="how a caption becomes tokens")
     null: Literal["empty_prompt", "none_visible"] = Field(
         "empty_prompt",
         description="the unconditional condition of a frozen encoder: its output for the empty prompt, or no visible "
@@ -103,7 +103,7 @@ class TextToImageSpec(TaskSpec):
     weights: dict[str, float] = Field(
         default_factory=dict, description="share of each source in every batch; empty: by its number of images"
     )
-    captions: CaptionSpec = CaptionSpec()
+    captions: CaptionSpec = Field(CaptionSpec(), description="which caption of an image is drawn")
 
     @model_validator(mode="after")
     def _belongs_together(self) -> TextToImageSpec:

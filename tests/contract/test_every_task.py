@@ -178,10 +178,10 @@ def test_protocols_are_found_by_unique_names(run):
 def test_the_null_condition_has_the_shape_of_a_condition(run):
     task, _, spec = run
     conditioner = task.condition(spec, None).build(spec.generator.width, (4, 2, 2), spec.generator.conditioning)
-    cond = conditioner.example_cond(3)
+    cond = conditioner.complete(conditioner.example_cond(3))
     conditioner.check(cond)
     null_cond = conditioner.null_cond(cond)
-    assert null_cond.keys() == cond.keys() == conditioner.fields.keys()
+    assert null_cond.keys() == cond.keys() >= conditioner.fields.keys()
     for name, value in cond.items():
         assert null_cond[name].shape == value.shape and null_cond[name].dtype == value.dtype
     conditioner.check(null_cond)

@@ -64,7 +64,7 @@ def tiny_nwm_spec(world: Path) -> RunSpec:
     schedule = ScheduleSpec(lr=1e-3, final_lr=1e-4)
     return base.replace(
         recipe="tiny",
-        task=base.task.replace(horizons_s=(0.5, 1.0), max_offset_s=1.0, num_rollouts=4),
+        task=base.task.replace(num_context=4, horizons_s=(0.5, 1.0), max_offset_s=1.0, num_rollouts=4),
         data=base.data.replace(dir=str(world), recipe=None),
         tokenizer=base.tokenizer.replace(
             decoder=DecoderSpec(width=32, depth=1, num_heads=2, mlp_dim=64, patch_size=8)

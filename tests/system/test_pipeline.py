@@ -155,7 +155,7 @@ def test_samples_by_name_or_number_and_their_plan(run):
     plan = json.loads((run / "name" / "plan.json").read_text())
     assert plan["captions"] == ["ring", "ring", "disc", "disc"] and plan["seed"] == 0
     assert plan["sampling"]["steps"] == 3
-    assert plan["sampling"]["guidance"] == {"kind": "cfg", "scale": 2.0, "interval": [0.1, 1.0]}
+    assert plan["sampling"]["guidance"] == {"kind": "cfg", "scale": 2.0, "interval": [0.1, 1.0], "drop": []}
 
 
 def test_the_newest_run_is_sampled_by_default(run, monkeypatch, tmp_path):

@@ -91,7 +91,7 @@ def test_one_process_evaluates_to_the_same_numbers(run, tmp_path):
 
 
 def test_latent_statistics_are_those_of_one_process(run, spec):
-    rae, dataset = pipeline._rae_and_data(str(run), Path(spec.data.dir), "train")
+    rae, dataset = pipeline._tokenizer_and_data(str(run), Path(spec.data.dir), "train")
     stats = pipeline.measure_stats(rae, dataset, torch.device("cpu"))
     assert stats.num_images == rae.latent_stats.num_images == 32
     assert torch.allclose(stats.mean, rae.latent_stats.mean, atol=1e-6)

@@ -189,10 +189,10 @@ def test_a_second_stage_and_a_frozen_encoder_with_its_cache(t2i_run, t2i_spec, e
     for name, value in one.state_dict().items():
         assert torch.allclose(value, other.state_dict()[name], atol=1e-6), name
 
-    overrides = [
-        word for field in (*frozen, f"data.dir={t2i_spec.data.dir}", "data.recipe=null") for word in ("--set", field)
-    ]
-    assert cli.main(["t2i", "cache-captions", *overrides, "--out", str(tmp_path / "cache")]) == 0
+    fields = [*frozen, f"data.dir={t2i_spec.data.dir}"]
+    overrides = [word for field in fields for word in ("--set", field)]
+    command = ["t2i", "cache-captions", "--recipe", "own-data", *overrides, "--out", str(tmp_path / "cache")]
+    assert cli.main(command) == 0
     assert "different captions" in capsys.readouterr().out
     spec = apply_overrides(base, [*frozen, f"task.caption_cache={tmp_path / 'cache'}"])
     run = pipeline.train(spec, tmp_path / "frozen")
