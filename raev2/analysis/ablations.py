@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raev2.analysis.table import Table
 from raev2.errors import SpecError
@@ -63,7 +64,7 @@ def ablation(name: str, spec: RunSpec) -> Ablation:
 def run_ablation(name: str, spec: RunSpec, out: Path) -> Table:
     """Train every variant into `out/runs/` (what is there already is used) and tabulate its results."""
     plan = ablation(name, spec)
-    rows = []
+    rows: list[dict[str, Any]] = []
     tokenizer: str | None = None
     for number, (label, overrides) in enumerate(plan.variants.items()):
         variant = apply_overrides(spec, overrides)

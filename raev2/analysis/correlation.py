@@ -20,7 +20,7 @@ def correlation_table(encoders: Sequence[Mapping[str, Any]], outcomes: Sequence[
     complete = [row for row in encoders if all(row.get(name) is not None for name in ("LP", "LDS", *outcomes))]
     values = {name: [float(row[name]) for row in complete] for name in ("LP", "LDS", *outcomes)}
     values["mean"] = [(a + b) / 2 for a, b in zip(min_max(values["LP"]), min_max(values["LDS"]), strict=True)]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for outcome in outcomes:
         for name in PROPERTIES:
             r = pearson(values[name], values[outcome])

@@ -73,12 +73,14 @@ def probe_encoders(
 @torch.no_grad()
 def pooled(encoder: FrozenEncoder, dataset: FolderDataset, device: torch.device) -> tuple[Tensor, Tensor, float]:
     """Mean tokens (S, D) and labels (S,) of a split, and the LDS of its first images."""
-    features, labels, similarities = [], [], []
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    similarities: list[Tensor] = []
     for batch in ordered_batches(dataset, BATCH, skip_unreadable=True):
         tokens = encoder(to_float(batch.images.to(device))).float()
         features.append(tokens.mean(1).cpu())
         labels.append(batch.cond["label"])
-        if sum(map(len, similarities)) < LDS_IMAGES:
+        if sum(len(part) for part in similarities) < LDS_IMAGES:
             similarities.append(local_similarity(tokens, encoder.grid).cpu())
     return torch.cat(features), torch.cat(labels), float(torch.cat(similarities)[:LDS_IMAGES].mean())
 
