@@ -110,6 +110,14 @@ class DatasetRecipe(ABC):
         resolved = {key: option.default for key, option in self.options.items()} | dict(options)
         return {key: value for key, value in resolved.items() if value is not None}
 
+    def whole_number(self, options: Mapping[str, str], name: str, least: int) -> int:
+        """An option as a whole number; SpecError when it is none or too small."""
+        text = options[name]
+        if not text.isdecimal() or int(text) < least:
+            expected = f"a number >= {least}"
+            raise SpecError(f"data {self.name}: {name}", "not usable", got=text, expected=expected)
+        return int(text)
+
     def build(self, out_dir: Path, options: Mapping[str, str] | None = None, overwrite: bool = False) -> dict[str, Any]:
         """Write the dataset folder ``out_dir`` and return its manifest.
 

@@ -8,9 +8,7 @@ beside the tars or in the folder that is built. None of them downloads anything:
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 from raev2.errors import DataError
 from raev2.manifest import read_manifest
 from raev2_tasks.t2i.captions import BadSample, Caption, parse_captions, parse_json
-from raev2_tasks.t2i.shards import index_shards, verify_shards
+from raev2_tasks.t2i.shards import index_shards, val_keys, verify_shards
 from raev2_tasks.t2i.tar_scan import Members, Problem, TarSample, groups, read_sample
 
 from .base import DatasetRecipe, Option
@@ -31,7 +29,7 @@ logger = logging.getLogger(__name__)
 SHARD_OPTIONS = {
     **ShardRecipe.SHARD_OPTIONS,
     "size": Option("256", "resize the short side and crop the centre to this many pixels; empty = keep the files"),
-    "val_samples": Option("1000", "how many samples of the first tar validate; at most half of it"),
+    "val_samples": Option("1000", "how many samples of the first tar validate; at most a tenth of it"),
     "skip": Option("", "leave out tars whose path matches one of these patterns, separated by commas"),
 }
 
@@ -44,9 +42,10 @@ class TarRecipe(ShardRecipe):
         files = self._files(options)
         gib = sum(file.stat().st_size for file in files) / 2**30
         size = f"Resize and crop to {options['size']} px" if options["size"] else "Keep the files"
+        num_val = f"up to {options['val_samples']} samples of {files[0].name}"
         return [
             f"Read {len(files)} tars ({gib:.1f} GiB) in {options['src']}.",
-            f"{size}, save as {options['format']}; {options['val_samples']} samples of {files[0].name} for validation.",
+            f"{size}, save as {options['format']}; {num_val} for validation.",
             *self.notes(options),
         ]
 
@@ -59,8 +58,7 @@ class TarRecipe(ShardRecipe):
         self.size_px(options)
         files, num_val = self._files(options), self.whole_number(options, "val_samples", 0)
         keys = [key for key, members in _members(files[0]) if isinstance(members, Mapping)]
-        ranked = sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())
-        in_val = set(ranked[: min(num_val, len(keys) // 2)])
+        in_val = val_keys(keys, num_val)
         return {
             "train": self._examples(files, options, lambda file, key: file != files[0] or key not in in_val),
             "val": self._examples(files[:1], options, lambda _, key: key in in_val),
@@ -193,7 +191,9 @@ class TarShards(DatasetRecipe):
     options = {
         "src": Option(None, "folder with uncompressed tars, at any depth"),
         "kind": Option("alt", "kind of captions whose files do not say it: short, long, alt, prompt, ocr or template"),
-        "val_fraction": Option("0.01", "share of samples for validation; unused where tars have 'val' in their name"),
+        "val_samples": Option(
+            "1000", "how many samples of the first tar validate; unused where tars have 'val' in their name"
+        ),
     }
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
@@ -204,13 +204,10 @@ class TarShards(DatasetRecipe):
 
     def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
         """Write indices and manifest."""
-        try:
-            val_fraction = float(options["val_fraction"])
-        except ValueError:
-            val_fraction = math.nan  # which is in no range
         return index_shards(
-            Path(options["src"]).expanduser(), folder, source=dataset_name, val_fraction=val_fraction,
-            licence=self.licence, attribution=self.attribution, caption_kind=options["kind"], options=options,
+            Path(options["src"]).expanduser(), folder, source=dataset_name, caption_kind=options["kind"],
+            val_samples=self.whole_number(options, "val_samples", 0), options=options,
+            licence=self.licence, attribution=self.attribution,
         )  # fmt: skip
 
     def verify(self, data_dir: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from raev2.errors import DataError, SpecError, did_you_mean
 from raev2_tasks.t2i.captions import BadSample, Caption
+from raev2_tasks.t2i.shards import least_val
 
 from .base import SPLITS, Option
 from .image_folder import SUFFIXES
@@ -20,7 +21,9 @@ from .shard_recipe import Deferred, Example, ShardRecipe, prepared
 
 IMAGE_COLUMNS = ("file_name", "image", "path", "file", "filename", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-VAL_FRACTION = Option("0.05", "share of samples for validation, 0 to 0.5; unused where the source has its own split")
+VAL_FRACTION = Option(
+    "0.05", "share for validation, 0 to 0.5, but at least 8 samples; unused where the source has splits"
+)
 
 
 class CaptionedFolder(ShardRecipe):
@@ -96,13 +99,16 @@ class CaptionTable(ShardRecipe):
         return [
             f"Read {options['src']}: pictures from column {table.image}, captions from {columns}.",
             "Rows whose column `split` is train or val go there; "
-            f"of the others, {self.share(options, 'val_fraction'):.0%} go to validation.",
+            f"of the others, {self.share(options, 'val_fraction'):.0%} (at least 8) go to validation.",
             _image_step(self.size_px(options), options),
         ]
 
     def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
         """Rows with paths as lists, which are shuffled; rows with pictures inside as streams."""
         table, fraction, size_px = self._table(options), self.share(options, "val_fraction"), self.size_px(options)
+        if fraction:
+            num_rows = table.num_rows()
+            fraction = max(fraction, least_val(num_rows) / max(num_rows, 1))
 
         def rows(split: str) -> Iterator[Deferred]:
             for number, row in enumerate(table.rows()):
@@ -117,7 +123,7 @@ class CaptionTable(ShardRecipe):
     def _table(self, options: Mapping[str, str]) -> _Table:
         src = Path(options["src"]).expanduser()
         where = f"data {self.name}"
-        read, columns = _open_table(src, where)
+        rows, num_rows, columns = _open_table(src, where)
         image = options["image"] or next((name for name in IMAGE_COLUMNS if name in columns), "image")
         wanted = options["captions"] or next((name for name in CAPTION_COLUMNS if name in columns), "caption")
         captions = []
@@ -131,7 +137,7 @@ class CaptionTable(ShardRecipe):
                     hint=did_you_mean(column, columns) or "Name the columns with --set image=... --set captions=...",
                 )  # fmt: skip
         root = Path(options["root"]).expanduser() if options["root"] else src if src.is_dir() else src.parent
-        return _Table(src, read, image, captions, root, embedded=src.is_dir() or src.suffix == ".parquet")
+        return _Table(src, rows, num_rows, image, captions, root, embedded=src.is_dir() or src.suffix == ".parquet")
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ class _Table:
 
     file: Path
     rows: Callable[[], Iterator[Mapping[str, Any]]]
+    num_rows: Callable[[], int]
     image: str
     captions: list[tuple[str, str]]
     root: Path
@@ -173,8 +180,10 @@ class _Table:
         return Example(name, prepared(data, size_px, image_format), captions, extra)
 
 
-def _open_table(src: Path, where: str) -> tuple[Callable[[], Iterator[Mapping[str, Any]]], list[str]]:
-    """A function that reads the rows of a table, and its column names."""
+def _open_table(
+    src: Path, where: str
+) -> tuple[Callable[[], Iterator[Mapping[str, Any]]], Callable[[], int], list[str]]:
+    """Functions that read the rows of a table and count them, and its column names."""
     if src.is_dir() or src.suffix == ".parquet":
         files = sorted(src.rglob("*.parquet")) if src.is_dir() else [src]
         if not files or not files[0].is_file():
@@ -190,7 +199,10 @@ def _open_table(src: Path, where: str) -> tuple[Callable[[], Iterator[Mapping[st
                 for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
                     yield from batch.to_pylist()
 
-        return parquet_rows, parquet.read_schema(files[0]).names
+        def num_parquet_rows() -> int:
+            return sum(parquet.read_metadata(file).num_rows for file in files)
+
+        return parquet_rows, num_parquet_rows, parquet.read_schema(files[0]).names
     if not src.is_file():
         raise DataError(f"{where}: src", "no such table", got=src, hint="Give it with --set src=FILE.")
     if src.suffix == ".jsonl":
@@ -203,14 +215,14 @@ def _open_table(src: Path, where: str) -> tuple[Callable[[], Iterator[Mapping[st
                     except ValueError as error:
                         raise DataError(f"data {src}", f"line {number} is not JSON", got=str(error)) from error
 
-        return json_rows, list(next(json_rows(), {}))
+        return json_rows, lambda: sum(1 for _ in json_rows()), list(next(json_rows(), {}))
     if src.suffix in (".csv", ".tsv"):
 
         def text_rows() -> Iterator[Mapping[str, Any]]:
             with src.open(encoding="utf-8-sig", newline="") as lines:
                 yield from csv.DictReader(lines, delimiter="\t" if src.suffix == ".tsv" else ",")
 
-        return text_rows, list(next(text_rows(), {}))
+        return text_rows, lambda: sum(1 for _ in text_rows()), list(next(text_rows(), {}))
     expected = ".csv, .tsv, .jsonl or .parquet"
     raise DataError(f"{where}: src", "unknown kind of table", got=src.name, expected=expected)
 
@@ -232,8 +244,8 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _divide(paths: list[Path], val_fraction: float, name: Callable[[Path], str]) -> dict[str, list[Path]]:
-    """By the hash of the name, so that a new picture moves no other one; at least one for validation."""
-    num_val = min(len(paths) - 1, max(round(len(paths) * val_fraction), 1)) if val_fraction and paths else 0
+    """In the order of the hashes of their names, so that a new picture moves hardly any other one."""
+    num_val = max(round(len(paths) * val_fraction), least_val(len(paths))) if val_fraction else 0
     in_val = set(sorted(paths, key=lambda path: _fraction(name(path)))[:num_val])
     return {
         "train": [path for path in paths if path not in in_val],

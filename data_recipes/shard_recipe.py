@@ -61,14 +61,6 @@ class ShardRecipe(DatasetRecipe):
         """The option ``size``; None where files are kept."""
         return self.whole_number(options, "size", 8) if options["size"] else None
 
-    def whole_number(self, options: Mapping[str, str], name: str, least: int) -> int:
-        """An option as a whole number; SpecError when it is none or too small."""
-        text = options[name]
-        if not text.isdecimal() or int(text) < least:
-            expected = f"a number >= {least}"
-            raise SpecError(f"data {self.name}: {name}", "not usable", got=text, expected=expected)
-        return int(text)
-
     def share(self, options: Mapping[str, str], name: str) -> float:
         """An option as a share from 0 to 0.5."""
         try:

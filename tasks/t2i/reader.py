@@ -482,5 +482,5 @@ def _open_sources(
         sources = [source for source in sources if weights[source.name]]
     sources = [source for source in sources if len(source)]
     if not sources:
-        raise DataError(f"data {dir}", f"split {split} is empty", hint="Build it again with a larger val_fraction.")
+        raise DataError(f"data {dir}", f"split {split} is empty", hint="Build it again with samples for it.")
     return sources

@@ -168,7 +168,7 @@ def index_shards(
     out: str | Path | None = None,
     *,
     source: str | None = None,
-    val_fraction: float = 0.01,
+    val_samples: int = 1000,
     licence: str = "unstated",
     attribution: str = "",
     caption_kind: str = UNLABELLED_KIND,
@@ -178,14 +178,12 @@ def index_shards(
     """Make tar shards of other origin readable: an index beside each tar, or in `out`, and a manifest. No tar changes.
 
     Every `.tar` below `folder` is taken, in sorted order. Tars with 'val' as a word of their path are the validation
-    split; where there are none, the share `val_fraction` of the samples is, chosen by the hash of key and tar.
+    split; where there are none, `val_samples` samples of the first tar are (`val_keys`).
 
     caption_kind   kind of captions whose files do not say it
     """
     if caption_kind not in KINDS:
         raise SpecError("kind", "unknown kind of caption", got=caption_kind, expected=f"one of {', '.join(KINDS)}")
-    if not 0 <= val_fraction <= 0.5:
-        raise SpecError("val_fraction", "not usable", got=val_fraction, expected="a number from 0 to 0.5")
     folder = Path(folder)
     out = folder if out is None else Path(out)
     files = sorted(folder.rglob("*.tar"))
@@ -209,10 +207,8 @@ def index_shards(
                 logger.warning("%s: %s: %s", file, problem.key, problem.text)
         kinds += scan.caption_kinds
         sizes_px |= {(int(row["width_px"]), int(row["height_px"])) for row in scan.rows}
-        if val_files:
-            in_val = np.full(len(scan.rows), file in val_files)
-        else:
-            in_val = np.array([_hash_fraction(f"{name} {key}") < val_fraction for key in scan.keys], dtype=bool)
+        held_out = val_keys(scan.keys, val_samples) if file == files[0] and not val_files else set()
+        in_val = np.array([file in val_files or key in held_out for key in scan.keys], dtype=bool)
         digest = _sha256(file)
         for split, rows in (("train", scan.rows[~in_val]), ("val", scan.rows[in_val])):
             if not len(rows):
@@ -232,6 +228,17 @@ def index_shards(
         attribution=attribution, sizes_px=sizes_px, entries=entries,
         kinds=kinds, num_rejected=len(rejects), caption_kind=caption_kind,
     )  # fmt: skip
+
+
+def val_keys(keys: Sequence[str], num: int) -> set[str]:
+    """Up to `num` keys of a tar for validation, at most a tenth of it (but up to 8), in the order of their hashes."""
+    most = max(len(keys) // 10, least_val(len(keys)))
+    return set(sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())[: min(num, most)])
+
+
+def least_val(num_samples: int) -> int:
+    """How many samples should validate at least: 8, or a quarter of very few. Fewer give no usable numbers."""
+    return min(8, num_samples // 4)
 
 
 def verify_shards(dir: str | Path) -> dict[str, Any]:
@@ -533,11 +540,6 @@ def _fingerprint(splits: Mapping[str, Any]) -> str:
 
 def _common(values: Sequence[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def _hash_fraction(text: str) -> float:
-    """A number in [0, 1) that is a function of the text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
 
 
 def _sha256(file: Path) -> str:

@@ -22,7 +22,9 @@ def shards(argv: Sequence[str]) -> None:
     index.add_argument("--out", metavar="DIR", help="write index and manifest here instead")
     index.add_argument("--name", help="name of the source (default: that of the folder)")
     index.add_argument("--kind", default="alt", help="kind of captions whose files do not say it (default: alt)")
-    index.add_argument("--val-fraction", type=float, default=0.01, help="share of samples for validation")
+    index.add_argument(
+        "--val-samples", type=int, default=1000, help="how many of the first tar validate; at most a tenth"
+    )
     index.add_argument("--licence", default="unstated")
     index.add_argument("--attribution", default="")
     action("stats", "samples, caption kinds and caption lengths, from the index alone")
@@ -57,7 +59,7 @@ def _index(options: argparse.Namespace) -> None:
     from raev2_tasks.t2i.shards import index_shards
 
     manifest = index_shards(
-        options.dir, options.out, source=options.name, val_fraction=options.val_fraction, licence=options.licence,
+        options.dir, options.out, source=options.name, val_samples=options.val_samples, licence=options.licence,
         attribution=options.attribution, caption_kind=options.kind,
     )  # fmt: skip
     _print_counts(options.out or options.dir, manifest)

@@ -21,6 +21,7 @@ from raev2_data_recipes.captioned import FOLDER, TABLE
 from raev2_data_recipes.shard_recipe import prepared
 from raev2_tasks.t2i import shards
 from raev2_tasks.t2i.reader import TextImageDataset
+from raev2_tasks.t2i.shards import least_val, val_keys
 
 RECIPES = [FOLDER, TABLE, BLIP3O, RENDERED_TEXT, SCALE_RAE, TAR_SHARDS]
 
@@ -116,7 +117,14 @@ def test_a_new_picture_moves_no_other_between_the_splits(photos, tmp_path):
     for name in names[:1]:
         picture(0).save(name)
     after = set(FOLDER._files({"src": str(photos), "val_fraction": "0.25"})["val"])
-    assert len(before - after) <= 1 and len(after) == 3
+    assert len(before) == len(after) == 3 and len(before - after) <= 1
+
+
+def test_a_few_samples_validate_however_few_there_are():
+    assert [least_val(n) for n in (1, 3, 4, 20, 32, 10**6)] == [0, 0, 1, 5, 8, 8]
+    keys = [f"{n}" for n in range(64)]
+    assert [len(val_keys(keys[:n], 1000)) for n in (3, 20, 64)] == [0, 5, 8] and len(val_keys(keys, 2)) == 2
+    assert len(val_keys([f"{n}" for n in range(10_000)], 600)) == 600
 
 
 def test_what_cannot_be_built_is_said(photos, tmp_path):
@@ -304,7 +312,7 @@ def test_a_cut_tar_gives_what_it_has_and_is_named(tmp_path):
 
 def test_tar_shards_copies_nothing_and_is_verified(tmp_path):
     write_tar(tmp_path / "src" / "0.tar", [m for n in range(8) for m in pair(f"{n}", n)])
-    options = ["--set", f"src={tmp_path / 'src'}", "--set", "kind=prompt", "--set", "val_fraction=0"]
+    options = ["--set", f"src={tmp_path / 'src'}", "--set", "kind=prompt", "--set", "val_samples=0"]
     assert main(["data", "build", "tar-shards", *options, "--out", str(tmp_path / "out")]) == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["0.idx", "manifest.json"]
     assert main(["data", "verify", str(tmp_path / "out")]) == 0

@@ -275,7 +275,7 @@ def damaged(tmp_path):
     first += [("i_json.json", b"{"), ("i_json.txt", b"json"), ("j.dot.png", file_of(picture(6))), ("j.dot.txt", b"dot")]
     write_tar(tmp_path / "d" / "0.tar", first)
     tail = write_tar(tmp_path / "d" / "1.tar", [m for n in range(4) for m in pair(f"t{n}", 50 + n)])
-    index_shards(tmp_path / "d", val_fraction=0.0)
+    index_shards(tmp_path / "d", val_samples=0)
     # The copy of the last shard stopped early.
     os.truncate(
         tail,
@@ -336,7 +336,7 @@ def test_too_many_bad_samples_end_the_training(tmp_path, monkeypatch):
     cut = file_of(picture(1, (40, 40)))[:-900]
     members = [m for n in range(30) for m in pair(f"a{n:02d}", n)] + [("b.png", cut), ("b.txt", b"b")]
     write_tar(tmp_path / "d" / "0.tar", members)
-    index_shards(tmp_path / "d", val_fraction=0.0)
+    index_shards(tmp_path / "d", val_samples=0)
     monkeypatch.setattr(reader, "MIN_WINDOW", 100)
     dataset = TextImageDataset(tmp_path / "d", "train", SIZE, tokenize=tokenize)
     with pytest.raises(DataError, match=r"too many unusable samples; got \d of the last \d+ samples \(bad_image \d\)"):
@@ -348,7 +348,7 @@ def test_too_many_bad_samples_end_the_training(tmp_path, monkeypatch):
 def test_a_shard_that_is_mostly_bad_ends_the_training(tmp_path):
     for name in "ab":
         write_tar(tmp_path / "d" / f"{name}.tar", [m for n in range(8) for m in pair(f"{n}", n)])
-    index_shards(tmp_path / "d", val_fraction=0.0)
+    index_shards(tmp_path / "d", val_samples=0)
     os.truncate(tmp_path / "d" / "b.tar", 4000)
     dataset = TextImageDataset(tmp_path / "d", "train", SIZE, tokenize=tokenize)
     with pytest.raises(DataError, match=r"too many unusable samples; got \d of the 8 samples of .*b\.tar \(bad_tar"):
@@ -385,7 +385,7 @@ def test_an_index_of_other_shards_is_refused(tmp_path):
 def test_foreign_captions_get_their_kind_from_the_manifest(tmp_path):
     talk = json.dumps({"conversations": [{"from": "human", "value": "Can you generate an image of a red fox?"}]})
     write_tar(tmp_path / "d" / "0.tar", [("s0.json", talk.encode()), ("s0.png", file_of(picture(0))), *pair("s1", 1)])
-    index_shards(tmp_path / "d", val_fraction=0.0, caption_kind="long")
+    index_shards(tmp_path / "d", val_samples=0, caption_kind="long")
     dataset = TextImageDataset(tmp_path / "d", "train", SIZE)
     assert [(c.text, c.kind) for c in dataset.captions(0)] == [
         ("a red fox", "long"), ("Can you generate an image of a red fox?", "prompt"),

@@ -285,14 +285,14 @@ def test_index_makes_foreign_shards_readable_without_touching_them(tmp_path):
         for n, folder in enumerate(("", "remaining1"))
     ]
     before = [tar.read_bytes() for tar in tars]
-    manifest = index_shards(tmp_path / "far", tmp_path / "near", source="foreign", val_fraction=0.2, licence="MIT")
+    manifest = index_shards(tmp_path / "far", tmp_path / "near", source="foreign", licence="MIT")
     assert [tar.read_bytes() for tar in tars] == before
     assert sorted(p.name for p in (tmp_path / "far").rglob("*") if p.is_file()) == ["0.tar", "1.tar"]
     counts = {split: entry["num_samples"] for split, entry in manifest["splits"].items()}
-    assert counts["train"] + counts["val"] == 40 and 2 <= counts["val"] <= 16
+    assert counts == {"train": 35, "val": 5}
     assert verify_shards(tmp_path / "near") == manifest
     assert manifest["licence"] == "MIT" and manifest["caption_kinds"] == {"alt": 40}
-    inside = index_shards(tmp_path / "far", val_fraction=0.2)
+    inside = index_shards(tmp_path / "far")
     assert (tmp_path / "far" / "remaining1" / "1.idx").is_file()
     assert inside["fingerprint"] == manifest["fingerprint"]
 
@@ -306,8 +306,6 @@ def test_index_takes_tars_named_val_for_validation(tmp_path):
         index_shards(tmp_path / "t" / "nothing")
     with pytest.raises(SpecError, match="unknown kind of caption; got poem; expected one of short, long"):
         index_shards(tmp_path / "t", caption_kind="poem")
-    with pytest.raises(SpecError, match="val_fraction: not usable; got 2; expected a number from 0 to 0.5"):
-        index_shards(tmp_path / "t", val_fraction=2)
 
 
 # The commands.
@@ -319,7 +317,7 @@ def test_check_lists_problems_and_rewrite_leaves_them_out(tmp_path, capsys):
     members = [*pair("0", 0), ("1_cut.png", cut), ("1_cut.txt", b"cut"), *pair("2", 0)]
     members += [("3.png", wide), ("3.txt", b"wide")]
     write_tar(tmp_path / "t" / "0.tar", members)
-    index_shards(tmp_path / "t", val_fraction=0.0)
+    index_shards(tmp_path / "t", val_samples=0)
     kinds = Counter(p.kind for problems in check_shards(tmp_path / "t", size_px=32).values() for p in problems)
     assert kinds == {"bad_image": 1, "aspect": 1, "small": 3, "duplicates": 1}
     with pytest.raises(DataError, match=r"unusable samples; got 1\. `raev2 t2i shards rewrite"):
