@@ -420,13 +420,3 @@ def test_sampler_steps_are_offered_only_where_something_is_sampled(page, toy_add
     page.keyboard.press("w")
     wait_for_steps(page, 1)
     assert page.evaluate("ride.sampler_steps") == 7
-
-
-def test_a_server_that_is_gone_is_said(page, toy_address):
-    page.goto(toy_address)
-    wait_for_steps(page, 0)
-    page.route("**/step", lambda route: route.abort())
-    page.keyboard.press("w")
-    page.wait_for_selector("#warning.error")
-    assert page.inner_text("#warning") == "The server does not answer."
-    page.problems.clear()  # the browser reports the aborted request
