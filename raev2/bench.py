@@ -134,7 +134,7 @@ def bench_generator() -> list[Measurement]:
 
     from raev2.flow import interpolate, training_loss
     from raev2.optim import build_optimizer
-    from raev2.run import attention_kernels, update
+    from raev2.run import update
     from raev2.spec import MuonSpec
 
     batch_size, device = 32, _device()
@@ -146,11 +146,10 @@ def bench_generator() -> list[Measurement]:
 
     def step(autocast: bool) -> None:
         point = interpolate(latents, torch.randn_like(latents), t)
-        with attention_kernels(device, 64):
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                output = generator(point.z_t, point.t, cond)
-            loss = training_loss(output, point, latents, generator.flow).total
-            loss.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            output = generator(point.z_t, point.t, cond)
+        loss = training_loss(output, point, latents, generator.flow).total
+        loss.backward()
         update(optimizer, list(generator.parameters()), loss.detach(), 1.0)
 
     seconds = timed({"bf16": lambda: step(True), "fp32": lambda: step(False)})

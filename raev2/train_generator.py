@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -23,7 +22,6 @@ from raev2.run import (
     Run,
     Stopped,
     StopSignal,
-    attention_kernels,
     crossed,
     distribute,
     gradient_sync,
@@ -81,7 +79,6 @@ def train_generator(
     )  # fmt: skip
     guard, progress, skipped_images = NonFiniteGuard(run, STAGE), Progress(STAGE, loop, images), 0
 
-    num_tokens = math.prod(rae.latent_shape[1:])
     with StopSignal() as stop:
         if images == 0:
             look(generator, images)
@@ -118,7 +115,7 @@ def train_generator(
 
                 # Path, prediction, loss, gradients.
                 point = interpolate(latents, noise, t)
-                with gradient_sync(network, last), attention_kernels(device, num_tokens):
+                with gradient_sync(network, last):
                     with run.autocast():
                         output = network(point.z_t, point.t, cond)
                     losses = training_loss(

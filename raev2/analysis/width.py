@@ -23,7 +23,6 @@ from raev2.chart import Series
 from raev2.flow import interpolate, sample_t
 from raev2.model.condition import NoCondition
 from raev2.model.generator import Generator
-from raev2.run import attention_kernels
 from raev2.spec import DiTSpec, FlowSpec
 
 
@@ -78,11 +77,10 @@ def overfit(latents: Tensor, width: int, *, steps: int, depth: int, batch_size: 
         t = sample_t(batch_size, flow, generator.time_shift, rng, latents.device)
         noise = torch.randn(batch.shape, generator=rng, device=latents.device)
         point: PathPoint = interpolate(batch, noise, t)
-        with attention_kernels(latents.device, shape[1] * shape[2]):
-            with torch.autocast(latents.device.type, torch.bfloat16):
-                prediction = generator(point.z_t, point.t, {}).pred
-            loss = (prediction.float() - point.velocity).square().mean()
-            loss.backward()
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            prediction = generator(point.z_t, point.t, {}).pred
+        loss = (prediction.float() - point.velocity).square().mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())

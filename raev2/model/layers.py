@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from raev2.attention import attention
+
 Rope = tuple[Float[Tensor, "... P"], Float[Tensor, "... P"]]  # cos and sin, (N, P) or (B, N, P), P = head_dim / 2
 KeysValues = tuple[Float[Tensor, "B heads M d"], Float[Tensor, "B heads M d"]]  # keys rotated
 
@@ -167,7 +169,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Float[Tensor, "B N D"]:
         """Attention and the output projection."""
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attention(q, k, v, mask)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

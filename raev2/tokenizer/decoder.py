@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from raev2.attention import attention
 from raev2.errors import SpecError
 from raev2.positions import sincos_2d
 from raev2.shapes import Images, Tokens
@@ -91,6 +92,6 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tokens) -> Tokens:
         """One block; tokens keep their shape."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        attended = attention(q, k, v)  # (B, heads, N, D / heads)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
