@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from raev2.batch import Cond, CondTokens, PastFrames, drop_cond
 from raev2.errors import SpecError
@@ -344,10 +345,10 @@ class FramesCondition(ConditionSpec):
     action_drop_prob: float = Field(
         0.0, ge=0, le=1, description="block_causal: share of training samples that lose their motion alone"
     )
-    align_newest: bool = Field(
+    at_image: bool = Field(
         False,
-        description="block_causal: also add the newest frame to the image tokens, place by place; a small network then "
-        "need not learn first where to look",
+        description="block_causal: also add the newest frame, place by place, and motion and time to the image tokens; "
+        "a small network then need not learn first where to look",
     )
     frame_positions: bool = Field(True, description="in_context: positions of the context tokens")
 
@@ -372,7 +373,8 @@ class BlockCausalFrames(Conditioner):
 
     action   action_tokens[j] + MLP_j(normalised motion), or null_action
     time     time_token + MLP(rel_time), or null_time;  + null_context where no frame is there
-    frames   PatchEmbed(latents), for `Trunk.encode_frames`;  align_newest: Linear(newest frame) at the image tokens
+    frames   PatchEmbed(latents), for `Trunk.encode_frames`;  at_image: Linear(newest frame) + Linear(SiLU(sum of
+             the tokens of motion and time)) at the image tokens
     Tokens and nulls N(0, 1/sqrt(width)), weights as PyTorch.
 
     A prepared condition has `context_keys`, `context_values` (and `context_newest`) in the place of `context_latents`,
@@ -397,7 +399,7 @@ class BlockCausalFrames(Conditioner):
             "context_valid": CondField((None,), torch.bool),
             "context_keys": CondField((None,) * 4),
             "context_values": CondField((None,) * 4),
-            **({"context_newest": CondField((None, width))} if spec.align_newest else {}),
+            **({"context_newest": CondField((None, width))} if spec.at_image else {}),
         }
         self.spec = spec
         self.tokens_per_frame = latent_shape[1] * latent_shape[2] // spec.patch_size**2
@@ -412,7 +414,8 @@ class BlockCausalFrames(Conditioner):
         self.null_action = _tokens_parameter(spec.num_action_tokens, width)
         self.null_time = _tokens_parameter(1, width)
         self.null_context = _tokens_parameter(1, width)
-        self.newest_proj = nn.Linear(width, width) if spec.align_newest else None
+        self.newest_proj = nn.Linear(width, width) if spec.at_image else None
+        self.motion_proj = nn.Linear(width, width) if spec.at_image else None
 
     def forward(self, cond: Cond) -> CondTokens:
         """Tokens of a prepared condition."""
@@ -428,10 +431,11 @@ class BlockCausalFrames(Conditioner):
             mask=valid.repeat_interleave(self.tokens_per_frame, dim=1),
             age=-self.in_frames(cond["rel_time"].where(has_time, 0))[:, 0],
         )
-        at_image = None
-        if self.newest_proj is not None:
-            at_image = self.newest_proj(cond["context_newest"]) * valid[:, -1, None, None]
-        return CondTokens(torch.cat([action, time[:, None].to(action.dtype)], dim=1), past=past, at_image=at_image)
+        tokens, at_image = torch.cat([action, time[:, None].to(action.dtype)], dim=1), None
+        if self.newest_proj is not None and self.motion_proj is not None:
+            newest = self.newest_proj(cond["context_newest"]) * valid[:, -1, None, None]
+            at_image = newest + self.motion_proj(F.silu(tokens.sum(dim=1)))[:, None]
+        return CondTokens(tokens, past=past, at_image=at_image)
 
     def normalised(self, cond: Cond) -> Float[Tensor, "B 7"]:
         """The motion as numbers of order one; no motion is exactly 0 at every `rel_time`.

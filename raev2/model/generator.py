@@ -84,7 +84,7 @@ class Generator(nn.Module):
         raw = ("context_latents", "context_age", "context_id")
         kept = {name: value for name, value in cond.items() if name not in raw}
         kept |= {"context_keys": keys, "context_values": values}
-        return kept | ({"context_newest": frames.tokens[index[:, -1]]} if conditioner.spec.align_newest else {})
+        return kept | ({"context_newest": frames.tokens[index[:, -1]]} if conditioner.spec.at_image else {})
 
     def encode_frames(self, latents: Float[Tensor, "U C H W"]) -> FrameCache:
         """Past frames as every block sees them, for `prepare_cond`: encode a frame once, use it wherever it occurs.

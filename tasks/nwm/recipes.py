@@ -37,7 +37,7 @@ def quickstart() -> RunSpec:
         recipe="quickstart",
         summary="simulated mazes at 64 px, embedded encoder: recording, both stages, rollouts and report in minutes",
         task=NavigationSpec(
-            num_context=2, max_offset_s=2.0, align_newest=True, horizons_s=(0.5, 1.0, 2.0), num_rollouts=32
+            num_context=2, max_offset_s=2.0, at_image=True, horizons_s=(0.5, 1.0, 2.0), num_rollouts=32
         ),
         data=DataSpec(dir="data/vizdoom", recipe="vizdoom", cache=True),
         tokenizer=TokenizerSpec(
@@ -89,7 +89,7 @@ def laptop() -> RunSpec:
     return base.replace(
         recipe="laptop",
         summary="simulated mazes at 64 px, longer training, within 75 minutes on 2 cores",
-        task=NavigationSpec(num_context=2, align_newest=True, num_rollouts=64),
+        task=NavigationSpec(num_context=2, at_image=True, num_rollouts=64),
         data=DataSpec(
             dir="data/vizdoom-laptop",
             recipe="vizdoom",

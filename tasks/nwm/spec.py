@@ -35,8 +35,8 @@ class NavigationSpec(TaskSpec):
         "block_causal", description="past frames computed once and cached, or as in RAEv2 among the other tokens"
     )
     frame_positions: bool = Field(True, description="in_context: positions of past frames; false in RAEv2")
-    align_newest: bool = Field(
-        False, description="block_causal: the newest frame is also added to the image tokens, place by place"
+    at_image: bool = Field(
+        False, description="block_causal: the newest frame (place by place), motion and time go to the image tokens too"
     )
     num_action_tokens: int = Field(4, ge=1, description="tokens that carry the motion")
     action_drop_prob: float = Field(

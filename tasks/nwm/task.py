@@ -131,7 +131,7 @@ def _condition(spec: RunSpec, manifest: Mapping[str, Any]) -> FramesCondition:
         spacing=manifest["spacing_m"],
         frame_period=frame_period,
         max_time=task.max_offset_s + frame_period / 2,  # recorded times jitter
-        align_newest=task.align_newest and task.condition_form == "block_causal",
+        at_image=task.at_image and task.condition_form == "block_causal",
         action_drop_prob=task.action_drop_prob if task.condition_form == "block_causal" else 0.0,
         frame_positions=task.frame_positions,
     )
