@@ -30,7 +30,7 @@ PLAIN_HUES = (
     (170, 120, 80),
     (220, 120, 40),
 )
-PATTERNS = ("bricks", "bars", "dots", "plain")
+PATTERNS = ("plain", "panel", "band")
 FLOORS = ((92, 92, 96), (120, 92, 64), (70, 100, 74), (96, 76, 104))
 CEILINGS = ((60, 60, 66), (104, 104, 110))
 SIGNS = ("disc", "cross", "triangle", "frame", "diagonal")
@@ -146,9 +146,9 @@ def textures() -> dict[str, bytes]:
             other = PLAIN_HUES[(hue + 3) % len(PLAIN_HUES)]
             found[f"RVS{hue}{number}"] = encode_frame(_sign(colour, other, sign), ".png")
     for number, colour in enumerate(FLOORS):
-        found[f"RVF{number}"] = encode_frame(_tiles(colour, 64), ".png")
+        found[f"RVF{number}"] = encode_frame(_plain(colour), ".png")
     for number, colour in enumerate(CEILINGS):
-        found[f"RVC{number}"] = encode_frame(_tiles(colour, 128), ".png")
+        found[f"RVC{number}"] = encode_frame(_plain(colour), ".png")
     return found
 
 
@@ -160,20 +160,10 @@ def _shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
 def _wall(colour: tuple[int, int, int], pattern: str) -> Image.Image:
     image = Image.new("RGB", (128, 128), colour)
     draw, dark, light = ImageDraw.Draw(image), _shade(colour, 0.6), _shade(colour, 1.25)
-    if pattern == "bricks":
-        for row in range(4):
-            draw.rectangle((0, 32 * row, 127, 32 * row + 3), dark)
-            for column in range(-1, 3):
-                left = 64 * column + 32 * (row % 2)
-                draw.rectangle((left, 32 * row, left + 3, 32 * row + 31), dark)
-    elif pattern == "bars":
-        for column in range(4):
-            draw.rectangle((32 * column, 0, 32 * column + 15, 127), dark)
-    elif pattern == "dots":
-        for row in range(3):
-            for column in range(3):
-                x, y = 21 + 43 * column, 21 + 43 * row
-                draw.ellipse((x - 11, y - 11, x + 11, y + 11), light)
+    if pattern == "panel":
+        draw.rectangle((0, 64, 127, 127), dark)
+    elif pattern == "band":
+        draw.rectangle((0, 32, 127, 63), light)
     draw.rectangle((0, 112, 127, 127), _shade(colour, 0.45))  # skirting: where a wall meets the floor
     return image
 
@@ -197,15 +187,8 @@ def _sign(colour: tuple[int, int, int], other: tuple[int, int, int], sign: str) 
     return image
 
 
-def _tiles(colour: tuple[int, int, int], size: int) -> Image.Image:
-    image = Image.new("RGB", (128, 128), colour)
-    draw = ImageDraw.Draw(image)
-    for y in range(0, 128, size):
-        for x in range(0, 128, size):
-            draw.rectangle((x, y, x + size - 1, y + size - 1), outline=_shade(colour, 0.7), width=3)
-            if (x + y) // size % 2:
-                draw.rectangle((x + 3, y + 3, x + size - 4, y + size - 4), _shade(colour, 1.2))
-    return image
+def _plain(colour: tuple[int, int, int]) -> Image.Image:
+    return Image.new("RGB", (128, 128), colour)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
