@@ -31,7 +31,9 @@ SHAPES = (
     "heart", "cross", "ring", "crescent", "arrow", "semicircle",
 )  # fmt: skip
 IMAGES_PER_PROMPT = 8
-SMALLEST_PX, LARGEST_PX, LARGEST_OF_MANY_PX = 24, 51, 39  # radius
+# Smallest and largest radius by number of shapes. Large, so that a shape covers several tokens of an 8 x 8 grid.
+RADII_PX = {1: (40, 80), 2: (36, 58)}
+RADII_OF_MANY_PX = (28, 42)
 GAP_PX = 8
 MAX_ROTATION = 10  # degrees
 SUPERSAMPLING = 4
@@ -149,12 +151,11 @@ def scenes(split: str, num: int, seed: int | None = None) -> Iterator[Scene]:
 def scene(row: PromptRow, rng: np.random.Generator) -> Scene:
     """A random scene that fulfils a row; colours that the row leaves open are never held out."""
     wanted = [(entry["class"], entry.get("color")) for entry in row.include for _ in range(entry["count"])]
-    many = len(wanted) > 2
-    largest = LARGEST_OF_MANY_PX if many else LARGEST_PX
+    smallest, largest = RADII_PX.get(len(wanted), RADII_OF_MANY_PX)
     relation = next((entry["position"][0] for entry in row.include if "position" in entry), None)
     centres = None
     while centres is None:
-        radii = rng.integers(SMALLEST_PX, largest + 1, size=len(wanted))
+        radii = rng.integers(smallest, largest + 1, size=len(wanted))
         centres = place(rng, np.stack([radii, radii], axis=1), GAP_PX, discs=True, relation=relation)
     choose = training().colors_of
     same = {entry["class"]: str(rng.choice(choose(entry["class"]))) for entry in row.include}
@@ -163,7 +164,7 @@ def scene(row: PromptRow, rng: np.random.Generator) -> Scene:
         for (name, color), (x, y), radius in zip(wanted, centres, radii, strict=True)
     )
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
-    sizes = (radii - SMALLEST_PX) / (largest - SMALLEST_PX)
+    sizes = (radii - smallest) / (largest - smallest)
     return Scene(row, background, shapes, captions(row, background, sizes, rng))
 
 
