@@ -68,8 +68,8 @@ def quickstart() -> RunSpec:
         generator=DDTSpec(
             width=192, depth=6, num_heads=3, head_width=256, head_depth=2, head_num_heads=4, base_head_depth=3
         ),
-        # The rule gives 1.7. In scenes of flat colours neighbours repeat each other, so that what is where shows through
-        # more noise than in photographs; it is decided above t = 0.8.
+        # The rule gives 1.7. In scenes of flat colours neighbours repeat each other, so that what is where shows
+        # through more noise than in photographs; it is decided above t = 0.8.
         flow=FlowSpec(time_shift=6.0),
         generator_training=GeneratorTrainingSpec(
             images=16_000,
