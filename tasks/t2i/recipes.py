@@ -34,7 +34,7 @@ QWEN, T5_XL, GEMMA = "Qwen/Qwen3-0.6B", "google/t5-v1_1-xl", "google/gemma-2-2b"
 VIRTUAL_EPOCH = 10_000 * 1024  # images: 10,000 steps of 1,024
 EMBEDDED_MIX = {"template": 0.7, "short": 0.2, "long": 0.1, "alt": 0.2}
 EMBEDDED_WEIGHTS = {"s12": 0.5, "g60": 0.3, "emo": 0.1, "txt": 0.1}
-LAPTOP_WEIGHTS = {"s12": 0.8, "g60": 0.1, "emo": 0.05, "txt": 0.05}
+LAPTOP_WEIGHTS = {"s12": 0.7, "g60": 0.1, "emo": 0.1, "txt": 0.1}
 
 
 def quickstart() -> RunSpec:
