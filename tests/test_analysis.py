@@ -153,6 +153,19 @@ def test_an_ablation_trains_its_variants_and_puts_them_side_by_side(tiny_spec, t
     assert not (tmp_path / "runs" / "time-shift-1" / "tokenizer").exists(), "one tokenizer serves both"
 
 
+def test_results_of_a_variant_are_those_of_its_own_sampling(tiny_spec, tmp_path):
+    from raev2.analysis.ablations import results_of
+    from raev2.spec_io import save_spec
+
+    save_spec(tiny_spec, tmp_path / "spec.yaml")
+    protocol = tiny_spec.evaluation.protocols[-1]
+    for suffix, value in (("", 1.0), ("-none", 2.0)):  # "-" sorts before ".": a glob finds the unguided one first
+        row = {"name": "fd_micro", "value": value, "note": ""}
+        (tmp_path / "eval").mkdir(exist_ok=True)
+        (tmp_path / "eval" / f"{protocol}{suffix}.json").write_text(json.dumps({"results": [row]}))
+    assert results_of(tmp_path) == {"fd_micro": 1.0}
+
+
 def test_errors_name_what_is_there(capsys):
     assert main(["analyse", "prob"]) == 2
     assert "unknown analysis" in capsys.readouterr().err

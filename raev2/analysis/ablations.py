@@ -17,7 +17,7 @@ from raev2.analysis.table import Table
 from raev2.errors import SpecError
 from raev2.pipeline import train
 from raev2.spec import RunSpec, TokenizerSpec
-from raev2.spec_io import apply_overrides
+from raev2.spec_io import apply_overrides, load_spec
 from raev2.tokenizer.encoder_table import encoder_info
 
 
@@ -72,7 +72,7 @@ def run_ablation(name: str, spec: RunSpec, out: Path) -> Table:
             variant = variant.replace(tokenizer_from=tokenizer)
         run_dir = train(variant, out / "runs" / f"{name}-{number}", stage=plan.stage)
         tokenizer = tokenizer or str(run_dir / "tokenizer")
-        rows.append({"variant": label, **results_of(run_dir, plan.stage)})
+        rows.append({"variant": label, **results_of(run_dir)})
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return Table(
         name,
@@ -85,14 +85,15 @@ def run_ablation(name: str, spec: RunSpec, out: Path) -> Table:
     )
 
 
-def results_of(run_dir: Path, stage: str) -> dict[str, float]:
-    """Numbers of a run's evaluations by 'metric'; scales and settings compared within the run are left out."""
+def results_of(run_dir: Path) -> dict[str, float]:
+    """Numbers by metric of the protocols that a run's spec names; scales are left out.
+
+    Further results in the folder, of other guidance for example, have other file names and are not read.
+    """
     found: dict[str, float] = {}
-    for file in sorted((run_dir / "eval").glob("*.json")):
-        result = json.loads(file.read_text())
-        if "results" not in result or result.get("protocol", file.stem) != file.stem:
-            continue
-        for row in result["results"]:
-            if not row["note"].startswith("scale"):
-                found.setdefault(row["name"], row["value"])
+    for protocol in load_spec(run_dir / "spec.yaml").evaluation.protocols:
+        file = run_dir / "eval" / f"{protocol}.json"
+        if file.is_file():  # not there: it needs a stage that the ablation does not train
+            rows = json.loads(file.read_text())["results"]
+            found |= {row["name"]: row["value"] for row in rows if not row["note"].startswith("scale")}
     return found

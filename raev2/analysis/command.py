@@ -14,9 +14,9 @@ from raev2.analysis.correlation import correlation_table
 from raev2.analysis.probe import probe_encoders
 from raev2.analysis.table import Table
 from raev2.analysis.width import width_table
-from raev2.data import FolderDataset, to_float
+from raev2.data import to_float
 from raev2.errors import DataError, SpecError, did_you_mean
-from raev2.pipeline import find_run, open_trained, prepare_data
+from raev2.pipeline import find_run, open_trained
 from raev2.published import published_encoders
 from raev2.run import make_accelerator
 from raev2.spec_io import apply_overrides
@@ -81,16 +81,12 @@ def _width(options: Namespace) -> Table:
 
 def _ablation(name: str) -> Callable[[Namespace], Table]:
     def run(options: Namespace) -> Table:
-        task = get_task(options.task) if options.task else _default_task()
-        spec = apply_overrides(get_recipe(task, options.recipe), options.overrides)
-        prepare_data(spec)
+        if options.task is None:
+            raise SpecError("--task", "which task?", expected="--task T, and --recipe R for another than quickstart")
+        spec = apply_overrides(get_recipe(get_task(options.task), options.recipe), options.overrides)
         return run_ablation(name, spec, Path(options.out))
 
     return run
-
-
-def _default_task():  # type: ignore[no-untyped-def]
-    raise SpecError("--task", "which task?", expected="--task T, and --recipe R for another recipe than quickstart")
 
 
 def _labelled_data(options: Namespace) -> Path:
@@ -104,7 +100,6 @@ def _labelled_data(options: Namespace) -> Path:
         recipe, folder = get_data_recipe(options.data), Path("data") / options.data
         if not (folder / "manifest.json").is_file():
             recipe.build(folder, {})
-    FolderDataset(folder, "train", (8, 8))
     return folder
 
 
