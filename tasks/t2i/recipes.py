@@ -111,11 +111,11 @@ def laptop() -> RunSpec:
             width=192, depth=8, num_heads=3, head_width=256, head_depth=2, head_num_heads=4, base_head_depth=4
         ),
         generator_training=base.generator_training.replace(
-            images=96_000,
-            schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, decay="linear", decay_start_images=48_000),
+            images=80_000,
+            schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, decay="linear", decay_start_images=40_000),
             ema_decays=(0.998,),
             log_every_steps=50,
-            sample_every_images=12_000,
+            sample_every_images=16_000,
             save_every_images=8_000,
         ),
         evaluation=base.evaluation.replace(
