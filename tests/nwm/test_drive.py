@@ -420,3 +420,14 @@ def test_sampler_steps_are_offered_only_where_something_is_sampled(page, toy_add
     page.keyboard.press("w")
     wait_for_steps(page, 1)
     assert page.evaluate("ride.sampler_steps") == 7
+
+
+def test_a_server_that_is_gone_is_said(page):
+    server = serving(lambda: (ToyWorld(), None))
+    page.goto(next(server))
+    wait_for_steps(page, 0)
+    next(server, None)  # stops it
+    page.keyboard.press("w")
+    page.wait_for_selector("#warning.error")
+    assert page.inner_text("#warning") == "The server does not answer."
+    page.problems.clear()  # the browser reports the failed request
