@@ -9,7 +9,6 @@ No RNG state is stored: every random number of a step is a function of (seed, im
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from raev2.artefact import write_json
 from raev2.errors import CheckpointError
+from raev2.hashes import file_sha256
 
 logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
@@ -53,7 +53,7 @@ def save_checkpoint(folder: Path, images: int, checkpoint: Checkpoint, keep: int
                 partial / f"{stem}.safetensors",
             )
         write_json(partial / "state.json", {"images": images, **checkpoint.state})
-        write_json(partial / MANIFEST, {file.name: _sha256(file) for file in sorted(partial.iterdir())})
+        write_json(partial / MANIFEST, {file.name: file_sha256(file) for file in sorted(partial.iterdir())})
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
@@ -93,7 +93,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(str(manifest_file), "damaged, not JSON", hint="Use an earlier checkpoint.") from error
     for name, expected in manifest.items():
         file = path / name
-        got = _sha256(file) if file.is_file() else "no file"
+        got = file_sha256(file) if file.is_file() else "no file"
         if got != expected:
             raise CheckpointError(
                 str(file),
@@ -131,8 +131,3 @@ def load_optimizer_tensors(
         parameter = by_name[name]
         # the step count stays on the CPU, as torch's own optimizers keep it
         optimizer.state[parameter][field] = value if value.ndim == 0 else value.to(parameter.device)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -62,14 +62,14 @@ def verify_dataset(data_dir: Path) -> dict[str, Any]:
         where = f"data {data_dir / 'manifest.json'}"
         raise DataError(where, "changed after it was written", got=got, expected=manifest["fingerprint"], hint=rebuild)
     for split, entry in manifest["splits"].items():
-        index_data = _check_sha256(data_dir / entry["index"], entry["sha256"])
+        index_data = checked_bytes(data_dir / entry["index"], entry["sha256"])
         lines = index_data.decode().splitlines()
         if len(lines) != entry["num_samples"]:
             where = f"data {data_dir / entry['index']}"
             raise DataError(where, "wrong count", got=len(lines), expected=str(entry["num_samples"]), hint=rebuild)
         for text in lines:
             line = json.loads(text)
-            _check_sha256(data_dir / line["file"], line["sha256"])
+            checked_bytes(data_dir / line["file"], line["sha256"])
             label = line.get("label")
             if label is not None and not 0 <= label < len(manifest["classes"]):
                 expected = f"0 to {len(manifest['classes']) - 1}"
@@ -81,8 +81,8 @@ def verify_dataset(data_dir: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_sha256(path: Path, expected: str) -> bytes:
-    """The bytes of ``path``; DataError when it is missing or its SHA-256 is another one."""
+def checked_bytes(path: Path, expected: str) -> bytes:
+    """The bytes of `path`; DataError when it is missing or its SHA-256 is another one."""
     if not path.is_file():
         raise DataError(f"data {path}", "file is missing", hint="Build the dataset again.")
     data = path.read_bytes()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
+from raev2.hashes import json_sha256
 from raev2.spec import RunSpec, Spec
 from raev2.task import get_task
 
@@ -83,7 +82,7 @@ def fingerprint(spec: RunSpec) -> str:
         for parent in parents:
             node = node[parent]
         node.pop(last, None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    return json_sha256(values)[:12]
 
 
 def spec_differences(old: RunSpec, new: RunSpec) -> list[str]:

@@ -16,9 +16,10 @@ import yaml
 from raev2.artefact import load_artefact
 from raev2.cli import main
 from raev2.errors import SpecError
+from raev2.hashes import file_sha256
 from raev2.interop import export_decoder, export_generator, generator_config
 from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
-from raev2.interop.files import generator_part, read_source, sha256, tokenizer_part
+from raev2.interop.files import generator_part, read_source, tokenizer_part
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
 from raev2.spec import DDTSpec, DecoderSpec, FlowSpec
@@ -96,10 +97,10 @@ def test_a_generator_with_provenance_and_licence(run, generator):
     assert all(torch.equal(value, generator.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert loaded.extra["source"] == {
         "layout": "RAEv2 DiTwDDTHeadIG", "origin": "RAEv2", "path": "generator.pt", "weights": "ema",
-        "sha256": {"generator.pt": sha256(Path("generator.pt"))},
+        "sha256": {"generator.pt": file_sha256(Path("generator.pt"))},
     }  # fmt: skip
     card = Path("gen/README.md").read_text()
-    assert "CC BY-NC 4.0" in card and "Do no harm." in card and sha256(Path("generator.pt")) in card
+    assert "CC BY-NC 4.0" in card and "Do no harm." in card and file_sha256(Path("generator.pt")) in card
 
 
 def test_two_imports_write_the_same_bytes(run):

@@ -6,11 +6,8 @@ A metric carries the name of its feature network: `fd_micro` is a Fréchet dista
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,6 +16,7 @@ from torch import Tensor
 from raev2 import dist
 from raev2.data import to_float
 from raev2.errors import DataError
+from raev2.hashes import file_sha256, json_sha256
 from raev2.shapes import ImagesU8
 from raev2.spec import EncoderSpec
 from raev2.tokenizer.encoder_table import ENCODERS
@@ -57,7 +55,7 @@ class EncoderFeatures(FeatureExtractor):
         self.encoder = load_encoder(name, device)
         height, width = self.encoder.input_size
         self.preparation = f"bicubic to {height} x {width} px, antialiased when shrinking; mean of the patch tokens"
-        self.fingerprint = _sha256(self.preparation, self.encoder.fingerprint())
+        self.fingerprint = json_sha256([self.preparation, self.encoder.fingerprint()])
         self.dim = self.encoder.width
 
     def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
@@ -84,7 +82,7 @@ class InceptionFeatures(FeatureExtractor):
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
         ).to(device)
-        self.fingerprint = _sha256(self.preparation, file.name)  # the name holds the hash, which was checked
+        self.fingerprint = json_sha256([self.preparation, file.name])  # the name holds the hash, which was checked
 
     def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
         """Pool features."""
@@ -134,14 +132,10 @@ def _inception_weights() -> Path:
             f"weights {file}", "the Inception weights are missing", got=failure or None,
             hint=f"Download {INCEPTION_URL} and put it there (SHA-256 begins with {expected}).",
         )  # fmt: skip
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    found = file_sha256(file)
     if not found.startswith(expected):
         raise DataError(
             f"weights {file}", "damaged file", got=f"SHA-256 {found[:8]}", expected=expected,
             hint="Delete it; it is downloaded again.",
         )  # fmt: skip
     return file
-
-
-def _sha256(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

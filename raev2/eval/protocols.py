@@ -6,7 +6,6 @@ parametrises the two evaluators here; it adds its own beside them where its cond
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -30,6 +29,7 @@ from raev2.eval.distances import Moments, frechet_stderr, moments_distance, prec
 from raev2.eval.features import FeatureExtractor, build_extractor, frechet_name
 from raev2.eval.generate import collect, generated_images, local_chunks
 from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
+from raev2.hashes import json_sha256
 from raev2.shapes import ImagesU8
 from raev2.spec import RunSpec
 from raev2.spec_io import fingerprint, spec_to_dict
@@ -250,7 +250,7 @@ def split_features(
         **_split_identity(dataset, num), "extractor": extractor.fingerprint, "shuffle_blocks": shuffle_blocks,
         "rows": MANIFOLD_IMAGES,
     }  # fmt: skip
-    key = _sha256({**identity, "fingerprint": None})[:16]
+    key = json_sha256({**identity, "fingerprint": None})[:16]
     file = context.cache_dir / f"features-{extractor.name.replace('/', '_').replace(':', '_')}-{key}.safetensors"
     if all(dist.gather_objects(file.is_file())):
         tensors = load_file(file)
@@ -403,11 +403,7 @@ def _split_identity(dataset: ImageDataset, num: int) -> dict[str, Any]:
         "data": dataset.fingerprint, "split": dataset.split, "num_images": num,
         "image_size": list(dataset.image_size), "preparation": "bicubic antialiased short side, centre crop",
     }  # fmt: skip
-    return {**identity, "fingerprint": _sha256(identity)}
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return {**identity, "fingerprint": json_sha256(identity)}
 
 
 def _strided(rows: Tensor, limit: int) -> Tensor:

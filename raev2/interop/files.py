@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Mapping
@@ -20,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raev2.errors import CheckpointError
+from raev2.hashes import file_sha256
 from raev2.interop.convert import describe, some, unwrap
 from raev2.interop.generators import NETWORKS
 
 Kind = Literal["generator", "decoder", "statistics", "autoencoder"]
-CHUNK = 1 << 20
 LICENCE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 
 
@@ -61,7 +60,7 @@ def read_source(path: str | Path) -> Source:
     tensors = unwrap(content)
     kind = identify(tensors, path)
     return Source(
-        path, kind, describe(tensors).partition(";")[0], tensors, weights=weights, files={path.name: sha256(path)},
+        path, kind, describe(tensors).partition(";")[0], tensors, weights=weights, files={path.name: file_sha256(path)},
         licence=licence_text(path.parent),
     )  # fmt: skip
 
@@ -151,17 +150,8 @@ def _read_folder(path: Path) -> Source:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_tensors(file)
-    hashes = {file.name: sha256(file) for file in (config_file, *files)}
+    hashes = {file.name: file_sha256(file) for file in (config_file, *files)}
     return Source(path, "autoencoder", "AutoencoderRAE of diffusers", tensors, config, "", hashes, licence_text(path))
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def licence_text(folder: Path) -> str:

@@ -6,7 +6,6 @@ Rules of the published protocols are in `PROTOCOLS`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 from raev2.data import derived_seed
 from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.hashes import file_sha256, json_sha256
 from raev2.manifest import read_manifest
 from raev2_tasks.nwm.safe_pickle import load_pickle
 from raev2_tasks.nwm.trajectories import StoredTrajectory, read_trajectories
@@ -71,7 +71,7 @@ class EvalIndex:
     @property
     def sha256(self) -> str:
         """Hash of everything in it, for result files."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return json_sha256(asdict(self))
 
 
 def build_index(
@@ -139,7 +139,7 @@ def import_nwm_index(file: str | Path, dir: str | Path, *, split: str = "val", n
     manifest = read_manifest(dir)
     index = EvalIndex(
         protocol, split, PROTOCOLS[protocol].offsets, num_context, manifest["rate_hz"], manifest["fingerprint"],
-        {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        {"file": file.name, "sha256": file_sha256(file)},
         _places([(str(row[0]), int(row[1])) for row in rows], protocol, 0),
     )  # fmt: skip
     check_index(index, read_trajectories(dir, split))

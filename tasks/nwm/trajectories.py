@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raev2.errors import DataError
-from raev2.manifest import FORMAT_VERSION, fingerprint, read_manifest
+from raev2.manifest import FORMAT_VERSION, checked_bytes, fingerprint, read_manifest
 from raev2_tasks.nwm.frames import READ_ERRORS, Fit, encode_frame, fit_image
 from raev2_tasks.nwm.pose import Array, steps
 from raev2_tasks.nwm.validate import BLACK, check_frames, check_trajectory, frame_warnings, warnings
@@ -414,13 +414,13 @@ def verify_trajectories(data_dir: str | Path) -> dict[str, Any]:
         raise DataError(where, "changed after it was written", got=got, expected=manifest["fingerprint"], hint=rebuild)
     names = set()
     for split, entry in manifest["splits"].items():
-        data = _same_bytes(folder / entry["index"], entry["sha256"])
+        data = checked_bytes(folder / entry["index"], entry["sha256"])
         num_frames = 0
         for line in map(json.loads, data.decode().splitlines()):
-            _same_bytes(folder / line["poses"], line["sha256"])
+            checked_bytes(folder / line["poses"], line["sha256"])
             trajectory = _read_one(folder, line)
             for index, digest in enumerate(trajectory.frame_sha256):
-                _same_bytes(trajectory.frame_file(index), digest.tobytes().hex())
+                checked_bytes(trajectory.frame_file(index), digest.tobytes().hex())
             there = sum(1 for _ in trajectory.frames_dir.iterdir())
             if there != len(trajectory):
                 where = f"data {trajectory.frames_dir}"
@@ -434,13 +434,3 @@ def verify_trajectories(data_dir: str | Path) -> dict[str, Any]:
     if stray:
         raise DataError(f"data {folder / 'frames' / stray[0]}", "a folder that no index lists", hint=rebuild)
     return manifest
-
-
-def _same_bytes(path: Path, expected: str) -> bytes:
-    if not path.is_file():
-        raise DataError(f"data {path}", "file is missing", hint="Build the dataset again.")
-    data = path.read_bytes()
-    got = hashlib.sha256(data).hexdigest()
-    if got != expected:
-        raise DataError(f"data {path}", "SHA-256 differs", got=got, expected=expected, hint="Build the dataset again.")
-    return data

@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from raev2.errors import DataError, SpecError
+from raev2.hashes import file_sha256
 from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
 from raev2_tasks.t2i.captions import KINDS, UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
 from raev2_tasks.t2i.pixels import IMAGE_ERRORS, encode_image, is_plain_rgb, to_rgb
@@ -209,7 +210,7 @@ def index_shards(
         sizes_px |= {(int(row["width_px"]), int(row["height_px"])) for row in scan.rows}
         held_out = val_keys(scan.keys, val_samples) if file == files[0] and not val_files else set()
         in_val = np.array([file in val_files or key in held_out for key in scan.keys], dtype=bool)
-        digest = _sha256(file)
+        digest = file_sha256(file)
         for split, rows in (("train", scan.rows[~in_val]), ("val", scan.rows[in_val])):
             if not len(rows):
                 continue
@@ -269,7 +270,7 @@ def verify_shards(dir: str | Path) -> dict[str, Any]:
             for file, expected in ((shard["file"], shard["sha256"]), (shard["index"], shard["index_sha256"])):
                 if not (dir / file).is_file():
                     raise DataError(f"data {dir / file}", "file is missing", hint=rebuild)
-                if (got := _sha256(dir / file)) != expected:
+                if (got := file_sha256(dir / file)) != expected:
                     raise DataError(f"data {dir / file}", "SHA-256 differs", got=got, expected=expected, hint=rebuild)
             num_rows = (dir / shard["index"]).stat().st_size // INDEX_ROW.itemsize
             if num_rows != shard["num_samples"]:
@@ -500,8 +501,8 @@ def _shard_entry(out: Path, file: Path, index: Path, num_samples: int, digest: s
         "index": str(index.relative_to(out)),
         "num_samples": num_samples,
         "bytes": file.stat().st_size,
-        "sha256": digest or _sha256(file),
-        "index_sha256": _sha256(index),
+        "sha256": digest or file_sha256(file),
+        "index_sha256": file_sha256(index),
     }
 
 
@@ -540,11 +541,6 @@ def _fingerprint(splits: Mapping[str, Any]) -> str:
 
 def _common(values: Sequence[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -8,8 +8,6 @@ is trained with the generator is not here, that is `condition.py`.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 import zlib
 from abc import ABC, abstractmethod
@@ -24,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.hashes import json_sha256
 from raev2_tasks.t2i.spec import TextEncoderSpec
 
 logger = logging.getLogger(__name__)
@@ -283,7 +282,7 @@ class HashEncoder(FrozenTextEncoder):
     def __init__(self, spec: TextEncoderSpec) -> None:
         super().__init__()
         self.width, self.tokenizer = HASH_WIDTH, build_text_tokenizer(spec)
-        self.fingerprint = _sha256("hash", HASH_WIDTH, HASH_WORDS, spec.max_tokens)
+        self.fingerprint = json_sha256(["hash", HASH_WIDTH, HASH_WORDS, spec.max_tokens])
         rows = np.random.Generator(np.random.Philox(key=[0, 0])).standard_normal((HASH_WORDS, HASH_WIDTH), np.float32)
         self.register_buffer("table", torch.from_numpy(rows))
 
@@ -310,11 +309,10 @@ class HubEncoder(FrozenTextEncoder):
                 hint="The output of the last block is last_norm.",
             )  # fmt: skip
         weights = {name: value.flatten()[:64].float().tolist() for name, value in self.model.state_dict().items()}
-        vocabulary = hashlib.sha256(json.dumps(self.tokenizer.tokenizer.get_vocab(), sort_keys=True).encode())
-        self.fingerprint = _sha256(
-            weights, vocabulary.hexdigest(), spec.hidden, spec.prefix, spec.dtype, spec.keep_pad,
-            self.tokenizer.max_tokens,
-        )  # fmt: skip
+        vocabulary = json_sha256(self.tokenizer.tokenizer.get_vocab())
+        self.fingerprint = json_sha256([
+            weights, vocabulary, spec.hidden, spec.prefix, spec.dtype, spec.keep_pad, self.tokenizer.max_tokens,
+        ])  # fmt: skip
 
     def outputs(self, token_ids: Tensor, token_mask: Tensor, *, prefix: bool = True) -> Tensor:
         """See `FrozenTextEncoder.outputs`."""
@@ -476,7 +474,3 @@ def _unreachable(spec: TextEncoderSpec, error: Exception, what: str = "cannot be
         f"{WHERE}.name", f"{what}, neither from the hub nor from its local cache", got=spec.name,
         hint=f"{hint}Or set a local folder that holds it.",
     )  # fmt: skip
-
-
-def _sha256(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
