@@ -29,7 +29,8 @@ from typing import Any
 
 from PIL import Image
 
-from raev2.errors import DataError, RaeError, SpecError, did_you_mean
+from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.images import IMAGE_ERRORS
 from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, verify_dataset
 
 SPLITS = ("train", "val")
@@ -270,9 +271,7 @@ def _result(sample: Sample, future: Future[Picture]) -> tuple[Sample, Picture | 
     """A picture that cannot be read is a result; any other exception is a defect and stops the build."""
     try:
         return sample, future.result()
-    except RaeError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these come from Pillow
+    except IMAGE_ERRORS as error:
         return sample, error
 
 

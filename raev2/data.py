@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raev2.batch import Batch, Cond
 from raev2.errors import DataError
+from raev2.images import centre_crop, opened_image
 from raev2.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -138,14 +138,8 @@ class FolderDataset(ImageDataset):
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         file = self.dir / self.index[index]["file"]
-        try:
-            with Image.open(file) as opened:
-                image = centre_crop(opened.convert("RGB"), self.image_size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these from Pillow
-            raise DataError(
-                f"data {file}", "cannot be read as an image", got=type(error).__name__,
-                hint=f"Run `raev2 data verify {self.dir}`.",
-            ) from error  # fmt: skip
+        with opened_image(file, f"data {file}", f"Run `raev2 data verify {self.dir}`.") as opened:
+            image = centre_crop(opened.convert("RGB"), self.image_size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         if self._cache is not None:
             self._cache[index] = pixels
@@ -248,19 +242,6 @@ def ordered_batches(
                 dataset.skipped(error)
         if samples:
             yield _collate(dataset, samples)[0]
-
-
-def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize (bicubic, antialiased) so that the image covers `size` (height, width), then crop the centre."""
-    height, width = size
-    if image.size == (width, height):
-        return image
-    scale = max(width / image.width, height / image.height)
-    resized = image.resize(
-        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC
-    )
-    left, top = (resized.width - width) // 2, (resized.height - height) // 2
-    return resized.crop((left, top, left + width, top + height))
 
 
 def to_float(images_u8: Tensor) -> Tensor:

@@ -22,12 +22,13 @@ from raev2 import dist
 from raev2.artefact import load_artefact, write_json
 from raev2.batch import Cond, MetricResult
 from raev2.checkpoint import latest_checkpoint
-from raev2.data import FolderDataset, ImageDataset, centre_crop, ordered_batches, to_float, to_uint8
+from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.errors import CheckpointError, DataError, SpecError
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.protocols import run_protocol
 from raev2.grid import save_grid, save_pairs
 from raev2.guidance import Guidance
+from raev2.images import centre_crop, opened_image
 from raev2.manifest import read_manifest
 from raev2.model.generator import Generator, model_size
 from raev2.run import Run, add_provenance, make_accelerator, newest_run, open_run
@@ -381,11 +382,8 @@ def read_image(file: Path, size: tuple[int, int]) -> Tensor:
     """One image file as uint8 (3, H_px, W_px), resized to cover `size` and centre-cropped."""
     import numpy as np
 
-    try:
-        with Image.open(file) as image:
-            return torch.from_numpy(np.array(centre_crop(image.convert("RGB"), size))).permute(2, 0, 1).contiguous()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these from Pillow
-        raise DataError(str(file), "cannot be read as an image", got=type(error).__name__) from error
+    with opened_image(file, str(file)) as image:
+        return torch.from_numpy(np.array(centre_crop(image.convert("RGB"), size))).permute(2, 0, 1).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

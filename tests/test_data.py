@@ -14,13 +14,13 @@ from PIL import Image
 from raev2.data import (
     FolderDataset,
     ImageDataset,
-    centre_crop,
     ordered_batches,
     to_float,
     to_uint8,
     train_batches,
 )
 from raev2.errors import DataError
+from raev2.images import centre_crop
 from raev2.manifest import read_manifest
 from raev2.task import get_data_recipe
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from raev2.batch import FrameCache
 from raev2.errors import SpecError
 from raev2.guidance import build_guidance
-from raev2.model.condition import FramesCondition, LabelCondition
+from raev2.model.condition import LabelCondition
+from raev2.model.frames import FramesCondition
 from raev2.model.generator import Generator
 from raev2.model.layers import AgeRope, Rope2D, rotate
 from raev2.sampler import sample, sample_latents

@@ -6,16 +6,10 @@ import torch
 from raev2.artefact import save_artefact
 from raev2.errors import CheckpointError, SpecError
 from raev2.flow import interpolate, training_loss
-from raev2.model.condition import (
-    ConditionSpec,
-    FramesCondition,
-    LabelCondition,
-    NoCondition,
-    TextCondition,
-    condition_spec,
-)
+from raev2.model.condition import ConditionSpec, LabelCondition, NoCondition, TextCondition
 from raev2.model.embed import patchify, unpatchify
-from raev2.model.generator import Generator, model_size
+from raev2.model.frames import FramesCondition
+from raev2.model.generator import Generator, condition_spec, model_size
 from raev2.model.layers import Rope2D, rotate, swiglu_dim
 from raev2.positions import sincos_2d
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec

@@ -22,7 +22,8 @@ from raev2.interop import (
     import_stats,
 )
 from raev2.interop.generators import convert_generator, infer_config
-from raev2.model.condition import FramesCondition, LabelCondition, NoCondition, TextCondition
+from raev2.model.condition import LabelCondition, NoCondition, TextCondition
+from raev2.model.frames import FramesCondition
 from raev2.model.generator import Generator
 from raev2.spec import AdversarialSpec, DDTSpec, DecoderSpec, DiTSpec, FlowSpec
 from raev2.tokenizer.decoder import ViTDecoder

@@ -24,9 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from raev2.artefact import load_artefact, load_strict, save_artefact
 from raev2.batch import Cond, FrameCache, ModelOutput
 from raev2.errors import CheckpointError, SpecError
-from raev2.model.condition import BlockCausalFrames, ConditionSpec, FramesCondition, LatentShape, condition_spec
+from raev2.model.condition import ConditionSpec, LabelCondition, LatentShape, NoCondition, TextCondition
 from raev2.model.ddt import DDT
 from raev2.model.dit import DiT
+from raev2.model.frames import BlockCausalFrames, FramesCondition
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec, NetworkSpec
 
 
@@ -200,3 +201,22 @@ def model_size(network: DDTSpec | DiTSpec, condition: ConditionSpec, latent_shap
         with counter, torch.no_grad():
             generator(torch.zeros(1, *latent_shape), torch.zeros(1), cond)
     return ModelSize(sum(p.numel() for p in generator.parameters()), counter.get_total_flops() // 2)
+
+
+CONDITION_TYPES: tuple[type[ConditionSpec], ...] = (NoCondition, LabelCondition, TextCondition, FramesCondition)
+
+
+def condition_spec(data: Mapping[str, Any], extra_types: Sequence[type[ConditionSpec]] = ()) -> ConditionSpec:
+    """The condition spec that a saved configuration describes; `extra_types` are kinds from outside the core."""
+    types = {type_.model_fields["kind"].default: type_ for type_ in (*CONDITION_TYPES, *extra_types)}
+    kind = data.get("kind")
+    if kind not in types:
+        raise SpecError(
+            "condition.kind", "unknown condition", got=kind, expected=f"one of {', '.join(sorted(types))}",
+            hint="Install the plugin that defines it and pass its class in `condition_types`.",
+        )  # fmt: skip
+    try:
+        return types[kind].model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SpecError(f"condition.{'.'.join(map(str, first['loc']))}", first["msg"], got=first["input"]) from error

@@ -34,7 +34,7 @@ def _rollout_frame(label: str, network: Any) -> list[Measurement]:
     import torch
 
     from raev2.batch import FrameCache
-    from raev2.model.condition import FramesCondition
+    from raev2.model.frames import FramesCondition
     from raev2.model.generator import Generator
     from raev2.sampler import noise_for, sample_latents
     from raev2.spec import FlowSpec, SamplingSpec

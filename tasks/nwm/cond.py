@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from raev2.batch import Cond
-from raev2.model.condition import FramesCondition
+from raev2.model.frames import FramesCondition
 from raev2.task import EncodeImages
 
 PUBLISHED_TIME_SCALE = 128  # frames; what NWM and RAEv2 divide the offset by

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError, SpecError
+from raev2.images import opened_image
 from raev2.manifest import read_manifest
-from raev2_tasks.nwm.frames import READ_ERRORS, Fit, fit_image
+from raev2_tasks.nwm.frames import Fit, fit_image
 from raev2_tasks.nwm.pose import Array, relative, steps
 from raev2_tasks.nwm.trajectories import StoredTrajectory, read_trajectories
 
@@ -99,16 +100,8 @@ class TrajectoryDataset(ImageDataset):
             return self._cache[index]
         number, frame = self.locate(index)
         file = self.trajectories[number].frame_file(frame)
-        try:
-            with Image.open(file) as opened:
-                image = self._fitted(opened)
-        except DataError:
-            raise
-        except READ_ERRORS as error:
-            raise DataError(
-                f"data {file}", "cannot be read as an image", got=type(error).__name__,
-                hint=f"Run `raev2 data verify {self.dir}`.",
-            ) from error  # fmt: skip
+        with opened_image(file, f"data {file}", f"Run `raev2 data verify {self.dir}`.") as opened:
+            image = self._fitted(opened)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         if self._cache is not None:
             self._cache[index] = pixels

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raev2.errors import DataError
+from raev2.images import centre_crop
 
 Fit = Literal["squeeze", "crop", "letterbox", "none"]
 FITS: tuple[Fit, ...] = ("squeeze", "crop", "letterbox", "none")
 ASPECT = 4 / 3  # width / height of the part of a frame that `squeeze` keeps
-READ_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # all of these come from Pillow
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
@@ -27,8 +27,6 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Imag
     """
     image, (height, width) = image.convert("RGB"), size
     if fit == "crop":
-        from raev2.data import centre_crop  # torch
-
         return centre_crop(image, size)
     if fit == "squeeze":
         part_width = min(image.width, round(image.height * ASPECT))

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from raev2.errors import DataError
+from raev2.images import opened_image
 from raev2.manifest import read_manifest
-from raev2_tasks.nwm.frames import READ_ERRORS
 from raev2_tasks.nwm.index import PROTOCOLS
 from raev2_tasks.nwm.trajectories import SPLITS, check_kind, is_black, num_frozen, read_trajectories
 from raev2_tasks.nwm.validate import frame_warnings, heading_error, warnings
@@ -55,8 +53,5 @@ def describe(dir: str | Path, open_frames: bool = True) -> list[str]:
 
 
 def _is_black(file: Path) -> bool:
-    try:
-        with Image.open(file) as image:
-            return is_black(image)
-    except READ_ERRORS as error:
-        raise DataError(f"data {file}", "cannot be read as an image", got=type(error).__name__) from error
+    with opened_image(file, f"data {file}") as image:
+        return is_black(image)

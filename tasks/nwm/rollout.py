@@ -25,7 +25,7 @@ from torch import Tensor
 from raev2.batch import Cond, FrameCache
 from raev2.data import derived_seed, to_uint8
 from raev2.errors import SpecError
-from raev2.model.condition import BlockCausalFrames
+from raev2.model.frames import BlockCausalFrames
 from raev2.sampler import map_rows, noise_for, sample_latents
 from raev2.spec import SamplingSpec
 from raev2_tasks.nwm.cond import model_cond

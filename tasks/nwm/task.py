@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from raev2.batch import Cond
     from raev2.bench import Measurement
     from raev2.data import ImageDataset
-    from raev2.model.condition import ConditionSpec, FramesCondition
+    from raev2.model.condition import ConditionSpec
+    from raev2.model.frames import FramesCondition
 
 ASSUMED_MOTION = {"spacing_m": 0.25, "rate_hz": 4.0}  # for estimates before there is data: RECON
 COLUMNS = 8  # of the picture grids: one context a row, its frames at growing times
@@ -120,7 +121,7 @@ class NavigationWorldModel(Task):
 
 
 def _condition(spec: RunSpec, manifest: Mapping[str, Any]) -> FramesCondition:
-    from raev2.model.condition import FramesCondition
+    from raev2.model.frames import FramesCondition
 
     task, frame_period = _task_spec(spec), 1 / manifest["rate_hz"]
     return FramesCondition(

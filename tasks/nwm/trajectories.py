@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raev2.errors import DataError
+from raev2.images import IMAGE_ERRORS
 from raev2.manifest import FORMAT_VERSION, checked_bytes, fingerprint, read_manifest
-from raev2_tasks.nwm.frames import READ_ERRORS, Fit, encode_frame, fit_image
+from raev2_tasks.nwm.frames import Fit, encode_frame, fit_image
 from raev2_tasks.nwm.pose import Array, steps
 from raev2_tasks.nwm.validate import BLACK, check_frames, check_trajectory, frame_warnings, warnings
 
@@ -263,7 +264,7 @@ def _write_frame(where: str, frames_dir: Path, index: int, frame: Frame, storage
     try:
         image = Image.open(io.BytesIO(frame)) if isinstance(frame, bytes) else Image.fromarray(frame)
         image.load()
-    except READ_ERRORS as error:
+    except IMAGE_ERRORS as error:
         raise DataError(where, f"frame {index} cannot be read as an image", got=type(error).__name__) from error
     suffix = storage.suffix
     if storage.size is not None:

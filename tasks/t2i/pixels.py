@@ -7,7 +7,6 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 JPEG_QUALITY = 95
 ORIENTATION = 0x0112  # EXIF tag
 

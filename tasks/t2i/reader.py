@@ -27,11 +27,12 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from raev2.batch import Cond
-from raev2.data import ImageDataset, centre_crop, derived_seed
+from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError, SpecError
+from raev2.images import IMAGE_ERRORS, centre_crop
 from raev2.manifest import read_manifest
 from raev2_tasks.t2i.captions import BadSample, Caption, CaptionRule, parse_captions, parse_json
-from raev2_tasks.t2i.pixels import IMAGE_ERRORS, is_plain_rgb, to_rgb
+from raev2_tasks.t2i.pixels import is_plain_rgb, to_rgb
 from raev2_tasks.t2i.shards import collection_fingerprint, read_index, source_folders, source_manifest
 from raev2_tasks.t2i.shards_check import MAX_ASPECT
 

@@ -36,9 +36,10 @@ from PIL import Image
 
 from raev2.errors import DataError, SpecError
 from raev2.hashes import file_sha256
+from raev2.images import IMAGE_ERRORS
 from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
 from raev2_tasks.t2i.captions import KINDS, UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
-from raev2_tasks.t2i.pixels import IMAGE_ERRORS, encode_image, is_plain_rgb, to_rgb
+from raev2_tasks.t2i.pixels import encode_image, is_plain_rgb, to_rgb
 from raev2_tasks.t2i.tar_scan import INDEX_ROW, Members, Scan, groups, read_sample, scan_shard
 
 logger = logging.getLogger(__name__)

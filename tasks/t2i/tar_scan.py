@@ -17,8 +17,8 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from raev2.images import IMAGE_ERRORS
 from raev2_tasks.t2i.captions import UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
-from raev2_tasks.t2i.pixels import IMAGE_ERRORS
 
 BLOCK = 512  # bytes; a tar ends with two blocks of zeros
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")

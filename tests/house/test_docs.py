@@ -235,3 +235,9 @@ def test_the_two_commands_of_the_readme_are_there() -> None:
     venv = "python3 -m venv .venv && .venv/bin/pip install -e"
     assert f"{venv} '.[quickstart]' && .venv/bin/raev2 train --task imagenet\n" in text
     assert f"{venv} '.[dev]' && .venv/bin/python -m pytest\n" in text
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest without packages imports tests by base name: a second file of a name cannot be collected."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)

@@ -22,11 +22,11 @@ MAX_LINES = 600
 
 # The reading order. A module imports only from modules above it.
 ORDER = """
-    errors shapes manifest positions spec batch task spec_io dist artefact data grid
+    errors shapes hashes images manifest positions attention spec batch task spec_io dist artefact data grid
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
     tokenizer.baselines
     tokenizer.losses tokenizer.discriminator
-    model.layers model.embed model.condition model.dit model.ddt model.generator
+    model.layers model.embed model.condition model.frames model.dit model.ddt model.generator
     flow guidance sampler testing ema optim checkpoint run
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
     train_tokenizer train_generator bench published chart report pipeline

@@ -11,7 +11,7 @@ import torch
 from raev2.batch import ModelOutput
 from raev2.data import derived_seed
 from raev2.errors import SpecError
-from raev2.model.condition import FramesCondition
+from raev2.model.frames import FramesCondition
 from raev2.model.generator import Generator
 from raev2.sampler import noise_for, sample_latents
 from raev2.spec import DDTSpec, FlowSpec, SamplingSpec
