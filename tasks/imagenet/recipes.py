@@ -11,17 +11,14 @@ from functools import partial
 from raev2.spec import (
     CFG,
     AdamWSpec,
-    AdversarialSpec,
     DataSpec,
     DDTSpec,
     DiTSpec,
     EncoderSpec,
     EvaluationSpec,
-    FeatureLoss,
     FlowSpec,
     GeneratorTrainingSpec,
     InternalGuidance,
-    LPIPSLoss,
     MuonSpec,
     NoGuidance,
     PixelSpec,
@@ -30,11 +27,18 @@ from raev2.spec import (
     SamplingSpec,
     ScheduleSpec,
     TokenizerSpec,
-    TokenizerTrainingSpec,
     VAESpec,
     decoder_size,
 )
 from raev2_tasks.imagenet.spec import ClassToImageSpec
+from raev2_tasks.recipe_parts import (
+    EMBEDDED_TOKENIZER,
+    SHORT_TOKENIZER_TRAINING,
+    SMALL_DDT,
+    dinov3l_tokenizer,
+    published_tokenizer_training,
+    trunk_size,
+)
 
 IMAGENET_TRAIN = 1_281_167  # images of an epoch
 
@@ -46,25 +50,12 @@ def quickstart() -> RunSpec:
         summary="emoji at 64 px, embedded encoder, all 6 layers: both stages, samples, metrics and report in minutes",
         task=ClassToImageSpec(),
         data=DataSpec(dir="data/emoji", recipe="emoji", cache=True),
-        tokenizer=TokenizerSpec(
-            encoder=EncoderSpec(name="micro", layers=(0, 1, 2, 3, 4, 5)),
-            decoder=decoder_size("micro", patch_size=8),
-            grid=(8, 8),
+        tokenizer=EMBEDDED_TOKENIZER,
+        # Measured with AdamW, before Muon was found to halve the error: docs/results.md has these numbers.
+        tokenizer_training=SHORT_TOKENIZER_TRAINING.replace(
+            optimizer=AdamWSpec(), schedule=ScheduleSpec(lr=1e-3, final_lr=1e-4, warmup_images=960)
         ),
-        tokenizer_training=TokenizerTrainingSpec(
-            images=9_600,
-            batch_size=32,
-            schedule=ScheduleSpec(lr=1e-3, final_lr=1e-4, warmup_images=960),
-            perceptual=FeatureLoss(weight=0.5),
-            # Published: weight 0.75 from epoch 8 of 16. In so short a training a strong adversary only adds grain.
-            adversarial=AdversarialSpec(weight=0.2, disc_start=0.6, gan_start=0.7),
-            ema_decay=0.99,
-            sample_every_images=3_200,
-            save_every_images=9_600,
-        ),
-        generator=DDTSpec(  # the head must be at least as wide as a latent token (192), or it cannot fit one picture
-            width=192, depth=6, num_heads=3, head_width=256, head_depth=2, head_num_heads=4, base_head_depth=3
-        ),
+        generator=SMALL_DDT,
         generator_training=GeneratorTrainingSpec(
             images=22_400,
             batch_size=32,
@@ -119,56 +110,21 @@ def laptop() -> RunSpec:
 # ---------------------------------------------------------------------------------------------------------------------
 # Published systems
 
-TRUNK_SIZES = {
-    "s": (384, 12, 6),
-    "b": (768, 12, 12),
-    "l": (1024, 24, 16),
-    "xl": (1152, 28, 16),
-    "xl1440": (1440, 28, 20),
-}
-
-
-def trunk_size(size: str) -> dict[str, int]:
-    """Width, depth and heads of a published trunk."""
-    width, depth, num_heads = TRUNK_SIZES[size]
-    return {"width": width, "depth": depth, "num_heads": num_heads}
-
-
-def published_tokenizer_training() -> TokenizerTrainingSpec:
-    """Stage 1 of RAE and RAEv2: 16 epochs, batch 512, discriminator from epoch 6, its loss from epoch 8."""
-    return TokenizerTrainingSpec(
-        images=16 * IMAGENET_TRAIN,
-        batch_size=512,
-        schedule=ScheduleSpec(lr=2e-4, final_lr=2e-5, warmup_images=IMAGENET_TRAIN),
-        clip_grad_norm=None,
-        perceptual=LPIPSLoss(),
-        adversarial=AdversarialSpec(encoder="dino-s8", layers=(2, 5, 8, 11), input_size=224),
-        ema_decay=0.9978,
-        log_every_steps=100,
-        sample_every_images=2_500 * 512,
-        save_every_images=IMAGENET_TRAIN,
-    )
-
 
 def imagenet_data(size: int) -> DataSpec:
     """ImageNet-1k, centre-cropped once; set `data.options.src` to a folder with train/ and val/ class folders."""
     return DataSpec(dir=f"data/imagenet-{size}", recipe="image-folder", options={"size": str(size)}, num_workers=8)
 
 
-def raev2_dinov3l(layers: tuple[int, ...], label: str, summary: str) -> RunSpec:
+def raev2_dinov3l(label: str, summary: str = "") -> RunSpec:
     """RAEv2 on DINOv3-L: in-context DiT^DH with x-prediction, base head and Muon (released configuration)."""
     return RunSpec(
         recipe=f"raev2-dinov3l-{label}",
         summary=summary,
         task=ClassToImageSpec(num_classes=1000),
         data=imagenet_data(256),
-        tokenizer=TokenizerSpec(
-            # The papers say "sum of the last K layers"; the released DINOv3 models take the mean of these blocks and
-            # add the token mean of the last one. K = 1 is the plain encoder.
-            encoder=EncoderSpec(name="dinov3-l16", layers=layers, aggregate="mean", pooled_term=bool(layers)),
-            decoder=decoder_size("XL"),
-        ),
-        tokenizer_training=published_tokenizer_training(),
+        tokenizer=dinov3l_tokenizer(label),
+        tokenizer_training=published_tokenizer_training(IMAGENET_TRAIN),
         generator=DDTSpec(**trunk_size("xl1440"), base_head_depth=8),
         generator_training=GeneratorTrainingSpec(
             images=80 * IMAGENET_TRAIN,
@@ -194,7 +150,7 @@ def raev2_dinov3l(layers: tuple[int, ...], label: str, summary: str) -> RunSpec:
 def rae_ditdh(size: str, resolution: int) -> RunSpec:
     """RAE (v1) on DINOv2-B: adaLN DiT^DH, velocity prediction, AdamW."""
     grid = resolution // 16
-    base = raev2_dinov3l((), "k1", "")
+    base = raev2_dinov3l("k1")
     return base.replace(
         recipe=f"rae-ditdh-{size}" + ("" if resolution == 256 else f"-{resolution}"),
         summary=f"RAE v1: DiT^DH-{size.upper()} on DINOv2-B, {resolution} px (arXiv 2510.11690)",
@@ -218,7 +174,7 @@ def rae_ditdh(size: str, resolution: int) -> RunSpec:
 
 def lightningdit(size: str) -> RunSpec:
     """The trunk alone instead of DiT^DH, on the RAEv2 system: what the wide head is worth."""
-    base = raev2_dinov3l((), "k1", "")
+    base = raev2_dinov3l("k1")
     return base.replace(
         recipe=f"raev2-lightningdit-{size}",
         summary=f"baseline: LightningDiT-{size.upper()} without a wide head, in-context, DINOv3-L last layer",
@@ -251,7 +207,7 @@ def decoder_upsampling(size: str) -> RunSpec:
 
 def vae_baseline(name: str, downsample: int, repa: bool = False) -> RunSpec:
     """The RAEv2 network on VAE latents with 256 tokens; `repa` aligns block 8 with DINOv2-B."""
-    base = raev2_dinov3l((), "k1", "")
+    base = raev2_dinov3l("k1")
     network: dict[str, object] = {"patch_size": 16 // downsample}
     training = base.generator_training
     if repa:
@@ -268,7 +224,7 @@ def vae_baseline(name: str, downsample: int, repa: bool = False) -> RunSpec:
 
 def pixel_baseline() -> RunSpec:
     """The RAEv2 network on pixels in patches of 16, without a tokenizer."""
-    base = raev2_dinov3l((), "k1", "")
+    base = raev2_dinov3l("k1")
     return base.replace(
         recipe="pixels",
         summary="baseline: the RAEv2 network on pixels, patches of 16, no tokenizer",
@@ -279,7 +235,7 @@ def pixel_baseline() -> RunSpec:
 
 def unconditional() -> RunSpec:
     """RAEv2, K = 7, without labels."""
-    base = raev2_dinov3l((11, 13, 15, 17, 19, 21, 23), "k7", "")
+    base = raev2_dinov3l("k7")
     return base.replace(
         recipe="raev2-dinov3l-k7-unconditional",
         summary="RAEv2, 7 layers, without labels",
@@ -301,13 +257,9 @@ VAE_DOWNSAMPLE = {
 RECIPES: dict[str, Callable[[], RunSpec]] = {
     "quickstart": quickstart,
     "laptop": laptop,
-    "raev2-dinov3l-k1": partial(raev2_dinov3l, (), "k1", "RAEv2, last layer only (arXiv 2605.18324)"),
-    "raev2-dinov3l-k7": partial(
-        raev2_dinov3l, (11, 13, 15, 17, 19, 21, 23), "k7", "RAEv2, 7 layers, the headline system (arXiv 2605.18324)"
-    ),
-    "raev2-dinov3l-k23": partial(
-        raev2_dinov3l, tuple(range(1, 24)), "k23", "RAEv2, 23 layers, best reconstruction (arXiv 2605.18324)"
-    ),
+    "raev2-dinov3l-k1": partial(raev2_dinov3l, "k1", "RAEv2, last layer only (arXiv 2605.18324)"),
+    "raev2-dinov3l-k7": partial(raev2_dinov3l, "k7", "RAEv2, 7 layers, the headline system (arXiv 2605.18324)"),
+    "raev2-dinov3l-k23": partial(raev2_dinov3l, "k23", "RAEv2, 23 layers, best reconstruction (arXiv 2605.18324)"),
     **{
         f"rae-ditdh-{size}" + ("" if resolution == 256 else "-512"): partial(rae_ditdh, size, resolution)
         for resolution in (256, 512)

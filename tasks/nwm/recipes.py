@@ -9,25 +9,28 @@ from collections.abc import Callable
 from functools import partial
 
 from raev2.spec import (
-    AdversarialSpec,
     DataSpec,
     DDTSpec,
     DiTSpec,
     EncoderSpec,
     EvaluationSpec,
-    FeatureLoss,
     FlowSpec,
     GeneratorTrainingSpec,
-    LPIPSLoss,
     MuonSpec,
     RunSpec,
     SamplingSpec,
     ScheduleSpec,
     TokenizerSpec,
-    TokenizerTrainingSpec,
     decoder_size,
 )
 from raev2_tasks.nwm.spec import NavigationSpec
+from raev2_tasks.recipe_parts import (
+    EMBEDDED_TOKENIZER,
+    SHORT_TOKENIZER_TRAINING,
+    dinov3l_tokenizer,
+    published_tokenizer_training,
+    trunk_size,
+)
 
 RECON_TRAIN = 488_000  # frames of an epoch: about 80 % of the 610,907 frames of RECON
 MIX_TRAIN = 1_000_000  # frames of an epoch of the mix, about
@@ -42,23 +45,8 @@ def quickstart() -> RunSpec:
             num_context=2, max_offset_s=2.0, at_image=True, horizons_s=(0.5, 1.0, 2.0), num_rollouts=32
         ),
         data=DataSpec(dir="data/vizdoom", recipe="vizdoom", cache=True),
-        tokenizer=TokenizerSpec(
-            encoder=EncoderSpec(name="micro", layers=(0, 1, 2, 3, 4, 5)),
-            decoder=decoder_size("micro", patch_size=8),
-            grid=(8, 8),
-        ),
-        tokenizer_training=TokenizerTrainingSpec(
-            images=9_600,
-            batch_size=32,
-            optimizer=MuonSpec(),  # published: AdamW; in so short a training Muon halves the error
-            schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, warmup_images=960),
-            perceptual=FeatureLoss(weight=0.5),
-            # Published: weight 0.75 from epoch 8 of 16. In so short a training a strong adversary only adds grain.
-            adversarial=AdversarialSpec(weight=0.2, disc_start=0.6, gan_start=0.7),
-            ema_decay=0.99,
-            sample_every_images=3_200,
-            save_every_images=9_600,
-        ),
+        tokenizer=EMBEDDED_TOKENIZER,
+        tokenizer_training=SHORT_TOKENIZER_TRAINING,
         # Wider than a latent token (192), or it could not fit one picture. No wide head: what the newest frame shows
         # then reaches the output on the residual stream alone, and is learned sooner.
         generator=DiTSpec(width=256, depth=6, num_heads=4, base_head_depth=3),
@@ -119,17 +107,10 @@ def laptop() -> RunSpec:
 # ---------------------------------------------------------------------------------------------------------------------
 # Full scale
 
-TRUNK_SIZES = {"b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 PROTOCOLS = (
     "reconstruction-inception", "single-step-inception", "rollout-4fps-inception", "rollout-1fps-inception",
     "action-following",
 )  # fmt: skip
-
-
-def trunk_size(size: str) -> dict[str, int]:
-    """Width, depth and heads of a published trunk."""
-    width, depth, num_heads = TRUNK_SIZES[size]
-    return {"width": width, "depth": depth, "num_heads": num_heads}
 
 
 def recon_data() -> DataSpec:
@@ -137,23 +118,7 @@ def recon_data() -> DataSpec:
     return DataSpec(dir="data/recon", recipe="recon-hdf5", num_workers=8)
 
 
-def tokenizer_training(epoch: int) -> TokenizerTrainingSpec:
-    """Stage 1 of RAE: 16 epochs, batch 512, discriminator from epoch 6, its loss from epoch 8."""
-    return TokenizerTrainingSpec(
-        images=16 * epoch,
-        batch_size=512,
-        schedule=ScheduleSpec(lr=2e-4, final_lr=2e-5, warmup_images=epoch),
-        clip_grad_norm=None,
-        perceptual=LPIPSLoss(),
-        adversarial=AdversarialSpec(encoder="dino-s8", layers=(2, 5, 8, 11), input_size=224),
-        ema_decay=0.9978,
-        log_every_steps=100,
-        sample_every_images=2 * epoch,
-        save_every_images=epoch,
-    )
-
-
-def raev2_dinov3l(layers: tuple[int, ...], label: str, summary: str) -> RunSpec:
+def raev2_dinov3l(label: str, summary: str = "") -> RunSpec:
     """RAEv2 on DINOv3-L: context among the other tokens, one target a context, offsets of 1 to 8 frames."""
     return RunSpec(
         recipe=f"raev2-dinov3l-{label}",
@@ -164,11 +129,8 @@ def raev2_dinov3l(layers: tuple[int, ...], label: str, summary: str) -> RunSpec:
             horizons_s=(1.0, 2.0, 4.0, 8.0, 16.0), num_rollouts=150,
         ),
         data=recon_data(),
-        tokenizer=TokenizerSpec(
-            encoder=EncoderSpec(name="dinov3-l16", layers=layers, aggregate="mean", pooled_term=bool(layers)),
-            decoder=decoder_size("XL"),
-        ),
-        tokenizer_training=tokenizer_training(RECON_TRAIN),
+        tokenizer=dinov3l_tokenizer(label),
+        tokenizer_training=published_tokenizer_training(RECON_TRAIN, 2 * RECON_TRAIN),
         generator=DDTSpec(**trunk_size("xl"), base_head_depth=8),
         generator_training=GeneratorTrainingSpec(
             images=80 * RECON_TRAIN,
@@ -190,7 +152,7 @@ def raev2_dinov3l(layers: tuple[int, ...], label: str, summary: str) -> RunSpec:
 
 def dinov2b() -> RunSpec:
     """Ungated: DINOv2-B latents and our own condition, whose context is computed once."""
-    base = raev2_dinov3l((), "k1", "")
+    base = raev2_dinov3l("k1")
     return base.replace(
         recipe="dinov2b",
         summary="RECON on DINOv2-B (ungated), cached context, offsets up to 16 s; our settings",
@@ -215,7 +177,7 @@ def multi() -> RunSpec:
             dir="data/nwm-mix", recipe="trajectory-mix", num_workers=8,
             options={"src": "data/recon,data/scand,data/tartan-drive,data/huron"},
         ),
-        tokenizer_training=tokenizer_training(MIX_TRAIN),
+        tokenizer_training=published_tokenizer_training(MIX_TRAIN, 2 * MIX_TRAIN),
         generator=DDTSpec(**trunk_size("xl"), base_head_depth=8),
         generator_training=base.generator_training.replace(
             images=100_000 * 4096,
@@ -232,13 +194,9 @@ def multi() -> RunSpec:
 RECIPES: dict[str, Callable[[], RunSpec]] = {
     "quickstart": quickstart,
     "laptop": laptop,
-    "raev2-dinov3l-k1": partial(raev2_dinov3l, (), "k1", "RAEv2 on RECON, last layer only (arXiv 2605.18324)"),
-    "raev2-dinov3l-k7": partial(
-        raev2_dinov3l, (11, 13, 15, 17, 19, 21, 23), "k7", "RAEv2 on RECON, 7 layers (arXiv 2605.18324)"
-    ),
-    "raev2-dinov3l-k23": partial(
-        raev2_dinov3l, tuple(range(1, 24)), "k23", "RAEv2 on RECON, 23 layers (arXiv 2605.18324)"
-    ),
+    "raev2-dinov3l-k1": partial(raev2_dinov3l, "k1", "RAEv2 on RECON, last layer only (arXiv 2605.18324)"),
+    "raev2-dinov3l-k7": partial(raev2_dinov3l, "k7", "RAEv2 on RECON, 7 layers (arXiv 2605.18324)"),
+    "raev2-dinov3l-k23": partial(raev2_dinov3l, "k23", "RAEv2 on RECON, 23 layers (arXiv 2605.18324)"),
     "dinov2b": dinov2b,
     "multi": multi,
 }

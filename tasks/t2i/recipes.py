@@ -11,22 +11,26 @@ from functools import partial
 from raev2.spec import (
     CFG,
     AdamWSpec,
-    AdversarialSpec,
     DataSpec,
     DDTSpec,
     EncoderSpec,
     EvaluationSpec,
-    FeatureLoss,
     FlowSpec,
     GeneratorTrainingSpec,
-    LPIPSLoss,
     MuonSpec,
     RunSpec,
     SamplingSpec,
     ScheduleSpec,
     TokenizerSpec,
-    TokenizerTrainingSpec,
     decoder_size,
+)
+from raev2_tasks.recipe_parts import (
+    EMBEDDED_TOKENIZER,
+    SHORT_TOKENIZER_TRAINING,
+    SMALL_DDT,
+    dinov3l_tokenizer,
+    published_tokenizer_training,
+    trunk_size,
 )
 from raev2_tasks.t2i.spec import CaptionSpec, TextEncoderSpec, TextToImageSpec
 
@@ -48,26 +52,9 @@ def quickstart() -> RunSpec:
             weights=EMBEDDED_WEIGHTS,
         ),
         data=DataSpec(dir="data/t2i-embedded", recipe="t2i-embedded", cache=True),
-        tokenizer=TokenizerSpec(
-            encoder=EncoderSpec(name="micro", layers=(0, 1, 2, 3, 4, 5)),
-            decoder=decoder_size("micro", patch_size=8),
-            grid=(8, 8),
-        ),
-        tokenizer_training=TokenizerTrainingSpec(
-            images=9_600,
-            batch_size=32,
-            optimizer=MuonSpec(),  # published: AdamW; in so short a training Muon halves the error
-            schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, warmup_images=960),
-            perceptual=FeatureLoss(weight=0.5),
-            # As in the quickstart of class to image: in so short a training a strong adversary only adds grain.
-            adversarial=AdversarialSpec(weight=0.2, disc_start=0.6, gan_start=0.7),
-            ema_decay=0.99,
-            sample_every_images=3_200,
-            save_every_images=9_600,
-        ),
-        generator=DDTSpec(
-            width=192, depth=6, num_heads=3, head_width=256, head_depth=2, head_num_heads=4, base_head_depth=3
-        ),
+        tokenizer=EMBEDDED_TOKENIZER,
+        tokenizer_training=SHORT_TOKENIZER_TRAINING,
+        generator=SMALL_DDT,
         # The rule gives 1.7. In scenes of flat colours neighbours repeat each other, so that what is where shows
         # through more noise than in photographs; it is decided above t = 0.8.
         flow=FlowSpec(time_shift=6.0),
@@ -107,9 +94,7 @@ def laptop() -> RunSpec:
             ema_decay=0.995,
             save_every_images=6_400,
         ),
-        generator=DDTSpec(
-            width=192, depth=8, num_heads=3, head_width=256, head_depth=2, head_num_heads=4, base_head_depth=4
-        ),
+        generator=SMALL_DDT.replace(depth=8, base_head_depth=4),
         generator_training=base.generator_training.replace(
             images=80_000,
             schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, decay="linear", decay_start_images=40_000),
@@ -147,37 +132,18 @@ def frozen(name: str) -> TextToImageSpec:
     return TextToImageSpec(text_encoder=TextEncoderSpec(name=name, max_tokens=256))
 
 
-def published_tokenizer_training(images: int) -> TokenizerTrainingSpec:
-    """Stage 1 of RAE and RAEv2: batch 512, the discriminator from 6/16 of the training on, its loss from 8/16."""
-    return TokenizerTrainingSpec(
-        images=images,
-        batch_size=512,
-        schedule=ScheduleSpec(lr=2e-4, final_lr=2e-5, warmup_images=images // 16),
-        clip_grad_norm=None,
-        perceptual=LPIPSLoss(),
-        adversarial=AdversarialSpec(encoder="dino-s8", layers=(2, 5, 8, 11), input_size=224),
-        ema_decay=0.9978,
-        log_every_steps=100,
-        sample_every_images=2_500 * 512,
-        save_every_images=images // 16,
-    )
-
-
-def raev2_dinov3l(layers: tuple[int, ...], label: str, summary: str) -> RunSpec:
+def raev2_dinov3l(label: str, summary: str = "") -> RunSpec:
     """RAEv2 on DINOv3-L with Qwen3-0.6B: the released text-to-image configuration (arXiv 2605.18324)."""
     return RunSpec(
         recipe=f"raev2-dinov3l-{label}",
         summary=summary,
         task=frozen(QWEN),
         data=DataSpec(dir="data/blip3o-256", num_workers=8),
-        tokenizer=TokenizerSpec(
-            encoder=EncoderSpec(name="dinov3-l16", layers=layers, aggregate="mean", pooled_term=bool(layers)),
-            decoder=decoder_size("XL"),
-        ),
+        tokenizer=dinov3l_tokenizer(label),
         # Published: decoder and latent statistics of the ImageNet run, although a decoder for a wider domain exists.
         tokenizer_from=f"runs/imagenet/raev2-dinov3l-{label}/tokenizer",
-        tokenizer_training=published_tokenizer_training(20_480_000),
-        generator=DDTSpec(width=1440, depth=28, num_heads=20, base_head_depth=8),
+        tokenizer_training=published_tokenizer_training(1_280_000),
+        generator=DDTSpec(**trunk_size("xl1440"), base_head_depth=8),
         generator_training=GeneratorTrainingSpec(
             images=20 * VIRTUAL_EPOCH,
             batch_size=1024,
@@ -198,14 +164,14 @@ def raev2_dinov3l(layers: tuple[int, ...], label: str, summary: str) -> RunSpec:
 
 def raev2_siglip2b(text_encoder: str = QWEN, suffix: str = "") -> RunSpec:
     """SigLIP-2 B latents (768 x 16 x 16): the twin of diffusion-bench's text-to-image run (arXiv 2606.24888)."""
-    base = raev2_dinov3l((), "k1", "")
+    base = raev2_dinov3l("k1")
     return base.replace(
         recipe=f"raev2-siglip2b{suffix}",
         summary=f"SigLIP-2 B latents, {text_encoder.rpartition('/')[2]}, sizes of diffusion-bench (arXiv 2606.24888)",
         task=frozen(text_encoder),
         tokenizer=TokenizerSpec(encoder=EncoderSpec(name="siglip2-b", norm="plain"), decoder=decoder_size("XL")),
         tokenizer_from=None,
-        generator=DDTSpec(width=1152, depth=28, num_heads=16),
+        generator=DDTSpec(**trunk_size("xl")),
         flow=FlowSpec(prediction="velocity"),
         generator_training=base.generator_training.replace(
             images=10 * VIRTUAL_EPOCH,
@@ -242,11 +208,7 @@ RECIPES: dict[str, Callable[[], RunSpec]] = {
     "raev2-siglip2b-t5xl": partial(raev2_siglip2b, T5_XL, "-t5xl"),
     "raev2-siglip2b-gemma2": partial(raev2_siglip2b, GEMMA, "-gemma2"),
     "raev2-siglip2b-finetune": raev2_siglip2b_finetune,
-    "raev2-dinov3l-k1": partial(raev2_dinov3l, (), "k1", "RAEv2, last layer, Qwen3-0.6B (arXiv 2605.18324)"),
-    "raev2-dinov3l-k7": partial(
-        raev2_dinov3l, (11, 13, 15, 17, 19, 21, 23), "k7", "RAEv2, 7 layers, Qwen3-0.6B (arXiv 2605.18324)"
-    ),
-    "raev2-dinov3l-k23": partial(
-        raev2_dinov3l, tuple(range(1, 24)), "k23", "RAEv2, 23 layers, Qwen3-0.6B (arXiv 2605.18324)"
-    ),
+    "raev2-dinov3l-k1": partial(raev2_dinov3l, "k1", "RAEv2, last layer, Qwen3-0.6B (arXiv 2605.18324)"),
+    "raev2-dinov3l-k7": partial(raev2_dinov3l, "k7", "RAEv2, 7 layers, Qwen3-0.6B (arXiv 2605.18324)"),
+    "raev2-dinov3l-k23": partial(raev2_dinov3l, "k23", "RAEv2, 23 layers, Qwen3-0.6B (arXiv 2605.18324)"),
 }
