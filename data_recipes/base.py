@@ -31,7 +31,7 @@ from PIL import Image
 
 from raev2.errors import DataError, SpecError, did_you_mean
 from raev2.images import IMAGE_ERRORS
-from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, verify_dataset
+from raev2.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest, verify_dataset
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
@@ -69,7 +69,7 @@ class Option:
 
 
 class DatasetRecipe(ABC):
-    """A source of data. Subclasses set the five texts and ``options``, and give ``plan``, ``write`` and ``verify``."""
+    """A source of data. Subclasses set five texts and ``options``, and give ``plan``, ``write`` and ``check_files``."""
 
     name: str
     summary: str
@@ -87,11 +87,18 @@ class DatasetRecipe(ABC):
         """Write the data into ``folder``, with a ``manifest.json``, and return the manifest. Called by ``build``."""
 
     @abstractmethod
-    def verify(self, data_dir: Path) -> dict[str, Any]:
-        """Check every file of a folder that this recipe wrote; return the manifest.
+    def check_files(self, data_dir: Path) -> dict[str, Any]:
+        """Compare every file of a folder with its SHA-256; return the manifest.
 
         Raises DataError with the name of the first file that differs.
         """
+
+    def verify(self, data_dir: Path) -> dict[str, Any]:
+        """`check_files`, and the folder must come from this recipe."""
+        recipe = read_manifest(data_dir)["recipe"]
+        if recipe != self.name:
+            raise DataError(f"data {data_dir}", "written by another recipe", got=recipe, expected=self.name)
+        return self.check_files(data_dir)
 
     def resolve(self, options: Mapping[str, str]) -> dict[str, str]:
         """``options`` with the defaults filled in; SpecError for an unknown or a missing one."""
@@ -160,12 +167,9 @@ class Recipe(DatasetRecipe):
     def samples(self, options: Mapping[str, str]) -> Iterator[Sample]:
         """Every picture, in a fixed order. The order gives the file names."""
 
-    def verify(self, data_dir: Path) -> dict[str, Any]:
-        """``verify_dataset``, and the folder must come from this recipe."""
-        manifest = verify_dataset(data_dir)
-        if manifest["recipe"] != self.name:
-            raise DataError(f"data {data_dir}", "written by another recipe", got=manifest["recipe"], expected=self.name)
-        return manifest
+    def check_files(self, data_dir: Path) -> dict[str, Any]:
+        """``verify_dataset``."""
+        return verify_dataset(data_dir)
 
     def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
         """Write pictures, indices, rejects and manifest into the empty ``folder``."""

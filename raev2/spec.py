@@ -143,7 +143,10 @@ def _tokenizer_kind(value: Any) -> str:
     return value.get("kind", "rae") if isinstance(value, Mapping) else value.kind
 
 
-AnyTokenizerSpec = TokenizerSpec | VAESpec | PixelSpec
+AnyTokenizerSpec = Annotated[
+    Annotated[TokenizerSpec, Tag("rae")] | Annotated[VAESpec, Tag("vae")] | Annotated[PixelSpec, Tag("pixels")],
+    Discriminator(_tokenizer_kind),
+]
 
 
 class LPIPSLoss(Spec):
@@ -439,10 +442,7 @@ class RunSpec(Spec):
     summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")
     task: SerializeAsAny[TaskSpec]
     data: DataSpec
-    tokenizer: Annotated[
-        Annotated[TokenizerSpec, Tag("rae")] | Annotated[VAESpec, Tag("vae")] | Annotated[PixelSpec, Tag("pixels")],
-        Discriminator(_tokenizer_kind),
-    ]
+    tokenizer: AnyTokenizerSpec
     tokenizer_from: str | None = Field(
         None,
         description="tokenizer artefact (folder or hub id) used instead of training one; its spec replaces `tokenizer`",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from raev2.artefact import load_artefact, save_artefact
@@ -201,8 +202,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
 
 def tokenizer_spec(config: dict[str, Any]) -> AnyTokenizerSpec:
     """The spec in the configuration of a tokenizer artefact."""
-    kinds: dict[str, type[AnyTokenizerSpec]] = {"rae": TokenizerSpec, "vae": VAESpec, "pixels": PixelSpec}
-    return kinds[config["tokenizer"].get("kind", "rae")].model_validate(config["tokenizer"])
+    return TypeAdapter(AnyTokenizerSpec).validate_python(config["tokenizer"])
 
 
 def load_vae(name: str) -> Any:
