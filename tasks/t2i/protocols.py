@@ -262,13 +262,18 @@ class RetrievalEvaluator(Evaluator):
         captions = [dataset.caption(index) for index in range(num)]  # type: ignore[attr-defined]
         note = f"the picture of the caption is nearest, among {num}; by chance {1 / num:.3f}"
         ranks = retrieval_ranks(found["image"], found["real"], captions)
-        yield _share("retrieval_micro@1", float((ranks < 1).double().mean()), num, note)
+        yield _share(f"retrieval_{self.extractor}@1", float((ranks < 1).double().mean()), num, note)
         yield _share(
-            "retrieval_micro@5", float((ranks < 5).double().mean()), num, f"it is among the 5 nearest of {num}"
+            f"retrieval_{self.extractor}@5",
+            float((ranks < 5).double().mean()),
+            num,
+            f"it is among the 5 nearest of {num}",
         )
         ranks = retrieval_ranks(found["decoded"], found["real"], captions)
         ceiling = float((ranks < 1).double().mean())
-        yield _share("retrieval_micro@1_ceiling", ceiling, num, "scale: the pictures themselves after the tokenizer")
+        yield _share(
+            f"retrieval_{self.extractor}@1_ceiling", ceiling, num, "scale: the pictures themselves after the tokenizer"
+        )
 
 
 def retrieval_ranks(queries: Tensor, targets: Tensor, captions: Sequence[str]) -> Tensor:

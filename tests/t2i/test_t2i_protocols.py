@@ -129,9 +129,9 @@ def test_retrieval_finds_the_picture_of_the_caption(t2i_spec, tmp_path):
         return numbers(run_protocol(evaluator, context(t2i_spec, tmp_path, generate)))
 
     found = evaluate(lambda cond, indices: torch.stack([dataset.image(i) for i in cond["key"].tolist()]))
-    assert found["retrieval_micro@1"] == found["retrieval_micro@5"] == found["retrieval_micro@1_ceiling"] == 1
+    assert found["retrieval_mean@1"] == found["retrieval_mean@5"] == found["retrieval_mean@1_ceiling"] == 1
     found = evaluate(lambda cond, indices: torch.stack([dataset.image((i + 7) % 16) for i in cond["key"].tolist()]))
-    assert found["retrieval_micro@1"] < 0.2 and found["retrieval_micro@1_ceiling"] == 1
+    assert found["retrieval_mean@1"] < 0.2 and found["retrieval_mean@1_ceiling"] == 1
 
 
 def test_a_caption_of_several_pictures_is_found_with_any_of_them():
