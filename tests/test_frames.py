@@ -192,6 +192,29 @@ def test_a_prepared_condition_gives_the_same_output(kind):
 
 
 @torch.no_grad()
+def test_at_image_adds_the_newest_frame_place_by_place_and_the_motion_everywhere():
+    generator = build(SPEC.replace(at_image=True))
+
+    def at_image(cond):
+        return generator.conditioner(generator.prepare_cond(cond)).at_image
+
+    before = at_image(COND)
+    assert before.shape == (4, SHAPE[1] * SHAPE[2], 48)
+    latents = COND["context_latents"].clone()
+    latents[:, :-1] += 1  # older frames
+    assert torch.equal(at_image(COND | {"context_latents": latents}), before)
+    latents[:, -1, :, 0, 1] += 1  # one place of the newest
+    moved = (at_image(COND | {"context_latents": latents}) - before).abs().amax(2) > 1e-4
+    assert moved.sum(1).tolist() == [1] * 4 and moved[:, 1].all()
+    turned = at_image(COND | {"action": -COND["action"]}) - before
+    assert turned.abs().amax() > 1e-3
+    torch.testing.assert_close(turned, turned[:, :1].expand_as(turned))
+    assert_same(predict(generator.prepare_cond(COND), generator), predict(COND, generator))
+    blind = generator.conditioner.without(COND, ("action",))
+    assert_same(predict(blind, generator), predict(blind | {"action": COND["action"] * 2}, generator))
+
+
+@torch.no_grad()
 def test_keys_of_the_past_depend_on_the_past_alone():
     prepared = GENERATOR.prepare_cond(COND)
     other = GENERATOR.prepare_cond(COND | {"action": COND["action"] + 1, "rel_time": -COND["rel_time"]})
