@@ -91,7 +91,7 @@ def laptop() -> RunSpec:
         tokenizer_training=base.tokenizer_training.replace(images=12_800, ema_decay=0.995, save_every_images=6_400),
         generator=DiTSpec(width=256, depth=8, num_heads=4, base_head_depth=4),
         generator_training=base.generator_training.replace(
-            images=88_000,
+            images=72_000,
             schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, decay="linear", decay_start_images=44_000),
             ema_decays=(0.998,),
             log_every_steps=50,
