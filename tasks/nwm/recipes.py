@@ -81,7 +81,6 @@ def laptop() -> RunSpec:
     return base.replace(
         recipe="laptop",
         summary="simulated mazes at 64 px, longer training, within 75 minutes on 2 cores",
-        task=base.task.replace(num_rollouts=64),
         data=DataSpec(
             dir="data/vizdoom-laptop",
             recipe="vizdoom",
@@ -99,8 +98,6 @@ def laptop() -> RunSpec:
             eval_every_images=44_000,
             save_every_images=8_000,
         ),
-        sampling=SamplingSpec(steps=20),
-        evaluation=base.evaluation.replace(num_samples=256),
     )
 
 
