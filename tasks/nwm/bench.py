@@ -32,7 +32,7 @@ def bench_rollout_frame() -> list[Measurement]:
 
     def build(form: str) -> Generator:
         torch.manual_seed(0)
-        condition = FramesCondition(form=form, spacing=0.25, max_time=4.0, at_image=form == "block_causal")
+        condition = FramesCondition(form=form, spacing=0.25, max_time=4.0, at_image=True)
         generator = Generator(laptop().generator, condition, FlowSpec(), LATENT_SHAPE)
         for parameter in generator.parameters():  # output layers start at zero, and every prediction with them
             if not parameter.any():

@@ -260,20 +260,18 @@ class RetrievalEvaluator(Evaluator):
 
         found = collect(num, CHUNK_SIZE, rows, "pictures to match")
         captions = [dataset.caption(index) for index in range(num)]  # type: ignore[attr-defined]
-        note = f"the picture of the caption is nearest, among {num}; by chance {1 / num:.3f}"
+        name = f"retrieval_{self.extractor}"
         ranks = retrieval_ranks(found["image"], found["real"], captions)
-        yield _share(f"retrieval_{self.extractor}@1", float((ranks < 1).double().mean()), num, note)
-        yield _share(
-            f"retrieval_{self.extractor}@5",
-            float((ranks < 5).double().mean()),
-            num,
-            f"it is among the 5 nearest of {num}",
-        )
+        note = f"the picture of the caption is nearest, among {num}; by chance {1 / num:.3f}"
+        yield _share(f"{name}@1", _share_below(ranks, 1), num, note)
+        yield _share(f"{name}@5", _share_below(ranks, 5), num, f"it is among the 5 nearest of {num}")
         ranks = retrieval_ranks(found["decoded"], found["real"], captions)
-        ceiling = float((ranks < 1).double().mean())
-        yield _share(
-            f"retrieval_{self.extractor}@1_ceiling", ceiling, num, "scale: the pictures themselves after the tokenizer"
-        )
+        note = "scale: the pictures themselves after the tokenizer"
+        yield _share(f"{name}@1_ceiling", _share_below(ranks, 1), num, note)
+
+
+def _share_below(ranks: Tensor, limit: int) -> float:
+    return float((ranks < limit).double().mean())
 
 
 def retrieval_ranks(queries: Tensor, targets: Tensor, captions: Sequence[str]) -> Tensor:
