@@ -225,6 +225,7 @@ def model_score(
         costs = np.zeros(len(commands))
         for repeat in range(spec.repeats):
             session = start.branch([0] * len(commands), ids=[number * spec.repeats + repeat] * len(commands))
+            session.sampling = session.sampling.replace(steps=spec.sampler_steps or session.sampling.steps)
             for step in range(commands.shape[1]):
                 latents = model.step(session, commands[:, step], seconds)
             seen = latents if spec.cost == "latent" else to_float(predictor.decode(latents))

@@ -213,10 +213,12 @@ class Limits(Spec):
 class PlanSpec(Spec):
     """How to plan.
 
-    step_s   how long each command of a plan lasts
-    repeats  futures that the cost of a candidate is averaged over; all candidates share their noise
-    coarse   candidates are scored by one jump over the whole path, which costs one prediction instead of S; then the
-             best `coarse` of all are scored step by step, and the best of these wins. None: all step by step
+    step_s         how long each command of a plan lasts
+    sampler_steps  solver steps of a predicted frame; few, for a frame is compared here and not looked at. None: those
+                   of the run
+    repeats        futures that the cost of a candidate is averaged over; all candidates share their noise
+    coarse         candidates are scored by one jump over the whole path, which costs one prediction instead of S; then
+                   the best `coarse` of all are scored step by step, and the best of these wins. None: all step by step
     """
 
     path: PathSpec = UnicyclePath()
@@ -224,6 +226,7 @@ class PlanSpec(Spec):
     limits: Limits = Limits()
     cost: Literal["latent", "pixel"] = Field("latent", description="distance of the last frame to the goal")
     step_s: float = Field(0.5, gt=0, description="duration of a command")
+    sampler_steps: int | None = Field(4, ge=1, description="solver steps of a predicted frame; null: as in the run")
     repeats: int = Field(1, ge=1, description="sampled futures per candidate")
     coarse: int | None = Field(None, ge=1, description="candidates scored step by step; null: all of them")
     seed: int = Field(0, ge=0)

@@ -122,6 +122,19 @@ def test_costs_depend_on_the_commands_alone(run_dir):
     assert (goal.score(commands, 0.5) == costs[:3]).all()
 
 
+def test_a_planner_may_take_fewer_solver_steps_than_the_run(run_dir):
+    """Costs follow `sampler_steps`; null means the steps of the run."""
+    source = ModelGoals(str(run_dir))
+    own = source.model.run.spec.sampling.steps
+    commands = np.array([[[0.2, 0.0, 0.1]]])
+
+    def cost(steps):
+        goal = next(iter(source.goals(1, 0.5, PlanSpec(sampler_steps=steps))))
+        return goal.score(commands, 0.5).item()
+
+    assert cost(None) == cost(own) != cost(own + 1)
+
+
 @pytest.mark.parametrize("setting", ["coarse=2", "cost=pixel"])
 def test_the_command_plans_with_a_trained_run(run_dir, tmp_path, setting):
     small = ["sampler.population=4", "sampler.elites=2", "sampler.iterations=2", setting]
