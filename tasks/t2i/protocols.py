@@ -28,7 +28,7 @@ from raev2.task import EvalContext, Evaluator, Task
 from raev2_tasks.t2i.benchmark.baselines import class_only_floor, retrieve
 from raev2_tasks.t2i.benchmark.rows import PromptRow
 from raev2_tasks.t2i.benchmark.rules import ImageScore
-from raev2_tasks.t2i.benchmark.scoring import get_track, score_images, summarise
+from raev2_tasks.t2i.benchmark.scoring import TrackSummary, get_track, score_images, summarise
 
 TRACKS = {
     "compositional-g60": "g60",
@@ -78,7 +78,7 @@ class BenchmarkEvaluator(Evaluator):
 
     oracle       the renderer's own pictures, at the size of the run
     ceiling      these pictures after the tokenizer; a generator can hardly be better
-    shuffled     the generated pictures, judged by another prompt of the same tag
+    shuffled     the generated pictures, judged by another prompt of the same tag; also by tag
     class_only   rendered pictures with the right classes and the rest at random, where a track has more than classes
     retrieval    the training picture whose caption is most like the prompt, where the training data has the track
     seen         generated pictures of prompts whose compositions training does show
@@ -137,6 +137,7 @@ class BenchmarkEvaluator(Evaluator):
         (seen_scores,) = self._scores(generate(seen), seen)
         yield self._headline("_seen", seen_scores, seen, "prompts whose compositions training shows")
         yield self._headline("_shuffled", other, held, "scale: each picture judged by another prompt of its tag")
+        yield from self._tags("_shuffled", summarise(other, held, self.track), "scale: correct for another prompt")
         (scores,) = self._scores(reconstruct, held)
         yield self._headline("_ceiling", scores, held, "scale: rendered pictures after the tokenizer")
         (scores,) = self._scores(render, held)
@@ -189,8 +190,7 @@ class BenchmarkEvaluator(Evaluator):
     ) -> Iterator[MetricResult]:
         summary = summarise(scores, rows, self.track)
         yield self._headline(suffix, scores, rows, f"mean over tags, {note}")
-        for tag, share in summary.per_tag.items():
-            yield _share(f"{self.track}_{tag}", share, summary.images_per_tag[tag], "correct pictures")
+        yield from self._tags(suffix, summary, "correct pictures")
         for tier, share in summary.per_tier.items():
             yield _share(f"{self.track}_{tier}", share, sum(row.tier == tier for row in rows), "correct pictures")
         num = summary.num_images
@@ -199,6 +199,10 @@ class BenchmarkEvaluator(Evaluator):
         yield _share(f"{self.track}_any", summary.any, summary.num_prompts, "prompts with at least one correct picture")
         for name, value in summary.values.items():
             yield MetricResult(f"{self.track}_{name}", value, num, note="mean over pictures")
+
+    def _tags(self, suffix: str, summary: TrackSummary, note: str) -> Iterator[MetricResult]:
+        for tag, share in summary.per_tag.items():
+            yield _share(f"{self.track}{suffix}_{tag}", share, summary.images_per_tag[tag], note)
 
 
 def rotation(rows: Sequence[PromptRow]) -> list[int]:
@@ -374,4 +378,14 @@ def _clip_score(metric: Any, image: Tensor, caption: str) -> Tensor:
 
 
 def _share(name: str, share: float, num: int, note: str) -> MetricResult:
-    return MetricResult(name, share, num, (share * (1 - share) / num) ** 0.5, note)
+    low, high = wilson_interval(share, num)
+    return MetricResult(
+        name, share, num, (share * (1 - share) / num) ** 0.5, f"{note}; 95 % interval {low:.3f} to {high:.3f}"
+    )
+
+
+def wilson_interval(share: float, num: int, z: float = 1.96) -> tuple[float, float]:
+    """Score interval of a share of `num` independent trials; unlike `share ± z * stderr` it is not empty at 0 or 1."""
+    centre = (share + z**2 / (2 * num)) / (1 + z**2 / num)
+    half = z / (1 + z**2 / num) * (share * (1 - share) / num + z**2 / (4 * num**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -23,6 +23,7 @@ from raev2_tasks.t2i.protocols import (
     RetrievalEvaluator,
     retrieval_ranks,
     rotation,
+    wilson_interval,
 )
 
 CPU = torch.device("cpu")
@@ -85,6 +86,8 @@ def test_a_generator_that_draws_what_is_asked_for_scores_one(track, num, t2i_spe
     found = numbers(results)
     assert found[track] == found[f"{track}_seen"] == found[f"{track}_oracle"] == found[f"{track}_ceiling"] == 1
     assert found[f"{track}_shuffled"] < 0.2
+    tags = {row.tag for row in evaluator.rows("test_held")}
+    assert all(found[f"{track}_{tag}"] == 1 > found[f"{track}_shuffled_{tag}"] for tag in tags)
     if track == "s12":
         assert found["s12_class_only"] < 0.8 and found["s12_retrieval"] < 0.8
         assert {"s12_single_object", "s12_colors", "s12_color_attr", "s12_strict", "s12_micro"} <= found.keys()
@@ -101,6 +104,15 @@ def test_a_generator_that_draws_nothing_scores_zero(t2i_spec, tmp_path):
     found = numbers(run_protocol(evaluator, grey))
     assert found["s12"] == found["s12_seen"] == found["s12_strict"] == 0
     assert found["s12_oracle"] == 1
+
+
+def test_shares_have_wilson_intervals():
+    assert wilson_interval(0.0, 24) == pytest.approx((0, 0.1380), abs=1e-4)
+    assert wilson_interval(1.0, 24) == pytest.approx((0.8620, 1), abs=1e-4)
+    low, high = wilson_interval(0.25, 48)
+    observed = 0.25
+    for bound in (low, high):  # the bounds are the shares of which the observed one is 1.96 standard errors away
+        assert abs(observed - bound) == pytest.approx(1.96 * (bound * (1 - bound) / 48) ** 0.5)
 
 
 def test_pictures_are_whole_passes_over_the_prompts_or_spread_over_them():
