@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from raev2.bench import Measurement, timed
@@ -10,23 +11,25 @@ from raev2.bench import Measurement, timed
 LATENT_SHAPE = (192, 8, 8)
 STEPS = 50
 ROUNDS = 3
+BATCH = 8
 
 
 def bench_rollout_frame() -> list[Measurement]:
-    """Seconds of one rollout frame (4 past frames, 50 Euler steps, one sample, float32) of the recipe `laptop`.
+    """Seconds of one rollout frame (4 past frames, 50 Euler steps, float32) of the recipe `laptop`.
 
     cached      the newest frame is encoded, the keys and values of the other three are there
     recomputed  the same weights and the same result, all past frames encoded again at every step
     in_context  the other form of conditioning: past frames among the other tokens
 
-    The decoder is not part of it.
+    Once for one rollout, as when driving, whose small products leave cores idle; and once for `BATCH` side by side, as
+    in evaluation and planning. The decoder is not part of it.
     """
     import torch
 
-    from raev2.batch import FrameCache
+    from raev2.batch import Cond, FrameCache
     from raev2.model.frames import FramesCondition
     from raev2.model.generator import Generator
-    from raev2.sampler import noise_for, sample_latents
+    from raev2.sampler import map_rows, noise_for, sample_latents
     from raev2.spec import FlowSpec, SamplingSpec
     from raev2_tasks.nwm.recipes import laptop
 
@@ -40,32 +43,51 @@ def bench_rollout_frame() -> list[Measurement]:
         return generator.eval()
 
     generator, in_context = build("block_causal"), build("in_context")
-    sampling = SamplingSpec(steps=STEPS)
-    frames, noise = noise_for(1, range(4), LATENT_SHAPE), noise_for(0, [0], LATENT_SHAPE)
-    motion = {"action": torch.tensor([[0.25, 0.0, 0.1]]), "rel_time": torch.tensor([[0.25]])}
-    cond = {"context_latents": frames[None], **motion}
-    with torch.no_grad():
-        known = generator.encode_frames(frames[:3])
-
-    @torch.no_grad()
-    def cached() -> Any:
-        cache = FrameCache.cat([known, generator.encode_frames(frames[3:])])
-        prepared = generator.prepare_cond({"context_id": torch.arange(4)[None], **motion}, cache)
-        return sample_latents(generator, prepared, noise, sampling)
-
-    functions: dict[str, Callable[[], Any]] = {
-        "cached": cached,
-        "recomputed": lambda: sample_latents(_Recomputing(generator), cond, noise, sampling),
-        "in_context": lambda: sample_latents(in_context, cond, noise, sampling),
+    frames = noise_for(1, range(BATCH * 4), LATENT_SHAPE).unflatten(0, (BATCH, 4))
+    cond = {
+        "context_latents": frames,
+        "action": torch.tensor([[0.25, 0.0, 0.1]]).expand(BATCH, -1),
+        "rel_time": torch.full((BATCH, 1), 0.25),
     }
-    difference = (functions["cached"]() - functions["recomputed"]()).abs().max().item()
-    seconds = timed(functions, rounds=ROUNDS)
-    rows = [
-        Measurement(name, value, "s/frame", f"{value / seconds['cached']:.2f} of cached")
-        for name, value in seconds.items()
-    ]
-    note = "largest, of latents with unit variance"
-    return [*rows, Measurement("cached against recomputed", difference, "difference", note)]
+    with torch.no_grad():
+        known = generator.encode_frames(frames[:, :3].flatten(0, 1))
+
+    def rollout(network: Any, num: int, prepare: Callable[[Cond], Cond]) -> torch.Tensor:
+        noise = noise_for(0, range(num), LATENT_SHAPE)
+
+        @torch.no_grad()
+        def frame(rows: list[int]) -> torch.Tensor:
+            part = prepare({name: value[rows] for name, value in cond.items()} | {"row": torch.tensor(rows)})
+            return sample_latents(network, part, noise[rows], SamplingSpec(steps=STEPS))
+
+        return frame([0]) if num == 1 else map_rows(frame, num, noise.device, num)
+
+    def with_cache(part: Cond) -> Cond:
+        newest = generator.encode_frames(part["context_latents"][:, 3])
+        row = part["row"][:, None]
+        index = torch.cat([3 * row + torch.arange(3), len(known) + torch.arange(len(row))[:, None]], dim=1)
+        motion = {"action": part["action"], "rel_time": part["rel_time"]}
+        return generator.prepare_cond({"context_id": index, **motion}, FrameCache.cat([known, newest]))
+
+    def as_it_is(part: Cond) -> Cond:
+        return {name: value for name, value in part.items() if name != "row"}
+
+    rows = []
+    for num in (1, BATCH):
+        functions: dict[str, Callable[[], Any]] = {
+            "cached": partial(rollout, generator, num, with_cache),
+            "recomputed": partial(rollout, _Recomputing(generator), num, as_it_is),
+            "in_context": partial(rollout, in_context, num, as_it_is),
+        }
+        difference = (functions["cached"]() - functions["recomputed"]()).abs().max().item()
+        seconds = timed(functions, rounds=ROUNDS)
+        rows += [
+            Measurement(f"{name}, {num} at once", value / num, "s/frame", f"{value / seconds['cached']:.2f} of cached")
+            for name, value in seconds.items()
+        ]
+        note = "largest of cached against recomputed, of latents with unit variance"
+        rows.append(Measurement(f"difference, {num} at once", difference, "difference", note))
+    return rows
 
 
 class _Recomputing:
