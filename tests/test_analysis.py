@@ -151,6 +151,27 @@ def test_an_ablation_trains_its_variants_and_puts_them_side_by_side(tiny_spec, t
     assert [row["variant"] for row in table.rows] == ["sqrt(dimension / 4096)", "none"]
     assert all(row["fd_micro"] > 0 for row in table.rows)
     assert not (tmp_path / "runs" / "time-shift-1" / "tokenizer").exists(), "one tokenizer serves both"
+    assert "8 images in stage 1, 8 in stage 2" in table.note and "Plot: fd_micro" in table.note
+    assert [line.name for line in table.series] == [row["variant"] for row in table.rows]
+    for line, row in zip(table.series, table.rows, strict=True):
+        assert line.xs[-1] == 8 and line.ys[-1] == row["fd_micro"]
+
+
+def test_the_sweep_over_layers_is_plotted_over_their_number(tiny_spec, tmp_path):
+    from raev2.analysis.ablations import run_ablation
+
+    small = tiny_spec.replace(
+        tokenizer_training=tiny_spec.tokenizer_training.replace(images=4, batch_size=4, save_every_images=4),
+        evaluation=tiny_spec.evaluation.replace(protocols=("reconstruction-micro",)),
+    )
+    table = run_ablation("layers", small, tmp_path)
+    assert "stage 2" not in table.note and table.x_label == "K"
+    psnr = {row["variant"]: row["psnr"] for row in table.rows}
+    assert {line.name: tuple(line.xs) for line in table.series} == dict.fromkeys(
+        ("sum", "mean", "random projection"), (1, 2, 3, 6)
+    )
+    for line in table.series:
+        assert line.ys[0] == psnr["K = 1"] and line.ys[-1] == psnr[f"K = 6, {line.name}"]
 
 
 def test_results_of_a_variant_are_those_of_its_own_sampling(tiny_spec, tmp_path):

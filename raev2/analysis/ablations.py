@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raev2.analysis.table import Table
+from raev2.chart import Series
 from raev2.errors import SpecError
 from raev2.pipeline import train
+from raev2.run import Run, make_accelerator
 from raev2.spec import RunSpec, TokenizerSpec
 from raev2.spec_io import apply_overrides, load_spec
 from raev2.tokenizer.encoder_table import encoder_info
@@ -27,12 +29,15 @@ class Ablation:
 
     stage     last stage that the variants differ in
     shared    whether the tokenizer of the first variant serves all
+    places    lines of the plot by name, each a mapping from variant to place on the x axis; empty: the plot shows
+              each variant over its training
     """
 
     title: str
     stage: str
     shared: bool
     variants: Mapping[str, Sequence[str]]
+    places: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def ablation(name: str, spec: RunSpec) -> Ablation:
@@ -50,21 +55,23 @@ def ablation(name: str, spec: RunSpec) -> Ablation:
             {f"tau {tau:g}": [f"tokenizer.noise_tau={tau}"] for tau in (0.0, 0.8)},
         )  # fmt: skip
     depth = encoder_info(spec.tokenizer.encoder.name).depth
-    counts = sorted({1, 2, depth // 2, depth})
     variants = {"K = 1": [f"tokenizer.encoder.layers=[{depth - 1}]"]}
-    for count in counts[1:]:
-        layers = list(range(depth - count, depth))
-        for aggregate in ("sum", "mean", "random_projection"):
-            variants[f"K = {count}, {aggregate.replace('_', ' ')}"] = [
-                f"tokenizer.encoder.layers={layers}", f"tokenizer.encoder.aggregate={aggregate}",
-            ]  # fmt: skip
-    return Ablation("Number of layers and how they are joined", "tokenizer", False, variants)
+    places = {join: {"K = 1": 1} for join in ("sum", "mean", "random projection")}
+    for count in sorted({2, depth // 2, depth} - {1}):
+        for join, line in places.items():
+            line[f"K = {count}, {join}"] = count
+            variants[f"K = {count}, {join}"] = [
+                f"tokenizer.encoder.layers={list(range(depth - count, depth))}",
+                f"tokenizer.encoder.aggregate={join.replace(' ', '_')}",
+            ]
+    return Ablation("Number of layers and how they are joined", "tokenizer", False, variants, places)
 
 
 def run_ablation(name: str, spec: RunSpec, out: Path) -> Table:
     """Train every variant into `out/runs/` (what is there already is used) and tabulate its results."""
     plan = ablation(name, spec)
     rows: list[dict[str, Any]] = []
+    runs: dict[str, Run] = {}
     tokenizer: str | None = None
     for number, (label, overrides) in enumerate(plan.variants.items()):
         variant = apply_overrides(spec, overrides)
@@ -73,16 +80,41 @@ def run_ablation(name: str, spec: RunSpec, out: Path) -> Table:
         run_dir = train(variant, out / "runs" / f"{name}-{number}", stage=plan.stage)
         tokenizer = tokenizer or str(run_dir / "tokenizer")
         rows.append({"variant": label, **results_of(run_dir)})
+        runs[label] = Run(run_dir, variant, make_accelerator(variant.precision))
+    metric, series = _series(plan, rows, runs)
+    trained = f"{spec.tokenizer_training.images:,} images in stage 1"
+    if plan.stage == "generator":
+        trained += f", {spec.generator_training.images:,} in stage 2"
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return Table(
         name,
         plan.title,
         columns,
         rows,
-        f"Recipe {spec.task.name}/{spec.recipe}, one run and one seed each ({spec.tokenizer_training.images:,} images "
-        f"in stage 1, {spec.generator_training.images:,} in stage 2). Small differences are noise.",
+        f"Recipe {spec.task.name}/{spec.recipe}, one run and one seed each ({trained}). Small differences are noise. "
+        f"Plot: {metric}.",
+        series,
+        "K" if plan.places else "images seen",
         settings={"recipe": spec.recipe, "variants": {label: list(o) for label, o in plan.variants.items()}},
     )
+
+
+def _series(plan: Ablation, rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> tuple[str, list[Series]]:
+    """Metric and lines of the plot: the first metric of the table, or that of the evaluations in stage 2."""
+    if plan.places:
+        metric = next(name for name in rows[0] if name != "variant")
+        values = {row["variant"]: row[metric] for row in rows}
+        lines = {name: [(place, values[label]) for label, place in line.items()] for name, line in plan.places.items()}
+    else:
+        found = {label: run.history(stage=plan.stage, kind="eval") for label, run in runs.items()}
+        metric = next((next(iter(entry["metrics"])) for entries in found.values() for entry in entries), "")
+        lines = {
+            label: [(entry["images"], entry["metrics"][metric]) for entry in entries if metric in entry["metrics"]]
+            for label, entries in found.items()
+        }
+    return metric, [
+        Series(name, [x for x, _ in line], [y for _, y in line], points=True) for name, line in lines.items() if line
+    ]
 
 
 def results_of(run_dir: Path) -> dict[str, float]:
