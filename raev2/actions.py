@@ -45,7 +45,8 @@ def train(options: Namespace) -> int:
     from raev2.run import Stopped
 
     try:
-        pipeline.train(spec, run_dir, stage=options.stage, resume=options.resume == "auto", overwrite=options.overwrite)
+        resume = {"auto": True, "never": False}.get(options.resume, Path(options.resume))
+        pipeline.train(spec, run_dir, stage=options.stage, resume=resume, overwrite=options.overwrite)
     except Stopped as stopped:
         print(f"{stopped}; saved. The same command continues.", file=sys.stderr)
         return OK

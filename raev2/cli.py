@@ -39,7 +39,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--run", metavar="DIR", help="run folder (default: runs/TASK/RECIPE)")
     train.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     train.add_argument(
-        "--resume", choices=("auto", "never"), default="auto", help="continue the run folder if it exists"
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="continue the run folder if it exists; a checkpoint folder of another run: begin a new run with it",
     )
     train.add_argument("--overwrite", action="store_true", help="delete an existing run folder first")
     train.add_argument("--dry-run", action="store_true", help="print sizes, and what is there already; train nothing")

@@ -31,6 +31,7 @@ from raev2.guidance import Guidance
 from raev2.images import centre_crop, opened_image
 from raev2.manifest import read_manifest
 from raev2.model.generator import Generator, model_size
+from raev2.resume import Origin
 from raev2.run import Run, add_provenance, make_accelerator, newest_run, open_run
 from raev2.sampler import sample
 from raev2.spec import AnyTokenizerSpec, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
@@ -55,19 +56,25 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def train(
-    spec: RunSpec, run_dir: str | Path, *, stage: str = GENERATOR, resume: bool = True, overwrite: bool = False
+    spec: RunSpec, run_dir: str | Path, *, stage: str = GENERATOR, resume: bool | Path = True, overwrite: bool = False
 ) -> Path:
     """Train up to `stage`, evaluate and write the report; returns the run folder.
 
     Parts that are there already are used: the dataset folder, the tokenizer artefact, checkpoints of a stopped run.
+
+    resume   whether an existing run folder is continued; a path: begin a new run with this checkpoint of another one
     """
+    origin = Origin.open(resume) if isinstance(resume, Path) else None
+    spec = origin.fitted(spec) if origin else spec
     task = get_task(spec.task.name)
     protocols = get_evaluators(task, spec, spec.evaluation.protocols)
     get_evaluators(task, spec, spec.evaluation.in_training)
     make_accelerator(spec.precision)  # from here on the processes know each other
     prepare_data(spec)
     spec = with_tokenizer(spec)
-    run = open_run(run_dir, spec, resume=resume, overwrite=overwrite)
+    run = open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)
+    if origin:
+        origin.copy_into(run)
     train_set, val_set = task.dataset(spec, "train"), task.dataset(spec, "val")
     add_provenance(run, "data", {name: value for name, value in train_set.manifest.items() if name != "classes"})
 

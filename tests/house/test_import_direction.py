@@ -27,7 +27,7 @@ ORDER = """
     tokenizer.baselines
     tokenizer.losses tokenizer.discriminator
     model.layers model.embed model.condition model.frames model.dit model.ddt model.generator
-    flow guidance sampler testing ema optim checkpoint run
+    flow guidance sampler testing ema optim checkpoint run resume
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
     train_tokenizer train_generator bench published chart report pipeline
     analysis.table analysis.probe analysis.correlation analysis.blocks analysis.width analysis.ablations
