@@ -62,17 +62,21 @@ def read_poses(path: Path, up: str = "z", optical: str = "x") -> PoseFile:
 
 
 def _read_csv(where: str, lines: list[str]) -> PoseFile:
-    reader = csv.DictReader([",".join(part.strip() for part in line.split(",")) for line in lines])
-    names = reader.fieldnames or []
+    names, *rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
     yaw_name = "yaw" if "yaw" in names else "yaw_deg"
     time_name = "t" if "t" in names else "frame"
-    missing = [name for name in ("x", "y", yaw_name, time_name) if name not in names]
-    if missing:
+    wanted = ("x", "y", yaw_name, time_name)
+    if not set(wanted) <= set(names):
         raise DataError(where, "a column is missing", got=", ".join(names), expected="x, y, yaw or yaw_deg, t or frame")
-    rows = list(reader)
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(names):
+            raise DataError(
+                where, f"pose {number} has another number of values than the header", got=len(row),
+                expected=str(len(names)),
+            )  # fmt: skip
     try:
-        x, y, yaw, time = ([float(row[name]) for row in rows] for name in ("x", "y", yaw_name, time_name))
-    except (ValueError, TypeError) as error:
+        x, y, yaw, time = ([float(row[names.index(name)]) for row in rows] for name in wanted)
+    except ValueError as error:
         raise DataError(where, "a value is not a number", got=error) from error
     poses = np.column_stack([x, y, yaw if yaw_name == "yaw" else np.deg2rad(yaw)])
     if time_name == "t":

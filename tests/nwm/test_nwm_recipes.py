@@ -431,6 +431,8 @@ def test_files_of_poses(tmp_path):
         ("1 2\n1 2 3\n", "cannot be read"),
         ("t,x,y\n0,1,2\n", "a column is missing; got t, x, y; expected x, y, yaw or yaw_deg, t or frame"),
         ("t,x,y,yaw\n0,1,2,north\n", "a value is not a number"),
+        ("t,x,y,yaw\n0,1,2,0\n1,1,2\n", "pose 2 has another number of values than the header; got 3; expected 4"),
+        ("t,x,y,yaw\n0,1,2,0,9\n", "pose 1 has another number of values than the header; got 5; expected 4"),
         ("0 0 0 0 0 0 0 0\n", "a quaternion is zero"),
     ):
         file.write_text(text)
