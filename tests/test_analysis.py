@@ -14,6 +14,7 @@ from raev2.analysis.width import overfit, width_bound
 from raev2.chart import Series
 from raev2.cli import main
 from raev2.published import published, published_encoders, published_results
+from raev2.spec import NoGuidance
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Definitions
@@ -146,15 +147,16 @@ def test_an_ablation_trains_its_variants_and_puts_them_side_by_side(tiny_spec, t
     small = tiny_spec.replace(
         tokenizer_training=tiny_spec.tokenizer_training.replace(images=8, save_every_images=8),
         generator_training=tiny_spec.generator_training.replace(images=8, save_every_images=8, eval_every_images=None),
+        evaluation=tiny_spec.evaluation.replace(compare_guidance=(NoGuidance(),)),
     )
     table = run_ablation("time-shift", small, tmp_path)
     assert [row["variant"] for row in table.rows] == ["sqrt(dimension / 4096)", "none"]
     assert all(row["fd_micro"] > 0 for row in table.rows)
     assert not (tmp_path / "runs" / "time-shift-1" / "tokenizer").exists(), "one tokenizer serves both"
-    assert "8 images in stage 1, 8 in stage 2" in table.note and "Plot: fd_micro" in table.note
+    assert "8 images in stage 1, 8 in stage 2" in table.note and "Plot: fd_micro of generation-micro." in table.note
     assert [line.name for line in table.series] == [row["variant"] for row in table.rows]
     for line, row in zip(table.series, table.rows, strict=True):
-        assert line.xs[-1] == 8 and line.ys[-1] == row["fd_micro"]
+        assert list(line.xs) == [8] and list(line.ys) == [row["fd_micro"]], "guided alone: no unguided point beside it"
 
 
 def test_the_sweep_over_layers_is_plotted_over_their_number(tiny_spec, tmp_path):

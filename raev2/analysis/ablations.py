@@ -8,6 +8,7 @@ decoder-noise   noise on tokens while the decoder trains, on and off (both stage
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,20 +101,23 @@ def run_ablation(name: str, spec: RunSpec, out: Path) -> Table:
 
 
 def _series(plan: Ablation, rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> tuple[str, list[Series]]:
-    """Metric and lines of the plot: the first metric of the table, or that of the evaluations in stage 2."""
+    """Metric and lines of the plot: the first metric of the table, or of what was evaluated most often in stage 2."""
     if plan.places:
         metric = next(name for name in rows[0] if name != "variant")
         values = {row["variant"]: row[metric] for row in rows}
-        lines = {name: [(place, values[label]) for label, place in line.items()] for name, line in plan.places.items()}
+        lines = {name: {place: values[label] for label, place in line.items()} for name, line in plan.places.items()}
     else:
         found = {label: run.history(stage=plan.stage, kind="eval") for label, run in runs.items()}
-        metric = next((next(iter(entry["metrics"])) for entries in found.values() for entry in entries), "")
-        lines = {
-            label: [(entry["images"], entry["metrics"][metric]) for entry in entries if metric in entry["metrics"]]
-            for label, entries in found.items()
-        }
+        moments = {(entry["protocol"], entry["images"]) for entries in found.values() for entry in entries}
+        if not moments:
+            return "nothing, no protocol needs a generator", []
+        protocol = Counter(name for name, _ in sorted(moments)).most_common(1)[0][0]
+        found = {label: [e for e in entries if e["protocol"] == protocol] for label, entries in found.items()}
+        metric = next(iter(next(entries for entries in found.values() if entries)[0]["metrics"]))
+        lines = {label: {e["images"]: e["metrics"][metric] for e in entries} for label, entries in found.items()}
+        metric += f" of {protocol}"
     return metric, [
-        Series(name, [x for x, _ in line], [y for _, y in line], points=True) for name, line in lines.items() if line
+        Series(name, list(line.keys()), list(line.values()), points=True) for name, line in lines.items() if line
     ]
 
 
