@@ -103,7 +103,7 @@ def laptop() -> RunSpec:
             sample_every_images=16_000,
             save_every_images=8_000,
         ),
-        evaluation=base.evaluation.replace(num_samples=384),
+        evaluation=base.evaluation.replace(num_samples=768),  # s12: every prompt four times
     )
 
 
