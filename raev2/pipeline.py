@@ -65,7 +65,7 @@ def train(
     resume   whether an existing run folder is continued; a path: begin a new run with this checkpoint of another one
     """
     origin = Origin.open(resume) if isinstance(resume, Path) else None
-    spec = origin.fitted(spec) if origin else spec
+    spec = origin.fitted(spec, Path(run_dir)) if origin else spec
     task = get_task(spec.task.name)
     protocols = get_evaluators(task, spec, spec.evaluation.protocols)
     get_evaluators(task, spec, spec.evaluation.in_training)

@@ -38,12 +38,18 @@ class Origin:
         load_checkpoint(path)
         return cls(path, path.parent.name, load_spec(spec_file))
 
-    def fitted(self, spec: RunSpec) -> RunSpec:
-        """The spec of the new run, with the tokenizer of this one where the checkpoint is a generator's.
+    def fitted(self, spec: RunSpec, run_dir: Path) -> RunSpec:
+        """The spec of the new run `run_dir`, with the tokenizer of this one where the checkpoint is a generator's.
 
-        Raises SpecError for a spec that cannot go on from here: optimizer state and averages are taken over as they
-        are. (Networks of another shape are found when their weights are loaded.)
+        Raises CheckpointError if the checkpoint is one of `run_dir` itself, and SpecError for a spec that cannot go on
+        from here: optimizer state and averages are taken over as they are. (Networks of another shape are found when
+        their weights are loaded.)
         """
+        if run_dir.resolve() in self.path.resolve().parents:
+            raise CheckpointError(
+                str(run_dir), "holds the checkpoint that the new run should begin with", got=f"--resume {self.path}",
+                hint="Choose another --run; this one is left as it is.",
+            )  # fmt: skip
         loop, own = f"{self.stage}_training", getattr(self.spec, f"{self.stage}_training")
         for name in ("optimizer", "ema_decays", "ema_decay"):
             here = getattr(getattr(spec, loop), name, None)

@@ -63,11 +63,11 @@ def test_a_tokenizer_goes_on_too(tiny_spec, trained_run, tmp_path):
     assert all((first[name] == second[name]).all() for name in first)
 
 
-def test_a_run_of_its_own_is_not_touched(tiny_spec, trained_run, halfway):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_run_of_the_checkpoint_is_not_touched(tiny_spec, trained_run, halfway, overwrite):
     before = {file: file.stat().st_mtime_ns for file in trained_run.rglob("*") if file.is_file()}
-    spec = tiny_spec.replace(tokenizer_from=None)
-    with pytest.raises(CheckpointError, match="written for spec|exists and was not begun with --resume"):
-        train(spec, trained_run, resume=halfway)
+    with pytest.raises(CheckpointError, match="holds the checkpoint that the new run should begin with"):
+        train(tiny_spec, trained_run, resume=halfway, overwrite=overwrite)
     after = {file: file.stat().st_mtime_ns for file in trained_run.rglob("*") if file.is_file()}
     assert before == after
 
@@ -79,10 +79,10 @@ def test_what_cannot_go_on_is_said_before_anything_starts(tiny_spec, trained_run
     origin = Origin.open(halfway)
     for override, name in (("optimizer.momentum=0.5", "optimizer"), ("ema_decays=[0.7]", "ema_decays")):
         with pytest.raises(SpecError, match=rf"generator_training.{name}: differs from the checkpoint's"):
-            origin.fitted(apply_overrides(tiny_spec, [f"generator_training.{override}"]))
+            origin.fitted(apply_overrides(tiny_spec, [f"generator_training.{override}"]), tmp_path / "b")
     tokenizer = Origin.open(list_checkpoints(trained_run / "checkpoints" / "tokenizer")[0])
     with pytest.raises(SpecError, match="leaves no tokenizer to train"):
-        tokenizer.fitted(tiny_spec.replace(tokenizer_from="x"))
+        tokenizer.fitted(tiny_spec.replace(tokenizer_from="x"), tmp_path / "b")
     with pytest.raises(CheckpointError, match="size mismatch|shape"):
         train(apply_overrides(tiny_spec, ["generator.width=64"]), tmp_path / "c", resume=halfway)
     assert not (tmp_path / "b").exists()
