@@ -162,21 +162,28 @@ def _summary(
 
 
 def _in_words(result: Mapping) -> list[str]:
-    """One sentence for each Fréchet distance that has its scale beside it."""
+    """One sentence for each Fréchet distance, and each score with a ceiling, that has its scale beside it."""
     values = {entry["name"]: entry for entry in result["results"]}
     sentences = []
     for name, entry in values.items():
-        shuffled = values.get(f"{name}_shuffled")
-        real_name = next((n for n in values if n.startswith(f"{name}_") and n != f"{name}_shuffled"), None)
-        if shuffled is None or real_name is None:
+        shuffled, ceiling = values.get(f"{name}_shuffled"), values.get(f"{name}_ceiling")
+        if shuffled is None:
             continue
-        split = real_name.removeprefix(f"{name}_")
-        real = values[real_name]["value"]
-        sentences.append(
-            f"Protocol {result['protocol']}: {entry['num_samples']:,} generated pictures have {name} = "
-            f"{number(entry['value'])}. On the same scale real pictures of '{split}' have {number(real)} and their "
-            f"block-shuffled copies {number(shuffled['value'])}; lower is better."
-        )
+        start = f"Protocol {result['protocol']}: {entry['num_samples']:,} generated pictures have {name} = "
+        start += f"{number(entry['value'])}. On the same scale "
+        if ceiling is not None:
+            sentences.append(
+                f"{start}they have {number(shuffled['value'])} when judged by other prompts, and true pictures after "
+                f"the tokenizer {number(ceiling['value'])}; higher is better."
+            )
+        elif re.match("fid|fd_", name):
+            real_name = next((n for n in values if n.startswith(f"{name}_") and n != f"{name}_shuffled"), None)
+            if real_name is not None:
+                sentences.append(
+                    f"{start}real pictures of {real_name.removeprefix(f'{name}_')!r} have "
+                    f"{number(values[real_name]['value'])} and their block-shuffled copies "
+                    f"{number(shuffled['value'])}; lower is better."
+                )
     return sentences
 
 

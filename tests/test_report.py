@@ -251,3 +251,20 @@ def test_published_numbers_are_shown_where_the_recipe_is_a_published_system(tmp_
     assert "Published numbers of this system" in page and "not measured in this run" in page
     assert re.search(r'<td>gFID</td><td class="num">1.06</td>', page)
     assert "GenEval" not in page, "numbers of another task"
+
+
+def test_a_score_is_not_told_as_a_distance():
+    """The summary names the scale of each: ceiling and other prompts, or real and block-shuffled pictures."""
+    from raev2.report import _in_words
+
+    def told(**values):
+        entries = [{"name": name, "value": value, "num_samples": 8} for name, value in values.items()]
+        return _in_words({"protocol": "p", "results": entries})
+
+    score = {"s12": 0.26, "s12_counting": 0.17, "s12_shuffled": 0.01, "s12_shuffled_counting": 0.0, "s12_ceiling": 0.91}
+    (sentence,) = told(**score)
+    assert "have s12 = 0.26. On the same scale they have 0.01 when judged by other prompts" in sentence
+    assert sentence.endswith("after the tokenizer 0.91; higher is better.")
+    (sentence,) = told(fd_micro=9.1, fd_micro_val=0.2, fd_micro_shuffled=11.4)
+    assert sentence.endswith("real pictures of 'val' have 0.2 and their block-shuffled copies 11.4; lower is better.")
+    assert told(other=1.0, other_val=0.5, other_shuffled=2.0) == []
