@@ -27,6 +27,11 @@ class Origin:
     stage: str
     spec: RunSpec
 
+    @property
+    def run_dir(self) -> Path:
+        """The run folder that the checkpoint lies in."""
+        return self.path.parent.parent.parent
+
     @classmethod
     def open(cls, path: Path) -> Origin:
         """CheckpointError if there is no intact checkpoint of a run at `path`."""
@@ -50,22 +55,20 @@ class Origin:
                 str(run_dir), "holds the checkpoint that the new run should begin with", got=f"--resume {self.path}",
                 hint="Choose another --run; this one is left as it is.",
             )  # fmt: skip
-        loop, own = f"{self.stage}_training", getattr(self.spec, f"{self.stage}_training")
-        for name in ("optimizer", "ema_decays", "ema_decay"):
-            here = getattr(getattr(spec, loop), name, None)
-            if here != getattr(own, name, None):
+        loop = f"{self.stage}_training"
+        for name in ("optimizer", "ema_decays", "ema_decay"):  # the last two belong to one stage each
+            new, old = (getattr(getattr(one, loop), name, None) for one in (spec, self.spec))
+            if new != old:
                 raise SpecError(
-                    f"{loop}.{name}", "differs from the checkpoint's", got=str(here),
-                    expected=str(getattr(own, name, None)), hint="`generator_from` takes over weights alone.",
+                    f"{loop}.{name}", "differs from the checkpoint's", got=str(new), expected=str(old),
+                    hint="`generator_from` takes over weights alone.",
                 )  # fmt: skip
         if self.stage == "tokenizer":
             if spec.tokenizer_from is not None:
                 raise SpecError("tokenizer_from", "leaves no tokenizer to train", got=spec.tokenizer_from)
             return spec
-        run_dir = self.path.parent.parent.parent
-        return spec.replace(
-            tokenizer_from=spec.tokenizer_from or self.spec.tokenizer_from or str(run_dir / "tokenizer")
-        )
+        own = self.spec.tokenizer_from or str(self.run_dir / "tokenizer")
+        return spec.replace(tokenizer_from=spec.tokenizer_from or own)
 
     def copy_into(self, run: Run) -> None:
         """Give a new run this checkpoint as its own; a run that was begun with it before goes on as it is."""

@@ -52,27 +52,27 @@ def bench_rollout_frame() -> list[Measurement]:
     with torch.no_grad():
         known = generator.encode_frames(frames[:, :3].flatten(0, 1))
 
-    def rollout(network: Any, num: int, prepare: Callable[[Cond], Cond]) -> torch.Tensor:
+    def rollout(network: Any, num: int, prepare: Callable[[Cond, list[int]], Cond]) -> torch.Tensor:
         noise = noise_for(0, range(num), LATENT_SHAPE)
 
         @torch.no_grad()
         def frame(rows: list[int]) -> torch.Tensor:
-            part = prepare({name: value[rows] for name, value in cond.items()} | {"row": torch.tensor(rows)})
+            part = prepare({name: value[rows] for name, value in cond.items()}, rows)
             return sample_latents(network, part, noise[rows], SamplingSpec(steps=STEPS))
 
         return frame([0]) if num == 1 else map_rows(frame, num, noise.device, num)
 
-    def with_cache(part: Cond) -> Cond:
+    def with_cache(part: Cond, rows: list[int]) -> Cond:
         newest = generator.encode_frames(part["context_latents"][:, 3])
-        row = part["row"][:, None]
-        index = torch.cat([3 * row + torch.arange(3), len(known) + torch.arange(len(row))[:, None]], dim=1)
+        row, new = torch.tensor(rows)[:, None], torch.arange(len(rows))[:, None]
+        index = torch.cat([3 * row + torch.arange(3), len(known) + new], dim=1)
         motion = {"action": part["action"], "rel_time": part["rel_time"]}
         return generator.prepare_cond({"context_id": index, **motion}, FrameCache.cat([known, newest]))
 
-    def as_it_is(part: Cond) -> Cond:
-        return {name: value for name, value in part.items() if name != "row"}
+    def as_it_is(part: Cond, rows: list[int]) -> Cond:
+        return part
 
-    rows = []
+    measured = []
     for num in (1, BATCH):
         functions: dict[str, Callable[[], Any]] = {
             "cached": partial(rollout, generator, num, with_cache),
@@ -81,13 +81,13 @@ def bench_rollout_frame() -> list[Measurement]:
         }
         difference = (functions["cached"]() - functions["recomputed"]()).abs().max().item()
         seconds = timed(functions, rounds=ROUNDS)
-        rows += [
+        measured += [
             Measurement(f"{name}, {num} at once", value / num, "s/frame", f"{value / seconds['cached']:.2f} of cached")
             for name, value in seconds.items()
         ]
         note = "largest of cached against recomputed, of latents with unit variance"
-        rows.append(Measurement(f"difference, {num} at once", difference, "difference", note))
-    return rows
+        measured.append(Measurement(f"difference, {num} at once", difference, "difference", note))
+    return measured
 
 
 class _Recomputing:

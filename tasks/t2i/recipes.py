@@ -103,7 +103,7 @@ def laptop() -> RunSpec:
             save_every_images=8_000,
         ),
         # Strong: shapes of one flat colour cannot be oversaturated. The quickstart's mix of sources can.
-        sampling=SamplingSpec(steps=20, guidance=CFG(scale=9.0)),
+        sampling=base.sampling.replace(guidance=CFG(scale=9.0)),
         evaluation=base.evaluation.replace(num_samples=768),  # s12: every prompt four times
     )
 
