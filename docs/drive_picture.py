@@ -13,7 +13,7 @@ import threading
 import uvicorn
 from playwright.sync_api import sync_playwright
 
-from raev2_tasks.nwm.drive import make_app, open_socket, open_worlds
+from raev2_tasks.nwm.drive.page import make_app, open_socket, open_worlds
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,8 +20,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from raev2 import cli, errors, spec
-from raev2.published import published, published_encoders
+from raev2 import errors, spec
+from raev2.command import cli
+from raev2.report.published import published, published_encoders
 from raev2.spec_io import apply_overrides, load_spec
 from raev2.task import get_recipe, get_task, installed_tasks
 from raev2.tokenizer.encoder_table import ENCODERS

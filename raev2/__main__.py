@@ -2,6 +2,6 @@
 
 import sys
 
-from raev2.cli import main
+from raev2.command.cli import main
 
 sys.exit(main())

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from raev2.batch import Batch, Cond
 from raev2.errors import DataError
-from raev2.images import centre_crop, opened_image
-from raev2.manifest import read_manifest
+from raev2.files.images import centre_crop, opened_image
+from raev2.files.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
 

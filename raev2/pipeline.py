@@ -18,21 +18,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raev2 import dist
-from raev2.artefact import load_artefact, write_json
 from raev2.batch import Cond, MetricResult
-from raev2.checkpoint import latest_checkpoint
 from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.errors import CheckpointError, DataError, SpecError
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.protocols import run_protocol
-from raev2.grid import save_grid, save_pairs
+from raev2.files.artefact import load_artefact, write_json
+from raev2.files.grid import save_grid, save_pairs
+from raev2.files.images import centre_crop, opened_image
+from raev2.files.manifest import read_manifest
 from raev2.guidance import Guidance
-from raev2.images import centre_crop, opened_image
-from raev2.manifest import read_manifest
 from raev2.model.generator import Generator, model_size
-from raev2.resume import Origin
-from raev2.run import Run, add_provenance, make_accelerator, newest_run, open_run
 from raev2.sampler import sample
 from raev2.spec import AnyTokenizerSpec, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
 from raev2.spec_io import load_spec
@@ -44,6 +40,10 @@ from raev2.tokenizer.encoder_table import encoder_info
 from raev2.tokenizer.rae import RAE
 from raev2.train_generator import latent_encoder, train_generator
 from raev2.train_tokenizer import measure_stats, train_tokenizer
+from raev2.training import dist
+from raev2.training.checkpoint import latest_checkpoint
+from raev2.training.resume import Origin
+from raev2.training.run import Run, add_provenance, make_accelerator, newest_run, open_run
 
 logger = logging.getLogger(__name__)
 TOKENIZER, GENERATOR, EVAL = "tokenizer", "generator", "eval"  # folders of a run
@@ -120,7 +120,7 @@ def train(
             _save_samples(other, task, rae, generator, train_set, run.dir / "samples" / f"guidance-{name}.png")
             _evaluate(other, task, rae, generator, final, images, suffix=f"-{name}")
     if dist.is_main():
-        from raev2.report import write_report  # plots: heavy to import
+        from raev2.report.page import write_report  # plots: heavy to import
 
         logger.info("report: %s", write_report(run.dir))
     return run.dir

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
-from raev2.hashes import json_sha256
+from raev2.files.hashes import json_sha256
 from raev2.spec import RunSpec, Spec
 from raev2.task import get_task
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # light import: the command line lists tasks without torch
     import torch
 
     from raev2.batch import Cond, MetricResult
-    from raev2.bench import Measurement
+    from raev2.command.bench import Measurement
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
     from raev2.model.generator import Generator
@@ -159,7 +159,7 @@ def usable_tasks() -> list[Task]:
 
 
 def get_data_recipe(name: str) -> Any:
-    """Load a data recipe by name; its contract is `DatasetRecipe` in data_recipes/base.py."""
+    """Load a data recipe by name; its contract is `DatasetRecipe` in data_recipes/raev2_data_recipes/base.py."""
     return _load(installed_data_recipes(), name, "data recipe", "data recipe")
 
 

@@ -7,16 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from raev2 import dist
-from raev2.artefact import load_artefact, load_strict
 from raev2.batch import cond_map
 from raev2.data import ImageDataset, ordered_batches, to_float, train_batches
-from raev2.ema import EMA
 from raev2.errors import SpecError
+from raev2.files.artefact import load_artefact, load_strict
 from raev2.flow import interpolate, sample_t, training_loss
 from raev2.model.generator import Generator
-from raev2.optim import build_optimizer, learning_rate, set_learning_rate
-from raev2.run import (
+from raev2.task import EncodeImages, Task
+from raev2.tokenizer.base import Tokenizer
+from raev2.tokenizer.encoders import build_encoder
+from raev2.training import dist
+from raev2.training.ema import EMA
+from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.training.run import (
     NonFiniteGuard,
     Progress,
     Run,
@@ -31,9 +34,6 @@ from raev2.run import (
     step_generator,
     update,
 )
-from raev2.task import EncodeImages, Task
-from raev2.tokenizer.base import Tokenizer
-from raev2.tokenizer.encoders import build_encoder
 
 STAGE = "generator"
 CACHE_BATCH = 64

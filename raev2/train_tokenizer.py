@@ -14,13 +14,26 @@ import math
 import torch
 from torch import Tensor, nn
 
-from raev2 import dist
-from raev2.artefact import load_strict
 from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8, train_batches
-from raev2.ema import EMA
-from raev2.grid import save_pairs
-from raev2.optim import build_optimizer, learning_rate, set_learning_rate
-from raev2.run import (
+from raev2.files.artefact import load_strict
+from raev2.files.grid import save_pairs
+from raev2.spec import ScheduleSpec, TokenizerSpec
+from raev2.tokenizer.discriminator import build_discriminator
+from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
+from raev2.tokenizer.losses import (
+    adaptive_weight,
+    build_perceptual_loss,
+    diffaug,
+    generator_loss,
+    hinge_loss,
+    l1_loss,
+    quantise_8bit,
+)
+from raev2.tokenizer.rae import RAE
+from raev2.training import dist
+from raev2.training.ema import EMA
+from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.training.run import (
     NonFiniteGuard,
     Progress,
     Run,
@@ -36,19 +49,6 @@ from raev2.run import (
     step_generator,
     update,
 )
-from raev2.spec import ScheduleSpec, TokenizerSpec
-from raev2.tokenizer.discriminator import build_discriminator
-from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
-from raev2.tokenizer.losses import (
-    adaptive_weight,
-    build_perceptual_loss,
-    diffaug,
-    generator_loss,
-    hinge_loss,
-    l1_loss,
-    quantise_8bit,
-)
-from raev2.tokenizer.rae import RAE
 
 STAGE = "tokenizer"
 NUM_GRID_IMAGES = 32

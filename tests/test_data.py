@@ -20,8 +20,8 @@ from raev2.data import (
     train_batches,
 )
 from raev2.errors import DataError
-from raev2.images import centre_crop
-from raev2.manifest import read_manifest
+from raev2.files.images import centre_crop
+from raev2.files.manifest import read_manifest
 from raev2.task import get_data_recipe
 
 SIZE = (8, 8)

@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from raev2 import task as task_module
-from raev2.cli import main
+from raev2.command.cli import main
 from raev2.errors import SpecError, TaskError, did_you_mean
 from raev2.spec import TaskSpec
 from raev2.task import (

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from raev2.analysis.table import Table
-from raev2.chart import Series
 from raev2.errors import SpecError
 from raev2.pipeline import train
-from raev2.run import Run, make_accelerator
+from raev2.report.chart import Series
 from raev2.spec import RunSpec, TokenizerSpec
 from raev2.spec_io import apply_overrides, load_spec
 from raev2.tokenizer.encoder_table import encoder_info
+from raev2.training.run import Run, make_accelerator
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raev2.analysis.table import Table
-from raev2.chart import Series
 from raev2.flow import interpolate
 from raev2.model.generator import Generator
+from raev2.report.chart import Series
 from raev2.shapes import Latents
 
 

@@ -17,12 +17,12 @@ from raev2.analysis.width import width_table
 from raev2.data import to_float
 from raev2.errors import DataError, SpecError, did_you_mean
 from raev2.pipeline import find_run, open_trained
-from raev2.published import published_encoders
-from raev2.run import make_accelerator
+from raev2.report.published import published_encoders
 from raev2.spec_io import apply_overrides
 from raev2.task import get_data_recipe, get_recipe, get_task
 from raev2.tokenizer.rae import RAE
 from raev2.train_generator import latent_encoder
+from raev2.training.run import make_accelerator
 
 
 def analyse(options: Namespace) -> Table:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raev2.analysis.table import Table
-from raev2.chart import Series
+from raev2.report.chart import Series
 
 PROPERTIES = ("LP", "LDS", "mean")
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raev2.analysis.table import Table
-from raev2.chart import Series
 from raev2.data import FolderDataset, ordered_batches, to_float
 from raev2.errors import DataError
+from raev2.report.chart import Series
 from raev2.spec import EncoderSpec
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raev2.artefact import write_json
-from raev2.chart import Series, line_chart, standalone
+from raev2.files.artefact import write_json
+from raev2.report.chart import Series, line_chart, standalone
 
 Cell = str | float | int | None
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from raev2.analysis.table import Table
 from raev2.batch import PathPoint
-from raev2.chart import Series
 from raev2.flow import interpolate, sample_t
 from raev2.model.condition import NoCondition
 from raev2.model.generator import Generator
+from raev2.report.chart import Series
 from raev2.spec import DiTSpec, FlowSpec
 
 

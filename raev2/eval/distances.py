@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from raev2 import dist
 from raev2.errors import DataError
+from raev2.training import dist
 
 
 class Moments:

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from raev2 import dist
 from raev2.data import to_float
 from raev2.errors import DataError
-from raev2.hashes import file_sha256, json_sha256
+from raev2.files.hashes import file_sha256, json_sha256
 from raev2.shapes import ImagesU8
 from raev2.spec import EncoderSpec
 from raev2.tokenizer.encoder_table import ENCODERS
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
+from raev2.training import dist
 
 INCEPTION = "inception"
 INCEPTION_URL = (

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from raev2 import dist
 from raev2.batch import Cond
 from raev2.errors import TaskError
 from raev2.task import EvalContext
+from raev2.training import dist
 
 logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 15.0

@@ -20,8 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raev2 import dist
-from raev2.artefact import write_json
 from raev2.batch import Cond, MetricResult
 from raev2.data import ImageDataset, to_float, to_uint8
 from raev2.errors import DataError, TaskError
@@ -29,11 +27,13 @@ from raev2.eval.distances import Moments, frechet_stderr, moments_distance, prec
 from raev2.eval.features import FeatureExtractor, build_extractor, frechet_name
 from raev2.eval.generate import collect, generated_images, local_chunks
 from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
-from raev2.hashes import json_sha256
+from raev2.files.artefact import write_json
+from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
 from raev2.spec import RunSpec
 from raev2.spec_io import fingerprint, spec_to_dict
 from raev2.task import EvalContext, Evaluator
+from raev2.training import dist
 
 logger = logging.getLogger(__name__)
 CHUNK_SIZE = 64  # images a chunk; fixed, so that no result depends on a batch size

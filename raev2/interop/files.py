@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raev2.errors import CheckpointError
-from raev2.hashes import file_sha256
+from raev2.files.hashes import file_sha256
 from raev2.interop.convert import describe, some, unwrap
 from raev2.interop.generators import NETWORKS
 

@@ -21,9 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raev2.artefact import load_artefact, load_strict, save_artefact
 from raev2.batch import Cond, FrameCache, ModelOutput
 from raev2.errors import CheckpointError, SpecError
+from raev2.files.artefact import load_artefact, load_strict, save_artefact
 from raev2.model.condition import ConditionSpec, LabelCondition, LatentShape, NoCondition, TextCondition
 from raev2.model.ddt import DDT
 from raev2.model.dit import DiT

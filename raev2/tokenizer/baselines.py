@@ -17,8 +17,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from raev2.artefact import load_artefact, save_artefact
 from raev2.errors import CheckpointError, SpecError, did_you_mean
+from raev2.files.artefact import load_artefact, save_artefact
 from raev2.shapes import Images, Latents
 from raev2.spec import AnyTokenizerSpec, PixelSpec, TokenizerSpec, VAESpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raev2.artefact import ENCODER, load_artefact, load_strict, save_artefact
 from raev2.errors import CheckpointError
+from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artefact
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from raev2 import actions, cli, pipeline
+from raev2 import pipeline
+from raev2.command import actions, cli
 from raev2.spec import FeatureLoss, RunSpec
 from raev2.spec_io import apply_overrides
 from raev2.task import get_data_recipe, get_evaluators, get_recipe, get_task, installed_tasks
@@ -109,8 +110,8 @@ def test_readme_has_a_line_for_every_source_file() -> None:
         if entry.endswith("/"):
             parents.append((indent, entry))
     assert [path for path in listed if not (ROOT / path).exists()] == []
-    files = {name(file) for file in SOURCES if file.name != "__init__.py" and file.parts[-3] != "tasks"}
-    tasks = {f"{name(folder)}/" for folder in (ROOT / "tasks").iterdir() if (folder / "task.py").is_file()}
+    files = {name(file) for file in SOURCES if file.name != "__init__.py" and "raev2_tasks" not in file.parts}
+    tasks = {f"{name(folder)}/" for folder in (ROOT / "tasks" / "raev2_tasks").iterdir() if (folder / "task.py").is_file()}
     assert sorted((files | tasks) - set(listed)) == []
 
 

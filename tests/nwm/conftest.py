@@ -10,8 +10,8 @@ import pytest
 from raev2.spec import DDTSpec, DecoderSpec, EvaluationSpec, RunSpec, SamplingSpec, ScheduleSpec
 from raev2.task import get_recipe
 from raev2_tasks.nwm import TASK
+from raev2_tasks.nwm.data.trajectories import Source, Storage, Trajectory, write_trajectories
 from raev2_tasks.nwm.pose import accumulate
-from raev2_tasks.nwm.trajectories import Source, Storage, Trajectory, write_trajectories
 
 RATE_HZ, SPACING_M = 4.0, 0.4
 

@@ -21,8 +21,8 @@ import pytest
 from PIL import Image
 
 from raev2.errors import DataError, SpecError
-from raev2_tasks.nwm.drive import MAX_RIDES, PAGE, Drive, StepRequest, drive, make_app, open_socket, replay
-from raev2_tasks.nwm.worlds import ToyWorld
+from raev2_tasks.nwm.drive.page import MAX_RIDES, PAGE, Drive, StepRequest, drive, make_app, open_socket, replay
+from raev2_tasks.nwm.worlds.worlds import ToyWorld
 
 pytest.importorskip("starlette", reason="the extra nwm is not installed (starlette)")
 pytest.importorskip("uvicorn", reason="the extra nwm is not installed (uvicorn)")
@@ -213,7 +213,7 @@ def test_toy_excludes_what_needs_a_run():
 
 def test_the_server_stops_at_ctrl_c():
     code = "import logging, sys; logging.basicConfig(level='INFO', format='%(message)s')\n"
-    code += "from raev2_tasks.nwm.drive import drive; drive(['--toy', '--port', '0'])"
+    code += "from raev2_tasks.nwm.drive.page import drive; drive(['--toy', '--port', '0'])"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=dict(os.environ))
     try:
         address = re.match(r"drive at http://(127\.0\.0\.1):(\d+)   \(Ctrl-C stops\)", process.stderr.readline())

@@ -11,13 +11,13 @@ import pytest
 from raev2.errors import CheckpointError, SpecError
 from raev2.pipeline import train
 from raev2.spec_io import apply_overrides
-from raev2_data_recipes.vizdoom_maze import RECIPE
-from raev2_tasks.nwm.dataset import TrajectoryDataset
-from raev2_tasks.nwm.drive import Drive, StepRequest, replay
-from raev2_tasks.nwm.model_world import ModelGoals, SimulatorWorld, TrainedModel, model_worlds
-from raev2_tasks.nwm.places import Places
-from raev2_tasks.nwm.plan_command import plan_command
-from raev2_tasks.nwm.planning import PlanSpec
+from raev2_data_recipes.drives.vizdoom_maze import RECIPE
+from raev2_tasks.nwm.data.dataset import TrajectoryDataset
+from raev2_tasks.nwm.data.places import Places
+from raev2_tasks.nwm.drive.model_world import ModelGoals, SimulatorWorld, TrainedModel, model_worlds
+from raev2_tasks.nwm.drive.page import Drive, StepRequest, replay
+from raev2_tasks.nwm.plan.command import plan_command
+from raev2_tasks.nwm.plan.planning import PlanSpec
 from raev2_tasks.nwm.pose import relative
 
 AHEAD, LEFT = StepRequest(speed_m_s=0.8, seconds=0.5), StepRequest(turn_deg_s=30, seconds=0.25)

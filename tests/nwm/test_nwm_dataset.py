@@ -13,9 +13,9 @@ from trajectory_folders import frame, walk, write
 
 from raev2.data import ordered_batches, train_batches
 from raev2.errors import DataError, SpecError
-from raev2_tasks.nwm.dataset import TrajectoryDataset, offset_weights
+from raev2_tasks.nwm.data.dataset import TrajectoryDataset, offset_weights
+from raev2_tasks.nwm.data.trajectories import Storage
 from raev2_tasks.nwm.pose import accumulate, relative
-from raev2_tasks.nwm.trajectories import Storage
 
 LENGTHS = {"a-0": 12, "b-0": 20}
 

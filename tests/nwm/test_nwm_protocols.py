@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from raev2.errors import DataError
-from raev2_tasks.nwm import inverse_dynamics
-from raev2_tasks.nwm.inverse_dynamics import InverseDynamics, fit, match_features
-from raev2_tasks.nwm.metrics import (
+from raev2_tasks.nwm.eval import inverse_dynamics
+from raev2_tasks.nwm.eval.inverse_dynamics import InverseDynamics, fit, match_features
+from raev2_tasks.nwm.eval.metrics import (
     bootstrap,
     clip_features,
     correlation_result,

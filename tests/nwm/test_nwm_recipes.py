@@ -16,15 +16,15 @@ from PIL import Image
 from trajectory_folders import frame
 
 from raev2.errors import DataError, SpecError
-from raev2.manifest import read_manifest
+from raev2.files.manifest import read_manifest
 from raev2.task import get_data_recipe
-from raev2_data_recipes import gnm, recon, rosbag, video_frames, video_poses, vizdoom_maze
 from raev2_data_recipes.base import DatasetRecipe
-from raev2_data_recipes.pose_files import read_poses
-from raev2_data_recipes.sampling import Piece, cut, resample, split_long
-from raev2_tasks.nwm.maze import UNITS_PER_M, WALL, make_maze, textures, write_pwad
+from raev2_data_recipes.drives import gnm, recon, rosbag, video_frames, video_poses, vizdoom_maze
+from raev2_data_recipes.drives.pose_files import read_poses
+from raev2_data_recipes.drives.sampling import Piece, cut, resample, split_long
+from raev2_tasks.nwm.data.trajectories import StoredTrajectory, read_trajectories
 from raev2_tasks.nwm.pose import relative, steps
-from raev2_tasks.nwm.trajectories import StoredTrajectory, read_trajectories
+from raev2_tasks.nwm.worlds.maze import UNITS_PER_M, WALL, make_maze, textures, write_pwad
 
 RECIPES = [gnm.RECIPE, recon.RECIPE, rosbag.RECIPE, video_poses.VIDEO, video_poses.FRAMES, vizdoom_maze.RECIPE]
 BEND = np.column_stack([np.cumsum(np.cos(np.arange(40) / 10)), np.cumsum(np.sin(np.arange(40) / 10))])
@@ -512,7 +512,7 @@ def test_the_same_options_record_the_same_drives(recorded, tmp_path):
 
 
 def test_a_maze_world_moves_exactly(recorded):
-    from raev2_tasks.nwm.engine import MazeWorld
+    from raev2_tasks.nwm.worlds.engine import MazeWorld
 
     world = MazeWorld(1, size=(32, 32))
     first = world.reset(7)
@@ -539,7 +539,7 @@ def test_a_maze_world_moves_exactly(recorded):
 
 
 def test_a_maze_world_shows_what_was_recorded(recorded):
-    from raev2_tasks.nwm.engine import MazeWorld
+    from raev2_tasks.nwm.worlds.engine import MazeWorld
 
     one = read_trajectories(recorded, "val")[0]
     world = MazeWorld(int(one.recording.split("-")[1]), num_cells=4)
@@ -552,7 +552,7 @@ def test_a_maze_world_shows_what_was_recorded(recorded):
 
 
 def test_a_forgotten_engine_leaves_nothing_behind(recorded, tmp_path):
-    code = "from raev2_tasks.nwm.engine import MazeWorld; MazeWorld(0)"
+    code = "from raev2_tasks.nwm.worlds.engine import MazeWorld; MazeWorld(0)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True,
         text=True, check=True,

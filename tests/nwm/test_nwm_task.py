@@ -19,12 +19,12 @@ from raev2.eval.protocols import run_protocol
 from raev2.task import EvalContext, get_evaluators, get_task
 from raev2_tasks.nwm import TASK
 from raev2_tasks.nwm.cond import encode_context
-from raev2_tasks.nwm.index import EvalIndex, Place, write_index
-from raev2_tasks.nwm.places import Places
+from raev2_tasks.nwm.data.index import EvalIndex, Place, write_index
+from raev2_tasks.nwm.data.places import Places
+from raev2_tasks.nwm.data.video import contact_sheet, side_by_side, write_gif, write_mp4
+from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.pose import relative
-from raev2_tasks.nwm.predict import Predictor
 from raev2_tasks.nwm.spec import NavigationSpec
-from raev2_tasks.nwm.video import contact_sheet, side_by_side, write_gif, write_mp4
 
 
 def rollout(*arguments: object) -> None:
@@ -161,8 +161,8 @@ def test_a_jump_is_the_first_step_of_a_rollout(context):
 
 
 def test_obedience_is_measured_beside_the_judge_itself(context, monkeypatch):
-    monkeypatch.setattr("raev2_tasks.nwm.inverse_dynamics.STEPS", 20)
-    monkeypatch.setattr("raev2_tasks.nwm.action_following.NUM_PAIRS", 40)
+    monkeypatch.setattr("raev2_tasks.nwm.eval.inverse_dynamics.STEPS", 20)
+    monkeypatch.setattr("raev2_tasks.nwm.eval.action_following.NUM_PAIRS", 40)
     evaluator = get_evaluators(TASK, context.spec, ["action-following"])[0]
     found = {result.name: result.value for result in run_protocol(evaluator, context)}
     assert {f"turn_corr@0.5s{kind}" for kind in ("", "_swapped", "_no_action", "_real")} <= found.keys()

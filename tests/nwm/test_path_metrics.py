@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raev2.errors import DataError
-from raev2_tasks.nwm.path_metrics import ate, final_position_error, final_yaw_error, path_errors, rpe, summarise
+from raev2_tasks.nwm.plan.path_metrics import ate, final_position_error, final_yaw_error, path_errors, rpe, summarise
 
 STRAIGHT = np.array([[1.0, 0, 0], [2, 0, 0], [3, 0, 0]])
 RIGHT_ANGLE = np.array([[1.0, 0, math.pi / 2], [1, 1, math.pi / 2], [1, 2, math.pi / 2]])

@@ -13,9 +13,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from raev2.errors import SpecError
-from raev2_tasks.nwm.path_metrics import ate, final_position_error
-from raev2_tasks.nwm.plan_command import plan_command
-from raev2_tasks.nwm.planning import (
+from raev2_tasks.nwm.plan.command import plan_command
+from raev2_tasks.nwm.plan.path_metrics import ate, final_position_error
+from raev2_tasks.nwm.plan.planning import (
     CEM,
     MPPI,
     Limits,
@@ -36,7 +36,7 @@ from raev2_tasks.nwm.planning import (
 )
 from raev2_tasks.nwm.pose import accumulate, compose, relative
 from raev2_tasks.nwm.twist import exp, log, velocities
-from raev2_tasks.nwm.worlds import MotionRange, ToyWorld
+from raev2_tasks.nwm.worlds.worlds import MotionRange, ToyWorld
 
 MOTION = Motion(speed_m_s=0.8, speed_std=0.4, turn_std=0.6)
 STEPS, SECONDS = 4, 0.5

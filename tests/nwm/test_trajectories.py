@@ -13,14 +13,14 @@ from PIL import Image
 from trajectory_folders import frame, walk, write
 
 from raev2.errors import DataError, SpecError
-from raev2.manifest import read_manifest
-from raev2_tasks.nwm.data_commands import index as index_command
-from raev2_tasks.nwm.data_commands import validate as validate_command
-from raev2_tasks.nwm.frames import fit_image, letterbox_box
-from raev2_tasks.nwm.index import build_index, import_nwm_index, read_index, write_index
-from raev2_tasks.nwm.safe_pickle import load_pickle
-from raev2_tasks.nwm.trajectories import Storage, read_trajectories, verify_trajectories
-from raev2_tasks.nwm.validate import heading_error, warnings
+from raev2.files.manifest import read_manifest
+from raev2_tasks.nwm.data.commands import index as index_command
+from raev2_tasks.nwm.data.commands import validate as validate_command
+from raev2_tasks.nwm.data.frames import fit_image, letterbox_box
+from raev2_tasks.nwm.data.index import build_index, import_nwm_index, read_index, write_index
+from raev2_tasks.nwm.data.safe_pickle import load_pickle
+from raev2_tasks.nwm.data.trajectories import Storage, read_trajectories, verify_trajectories
+from raev2_tasks.nwm.data.validate import heading_error, warnings
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from raev2.errors import DataError
-from raev2.manifest import read_manifest
-from raev2_data_recipes.trajectory_mix import RECIPE
-from raev2_tasks.nwm.trajectories import read_trajectories
+from raev2.files.manifest import read_manifest
+from raev2_data_recipes.drives.trajectory_mix import RECIPE
+from raev2_tasks.nwm.data.trajectories import read_trajectories
 
 
 def test_a_mix_holds_the_trajectories_of_its_folders_and_keeps_their_splits(world, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from raev2_tasks.nwm.trajectories import Source, Storage, Trajectory, write_trajectories
+from raev2_tasks.nwm.data.trajectories import Source, Storage, Trajectory, write_trajectories
 
 HEAD = {"name": "test", "recipe": "test", "options": {}, "licence": "CC0-1.0", "attribution": "test"}
 FACTS = {"rate_hz": 4.0, "length_unit": "metre", "camera": None}

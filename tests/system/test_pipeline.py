@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from raev2 import RAE, Generator, pipeline, sample
-from raev2.cli import main
+from raev2.command.cli import main
 from raev2.data import FolderDataset, to_float, to_uint8
 from raev2.spec import NoGuidance
 from raev2.spec_io import apply_overrides, fingerprint, load_spec, save_spec

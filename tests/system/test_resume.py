@@ -20,7 +20,7 @@ from raev2.task import get_task
 
 # A server process imports everything once; every start of the command is a fork of it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["raev2.pipeline", "raev2.report", "raev2.actions"])
+PROCESSES.set_forkserver_preload(["raev2.pipeline", "raev2.report.page", "raev2.command.actions"])
 
 TRAIN = ["train", "--task", "imagenet", "--recipe", "tiny"]
 MOMENTARY = ("time", "images_per_s", "data_wait")
@@ -29,7 +29,7 @@ PATIENCE = 120.0
 
 def command(spec: RunSpec, argv: list[str], log: Path) -> None:
     """`raev2 ARGV` in a process of its own, with the tiny run among the recipes."""
-    from raev2.cli import main
+    from raev2.command.cli import main
 
     multiprocessing.set_start_method("fork", force=True)  # for data workers: not again a server
     os.setsid()  # a signal to the group reaches the command and its data workers alone

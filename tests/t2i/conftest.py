@@ -19,8 +19,8 @@ SPECIALS |= {"qwen3": (False, False), "t5gemma": (True, False)}  # begin token, 
 def scenes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of one source, `s12`: 48 training and 16 validation scenes of shapes, 64 px. Read only."""
     from raev2_tasks.t2i.benchmark import s12
-    from raev2_tasks.t2i.captions import Caption
-    from raev2_tasks.t2i.shards import Example, write_shards
+    from raev2_tasks.t2i.shards.files import Example, write_shards
+    from raev2_tasks.t2i.text.captions import Caption
 
     def examples(split: str, num: int) -> list[Example]:
         return [

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from raev2.data import train_batches
-from raev2_tasks.t2i.shards import Caption, Example, write_collection, write_shards
+from raev2_tasks.t2i.shards.files import Caption, Example, write_collection, write_shards
 
 SIZE = (16, 16)
 

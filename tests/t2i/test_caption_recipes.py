@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 from shard_examples import file_of, pair, picture, write_tar
 
-from raev2.cli import main
+from raev2.command.cli import main
 from raev2.errors import DataError, SpecError
 from raev2_data_recipes import base
-from raev2_data_recipes.caption_tars import BLIP3O, RENDERED_TEXT, SCALE_RAE, TAR_SHARDS
-from raev2_data_recipes.captioned import FOLDER, TABLE
-from raev2_data_recipes.shard_recipe import prepared
-from raev2_tasks.t2i import shards
-from raev2_tasks.t2i.reader import TextImageDataset
-from raev2_tasks.t2i.shards import least_val, val_keys
+from raev2_data_recipes.captions.caption_tars import BLIP3O, RENDERED_TEXT, SCALE_RAE, TAR_SHARDS
+from raev2_data_recipes.captions.captioned import FOLDER, TABLE
+from raev2_data_recipes.captions.shard_recipe import prepared
+from raev2_tasks.t2i.shards import files as shards
+from raev2_tasks.t2i.shards.files import least_val, val_keys
+from raev2_tasks.t2i.shards.reader import TextImageDataset
 
 RECIPES = [FOLDER, TABLE, BLIP3O, RENDERED_TEXT, SCALE_RAE, TAR_SHARDS]
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from raev2.errors import DataError, SpecError
-from raev2_tasks.t2i.captions import BadSample, Caption, CaptionRule, parse_captions, sentences, strip_request
+from raev2_tasks.t2i.text.captions import BadSample, Caption, CaptionRule, parse_captions, sentences, strip_request
 
 CAPTIONS = [
     Caption("a dog", "short"),

@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from raev2 import cli
+from raev2.command import cli
 from raev2.errors import DataError, SpecError
+from raev2_tasks.t2i.benchmark.external_eval import (
+    dpg_results,
+    export_eval,
+    geneval_results,
+    import_eval,
+    vqascore_results,
+)
 from raev2_tasks.t2i.benchmark.g60 import geneval_rows
-from raev2_tasks.t2i.external_eval import dpg_results, export_eval, geneval_results, import_eval, vqascore_results
 
 ROWS = [
     {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},

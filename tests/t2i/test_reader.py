@@ -28,10 +28,10 @@ from shard_examples import (
 
 from raev2.data import ordered_batches, train_batches
 from raev2.errors import DataError, SpecError
-from raev2_tasks.t2i import reader
-from raev2_tasks.t2i.captions import CaptionRule
-from raev2_tasks.t2i.reader import Mix, TextImageDataset, permutation, uniforms
-from raev2_tasks.t2i.shards import index_shards
+from raev2_tasks.t2i.shards import reader
+from raev2_tasks.t2i.shards.files import index_shards
+from raev2_tasks.t2i.shards.reader import Mix, TextImageDataset, permutation, uniforms
+from raev2_tasks.t2i.text.captions import CaptionRule
 
 B = 8
 

@@ -13,12 +13,13 @@ import webdataset
 from PIL import Image
 from shard_examples import examples, file_of, pair, picture, write_source, write_tar, write_two_sources
 
-from raev2.cli import main
+from raev2.command.cli import main
 from raev2.errors import DataError, SpecError
-from raev2.manifest import read_manifest, verify_dataset
-from raev2_tasks.t2i import shards
-from raev2_tasks.t2i.pixels import to_rgb
-from raev2_tasks.t2i.shards import (
+from raev2.files.manifest import read_manifest, verify_dataset
+from raev2_tasks.t2i.shards import files as shards
+from raev2_tasks.t2i.shards.check import caption_lengths, check_shards
+from raev2_tasks.t2i.shards.commands import COMMANDS
+from raev2_tasks.t2i.shards.files import (
     Caption,
     Deferred,
     Example,
@@ -28,9 +29,8 @@ from raev2_tasks.t2i.shards import (
     verify_shards,
     write_shards,
 )
-from raev2_tasks.t2i.shards_check import caption_lengths, check_shards
-from raev2_tasks.t2i.shards_commands import COMMANDS
-from raev2_tasks.t2i.tar_scan import INDEX_ROW, scan_shard
+from raev2_tasks.t2i.shards.pixels import to_rgb
+from raev2_tasks.t2i.shards.tar_scan import INDEX_ROW, scan_shard
 
 TEXTS = {"licence": "CC0-1.0", "attribution": "Tests.", "recipe": "tar-shards", "options": {}}
 

@@ -13,7 +13,7 @@ from shard_examples import SIZE, file_of, pair, picture, stream, texts, tokenize
 
 from raev2.data import ordered_batches, train_batches
 from raev2.errors import DataError
-from raev2_tasks.t2i.stream import StreamedDataset
+from raev2_tasks.t2i.shards.stream import StreamedDataset
 
 B = 8
 pytestmark = [  # webdataset leaves closing files to the garbage collector

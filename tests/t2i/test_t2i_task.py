@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from raev2 import cli, pipeline
+from raev2 import pipeline
+from raev2.command import cli
 from raev2.errors import DataError, SpecError
 from raev2.pipeline import run_sizes
 from raev2.spec_io import apply_overrides
 from raev2.task import get_recipe, get_task
-from raev2_tasks.t2i.prompts import given_prompts, read_prompts, spread
-from raev2_tasks.t2i.text_encoder import KNOWN_ENCODERS
+from raev2_tasks.t2i.text.encoder import KNOWN_ENCODERS
+from raev2_tasks.t2i.text.prompts import given_prompts, read_prompts, spread
 
 TASK = get_task("t2i")
 
@@ -119,9 +120,9 @@ def test_a_frozen_encoder_is_run_on_the_tokens_that_are_there(t2i_spec, encoder_
 
 def test_evaluation_data_alternates_between_sources(tmp_path):
     """The first pictures of a split are what protocols take."""
-    from raev2_tasks.t2i.captions import Caption
-    from raev2_tasks.t2i.reader import TextImageDataset
-    from raev2_tasks.t2i.shards import Example, write_collection, write_shards
+    from raev2_tasks.t2i.shards.files import Example, write_collection, write_shards
+    from raev2_tasks.t2i.shards.reader import TextImageDataset
+    from raev2_tasks.t2i.text.captions import Caption
 
     for name, num in (("a", 6), ("b", 3)):
         examples = [Example(str(i), Image.new("RGB", (16, 16)), [Caption(f"{name}{i}", "short")]) for i in range(num)]
@@ -202,7 +203,7 @@ def test_a_second_stage_and_a_frozen_encoder_with_its_cache(t2i_run, t2i_spec, e
     with pytest.raises(DataError, match="Write it with `raev2 t2i cache-captions`"):
         pipeline.sample_run(run, {"n": 1, "prompt": ["a cat"]}, out=tmp_path / "out")
     with pytest.raises(SpecError, match="this encoder is trained, its outputs change; got scratch"):
-        from raev2_tasks.t2i.cache import cache_captions
+        from raev2_tasks.t2i.text.cache import cache_captions
 
         cache_captions(["--out", str(tmp_path / "no")])
 

@@ -14,14 +14,14 @@ from raev2.flow import interpolate, sample_t, training_loss
 from raev2.guidance import build_guidance
 from raev2.model.condition import TextCondition
 from raev2.model.generator import Generator
-from raev2.optim import build_optimizer, muon_routing, set_learning_rate
 from raev2.sampler import noise_for, sample_latents
 from raev2.spec import CFG, DDTSpec, EncoderSpec, FlowSpec, MuonSpec, SamplingSpec
 from raev2.tokenizer.encoders import build_encoder
+from raev2.training.optim import build_optimizer, muon_routing, set_learning_rate
 from raev2_tasks.t2i.benchmark import s12
-from raev2_tasks.t2i.condition import ScratchTextCondition
 from raev2_tasks.t2i.spec import TextEncoderSpec
-from raev2_tasks.t2i.text_encoder import VOCAB_SIZE, build_text_tokenizer
+from raev2_tasks.t2i.text.condition import ScratchTextCondition
+from raev2_tasks.t2i.text.encoder import VOCAB_SIZE, build_text_tokenizer
 
 SHAPE = (6, 4, 4)
 LENGTHS = (5, 2, 9)

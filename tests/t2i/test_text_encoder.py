@@ -9,9 +9,9 @@ import torch
 from raev2.errors import DataError, SpecError
 from raev2.spec_io import apply_overrides
 from raev2.task import get_recipe, get_task
-from raev2_tasks.t2i.cache import CaptionCache, write_cache
 from raev2_tasks.t2i.spec import TextEncoderSpec
-from raev2_tasks.t2i.text_encoder import (
+from raev2_tasks.t2i.text.cache import CaptionCache, write_cache
+from raev2_tasks.t2i.text.encoder import (
     KNOWN_ENCODERS,
     VOCAB_SIZE,
     FrozenTextEncoder,

@@ -1,0 +1,283 @@
+"""The contract of a data recipe (`DatasetRecipe`), and the folder of pictures that most recipes write (`Recipe`).
+
+A dataset folder has a `manifest.json`; how the rest looks is known to the recipe that wrote it, which also verifies it.
+A folder of pictures::
+
+    manifest.json              name, recipe, options, licence, classes, splits, fingerprint
+    train.jsonl, val.jsonl     one line per picture: file, label, name, sha256, and what the recipe adds
+    train/000012.png, ...      the pictures, RGB
+    rejects.jsonl              pictures that could not be read: path and reason (only when there are some)
+
+A ``Recipe`` says which pictures there are (``samples``); everything about files is here, once: the atomic build, the
+index, the manifest and the list of rejects. Turning the folder into batches is not here, that is ``raev2/data.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.files.images import IMAGE_ERRORS
+from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest, verify_dataset
+
+SPLITS = ("train", "val")
+MANIFEST = "manifest.json"
+REJECTS = "rejects.jsonl"
+PARTIAL_MARK = ".raev2-partial"  # a folder with this file is an unfinished build of ours; it holds recipe and options
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as it goes to disk."""
+
+    data: bytes  # the whole file
+    suffix: str  # with the dot: ".png"
+    size_px: tuple[int, int]  # width, height
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture that a recipe offers; ``read`` does the work and may run in another thread."""
+
+    split: str  # "train" or "val"
+    name: str  # for people: "grinning face"
+    source: str  # where it comes from; written to rejects.jsonl when ``read`` fails
+    read: Callable[[], Picture]  # raises OSError, ValueError or SyntaxError for a picture that cannot be used
+    label: int | None = None  # index into ``classes``; None = no label
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more fields for the index line
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a recipe. Values are text, because they come from the command line."""
+
+    default: str | None  # None = must be given
+    meaning: str
+
+
+class DatasetRecipe(ABC):
+    """A source of data. Subclasses set five texts and ``options``, and give ``plan``, ``write`` and ``check_files``."""
+
+    name: str
+    summary: str
+    licence: str
+    attribution: str
+    size: str  # for people: "about 4,000 pictures, 14 MB"
+    options: Mapping[str, Option] = {}
+
+    @abstractmethod
+    def plan(self, options: Mapping[str, str]) -> list[str]:
+        """What ``build`` will do, one sentence per line. Writes nothing."""
+
+    @abstractmethod
+    def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
+        """Write the data into ``folder``, with a ``manifest.json``, and return the manifest. Called by ``build``."""
+
+    @abstractmethod
+    def check_files(self, data_dir: Path) -> dict[str, Any]:
+        """Compare every file of a folder with its SHA-256; return the manifest.
+
+        Raises DataError with the name of the first file that differs.
+        """
+
+    def verify(self, data_dir: Path) -> dict[str, Any]:
+        """`check_files`, and the folder must come from this recipe."""
+        recipe = read_manifest(data_dir)["recipe"]
+        if recipe != self.name:
+            raise DataError(f"data {data_dir}", "written by another recipe", got=recipe, expected=self.name)
+        return self.check_files(data_dir)
+
+    def resolve(self, options: Mapping[str, str]) -> dict[str, str]:
+        """``options`` with the defaults filled in; SpecError for an unknown or a missing one."""
+        for key in options:
+            if key not in self.options:
+                raise SpecError(
+                    f"data {self.name}",
+                    "unknown option",
+                    got=key,
+                    expected="one of " + ", ".join(self.options) if self.options else "no options",
+                    hint=did_you_mean(key, self.options),
+                )
+        missing = [key for key, option in self.options.items() if option.default is None and key not in options]
+        if missing:
+            expected, hint = self.options[missing[0]].meaning, f"Give it with --set {missing[0]}=VALUE."
+            raise SpecError(f"data {self.name}", f"option {missing[0]} is missing", expected=expected, hint=hint)
+        resolved = {key: option.default for key, option in self.options.items()} | dict(options)
+        return {key: value for key, value in resolved.items() if value is not None}
+
+    def whole_number(self, options: Mapping[str, str], name: str, least: int) -> int:
+        """An option as a whole number; SpecError when it is none or too small."""
+        text = options[name]
+        if not text.isdecimal() or int(text) < least:
+            expected = f"a number >= {least}"
+            raise SpecError(f"data {self.name}: {name}", "not usable", got=text, expected=expected)
+        return int(text)
+
+    def build(self, out_dir: Path, options: Mapping[str, str] | None = None, overwrite: bool = False) -> dict[str, Any]:
+        """Write the dataset folder ``out_dir`` and return its manifest.
+
+        The folder is written as ``<out_dir>.partial`` and renamed at the end, so it is complete or absent.
+        DataError when ``out_dir`` exists (unless ``overwrite``) or when nothing could be read.
+
+        A recipe that leaves a ``PROGRESS`` file when it is interrupted is given its unfinished folder again.
+        """
+        resolved = self.resolve(options or {})
+        out_dir = Path(out_dir).absolute()
+        _refuse_existing(out_dir, overwrite)
+        partial = out_dir.with_name(out_dir.name + ".partial")
+        _open_partial(partial, _json_line({"recipe": self.name, "options": resolved}))
+        try:
+            manifest = self.write(partial, out_dir.name, resolved)
+            (partial / PARTIAL_MARK).unlink()
+        except BaseException:
+            if not (partial / PROGRESS).is_file():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if out_dir.exists():
+            old = out_dir.with_name(out_dir.name + ".old")
+            out_dir.rename(old)
+            partial.rename(out_dir)
+            shutil.rmtree(old)
+        else:
+            partial.rename(out_dir)
+        return manifest
+
+
+class Recipe(DatasetRecipe):
+    """A source of pictures. Subclasses set what ``DatasetRecipe`` asks for, and give ``plan`` and ``samples``."""
+
+    @abstractmethod
+    def classes(self, options: Mapping[str, str]) -> list[str]:
+        """Class names in label order; empty when there are no labels."""
+
+    @abstractmethod
+    def samples(self, options: Mapping[str, str]) -> Iterator[Sample]:
+        """Every picture, in a fixed order. The order gives the file names."""
+
+    def check_files(self, data_dir: Path) -> dict[str, Any]:
+        """``verify_dataset``."""
+        return verify_dataset(data_dir)
+
+    def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
+        """Write pictures, indices, rejects and manifest into the empty ``folder``."""
+        for split in SPLITS:
+            (folder / split).mkdir()
+        index_lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+        rejects: list[str] = []
+        sizes_px: set[tuple[int, int]] = set()
+        for sample, picture in _read_in_order(self.samples(options)):
+            if isinstance(picture, Exception):
+                rejects.append(_json_line({"path": sample.source, "reason": f"{type(picture).__name__}: {picture}"}))
+                continue
+            lines = index_lines[sample.split]
+            file = f"{sample.split}/{len(lines):06d}{picture.suffix}"
+            (folder / file).write_bytes(picture.data)
+            sizes_px.add(picture.size_px)
+            line: dict[str, Any] = {"file": file}
+            if sample.label is not None:
+                line["label"] = sample.label
+            line |= {"name": sample.name, "sha256": hashlib.sha256(picture.data).hexdigest(), **sample.extra}
+            lines.append(_json_line(line))
+        if not index_lines["train"]:
+            hint = f"First of them: {rejects[0].strip()}" if rejects else ""
+            raise DataError(f"data {self.name}", f"no training pictures; {len(rejects)} rejected", hint=hint)
+        splits = {}
+        for split, lines in index_lines.items():
+            data = "".join(lines).encode()
+            (folder / f"{split}.jsonl").write_bytes(data)
+            sha256 = hashlib.sha256(data).hexdigest()
+            splits[split] = {"num_samples": len(lines), "index": f"{split}.jsonl", "sha256": sha256}
+        if rejects:
+            (folder / REJECTS).write_text("".join(rejects), encoding="utf-8")
+        classes = self.classes(options)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "name": dataset_name,
+            "recipe": self.name,
+            "options": dict(options),
+            "licence": self.licence,
+            "attribution": self.attribution,
+            "image_size_px": list(sizes_px.pop()) if len(sizes_px) == 1 else None,
+            "classes": classes,
+            "splits": splits,
+            "fingerprint": fingerprint(splits, classes),
+            "rejected": len(rejects),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return manifest
+
+
+def encode_png(image: Image.Image) -> Picture:
+    """RGB image as PNG. The bytes depend on the zlib that Pillow was built with, the pixels do not."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return Picture(buffer.getvalue(), ".png", image.size)
+
+
+def _refuse_existing(out_dir: Path, overwrite: bool) -> None:
+    if not out_dir.exists():
+        return
+    if not overwrite:
+        hint = "Choose another folder or pass --overwrite."
+        raise DataError(f"data {out_dir}", "exists already", hint=hint)
+    if not (out_dir / MANIFEST).is_file():
+        hint = "Delete it yourself if that is what you want."
+        raise DataError(f"data {out_dir}", f"will not overwrite a folder without {MANIFEST}", hint=hint)
+
+
+def _open_partial(partial: Path, mark: str) -> None:
+    """Make the folder of a build; what an interrupted build left there is deleted, unless the same build can go on."""
+    if partial.exists():
+        if not (partial / PARTIAL_MARK).is_file():
+            hint = "Move it away."
+            raise DataError(f"data {partial}", "exists and is not an unfinished build", hint=hint)
+        if (partial / PROGRESS).is_file() and (partial / PARTIAL_MARK).read_text(encoding="utf-8") == mark:
+            return
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"data {partial}", f"cannot be created ({error.strerror})") from None
+    (partial / PARTIAL_MARK).write_text(mark, encoding="utf-8")
+
+
+def _read_in_order(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Picture | Exception]]:
+    """Read with several threads, at most 64 ahead; results in the order of ``samples``."""
+    num_threads = min(8, os.cpu_count() or 1)
+    pending: deque[tuple[Sample, Future[Picture]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for sample in samples:
+                pending.append((sample, pool.submit(sample.read)))
+                if len(pending) == 64:
+                    yield _result(*pending.popleft())
+            while pending:
+                yield _result(*pending.popleft())
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _result(sample: Sample, future: Future[Picture]) -> tuple[Sample, Picture | Exception]:
+    """A picture that cannot be read is a result; any other exception is a defect and stops the build."""
+    try:
+        return sample, future.result()
+    except IMAGE_ERRORS as error:
+        return sample, error
+
+
+def _json_line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"

@@ -1,0 +1,105 @@
+"""What the data recipes of captioned images share: they say which examples there are, this writes the shards."""
+
+from __future__ import annotations
+
+import io
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from raev2.errors import DataError, SpecError
+from raev2_tasks.t2i.shards.files import Deferred, Example, verify_shards, write_shards
+from raev2_tasks.t2i.shards.pixels import encode_image, is_plain_rgb, to_rgb
+from raev2_tasks.t2i.text.captions import KINDS
+
+from .base import DatasetRecipe, Option
+from .image_folder import resize_and_crop
+
+SMALLEST = 0.9  # an image is not enlarged by more than 1 / 0.9
+
+
+class ShardRecipe(DatasetRecipe):
+    """A source of captioned images. Subclasses give ``plan`` and ``splits``."""
+
+    SHARD_OPTIONS: Mapping[str, Option] = {
+        "size": Option("", "resize the short side and crop the centre to this many pixels; empty = keep the files"),
+        "format": Option("jpg", "file format of images that are resized or converted: jpg (quality 95) or png"),
+        "per_shard": Option("5000", "samples in a tar"),
+    }
+
+    @abstractmethod
+    def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
+        """Examples of 'train' and 'val'. A list is shuffled before it is written, a stream is not."""
+
+    def source_attribution(self, options: Mapping[str, str]) -> str:
+        """What to say about the source with these options; it goes on the card of every model."""
+        return self.attribution
+
+    def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
+        """Write tar shards, indices and manifest."""
+        image_format = options["format"]
+        if image_format not in ("jpg", "png"):
+            raise SpecError(f"data {self.name}: format", "not usable", got=image_format, expected="jpg or png")
+        return write_shards(
+            folder, "".join(c if c.isalnum() and c.isascii() else "-" for c in dataset_name), self.splits(options),
+            per_shard=self.whole_number(options, "per_shard", 1), licence=self.licence, recipe=self.name,
+            attribution=self.source_attribution(options), options=options, image_format=image_format,
+        )  # fmt: skip
+
+    def check_files(self, data_dir: Path) -> dict[str, Any]:
+        """Shards and indices."""
+        return verify_shards(data_dir)
+
+    def size_px(self, options: Mapping[str, str]) -> int | None:
+        """The option ``size``; None where files are kept."""
+        return self.whole_number(options, "size", 8) if options["size"] else None
+
+    def share(self, options: Mapping[str, str], name: str) -> float:
+        """An option as a share from 0 to 0.5."""
+        try:
+            value = float(options[name])
+        except ValueError:
+            value = math.nan
+        if not 0 <= value <= 0.5:
+            expected = "a number from 0 to 0.5"
+            raise SpecError(f"data {self.name}: {name}", "not usable", got=options[name], expected=expected)
+        return value
+
+    def kind(self, text: str) -> str:
+        """A kind of caption; SpecError when it is unknown."""
+        if text not in KINDS:
+            expected = f"one of {', '.join(KINDS)}"
+            raise SpecError(f"data {self.name}", "unknown kind of caption", got=text, expected=expected)
+        return text
+
+    def folder(self, options: Mapping[str, str]) -> Path:
+        """The option ``src``, which must be a folder."""
+        src = Path(options["src"]).expanduser()
+        if not src.is_dir():
+            raise DataError(f"data {self.name}: src", "no such folder", got=src, hint="Give it with --set src=PATH.")
+        return src
+
+
+def prepared(data: bytes, size_px: int | None, image_format: str) -> bytes:
+    """An image file as it goes into a shard: plain RGB, and ``size_px`` square unless that is None.
+
+    A file that is so already is kept byte for byte. Raises ValueError for an image that would have to be enlarged.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()  # raises for a truncated file
+        wanted = size_px is None or image.size == (size_px, size_px)
+        if wanted and is_plain_rgb(image) and image.format in ("JPEG", "PNG", "WEBP"):
+            return data
+        rgb = to_rgb(image)
+    if size_px is not None:
+        if min(rgb.size) < SMALLEST * size_px:
+            raise ValueError(f"image too small for {size_px} px: {rgb.width} x {rgb.height}")
+        rgb = resize_and_crop(rgb, size_px)
+    return encode_image(rgb, image_format)
+
+
+__all__ = ["Deferred", "Example", "ShardRecipe", "prepared"]

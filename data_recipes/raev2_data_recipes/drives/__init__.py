@@ -1,0 +1,1 @@
+"""Recipes of trajectories: frames with poses."""

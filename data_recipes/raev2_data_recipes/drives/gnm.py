@@ -1,0 +1,115 @@
+"""Folders in the layout of GNM, ViNT, NoMaD and NWM: numbered JPEG files and `traj_data.pkl` per trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raev2.errors import DataError
+from raev2_tasks.nwm.data.safe_pickle import load_pickle
+from raev2_tasks.nwm.data.trajectories import Source, Storage, Trajectory
+
+from .base import Option
+from .trajectory_recipe import TrajectoryRecipe
+
+POSES = "traj_data.pkl"
+SPLIT_FOLDERS = {"train": "train", "val": "test"}
+
+
+class GnmFolder(TrajectoryRecipe):
+    """Reads `<src>/<trajectory>/0.jpg, 1.jpg, ...` and its pickled poses, through a restricted unpickler."""
+
+    name = "gnm-folder"
+    summary = "trajectories in the layout of GNM, ViNT, NoMaD and NWM"
+    licence = "that of your data"
+    attribution = "The source folder named in `options`."
+    size = "as the source"
+    options = {
+        "src": Option(None, "a folder with one sub-folder per trajectory"),
+        "splits": Option("", "a folder with train/traj_names.txt and test/traj_names.txt; then split=given"),
+        "parent": Option(r"(.+)_r?\d+", "regular expression; its first group in a folder's name is the recording"),
+        "rate_hz": Option("4", "frames a second; the layout stores no times"),
+        "yaw_offset_deg": Option("0", "added to every yaw"),
+        **TrajectoryRecipe.STORAGE,
+    }
+
+    def plan(self, options: Mapping[str, str]) -> list[str]:
+        """What ``build`` will do; lists the source folder."""
+        resolved = self.resolve(options)
+        sources, storage = list(self.sources(resolved)), self.storage(resolved)
+        parents = len({source.recording for source in sources})
+        frames = f"Store frames of {storage.size[1]} px." if storage.size else "Copy the frames as they are."
+        return [
+            f"Read {len(sources)} folders of {parents} recordings from {resolved['src']}.",
+            f"Split: {storage.split}.",
+            frames,
+        ]
+
+    def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
+        """The rate is the one given."""
+        return {"rate_hz": self.number(options, "rate_hz", 0.01), "length_unit": "metre", "camera": None}
+
+    def storage(self, options: Mapping[str, str]) -> Storage:
+        """A folder of splits decides the split."""
+        return super().storage({**options, "split": "given"} if options["splits"] else options)
+
+    def sources(self, options: Mapping[str, str]) -> Iterator[Source]:
+        """One per sub-folder, or per name in the files of splits."""
+        src = self.folder(options)
+        parent = self.pattern(options, "parent")
+        rate, offset = self.facts(options)["rate_hz"], np.deg2rad(self.number(options, "yaw_offset_deg", -360, 360))
+        split_of = self._given(options)
+        names = list(split_of) if split_of else sorted(path.name for path in src.iterdir() if path.is_dir())
+        if not names:
+            raise DataError(f"data {self.name}: src", "no sub-folders", got=src)
+        for name in names:
+            match = parent.fullmatch(name)
+            read = partial(_read, src / name, rate, float(offset), split_of.get(name))
+            yield Source(match[1] if match else name, str(src / name), read)
+
+    def _given(self, options: Mapping[str, str]) -> dict[str, str]:
+        """Split by name, from the files of names; empty without them."""
+        if not options["splits"]:
+            return {}
+        folder, found = self.folder(options, "splits"), {}
+        for split, name in SPLIT_FOLDERS.items():
+            file = folder / name / "traj_names.txt"
+            if not file.is_file():
+                raise DataError(f"data {self.name}: splits", "a file of names is missing", got=file)
+            found |= {line.strip(): split for line in file.read_text().splitlines() if line.strip()}
+        return found
+
+
+def _read(folder: Path, rate_hz: float, yaw_offset: float, split: str | None) -> Iterator[Trajectory]:
+    where = f"trajectory {folder.name}"
+    if not folder.is_dir():
+        raise DataError(where, "its folder is missing", got=folder)
+    if not (folder / POSES).is_file():
+        raise DataError(where, f"{POSES} is missing")
+    values = load_pickle(folder / POSES)
+    missing = [key for key in ("position", "yaw") if not isinstance(values, dict) or key not in values]
+    if missing:
+        raise DataError(where, f"{POSES} has no {missing[0]}")
+    try:
+        position, yaw = np.asarray(values["position"], np.float64), np.asarray(values["yaw"], np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(where, "its poses are not numbers", got=error) from error
+    numbers = sorted(int(file.stem) for file in folder.glob("*.jpg") if file.stem.isdecimal())
+    gap = next((index for index, number in enumerate(numbers) if index != number), None)
+    if gap is not None:
+        raise DataError(where, "a gap in the numbers of the frames", got=f"{gap}.jpg is missing")
+    yield Trajectory(
+        id=folder.name,
+        t=np.arange(len(yaw)) / rate_hz,
+        position=position[:, :2] if position.ndim == 2 else position,
+        yaw=(yaw[:, 0] if yaw.ndim == 2 else yaw) + yaw_offset,
+        frames=((folder / f"{number}.jpg").read_bytes() for number in numbers),
+        split=split,
+    )
+
+
+RECIPE = GnmFolder()

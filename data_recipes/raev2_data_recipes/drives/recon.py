@@ -1,0 +1,91 @@
+"""RECON as its authors distribute it: one HDF5 file per trajectory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raev2.errors import DataError
+from raev2_tasks.nwm.data.trajectories import Source, Trajectory
+
+from .base import Option
+from .trajectory_recipe import TrajectoryRecipe, require
+
+IMAGES, POSITION, YAW = "images/rgb_left", "jackal/position", "jackal/yaw"
+COMMANDS = ("commands/linear_velocity", "commands/angular_velocity")
+CAMERA = {
+    "model": "wide lens with distortion", "width": 640, "height": 480, "fx": 272.5, "fy": 266.4, "cx": 320.0,
+    "cy": 220.0,
+}  # fmt: skip
+
+
+class ReconHdf5(TrajectoryRecipe):
+    """Left camera, position and yaw; the JPEG bytes are kept unless a size is asked for."""
+
+    name = "recon-hdf5"
+    summary = "RECON (Clearpath Jackal, outdoors), the HDF5 files of its authors"
+    licence = "see the RECON dataset page; not stored in the files"
+    attribution = "RECON dataset: Shah et al. 2021, Rapid Exploration for Open-World Navigation."
+    size = "11,835 trajectories, about 610,000 frames"
+    options = {
+        "src": Option(None, "the folder recon_release with its .hdf5 files"),
+        "rate_hz": Option("4", "frames a second; the files store no times"),
+        **TrajectoryRecipe.STORAGE,
+    }
+
+    def plan(self, options: Mapping[str, str]) -> list[str]:
+        """What ``build`` will do; lists the source folder."""
+        resolved = self.resolve(options)
+        sources, storage = list(self.sources(resolved)), self.storage(resolved)
+        parents = len({source.recording for source in sources})
+        return [
+            f"Read {len(sources)} HDF5 files of {parents} recordings from {resolved['src']}.",
+            f"Split: {storage.split}.",
+            f"Store frames of {storage.size[1]} px." if storage.size else "Keep the JPEG files of 640 x 480.",
+        ]
+
+    def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
+        """The rate is the one given."""
+        return {"rate_hz": self.number(options, "rate_hz", 0.01), "length_unit": "metre", "camera": CAMERA}
+
+    def sources(self, options: Mapping[str, str]) -> Iterator[Source]:
+        """One per file; files that differ only in `_rNN` are of one recording."""
+        src = self.folder(options)
+        require("h5py")
+        files = sorted(src.rglob("*.hdf5"))
+        if not files:
+            raise DataError(f"data {self.name}: src", "no .hdf5 files", got=src)
+        rate = self.facts(options)["rate_hz"]
+        for file in files:
+            yield Source(re.sub(r"_r\d+$", "", file.stem), str(file), partial(_read, file, rate))
+
+
+def _read(file: Path, rate_hz: float) -> Iterator[Trajectory]:
+    where = f"trajectory {file.stem}"
+    h5py = require("h5py")
+    try:
+        with h5py.File(file) as data:
+            missing = [name for name in (IMAGES, POSITION, YAW) if name not in data]
+            if missing:
+                raise DataError(where, f"{missing[0]} is missing from the file")
+            frames = [bytes(frame) for frame in data[IMAGES][:]]
+            position, yaw = data[POSITION][:], data[YAW][:]
+            told = [np.asarray(data[name][:]).reshape(len(yaw)) for name in COMMANDS if name in data]
+    except OSError as error:
+        raise DataError(where, "cannot be opened as HDF5", got=error) from error
+    yield Trajectory(
+        id=file.stem,
+        t=np.arange(len(yaw)) / rate_hz,
+        position=position[:, :2] if position.ndim == 2 else position,
+        yaw=yaw.reshape(len(yaw)),
+        frames=frames,
+        command=np.column_stack(told) if len(told) == len(COMMANDS) else None,
+    )
+
+
+RECIPE = ReconHdf5()

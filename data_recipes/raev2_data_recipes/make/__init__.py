@@ -1,0 +1,1 @@
+"""The scripts that made what ships in the packages."""

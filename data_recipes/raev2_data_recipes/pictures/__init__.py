@@ -1,0 +1,1 @@
+"""Recipes of pictures with or without classes."""

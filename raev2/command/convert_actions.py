@@ -1,0 +1,447 @@
+"""`raev2 import` and `raev2 export`: weights of other implementations to artefact folders, and back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raev2.errors import CheckpointError, SpecError
+from raev2.spec_io import override_values
+
+if TYPE_CHECKING:
+    from raev2.interop.files import Source
+    from raev2.spec import AnySpec, EncoderSpec, TokenizerSpec
+    from raev2.tokenizer.decoder import ViTDecoder
+    from raev2.tokenizer.encoders import FrozenEncoder
+    from raev2.tokenizer.latent_stats import LatentStats
+    from raev2.tokenizer.rae import RAE
+
+Rows = list[tuple[str, str]]
+ORIGINS = {"rae": "RAE (v1)", "raev2": "RAEv2"}
+LICENCES = {
+    "RAE (v1)": "Weights published with RAE come with code under the MIT licence.",
+    "RAEv2": "Weights published with RAEv2 come with code under CC BY-NC 4.0: not for commercial use.",
+    "AutoencoderRAE of diffusers": "The code of diffusers is under Apache-2.0; the encoder has its own licence.",
+}
+TERMS = "The terms of these weights are those of the place they were published at."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Import
+
+
+def import_weights(options: Namespace) -> Rows:
+    """Write the artefact folder `options.out` from `options.src`; what was found and done, as rows to print."""
+    from raev2.interop.files import read_source
+
+    out = Path(options.out)
+    source = read_source(options.src)
+    if source.kind == "statistics":
+        raise CheckpointError(
+            str(source.path), "latent statistics alone are no tokenizer", got=", ".join(source.tensors),
+            hint=f"Import the decoder they belong to: raev2 import DECODER --stats {source.path} --out {out}",
+        )  # fmt: skip
+    if source.kind != "decoder":
+        given = {"encoder": options.encoder, "encoder-dir": options.encoder_dir, "stats": options.stats,
+                 "from": options.origin}  # fmt: skip
+        if source.kind == "autoencoder":
+            given |= {"config": options.config, "set": options.overrides}
+        for name, value in given.items():
+            if value:
+                raise SpecError(f"--{name}", f"has no effect with {source.layout}")
+    if source.kind == "generator":
+        return _import_generator(source, options, out)
+    with _scratch(out) as folder:
+        if source.kind == "autoencoder":
+            rae, rows = _import_autoencoder(source, Path(folder))
+        else:
+            rae, rows = _import_tokenizer(source, options)
+        rae.save_pretrained(out)
+    return rows + [("tokenizer", str(out))]
+
+
+def _import_generator(source: Source, options: Namespace, out: Path) -> Rows:
+    from raev2.files.artefact import save_artefact
+    from raev2.interop.files import generator_part, read_config
+    from raev2.interop.generators import convert_generator
+
+    config = override_values(generator_part(read_config(options.config)) if options.config else {}, options.overrides)
+    generator, conversion = convert_generator(source.tensors, config)
+    generator.extra = _extra(source, source.layout.partition(" DiT")[0].partition(" Lightning")[0])
+    card = _generator_card(source, generator.extra["licence"])
+    save_artefact(out, kind="generator", config=generator.config(), tensors=conversion.write, card=card)
+    channels, rows, columns = generator.latent_shape
+    num_parameters = sum(parameter.numel() for parameter in generator.parameters())
+    given = "" if "prediction" in config else " (not in the weights; --set prediction=... changes it)"
+    return [
+        ("found", _found(source, source.layout)),
+        ("latents", f"{channels} x {rows} x {columns}"),
+        ("condition", generator.condition_spec.kind),
+        ("prediction", generator.flow.prediction + given),
+        ("parameters", f"{num_parameters / 1e6:.2f} M"),
+        ("generator", str(out)),
+    ]
+
+
+def _import_autoencoder(source: Source, folder: Path) -> tuple[RAE, Rows]:
+    from raev2.interop.autoencoders import import_autoencoder
+
+    rae = import_autoencoder(source.tensors, source.config, folder / "encoder")
+    rae.extra = _extra(source, source.layout)
+    return rae, [("found", source.layout), *_tokenizer_rows(rae)]
+
+
+def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
+    from accelerate import init_empty_weights
+
+    from raev2.interop.decoders import decoder_spec, decoder_tensors, import_decoder
+    from raev2.interop.files import read_source
+    from raev2.interop.stats import import_stats
+    from raev2.spec import TokenizerSpec
+    from raev2.tokenizer.encoders import build_encoder
+    from raev2.tokenizer.rae import RAE
+
+    given = _given_tokenizer(options)
+    origin = _origin(options, given.config)
+    decoder, latent_dim, grid = decoder_spec(decoder_tensors(source.tensors), given.decoder)
+    encoder = build_encoder(given.encoder, grid, source=options.encoder_dir)
+    if encoder.width != latent_dim:
+        raise CheckpointError(
+            str(source.path), "the decoder belongs to another encoder", got=f"latents of width {latent_dim}",
+            expected=f"{encoder.width}, the width of {encoder.info.name}",
+        )  # fmt: skip
+    _check_image_size(given.config, encoder, grid)
+    with init_empty_weights(include_buffers=False):
+        spec = _validated(
+            TokenizerSpec, {"encoder": given.encoder, "decoder": decoder, "grid": grid, **given.noise}, "--set "
+        )
+        rae = RAE(spec, encoder)
+    pixels = (encoder.info.mean, encoder.info.std) if origin == ORIGINS["rae"] else (None, None)
+    rae.decoder = import_decoder(source.tensors, {**given.decoder, "grid": grid}, *pixels)
+
+    files = dict(source.files)
+    notes: Rows = [("statistics", "none: give them with --stats, or compute them; without them nothing is encoded")]
+    if options.stats:
+        found = read_source(options.stats)
+        if found.kind != "statistics":
+            raise CheckpointError(options.stats, "not latent statistics", got=found.layout, expected="'mean' and 'var'")
+        files |= found.files
+        name, digest = next(iter(found.files.items()))
+        data = f"imported from {name}, SHA-256 {digest[:12]}"
+        rae.set_stats(import_stats(found.tensors, rae.latent_shape, encoder=encoder.fingerprint(), data=data))
+        absent = [
+            f"no {name}: taken as {value}" for name, value in (("mean", 0), ("var", 1)) if name not in found.tensors
+        ]
+        notes = [("statistics", ", ".join([data, *absent]))]
+    rae.extra = _extra(source, origin, files)
+    return rae, [("found", _found(source, f"{source.layout} of {origin}")), *_tokenizer_rows(rae), *notes]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What options and configuration say about a tokenizer."""
+
+    config: Mapping[str, Any]  # of the reference
+    encoder: EncoderSpec
+    decoder: Mapping[str, Any]
+    noise: Mapping[str, Any]
+
+
+def _given_tokenizer(options: Namespace) -> _Given:
+    from raev2.interop.decoders import HEADS
+    from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
+    from raev2.interop.files import read_config, tokenizer_part
+    from raev2.spec import EncoderSpec, TokenizerSpec
+
+    config = tokenizer_part(read_config(options.config)) if options.config else {}
+    decoder: dict[str, Any] = {"heads": config[HEADS]} if HEADS in config else {}
+    encoder: EncoderSpec | None = None
+    if "encoder" in config and "decoder" in config:  # ours
+        spec = _validated(TokenizerSpec, config, f"{options.config} tokenizer.")
+        encoder, decoder = spec.encoder, {"heads": spec.decoder.num_heads, "grid": spec.grid}
+    elif "encoder_name" in config:
+        encoder = reference_encoder(str(config["encoder_name"]))
+    elif "encoder_cls" in config:
+        encoder = v1_encoder(config)
+    if options.encoder:
+        name = options.encoder
+        encoder = reference_encoder(name) if is_reference_name(name) else EncoderSpec(name=name, antialias=False)
+    if encoder is None:
+        raise SpecError(
+            "--encoder", "a decoder does not say which encoder it belongs to",
+            expected="a name from `raev2 encoders`, a name of RAEv2 such as "
+            "'dinov3mls-vit-l16[layers=11.13.15.17.19.21.23]', 'hf:ID' or a folder; or --config FILE",
+        )  # fmt: skip
+    values = override_values({"encoder": encoder.model_dump()}, options.overrides)
+    encoder = _validated(EncoderSpec, values.pop("encoder"), "--set encoder.")
+    noise: dict[str, Any] = {name: values.pop(name) for name in ("noise_tau", "noise_distribution") if name in values}
+    known = {"latent_dim", "width", "depth", "heads", "mlp_width", "patch_size", "num_patches", "grid"}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise SpecError(
+            f"--set {unknown[0]}", "unknown field", expected=f"encoder.FIELD, noise_tau, {', '.join(sorted(known))}"
+        )
+    return _Given(config, encoder, decoder | values, noise)
+
+
+def _validated(model: type[AnySpec], values: Mapping[str, Any], where: str) -> AnySpec:
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SpecError(f"{where}{'.'.join(map(str, first['loc']))}", str(first["msg"])) from error
+
+
+def _origin(options: Namespace, config: Mapping[str, Any]) -> str:
+    """Which implementation trained a decoder; the files look alike, and pixels differ."""
+    told = "rae" if "encoder_cls" in config else "raev2" if config.keys() & {"encoder_name", "encoder"} else None
+    if options.origin is None and told is None:
+        raise SpecError(
+            "--from",
+            "decoders of RAE and RAEv2 look alike, but RAE predicts normalised pixels",
+            expected="--from rae or --from raev2, or --config FILE",
+        )
+    return ORIGINS[options.origin or told or ""]
+
+
+def _check_image_size(config: Mapping[str, Any], encoder: FrozenEncoder, grid: tuple[int, int]) -> None:
+    """The pixels that a configuration of the reference states must give the decoder's tokens."""
+    from raev2.interop.generators import nearest_multiples
+
+    for name, unit in (("resolution", 16), ("encoder_input_size", encoder.patch_size)):
+        size = config.get(name)
+        if size is None:
+            continue
+        if size % unit:
+            expected = f"a multiple of {unit}: {' or '.join(map(str, nearest_multiples(size, unit)))}"
+            raise SpecError(f"config {name}", "no image size for this encoder", got=size, expected=expected)
+        if (size // unit) ** 2 != grid[0] * grid[1]:
+            raise SpecError(
+                f"config {name}", "does not fit the decoder", got=f"{size} px, {(size // unit) ** 2} tokens",
+                expected=f"{grid[0] * unit} px, {grid[0] * grid[1]} tokens",
+            )  # fmt: skip
+
+
+def _tokenizer_rows(rae: RAE) -> Rows:
+    spec, (channels, rows, columns) = rae.spec, rae.latent_shape
+    parameters = sum(parameter.numel() for parameter in rae.decoder.parameters())
+    result = [
+        ("encoder", f"{rae.encoder.info.name}, licence {rae.encoder.info.licence}"),
+        ("layers", f"{list(rae.encoder.layers)}, {spec.encoder.aggregate}" + ", pooled" * spec.encoder.pooled_term),
+        ("latents", f"{channels} x {rows} x {columns}"),
+        ("images", f"{spec.image_size[0]} x {spec.image_size[1]} px"),
+        ("decoder parameters", f"{parameters / 1e6:.2f} M"),
+    ]
+    if rae.encoder.info.name.startswith("siglip2") and rae.encoder.info.mean[0] == 0.5:
+        result.append(
+            ("pixels", "normalised with 0.5, as SigLIP-2 was trained; the code of RAEv2 uses ImageNet values")
+        )
+    return result
+
+
+def _found(source: Source, layout: str) -> str:
+    kinds = {"ema": ", averaged weights", "model": ", weights without averaging"}
+    return layout + kinds.get(source.weights, "")
+
+
+def _extra(source: Source, origin: str, files: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The entry of config.json that says where weights come from."""
+    licence = f"{LICENCES.get(origin, '')} {TERMS}".strip()
+    if source.licence:
+        licence += f"\n\nThe licence file beside them:\n\n```\n{source.licence}\n```"
+    where = {"layout": source.layout, "origin": origin, "path": str(source.path), "weights": source.weights}
+    return {"source": where | {"sha256": dict(files or source.files)}, "licence": licence}
+
+
+def _generator_card(source: Source, licence: str) -> str:
+    files = "\n".join(f"| {name} | `{digest}` |" for name, digest in source.files.items())
+    return f"""---
+library_name: raev2
+---
+
+# Generator, imported from {source.layout}
+
+It needs the tokenizer it was trained with, with the same latent statistics.
+
+| file | SHA-256 |
+|---|---|
+{files}
+
+## Licence
+
+{licence}
+
+## Use
+
+```python
+from raev2 import RAE, Generator, sample
+
+images = sample(Generator.from_pretrained("GENERATOR"), RAE.from_pretrained("TOKENIZER"), cond, steps=50)
+```
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def export_weights(options: Namespace) -> Rows:
+    """Write `options.out` from a run or artefact folder; what was written, as rows to print."""
+    out = Path(options.out)
+    artefacts = _artefacts(Path(options.run))
+    write = {"reference": _export_reference, "diffusers": _export_diffusers, "hub": _export_hub}[options.format]
+    with _scratch(out) as folder:
+        rows = write(artefacts, Path(folder))
+        out.mkdir(parents=True, exist_ok=True)
+        for entry in Path(folder).iterdir():
+            target = out / entry.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(entry, target)
+    return [(name, str(out / file) if file else text) for name, file, text in rows]
+
+
+def _scratch(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder for partial output on the disk of `out`, gone in the end."""
+    parent = next(folder for folder in out.resolve().parents if folder.is_dir())
+    return tempfile.TemporaryDirectory(dir=parent, prefix=".raev2-")
+
+
+Written = list[tuple[str, str, str]]  # name, file in the output folder, or else a text
+
+
+def _artefacts(path: Path) -> dict[str, Path]:
+    """The tokenizer and generator of a run folder, or the one artefact that a folder is."""
+    import json
+
+    from raev2.pipeline import GENERATOR, TOKENIZER, tokenizer_of
+    from raev2.spec_io import load_spec
+
+    if (path / "config.json").is_file():
+        kind = json.loads((path / "config.json").read_text()).get("kind")
+        if kind in (TOKENIZER, GENERATOR):
+            return {kind: path}
+    if (path / "spec.yaml").is_file():
+        found = {TOKENIZER: Path(tokenizer_of(path, load_spec(path / "spec.yaml"))), GENERATOR: path / GENERATOR}
+    else:
+        found = {kind: path / kind for kind in (TOKENIZER, GENERATOR)}
+    found = {kind: folder for kind, folder in found.items() if (folder / "config.json").is_file()}
+    if not found:
+        raise CheckpointError(
+            str(path), "nothing to export", got="no artefact in it" if path.is_dir() else "no such folder",
+            expected="a run folder, or a tokenizer or generator folder",
+        )  # fmt: skip
+    return found
+
+
+def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Written:
+    """decoder.pt, stats.pt and generator.pt as RAEv2 reads them, and config.yaml."""
+    import torch
+    import yaml
+
+    from raev2.interop.decoders import export_decoder
+    from raev2.interop.generators import export_generator, generator_config
+    from raev2.interop.stats import export_stats
+    from raev2.pipeline import load_generator
+
+    config: dict[str, Any] = {}
+    rows: Written = []
+    if "tokenizer" in artefacts:
+        spec, decoder, stats = _read_tokenizer(artefacts["tokenizer"])
+        torch.save(export_decoder(decoder), out / "decoder.pt")
+        config["stage_1"] = spec.model_dump(mode="json")
+        rows.append(("decoder", "decoder.pt", ""))
+        if stats is not None:
+            torch.save(export_stats(stats), out / "stats.pt")
+            rows.append(("statistics", "stats.pt", ""))
+    if "generator" in artefacts:
+        generator = load_generator(artefacts["generator"])
+        config["stage_2"] = generator_config(generator)
+        torch.save(export_generator(generator), out / "generator.pt")
+        rows.append(("generator", "generator.pt", ""))
+    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return [*rows, ("config", "config.yaml", "")]
+
+
+def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats | None]:
+    """Spec, decoder and statistics of a tokenizer artefact; its encoder is not needed."""
+    from raev2.files.artefact import load_artefact, load_strict
+    from raev2.spec import TokenizerSpec
+    from raev2.tokenizer.decoder import ViTDecoder
+    from raev2.tokenizer.latent_stats import LatentStats
+
+    config, tensors, _ = load_artefact(path, kind="tokenizer")
+    if config["tokenizer"].get("kind", "rae") != "rae":
+        raise CheckpointError(
+            str(path), "has no decoder of its own", got=config["tokenizer"]["kind"], expected="an RAE"
+        )
+    spec = TokenizerSpec.model_validate(config["tokenizer"])
+    decoder = ViTDecoder(tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
+    weights = {name.removeprefix("decoder."): v for name, v in tensors.items() if name.startswith("decoder.")}
+    load_strict(decoder, weights, str(path))
+    stats = config["stats"]
+    return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
+
+
+def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Written:
+    """The tokenizer as an AutoencoderRAE; diffusers has no class for the generators."""
+    from raev2.interop.autoencoders import export_autoencoder
+    from raev2.tokenizer.rae import RAE
+
+    if "tokenizer" not in artefacts:
+        raise CheckpointError(
+            "--format diffusers", "diffusers has a class for tokenizers only", got="a generator",
+            hint="Export it with --format reference or hub.",
+        )  # fmt: skip
+    rae = RAE.from_pretrained(artefacts["tokenizer"])
+    export_autoencoder(rae).save_pretrained(out)
+    rows: Written = [("AutoencoderRAE", "config.json", "")]
+    if rae.spec.encoder.antialias:
+        rows.append(
+            ("note", "", "diffusers never antialiases: outputs are equal for images of the encoder's input size")
+        )
+    if "generator" in artefacts:
+        rows.append(("note", "", "the generator was left out: diffusers has no class for it"))
+    return rows
+
+
+def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Written:
+    """Complete artefact folders with the run's numbers in their model cards; each is a repository for the hub."""
+    from raev2.files.artefact import FILES
+
+    rows: Written = []
+    for kind, folder in artefacts.items():
+        (out / kind).mkdir()
+        for name in FILES:
+            if (folder / name).is_dir():
+                shutil.copytree(folder / name, out / kind / name)
+            elif (folder / name).is_file():
+                shutil.copy(folder / name, out / kind / name)
+        card = out / kind / "README.md"
+        card.write_text(card.read_text().rstrip() + "\n" + _evaluations(folder.parent / "eval", kind))
+        rows.append((kind, kind, ""))
+    return rows
+
+
+def _evaluations(folder: Path, kind: str) -> str:
+    """The results of a run that concern a part, as a section of its model card."""
+    import json
+
+    sections = []
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        if (kind == "generator") != (result["sampling"] is not None):
+            continue
+        rows = "\n".join(
+            f"| {r['name']} | {r['value']:.4g} | {r['num_samples']} | {r['note']} |" for r in result["results"]
+        )
+        sections.append(f"\n### {result['protocol']}\n\n| metric | value | n | note |\n|---|---|---|---|\n{rows}\n")
+    return "\n## Evaluation\n" + "".join(sections) if sections else ""

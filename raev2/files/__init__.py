@@ -1,0 +1,1 @@
+"""What lies on disk: artefact folders, manifests of datasets, hashes, pictures."""

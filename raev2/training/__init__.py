@@ -1,0 +1,1 @@
+"""What keeps a training alive: processes, averages, optimizers, checkpoints, the run folder."""

@@ -1,0 +1,407 @@
+"""A run: its folder, its log, its processes and its random numbers. Shared by the two training loops.
+
+    run = open_run("runs/TASK/NAME", spec)
+    run.log(stage="generator", kind="train", images=128, step=1, loss=1.2)
+
+The folder is described in docs/conventions.md#run-folder. Opening an existing folder with the same spec continues it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from raev2.batch import Batch
+from raev2.data import derived_seed
+from raev2.errors import CheckpointError
+from raev2.files.artefact import load_strict, write_json
+from raev2.spec import LoopSpec, RunSpec
+from raev2.spec_io import fingerprint, load_spec, save_spec, spec_differences
+from raev2.training import dist
+from raev2.training.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from raev2.training.ema import EMA
+
+logger = logging.getLogger(__name__)
+MAX_NON_FINITE_STEPS = 20
+
+
+@dataclass
+class Run:
+    """A run folder opened by this process. `accelerator` holds device and process group."""
+
+    dir: Path
+    spec: RunSpec
+    accelerator: Accelerator
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process."""
+        return self.accelerator.device
+
+    def autocast(self) -> torch.autocast:
+        """Autocast to bfloat16 inside, or nothing in a float32 run. (Accelerate has one precision per process.)"""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16")
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl (main process only)."""
+        if dist.is_main():
+            with (self.dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+
+    def history(self, **match: Any) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl whose fields equal `match`."""
+        return [line for line in self._lines() if all(line.get(name) == value for name, value in match.items())]
+
+    def forget_after(self, stage: str, images: int) -> None:
+        """Drop log lines of a stage past `images` (0: all of them): a resumed run writes them again."""
+        file = self.dir / "metrics.jsonl"
+        if dist.is_main() and file.is_file():
+            last = images if images > 0 else -1
+            kept = [line for line in self._lines() if line.get("stage") != stage or line["images"] <= last]
+            partial = file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(partial, file)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl; a last line that was cut short (killed process, full disk) is left out."""
+        file = self.dir / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: bool = False) -> Run:
+    """Create a run folder, or continue one that was written with the same spec.
+
+    Raises CheckpointError if the folder belongs to another spec, or exists and `resume` is off.
+    """
+    dir = Path(dir)
+    accelerator = make_accelerator(spec.precision)
+    if dist.is_main():
+        spec_file = dir / "spec.yaml"
+        if spec_file.is_file() and overwrite:
+            shutil.rmtree(dir)
+        if spec_file.is_file():
+            _check_continues(dir, load_spec(spec_file), spec, resume)
+        elif dir.exists() and any(not file.name.startswith(".") for file in dir.iterdir()):
+            raise CheckpointError(str(dir), "exists and is not a run folder", hint="Choose another --run.")
+        dir.mkdir(parents=True, exist_ok=True)
+        save_spec(spec, spec_file)
+        if not (dir / "provenance.json").is_file():
+            write_json(dir / "provenance.json", provenance(spec, accelerator.device))
+    dist.barrier()
+    return Run(dir, spec, accelerator)
+
+
+def newest_run(task_name: str, root: Path = Path("runs")) -> Path:
+    """The run folder of a task that was written to last."""
+    runs = [file.parent for file in (root / task_name).glob("*/spec.yaml")]
+    if not runs:
+        raise CheckpointError(
+            f"{root / task_name}", "no run of this task yet", hint=f"Start one with `raev2 train --task {task_name}`."
+        )
+    return max(runs, key=lambda run: max(file.stat().st_mtime for file in run.iterdir()))
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Device and processes; 'fp32' also switches TF32 off. Autocast is `Run.autocast`."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    return Accelerator(mixed_precision="no")
+
+
+def provenance(spec: RunSpec, device: torch.device) -> dict[str, Any]:
+    """Versions, revision, machine and command line, for provenance.json."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "spec_fingerprint": fingerprint(spec),
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "num_threads": torch.get_num_threads(),
+        "processes": dist.world_size(),
+        "versions": package_versions(),
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of the packages that numbers may depend on."""
+    packages = (
+        "raev2",
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "accelerate",
+        "torchmetrics",
+        "numpy",
+        "pillow",
+    )
+    return {name: _version(name) for name in packages}
+
+
+def add_provenance(run: Run, name: str, value: Any) -> None:
+    """Add one entry to provenance.json, such as the dataset once it is open."""
+    if dist.is_main():
+        file = run.dir / "provenance.json"
+        write_json(file, {**json.loads(file.read_text()), name: value})
+
+
+def step_generator(device: torch.device, *parts: object) -> torch.Generator:
+    """Random numbers of one step: a generator seeded by a hash of (seed, stage, rank, images seen)."""
+    return torch.Generator(device).manual_seed(derived_seed(*parts))
+
+
+class StopSignal:
+    """True after Ctrl-C or SIGTERM; the loops then save and return. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __bool__(self) -> bool:
+        return dist.any_process(self.received)
+
+    def __enter__(self) -> StopSignal:
+        self._old = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """Training was asked to stop; a checkpoint was saved."""
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model wrapped for several processes (DDP); the model itself with one."""
+    if not dist.is_distributed():
+        return model
+    parameter = next(model.parameters())
+    return DistributedDataParallel(model, device_ids=[parameter.device] if parameter.is_cuda else None)
+
+
+def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float, bool]]:
+    """Parts of at most `size` samples, each with its share of the batch and whether it is the last one.
+
+    The sum of share * mean loss over the parts has the gradient of the mean loss over the whole batch.
+    """
+    num = len(batch.key)
+    size = size or num
+    for start in range(0, num, size):
+        rows = slice(start, min(start + size, num))
+        cond = {name: value[rows] for name, value in batch.cond.items()}
+        part = Batch(batch.images[rows], cond, batch.key[rows])
+        yield part, len(part.key) / num, rows.stop == num
+
+
+def gradient_sync(model: nn.Module, sync: bool) -> AbstractContextManager[object]:
+    """Forward and backward inside: processes exchange gradients only where `sync` is True."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
+
+
+def attention_kernels(device: torch.device, num_tokens: int) -> AbstractContextManager[object]:
+    """Attention kernels of transformers and timm in stage 1: plain matrix products for short sequences on a CPU.
+
+    Only around forward and backward: the setting is global, and an evaluation in training must compute as one after it.
+    The backward of torch's fused CPU kernel takes 5 times as long at 64 tokens, and the same at 256 (measured, bf16).
+    """
+    if device.type == "cpu" and num_tokens <= 128:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], loss: Tensor, clip: float | None) -> float:
+    """Clip the gradients and step; returns their norm.
+
+    With a non-finite loss or gradient on any process nothing is changed and the result is nan, so that it never
+    reaches weights, averages or optimizer state.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else math.inf)
+    finite = not dist.any_process(not bool(torch.isfinite(norm + loss.detach())))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm) if finite else math.nan
+
+
+class NonFiniteGuard:
+    """Counts skipped steps in a row and stops the run when it cannot recover."""
+
+    def __init__(self, run: Run, stage: str) -> None:
+        self.run, self.stage, self.in_a_row = run, stage, 0
+
+    def check(self, grad_norm: float, images: int, step: int, keys: Tensor) -> bool:
+        """Whether the step was taken; a run of skipped ones raises CheckpointError, the last checkpoint is intact."""
+        if math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        self.run.log(
+            stage=self.stage, kind="event", event="non_finite", images=images, step=step, rank=dist.rank(),
+            keys=keys[:8].tolist(),
+        )  # fmt: skip
+        logger.warning("%s step %d: loss or gradient is not finite, step skipped", self.stage, step)
+        if self.in_a_row >= MAX_NON_FINITE_STEPS:
+            raise CheckpointError(
+                str(self.run.dir), f"{self.in_a_row} steps in a row without a finite loss, stopped at step {step}",
+                hint="The last checkpoint is intact. Try a lower learning rate or precision=fp32.",
+            )  # fmt: skip
+        return False
+
+
+def save_training(
+    folder: Path,
+    images: int,
+    keep: int,
+    modules: Mapping[str, nn.Module],
+    ema: EMA,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+) -> None:
+    """Checkpoint networks, averaged weights and optimizers (main process); everyone waits for it."""
+    if dist.is_main():
+        names = _parameter_names(modules)
+        tensors = {stem: module.state_dict() for stem, module in modules.items()}
+        tensors |= {f"ema-{decay}": ema.state_dict(decay) for decay in ema.decays}
+        tensors |= {stem: optimizer_tensors(optimizer, names) for stem, optimizer in optimizers.items()}
+        save_checkpoint(folder, images, Checkpoint(tensors, {}), keep)
+    dist.barrier()
+
+
+def restore_training(
+    folder: Path, modules: Mapping[str, nn.Module], ema: EMA, optimizers: Mapping[str, torch.optim.Optimizer]
+) -> int:
+    """Inverse of `save_training`, from the newest intact checkpoint; returns images seen, 0 without a checkpoint."""
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        return 0
+    for stem, module in modules.items():
+        load_strict(module, checkpoint.tensors[stem], f"{checkpoint.path}/{stem}")
+    for decay in ema.decays:
+        ema.load_state_dict(decay, checkpoint.tensors[f"ema-{decay}"])
+    for stem, optimizer in optimizers.items():
+        load_optimizer_tensors(optimizer, _parameter_names(modules), checkpoint.tensors[stem])
+    return int(checkpoint.state["images"])
+
+
+def _parameter_names(modules: Mapping[str, nn.Module]) -> dict[Tensor, str]:
+    return {p: f"{stem}/{name}" for stem, module in modules.items() for name, p in module.named_parameters()}
+
+
+class Progress:
+    """Status lines: images, loss, rate, data-wait share, time left. One line that moves on a terminal."""
+
+    def __init__(self, stage: str, loop: LoopSpec, start_images: int) -> None:
+        self.stage, self.loop, self.start_images = stage, loop, start_images
+        self.start = self.last = time.perf_counter()
+        self.last_images, self.wait = start_images, 0.0
+        self.on_terminal = sys.stderr.isatty()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time inside counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - start
+
+    def report(self, images: int, **values: float) -> dict[str, float]:
+        """Print one status line; returns its rate and data-wait share for the log."""
+        now = time.perf_counter()
+        rate = (images - self.last_images) / max(now - self.last, 1e-9)
+        wait = self.wait / max(now - self.last, 1e-9)
+        left = (self.loop.images - images) * (now - self.start) / max(images - self.start_images, 1)
+        self.last, self.last_images, self.wait = now, images, 0.0
+        if dist.is_main():
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            line = (
+                f"{self.stage}  {images:,}/{self.loop.images:,} images  {numbers}  "
+                f"{rate:,.0f} images/s  wait {wait:.0%}  left {_clock(left)}"
+            )
+            end = "\r" if self.on_terminal and images < self.loop.images else "\n"
+            print(f"\x1b[2K{line}" if self.on_terminal else line, end=end, file=sys.stderr, flush=True)
+        return {"images_per_s": round(rate, 2), "data_wait": round(wait, 4)}
+
+
+def crossed(every: int | None, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return every is not None and after // every > before // every
+
+
+def _check_continues(dir: Path, old: RunSpec, new: RunSpec, resume: bool) -> None:
+    if not resume:
+        raise CheckpointError(
+            str(dir),
+            "the run folder exists",
+            hint="Choose another --run, or --overwrite to delete it, or --resume auto.",
+        )
+    differences = spec_differences(old, new)
+    if differences:
+        more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+        raise CheckpointError(
+            str(dir),
+            f"written for spec fingerprint {fingerprint(old)}",
+            got=f"{fingerprint(new)} ({differences[0]}{more})",
+            expected="the same spec to continue",
+            hint="Choose another --run, or --overwrite to delete this one.",
+        )
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

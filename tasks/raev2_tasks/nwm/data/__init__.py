@@ -1,0 +1,1 @@
+"""Recorded trajectories: files, index, datasets, places to start from."""

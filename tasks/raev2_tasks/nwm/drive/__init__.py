@@ -1,0 +1,1 @@
+"""Driving and rolling out a trained model."""

@@ -1,0 +1,371 @@
+"""Drive a world from a web page: keys in, frames out. `raev2 nwm drive`.
+
+    Drive        one ride: a world, maybe the real engine beside it, and everything that was done
+    make_app     the web application: JSON in, JSON with PNG pictures out, one ride per browser tab
+    serve        run it until Ctrl-C
+
+The page itself is in drive_page/ and loads nothing from elsewhere. The page, the server and the recording speak metres,
+degrees and seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import logging
+import math
+import secrets
+import socket
+import threading
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, ValidationError
+
+from raev2.errors import DataError, RaeError, SpecError, TaskError
+from raev2.spec import Spec
+from raev2_tasks.nwm.twist import exp
+from raev2_tasks.nwm.worlds.worlds import Frame, Poses, ToyWorld, World
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+logger = logging.getLogger(__name__)
+PAGE = Path(__file__).parent / "drive_page"
+RECORD_FORMAT_VERSION = 1
+MAX_RIDES = 16  # the longest unused one is dropped for a new one
+PORT = 8321
+
+
+class StepRequest(Spec):
+    """A command as the page gives it: constant speed and turn rate (left positive) for some seconds."""
+
+    speed_m_s: float = Field(0, ge=-50, le=50)
+    turn_deg_s: float = Field(0, ge=-720, le=720)
+    seconds: float = Field(gt=0, le=60)
+    sampler_steps: int | None = Field(None, ge=1, le=1000)
+
+    @property
+    def command(self) -> Poses:
+        """Motion (3,) in metres and radians: an arc."""
+        return exp(np.array([self.speed_m_s, 0.0, math.radians(self.turn_deg_s)]) * self.seconds)
+
+
+class StartRequest(Spec):
+    """Where to start."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows after a step, or at the start (request None)."""
+
+    frame: Frame
+    pose: Poses
+    engine_frame: Frame | None
+    engine_pose: Poses | None
+    request: StepRequest | None = None
+    latency_s: float = 0.0
+    complaint: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A ride
+
+
+class Drive:
+    """One ride through a world.
+
+    engine   the real thing beside it, which gets the same commands from the same start
+    """
+
+    def __init__(self, world: World, engine: World | None = None, seed: int = 0) -> None:
+        self.id = secrets.token_urlsafe(9)
+        self.world, self.engine = world, engine
+        self.reset(seed)
+
+    def reset(self, seed: int) -> None:
+        """Start again."""
+        self.seed = seed
+        frame = self.world.reset(seed)
+        engine_frame = self.engine.reset(seed) if self.engine else None
+        self.shown = [self._shown(frame, engine_frame)]
+
+    def step(self, request: StepRequest) -> None:
+        """Carry out a command. Nothing has happened if it raises."""
+        complaint = self.world.motion.complaint(request.command, request.seconds) if self.world.motion else ""
+        if request.sampler_steps is not None and self.world.sampler_steps is not None:
+            self.world.sampler_steps = request.sampler_steps
+        begin = time.perf_counter()
+        frame = self.world.step(request.command, request.seconds)
+        latency_s = time.perf_counter() - begin
+        engine_frame = self.engine.step(request.command, request.seconds) if self.engine else None
+        self.shown.append(self._shown(frame, engine_frame, request, latency_s, complaint))
+
+    def undo(self) -> None:
+        """Back to before the last step; nothing at the start."""
+        if len(self.shown) > 1:
+            for world in filter(None, (self.world, self.engine)):
+                world.undo()
+            self.shown.pop()
+
+    def state(self) -> dict[str, Any]:
+        """What the page needs, in JSON types."""
+        last, motion = self.shown[-1], self.world.motion
+        done = self.shown[1:]
+        return {
+            "id": self.id,
+            "world": self.world.name,
+            "engine": self.engine.name if self.engine else None,
+            "seed": self.seed,
+            "steps": len(done),
+            "time_s": sum(shown.request.seconds for shown in done if shown.request),
+            "frame": _data_url(last.frame),
+            "engine_frame": None if last.engine_frame is None else _data_url(last.engine_frame),
+            "pose": _pose_values(last.pose),
+            "trail": [shown.pose.tolist() for shown in self.shown],
+            "engine_trail": [shown.engine_pose.tolist() for shown in self.shown if shown.engine_pose is not None],
+            "latency_ms": round(1000 * last.latency_s, 1) if done else None,
+            "complaint": last.complaint,
+            "durations_s": list(self.world.durations_s),
+            "sampler_steps": self.world.sampler_steps,
+            "motion": None
+            if motion is None
+            else {
+                "speed_m_s": list(motion.speed_m_s),
+                "turn_deg_s": [math.degrees(turn) for turn in motion.turn_rad_s],
+            },
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Everything that was done, in JSON types: enough to do it again, see `replay`."""
+        return {
+            "format_version": RECORD_FORMAT_VERSION,
+            "world": self.world.name,
+            "engine": self.engine.name if self.engine else None,
+            "seed": self.seed,
+            "axes": "x forward, y left, yaw counter-clockwise; poses seen from the start of the world",
+            "start": _pose_values(self.shown[0].pose),
+            "steps": [
+                {
+                    **shown.request.model_dump(),
+                    "pose": _pose_values(shown.pose),
+                    "latency_ms": round(1000 * shown.latency_s, 1),
+                    "complaint": shown.complaint,
+                }
+                for shown in self.shown
+                if shown.request is not None
+            ],
+        }
+
+    def recording(self) -> bytes:
+        """A zip file: session.json, frames/000000.png and so on, and engine/ where there is one."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("session.json", json.dumps(self.record(), indent=1))
+            for number, shown in enumerate(self.shown):
+                archive.writestr(f"frames/{number:06d}.png", _png(shown.frame))
+                if shown.engine_frame is not None:
+                    archive.writestr(f"engine/{number:06d}.png", _png(shown.engine_frame))
+        return buffer.getvalue()
+
+    def _shown(self, frame: Frame, engine_frame: Frame | None, *rest: Any) -> Shown:
+        engine_pose = None if self.engine is None else np.array(self.engine.pose)
+        return Shown(frame, np.array(self.world.pose), engine_frame, engine_pose, *rest)
+
+
+def replay(world: World, record: Mapping[str, Any]) -> Iterator[Frame]:
+    """The frames of a recorded ride again, the first one included.
+
+    record   content of session.json
+    """
+    if record.get("format_version") != RECORD_FORMAT_VERSION:
+        raise DataError(
+            "session.json", "another format", got=record.get("format_version"), expected=str(RECORD_FORMAT_VERSION)
+        )
+    if record["world"] != world.name:
+        raise DataError("session.json", "recorded in another world", got=record["world"], expected=world.name)
+    drive = Drive(world, seed=record["seed"])
+    yield drive.shown[0].frame
+    for entry in record["steps"]:
+        drive.step(StepRequest(**{name: entry[name] for name in StepRequest.model_fields}))
+        yield drive.shown[-1].frame
+
+
+def _pose_values(pose: Poses) -> dict[str, float]:
+    return {"x_m": float(pose[0]), "y_m": float(pose[1]), "yaw_deg": math.degrees(pose[2])}
+
+
+def _png(frame: Frame) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _data_url(frame: Frame) -> str:
+    return "data:image/png;base64," + base64.b64encode(_png(frame)).decode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The web application
+
+MakeWorlds = Callable[[], tuple[World, World | None]]
+"""Called for every browser tab: a world, and the engine beside it or None."""
+
+
+def make_app(make_worlds: MakeWorlds) -> Starlette:
+    """The application. Worlds may share a model: only one of them works at any time."""
+    Starlette = _web("starlette.applications").Starlette
+    routing, responses = _web("starlette.routing"), _web("starlette.responses")
+    static, concurrency = _web("starlette.staticfiles"), _web("starlette.concurrency")
+    rides: OrderedDict[str, Drive] = OrderedDict()
+    lock = threading.Lock()
+
+    def ride(request: Any) -> Drive:
+        found = rides.get(request.path_params["id"])
+        if found is None:
+            raise DataError("drive", "this ride is no longer there", hint="Reload the page to start a new one.")
+        rides.move_to_end(found.id)
+        return found
+
+    def start(request: Any, body: Any) -> dict[str, Any]:
+        drive = Drive(*make_worlds(), StartRequest.model_validate(body).seed)
+        rides[drive.id] = drive
+        while len(rides) > MAX_RIDES:
+            rides.popitem(last=False)
+        return drive.state()
+
+    def state(request: Any, body: Any) -> dict[str, Any]:
+        return ride(request).state()
+
+    def step(request: Any, body: Any) -> dict[str, Any]:
+        drive = ride(request)
+        drive.step(StepRequest.model_validate(body))
+        return drive.state()
+
+    def reset(request: Any, body: Any) -> dict[str, Any]:
+        drive = ride(request)
+        drive.reset(StartRequest.model_validate(body).seed)
+        return drive.state()
+
+    def undo(request: Any, body: Any) -> dict[str, Any]:
+        drive = ride(request)
+        drive.undo()
+        return drive.state()
+
+    def recording(request: Any, body: Any) -> bytes:
+        return ride(request).recording()
+
+    def endpoint(action: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
+        """Run an action beside the event loop, one at a time; errors of the user become one line of JSON."""
+
+        def guarded(request: Any, text: bytes) -> Any:
+            try:
+                with lock:
+                    result = action(request, json.loads(text or b"{}"))
+            except ValidationError as error:
+                first = error.errors()[0]
+                return responses.JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
+            except json.JSONDecodeError:
+                return responses.JSONResponse({"error": "the request is not JSON"}, 400)
+            except RaeError as error:
+                return responses.JSONResponse({"error": str(error)}, 404 if isinstance(error, DataError) else 400)
+            if isinstance(result, bytes):
+                headers = {"Content-Disposition": "attachment; filename=ride.zip"}
+                return responses.Response(result, media_type="application/zip", headers=headers)
+            return responses.JSONResponse(result, headers={"Cache-Control": "no-store"})
+
+        async def run(request: Any) -> Any:
+            return await concurrency.run_in_threadpool(guarded, request, await request.body())
+
+        return run
+
+    one = "/api/rides/{id}"
+    return Starlette(
+        routes=[
+            routing.Route("/api/rides", endpoint(start), methods=["POST"]),
+            routing.Route(one, endpoint(state)),
+            routing.Route(f"{one}/step", endpoint(step), methods=["POST"]),
+            routing.Route(f"{one}/reset", endpoint(reset), methods=["POST"]),
+            routing.Route(f"{one}/undo", endpoint(undo), methods=["POST"]),
+            routing.Route(f"{one}/recording", endpoint(recording)),
+            routing.Mount("/", static.StaticFiles(directory=PAGE, html=True)),
+        ]
+    )
+
+
+def serve(make_worlds: MakeWorlds, host: str = "127.0.0.1", port: int = PORT) -> None:
+    """Serve the page until Ctrl-C. Port 0 takes any free port; the address is logged."""
+    uvicorn = _web("uvicorn")
+    app = make_app(make_worlds)
+    with open_socket(host, port) as listener:
+        logger.info("drive at http://%s:%d   (Ctrl-C stops)", host, listener.getsockname()[1])
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+        with suppress(KeyboardInterrupt):  # raised again after an orderly end; here it is the ordinary way to stop
+            uvicorn.Server(config).run(sockets=[listener])
+    logger.info("stopped")
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket; SpecError where the address cannot be had."""
+    if not 0 <= port < 2**16:
+        raise SpecError("--port", "not a port", got=port, expected="0 to 65535")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise SpecError(
+            "raev2 nwm drive", f"cannot listen on {host}:{port}", got=str(error),
+            hint="Is it running already? Choose another --port; 0 takes a free one.",
+        )  from error  # fmt: skip
+
+
+def _web(module: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise TaskError("raev2 nwm drive", f"{error.name} is not installed", hint="pip install 'raev2[nwm]'") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def drive(argv: Sequence[str]) -> None:
+    """`raev2 nwm drive`."""
+    parser = argparse.ArgumentParser(
+        prog="raev2 nwm drive", description="Drive a trained model, or the toy world, from a web page."
+    )
+    parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
+    parser.add_argument("--toy", action="store_true", help="drive the built-in toy world; needs no run")
+    parser.add_argument("--engine", action="store_true", help="show the simulator that made the data beside the model")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, reachable from this machine only")
+    parser.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one (default: {PORT})")
+    options = parser.parse_args(argv)
+    serve(open_worlds(options.run, toy=options.toy, engine=options.engine), options.host, options.port)
+
+
+def open_worlds(run: str | None = None, *, toy: bool = False, engine: bool = False) -> MakeWorlds:
+    """Worlds of the toy, or of a trained run (None: the newest) with the simulator of its data beside it."""
+    if not toy:
+        from raev2_tasks.nwm.drive.model_world import model_worlds
+
+        return model_worlds(run, engine=engine)
+    if run or engine:
+        raise SpecError("--toy", "needs neither --run nor --engine")
+    return lambda: (ToyWorld(), None)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"drive": drive}

@@ -1,0 +1,1 @@
+"""Protocols and metrics of the navigation world model."""

@@ -1,0 +1,258 @@
+"""`raev2 nwm plan`: plan to goals of recorded trajectories, and measure how far the plans are from what was driven.
+
+A goal is a frame some seconds ahead. The planner sees the frames up to now and the goal, never a pose; its path is
+then compared with the recorded one. Two baselines need no model: straight ahead at the mean speed of the data, and one
+random draw of the prior that the search starts from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raev2.batch import MetricResult
+from raev2.errors import SpecError
+from raev2.files.artefact import write_json
+from raev2.spec_io import override_spec
+from raev2_tasks.nwm.plan.path_metrics import path_errors, summarise
+from raev2_tasks.nwm.plan.planning import (
+    Motion,
+    Plan,
+    PlanSpec,
+    Score,
+    accumulate_batch,
+    cost_between,
+    plan,
+    random_commands,
+    straight_ahead,
+)
+from raev2_tasks.nwm.plan.plot import PlanPicture, save_plans
+from raev2_tasks.nwm.pose import accumulate, compose, relative
+from raev2_tasks.nwm.worlds.worlds import ToyWorld
+
+logger = logging.getLogger(__name__)
+Array = NDArray[np.float64]
+RESULT_FORMAT_VERSION = 1
+METHODS = ("plan", "straight", "random")
+MAX_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One planning problem.
+
+    true_path   poses (S, 3) that were driven, at the times of the commands, seen from the start
+    start       frame at the start (Hpx, Wpx, 3); goal: the frame to reach
+    score       cost of candidates by the world model
+    """
+
+    name: str
+    true_path: Array
+    start: NDArray[np.uint8]
+    goal: NDArray[np.uint8]
+    score: Score
+
+
+class GoalSource(Protocol):
+    """Where planning problems come from: a trained model with its validation data, or the toy world.
+
+    name        for the result file
+    motion      how the robot of the data moves
+    spacing_m   mean distance between consecutive frames; one waypoint unit
+    """
+
+    name: str
+    motion: Motion
+    spacing_m: float
+
+    def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
+        """`num` problems with a goal `seconds` ahead, spread over the validation data."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a goal: poses (S, 3) and errors by method."""
+
+    goal: Goal
+    plan: Plan
+    paths: dict[str, Array]
+    errors: dict[str, dict[str, float]]
+
+
+def plan_goals(source: GoalSource, spec: PlanSpec, num: int, seconds: float) -> list[Outcome]:
+    """Plan to every goal, and try the baselines on it."""
+    steps, outcomes = spec.num_steps(seconds), []
+    for number, goal in enumerate(source.goals(num, seconds, spec)):
+        begin = time.monotonic()
+        found = plan(goal.score, spec.replace(seed=spec.seed + number), source.motion, steps, spec.step_s)
+        paths = {
+            "plan": found.path,
+            "straight": accumulate(straight_ahead(source.motion, steps, spec.step_s)),
+            "random": accumulate(random_commands(spec, source.motion, steps, spec.step_s, [spec.seed, number])),
+        }
+        errors = {
+            name: {
+                metric: float(value) for metric, value in path_errors(path, goal.true_path, source.spacing_m).items()
+            }
+            for name, path in paths.items()
+        }
+        outcomes.append(Outcome(goal, found, paths, errors))
+        off = {name: values["final_position_m"] for name, values in errors.items()}
+        logger.info(
+            "goal %d of %d, %s: cost %.3f, ends %.2f m off (straight %.2f), %.1f s", number + 1, num, goal.name,
+            found.cost, off["plan"], off["straight"], time.monotonic() - begin,
+        )  # fmt: skip
+    return outcomes
+
+
+def summaries(outcomes: Sequence[Outcome], success_m: float) -> dict[str, list[MetricResult]]:
+    """Means over the goals, by method."""
+    return {name: summarise([outcome.errors[name] for outcome in outcomes], success_m) for name in METHODS}
+
+
+def write_outcomes(
+    out: Path, outcomes: Sequence[Outcome], source: GoalSource, spec: PlanSpec, seconds: float, success_m: float
+) -> None:
+    """Write `<out>.json`, with everything the numbers depend on, and `<out>.png`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        out.with_name(out.name + ".json"),
+        {
+            "format_version": RESULT_FORMAT_VERSION,
+            "source": source.name,
+            "seconds": seconds,
+            "success_m": success_m,
+            "spacing_m": source.spacing_m,
+            "motion": asdict(source.motion),
+            "spec": spec.model_dump(mode="json"),
+            "results": {
+                name: [vars(result) for result in results] for name, results in summaries(outcomes, success_m).items()
+            },
+            "goals": [_goal_values(outcome) for outcome in outcomes],
+        },
+    )
+    pictures = [
+        PlanPicture(
+            f"{outcome.goal.name}: {seconds:g} s ahead, off by {outcome.errors['plan']['final_position_m']:.2f} m",
+            outcome.goal.start, outcome.goal.goal, outcome.plan, {"true": outcome.goal.true_path, **outcome.paths},
+        )
+        for outcome in outcomes[:MAX_PICTURES]
+    ]  # fmt: skip
+    save_plans(pictures, out.with_name(out.name + ".png"))
+
+
+def _goal_values(outcome: Outcome) -> dict[str, Any]:
+    errors = {
+        name: {metric: value if np.isfinite(value) else None for metric, value in values.items()}
+        for name, values in outcome.errors.items()
+    }
+    return {
+        "name": outcome.goal.name,
+        "cost": outcome.plan.cost,
+        "commands": outcome.plan.commands.tolist(),
+        "true_path": outcome.goal.true_path.tolist(),
+        "errors": errors,
+    }
+
+
+class ToyGoals:
+    """Problems in the toy world, whose model is exact: what the planner loses here it loses to itself."""
+
+    name = ToyWorld.name
+    motion = Motion(speed_m_s=0.8, speed_std=0.4, turn_std=0.6)
+    spacing_m = 0.2
+
+    def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
+        """See `GoalSource.goals`."""
+        import torch
+
+        def images(world: ToyWorld, poses: Array) -> torch.Tensor:
+            return torch.from_numpy(world.render(poses)).permute(0, 3, 1, 2) / 255
+
+        for seed in range(num):
+            world = ToyWorld()
+            start = world.reset(seed)
+            driven = self._drive(world, seed, seconds, spec)
+            poses = compose(world.pose, driven)
+            goal = images(world, poses[-1:])[0]
+
+            def score(commands: Array, seconds: float, world: ToyWorld = world, goal: torch.Tensor = goal) -> Array:
+                seen = images(world, world.imagine(commands)[:, -1])
+                return cost_between(spec.cost, seen, goal)
+
+            yield Goal(f"seed {seed}", driven, start, world.render(poses[-1:])[0], score)
+
+    def _drive(self, world: ToyWorld, seed: int, seconds: float, spec: PlanSpec) -> Array:
+        """Poses (S, 3) of a random drive that touches no wall, seen from the start."""
+        steps = spec.num_steps(seconds)
+        draws = [random_commands(PlanSpec(), self.motion, steps, spec.step_s, [seed, draw]) for draw in range(200)]
+        wanted = accumulate_batch(np.stack(draws))
+        came = relative(world.pose, world.imagine(np.stack(draws)))
+        free = np.abs(came - wanted)[..., :2].max((1, 2)) < 1e-9
+        if not free.any():
+            raise SpecError("--seconds", f"no drive from seed {seed} of the toy world is so long", got=f"{seconds:g}")
+        return wanted[free.argmax()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def plan_command(argv: Sequence[str]) -> None:
+    """`raev2 nwm plan`."""
+    parser = argparse.ArgumentParser(
+        prog="raev2 nwm plan",
+        description="Plan to goal frames of the validation data, and measure the plans against what was driven.",
+        epilog="Every other value is a field of `PlanSpec`: --set sampler.iterations=2",
+    )
+    parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
+    parser.add_argument("--toy", action="store_true", help="plan in the built-in toy world; needs no run")
+    parser.add_argument("--goals", type=int, default=16, metavar="N", help="number of goals (default: 16)")
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[2.0], help="how far ahead the goals are (default: 2)"
+    )
+    parser.add_argument("--success-m", type=float, default=0.5, help="a goal is reached within this (default: 0.5)")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--out", metavar="DIR", help="default: RUN/plans")
+    options = parser.parse_args(argv)
+    if options.goals < 1:
+        raise SpecError("--goals", "not usable", got=options.goals, expected="a number >= 1")
+    spec = override_spec(PlanSpec(), options.overrides)
+    for seconds in options.seconds:
+        spec.num_steps(seconds)
+    if options.toy:
+        if options.run:
+            raise SpecError("--toy", "needs no --run")
+        source: GoalSource = ToyGoals()
+        out = Path(options.out or "plans-toy")
+    else:
+        from raev2_tasks.nwm.drive.model_world import ModelGoals
+
+        source = ModelGoals(options.run)
+        out = Path(options.out or source.run_dir / "plans")
+    for seconds in options.seconds:
+        outcomes = plan_goals(source, spec, options.goals, seconds)
+        write_outcomes(out / f"{seconds:g}s", outcomes, source, spec, seconds, options.success_m)
+        _print(summaries(outcomes, options.success_m), seconds, len(outcomes))
+    print(f"\n{out}")
+
+
+def _print(results: dict[str, list[MetricResult]], seconds: float, num: int) -> None:
+    print(f"\n{num} goals {seconds:g} s ahead\n{'':18}" + "".join(f"{name:>18}" for name in results))
+    for row in zip(*results.values(), strict=True):
+        cells = (
+            f"{result.value:.3f}" + (f" ± {result.stderr:.3f}" if result.stderr is not None else "") for result in row
+        )
+        print(f"{row[0].name:18}" + "".join(f"{cell:>18}" for cell in cells))
+    print("± is one standard error over goals")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"plan": plan_command}

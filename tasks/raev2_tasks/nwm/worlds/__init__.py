@@ -1,0 +1,1 @@
+"""Worlds that can be driven in: a toy and a simulator."""

@@ -1,0 +1,391 @@
+"""Evaluation protocols of this task; every name is a complete recipe for numbers.
+
+`compositional-*`, `text-rendering` and `emoji-names` score pictures exactly, with the renderer's own scorer; what they
+say is about the embedded scenes alone. `*-micro` measure in the space of the embedded encoder. GenEval, DPG-Bench and
+VQAScore are scored by other programs: `external_eval.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raev2.batch import Cond, MetricResult
+from raev2.data import ImageDataset, to_float, to_uint8
+from raev2.errors import DataError
+from raev2.eval.features import FeatureExtractor, build_extractor
+from raev2.eval.generate import collect, generated_images, local_chunks
+from raev2.eval.protocols import CHUNK_SIZE, GenerationEvaluator, ReconstructionEvaluator
+from raev2.spec import RunSpec
+from raev2.task import EvalContext, Evaluator, Task
+from raev2.training import dist
+from raev2_tasks.t2i.benchmark.baselines import class_only_floor, retrieve
+from raev2_tasks.t2i.benchmark.rows import PromptRow
+from raev2_tasks.t2i.benchmark.rules import ImageScore
+from raev2_tasks.t2i.benchmark.scoring import TrackSummary, get_track, score_images, summarise
+
+TRACKS = {
+    "compositional-g60": "g60",
+    "compositional-s12": "s12",
+    "text-rendering": "txt",
+    "emoji-names": "emo",
+}
+WITH_COMPOSITIONS = ("g60", "s12")
+HELD, SEEN = "test_held", "test_seen"
+CLIP = "openai/clip-vit-large-patch14"
+CAPTIONS = "captions of the validation split in its order, repeated as needed"
+
+PromptCond = Callable[[Sequence[str]], Cond]
+
+
+def protocols(task: Task, spec: RunSpec) -> list[Evaluator]:
+    """Exact scores of the embedded benchmark, retrieval, CLIPScore, and reconstruction and generation."""
+    num = spec.evaluation.num_samples
+
+    def prompt_cond(prompts: Sequence[str]) -> Cond:
+        return task.prompt_cond(spec, prompts)  # type: ignore[attr-defined]
+
+    found: list[Evaluator] = [
+        BenchmarkEvaluator(protocol, track, prompt_cond, num_samples=num) for protocol, track in TRACKS.items()
+    ]
+    found.append(RetrievalEvaluator("retrieval-micro", task.eval_cond, "micro", num_samples=num))
+    found.append(ClipScoreEvaluator("clipscore", task.eval_cond, CLIP, num_samples=num))
+    for features in ("micro", "inception"):
+        found.append(ReconstructionEvaluator(f"reconstruction-{features}", (features,)))
+        found.append(
+            GenerationEvaluator(
+                f"generation-{features}", task.eval_cond, (features,), label_policy=CAPTIONS, num_samples=num
+            )
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact scores
+
+
+class BenchmarkEvaluator(Evaluator):
+    """A track of the embedded benchmark: generated pictures of its prompts, judged by its scorer.
+
+    The headline is the unweighted mean over tags for the prompts `test_held`, whose compositions no training picture
+    shows. Beside it stand numbers with a known place, from the same scorer and the same prompts:
+
+    oracle       the renderer's own pictures, at the size of the run
+    ceiling      these pictures after the tokenizer; a generator can hardly be better
+    shuffled     the generated pictures, judged by another prompt of the same tag; also by tag
+    class_only   rendered pictures with the right classes and the rest at random, where a track has more than classes
+    retrieval    the training picture whose caption is most like the prompt, where the training data has the track
+    seen         generated pictures of prompts whose compositions training does show
+    """
+
+    needs_generator = True
+
+    def __init__(self, protocol: str, track: str, prompt_cond: PromptCond, *, num_samples: int) -> None:
+        """Name a protocol.
+
+        prompt_cond   texts -> raw conditions
+        num_samples   at most so many pictures of each split: whole passes over its prompts, or evenly spread prompts
+        """
+        self.protocol, self.track, self.prompt_cond, self.num_samples = protocol, track, prompt_cond, num_samples
+        self.description = f"pictures of the prompts of track {track}, scored by what is in them"
+
+    def rows(self, split: str) -> list[PromptRow]:
+        """Which prompt picture i is of."""
+        track = get_track(self.track)
+        prompts = track.prompts(split)
+        passes = min(track.IMAGES_PER_PROMPT, self.num_samples // len(prompts))
+        if passes:
+            return prompts * passes
+        return [prompts[i * len(prompts) // self.num_samples] for i in range(self.num_samples)]
+
+    def describe(self, context: EvalContext) -> dict[str, Any]:
+        """Prompts and their hashes."""
+        prompts = {
+            split: {
+                "num_prompts": len({row.prompt for row in self.rows(split)}),
+                "num_images": len(self.rows(split)),
+                "sha256": hashlib.sha256("\n".join(row.prompt for row in self.rows(split)).encode()).hexdigest(),
+            }
+            for split in (HELD, SEEN)
+        }
+        return {"track": self.track, "prompts": prompts, "scored_at_px": 256}
+
+    def run(self, context: EvalContext) -> Iterator[MetricResult]:
+        """The headline, its parts by tag and tier, and the scale."""
+        held, seen = self.rows(HELD), self.rows(SEEN)
+        order = rotation(held)
+
+        def generate(rows: Sequence[PromptRow]) -> Callable[[Sequence[int]], Tensor]:
+            return lambda indices: generated_images(
+                context, lambda i: self.prompt_cond([rows[index].prompt for index in i]), indices
+            )
+
+        def render(indices: Sequence[int]) -> Tensor:
+            return torch.stack([self._picture(held[i], i, context.spec.tokenizer.image_size) for i in indices])
+
+        def reconstruct(indices: Sequence[int]) -> Tensor:
+            return to_uint8(context.rae.reconstruct(to_float(render(indices).to(context.device)))).cpu()
+
+        own, other = self._scores(generate(held), held, [held[i] for i in order])
+        yield from self._results("", own, held, "prompts whose compositions training does not show")
+        (seen_scores,) = self._scores(generate(seen), seen)
+        yield self._headline("_seen", seen_scores, seen, "prompts whose compositions training shows")
+        yield self._headline("_shuffled", other, held, "scale: each picture judged by another prompt of its tag")
+        yield from self._tags("_shuffled", summarise(other, held, self.track), "scale: correct for another prompt")
+        (scores,) = self._scores(reconstruct, held)
+        yield self._headline("_ceiling", scores, held, "scale: rendered pictures after the tokenizer")
+        (scores,) = self._scores(render, held)
+        yield self._headline("_oracle", scores, held, "scale: rendered pictures")
+        if self.track in WITH_COMPOSITIONS:
+            guesses = torch.from_numpy(class_only_floor(self.track, held, context.spec.tokenizer.image_size[0]))
+            (scores,) = self._scores(lambda indices: guesses[list(indices)], held)
+            yield self._headline("_class_only", scores, held, "scale: right classes, the rest at random")
+        train = context.dataset("train")
+        numbers = [i for i in range(len(train)) if train.source_name(i) == self.track]  # type: ignore[attr-defined]
+        if numbers:
+            captions = [train.caption(i) for i in numbers]  # type: ignore[attr-defined]
+            nearest = [numbers[place] for place in retrieve(held, captions)]
+            (scores,) = self._scores(lambda indices: torch.stack([train.image(nearest[i]) for i in indices]), held)
+            yield self._headline(
+                "_retrieval", scores, held, "scale: the training picture with the most similar caption"
+            )
+
+    def _picture(self, row: PromptRow, index: int, size: tuple[int, int]) -> Tensor:
+        """The rendered scene of a row, another one for every index: uint8 (3, H_px, W_px)."""
+        height, width = size
+        if height != width:
+            raise DataError(f"protocol {self.protocol}", "pictures must be square", got=f"{height} x {width} px")
+        rng = np.random.default_rng([0, index])
+        image = get_track(self.track).scene(row, rng).render(size=height)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def _scores(self, images: Callable[[Sequence[int]], Tensor], *rows: Sequence[PromptRow]) -> list[list[ImageScore]]:
+        """Scores of pictures 0, 1, ..., each judged by every one of `rows`; work shared by all processes."""
+        own: list[tuple[list[int], list[list[ImageScore]]]] = []
+        for indices in local_chunks(len(rows[0]), CHUNK_SIZE, f"pictures of {self.track}"):
+            pictures = images(indices).cpu()
+            own.append((indices, [score_images(self.track, pictures, [part[i] for i in indices]) for part in rows]))
+        chunks = [chunk for process in dist.gather_objects(own) for chunk in process]
+        chunks.sort(key=lambda chunk: chunk[0][0])
+        return [[score for _, found in chunks for score in found[number]] for number in range(len(rows))]
+
+    def _headline(
+        self, suffix: str, scores: Sequence[ImageScore], rows: Sequence[PromptRow], note: str
+    ) -> MetricResult:
+        summary = summarise(scores, rows, self.track)
+        low, high = summary.interval
+        return MetricResult(
+            f"{self.track}{suffix}", summary.macro, summary.num_images, stderr=(high - low) / (2 * 1.96),
+            note=f"{note}; 95 % interval {low:.3f} to {high:.3f}",
+        )  # fmt: skip
+
+    def _results(
+        self, suffix: str, scores: Sequence[ImageScore], rows: Sequence[PromptRow], note: str
+    ) -> Iterator[MetricResult]:
+        summary = summarise(scores, rows, self.track)
+        yield self._headline(suffix, scores, rows, f"mean over tags, {note}")
+        yield from self._tags(suffix, summary, "correct pictures")
+        for tier, share in summary.per_tier.items():
+            yield _share(f"{self.track}_{tier}", share, sum(row.tier == tier for row in rows), "correct pictures")
+        num = summary.num_images
+        yield MetricResult(f"{self.track}_strict", summary.strict, num, note="correct, and nothing else in the picture")
+        yield _share(f"{self.track}_micro", summary.micro, num, "correct pictures, whatever the tag")
+        yield _share(f"{self.track}_any", summary.any, summary.num_prompts, "prompts with at least one correct picture")
+        for name, value in summary.values.items():
+            yield MetricResult(f"{self.track}_{name}", value, num, note="mean over pictures")
+
+    def _tags(self, suffix: str, summary: TrackSummary, note: str) -> Iterator[MetricResult]:
+        for tag, share in summary.per_tag.items():
+            yield _share(f"{self.track}{suffix}_{tag}", share, summary.images_per_tag[tag], note)
+
+
+def rotation(rows: Sequence[PromptRow]) -> list[int]:
+    """For each row the number of another one of its tag: the next in the tag's list with another prompt, if any."""
+    of_tag: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        of_tag.setdefault(row.tag, []).append(number)
+    found = list(range(len(rows)))
+    for numbers in of_tag.values():
+        for place, number in enumerate(numbers):
+            following = numbers[place + 1 :] + numbers[:place]
+            found[number] = next((n for n in following if rows[n].prompt != rows[number].prompt), number)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retrieval and CLIPScore
+
+
+class RetrievalEvaluator(Evaluator):
+    """Is the generated picture nearest to the picture that its caption describes, among N? Cosine of mean tokens.
+
+    Features are centred on the mean of the real pictures first. A caption that several pictures share counts as found
+    with any of them.
+    """
+
+    needs_generator = True
+
+    def __init__(
+        self,
+        protocol: str,
+        cond: Callable[[RunSpec, ImageDataset, Sequence[int]], Cond],
+        extractor: str,
+        *,
+        num_samples: int,
+        split: str = "val",
+        build: Callable[[str, torch.device], FeatureExtractor] = build_extractor,
+    ) -> None:
+        """Name a protocol; `cond` is `eval_cond` of the task, `extractor` a feature network."""
+        self.protocol, self.cond, self.extractor, self.build = protocol, cond, extractor, build
+        self.num_samples, self.split = num_samples, split
+        self.description = f"generated pictures matched to the pictures of their captions, space of {extractor}"
+
+    def describe(self, context: EvalContext) -> dict[str, Any]:
+        """Which captions, among how many pictures."""
+        return {"label_policy": f"the first captions of '{self.split}', each once"}
+
+    def run(self, context: EvalContext) -> Iterator[MetricResult]:
+        """Share of captions whose picture is found first, and among the first 5; then the same after the tokenizer."""
+        dataset = context.dataset(self.split)
+        num = min(len(dataset), self.num_samples)
+        extractor = self.build(self.extractor, context.device)
+
+        def rows(indices: Sequence[int]) -> dict[str, Tensor]:
+            real = torch.stack([dataset.image(index) for index in indices])
+            images = generated_images(context, lambda i: self.cond(context.spec, dataset, i), indices)
+            decoded = to_uint8(context.rae.reconstruct(to_float(real.to(context.device))))
+            return {"real": extractor(real), "image": extractor(images), "decoded": extractor(decoded)}
+
+        found = collect(num, CHUNK_SIZE, rows, "pictures to match")
+        captions = [dataset.caption(index) for index in range(num)]  # type: ignore[attr-defined]
+        name = f"retrieval_{self.extractor}"
+        ranks = retrieval_ranks(found["image"], found["real"], captions)
+        note = f"the picture of the caption is nearest, among {num}; by chance {1 / num:.3f}"
+        yield _share(f"{name}@1", _share_below(ranks, 1), num, note)
+        yield _share(f"{name}@5", _share_below(ranks, 5), num, f"it is among the 5 nearest of {num}")
+        ranks = retrieval_ranks(found["decoded"], found["real"], captions)
+        note = "scale: the pictures themselves after the tokenizer"
+        yield _share(f"{name}@1_ceiling", _share_below(ranks, 1), num, note)
+
+
+def _share_below(ranks: Tensor, limit: int) -> float:
+    return float((ranks < limit).double().mean())
+
+
+def retrieval_ranks(queries: Tensor, targets: Tensor, captions: Sequence[str]) -> Tensor:
+    """Rank (0 = nearest) at which query i meets the first target with its caption; both (N, D)."""
+    mean = targets.mean(0)
+    similarity = F.normalize(queries - mean, dim=1) @ F.normalize(targets - mean, dim=1).T  # (N, N)
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    label = torch.tensor([numbers[caption] for caption in captions])
+    same = label[:, None] == label
+    best = similarity.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
+    return ((similarity > best) & ~same).sum(1)
+
+
+class ClipScoreEvaluator(Evaluator):
+    """100 * max(cos, 0) of image and caption in CLIP, by torchmetrics; the mean over images."""
+
+    needs_generator = True
+
+    def __init__(
+        self,
+        protocol: str,
+        cond: Callable[[RunSpec, ImageDataset, Sequence[int]], Cond],
+        model: str,
+        *,
+        num_samples: int,
+        split: str = "val",
+    ) -> None:
+        """Name a protocol; `model` is a hub id or folder of a CLIP with image and text part."""
+        self.protocol, self.cond, self.model, self.num_samples, self.split = protocol, cond, model, num_samples, split
+        self.description = f"CLIPScore with {model}, captions of '{split}'"
+
+    def describe(self, context: EvalContext) -> dict[str, Any]:
+        """Model and captions."""
+        return {"model": self.model, "formula": "100 * max(cosine, 0)", "label_policy": CAPTIONS}
+
+    def run(self, context: EvalContext) -> Iterator[MetricResult]:
+        """CLIPScore, and the share of captions that CLIP cannot read to the end."""
+        metric, text_tokenizer = load_clip(self.model, context.device)
+        dataset = context.dataset(self.split)
+        limit = metric.model.config.text_config.max_position_embeddings
+
+        def rows(indices: Sequence[int]) -> dict[str, Tensor]:
+            captions = [dataset.caption(index % len(dataset)) for index in indices]  # type: ignore[attr-defined]
+            images = generated_images(context, lambda i: self.cond(context.spec, dataset, i), indices)
+            long = [len(text_tokenizer(caption)["input_ids"]) > limit for caption in captions]
+            scores = [
+                float(_clip_score(metric, image, caption)) for image, caption in zip(images, captions, strict=True)
+            ]
+            return {"score": torch.tensor(scores), "long": torch.tensor(long)}
+
+        found = collect(self.num_samples, CHUNK_SIZE, rows, "pictures")
+        values, num = found["score"].double(), self.num_samples
+        stderr = float(values.std() / num**0.5) if num > 1 else None
+        yield MetricResult("clipscore", float(values.mean()), num, stderr, f"100 cos, {self.model}")
+        share = float(found["long"].double().mean())
+        yield MetricResult(
+            "clipscore_cut_captions", share, num, note=f"captions longer than {limit} tokens, cut by CLIP"
+        )
+
+
+class ClipFeatures(nn.Module):
+    """A CLIP of transformers as torchmetrics wants it: features as tensors, in every version of transformers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, *inputs: Tensor) -> Tensor:
+        """Projected image features."""
+        return _features(self.model.get_image_features(*inputs))
+
+    def get_text_features(self, *inputs: Tensor) -> Tensor:
+        """Projected text features."""
+        return _features(self.model.get_text_features(*inputs))
+
+
+def _features(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def load_clip(model: str, device: torch.device) -> tuple[Any, Any]:
+    """torchmetrics' CLIPScore and the text tokenizer of its model; DataError where the weights are not at hand."""
+    from torchmetrics.multimodal import CLIPScore
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        parts = ClipFeatures(CLIPModel.from_pretrained(model)), CLIPProcessor.from_pretrained(model)
+    except Exception as error:  # transformers and the hub client have many error types
+        raise DataError(
+            f"weights {model}", "the CLIP of protocol clipscore is missing", got=type(error).__name__,
+            hint=f"Download {model} into the hub's cache on this machine.",
+        ) from error  # fmt: skip
+    return CLIPScore(model_name_or_path=lambda: parts).to(device), parts[1].tokenizer
+
+
+def _clip_score(metric: Any, image: Tensor, caption: str) -> Tensor:
+    metric.reset()
+    metric.update(image.to(metric.device), caption)
+    return metric.compute()
+
+
+def _share(name: str, share: float, num: int, note: str) -> MetricResult:
+    low, high = wilson_interval(share, num)
+    return MetricResult(
+        name, share, num, (share * (1 - share) / num) ** 0.5, f"{note}; 95 % interval {low:.3f} to {high:.3f}"
+    )
+
+
+def wilson_interval(share: float, num: int, z: float = 1.96) -> tuple[float, float]:
+    """Score interval of a share of `num` independent trials; unlike `share ± z * stderr` it is not empty at 0 or 1."""
+    centre = (share + z**2 / (2 * num)) / (1 + z**2 / num)
+    half = z / (1 + z**2 / num) * (share * (1 - share) / num + z**2 / (4 * num**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,1 @@
+"""Tar shards of captioned pictures: read, check, index, stream."""

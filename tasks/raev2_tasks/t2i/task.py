@@ -1,0 +1,168 @@
+"""Text to image: captions as conditions, through a text encoder that is frozen or trained with the generator."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raev2.errors import SpecError
+from raev2.spec import RunSpec
+from raev2.task import EncodeImages, Evaluator, Task
+from raev2_tasks.t2i.recipes import RECIPES
+from raev2_tasks.t2i.spec import TextToImageSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from raev2.batch import Cond
+    from raev2.command.bench import Measurement
+    from raev2.data import ImageDataset
+    from raev2.model.condition import ConditionSpec
+
+logger = logging.getLogger(__name__)
+NUM_DEFAULT_PROMPTS = 32
+
+
+class TextToImage(Task):
+    """A caption a picture. Raw condition: {"token_ids", "token_mask"}, padded to the longest caption of the batch."""
+
+    name = "t2i"
+    summary = "caption -> image (captioned shards, embedded scenes with exact scores)"
+    spec_type = TextToImageSpec
+
+    def dataset(self, spec: RunSpec, split: str) -> ImageDataset:
+        """Captioned images; every training batch holds each source in its exact share."""
+        from raev2_tasks.t2i.shards.reader import TextImageDataset
+        from raev2_tasks.t2i.text.captions import CaptionRule
+        from raev2_tasks.t2i.text.encoder import build_text_tokenizer
+
+        task = task_spec(spec)
+        fields = task.captions.model_dump()
+        rule = CaptionRule(**{**fields, "mix": fields["mix"] or None})
+        return TextImageDataset(
+            spec.data.dir, split, spec.tokenizer.image_size, weights=task.weights or None,
+            batch_size=spec.generator_training.batch_size, caption_mix=rule,
+            tokenize=build_text_tokenizer(task.text_encoder), seed=spec.seed, cache=spec.data.cache,
+        )  # fmt: skip
+
+    def condition(self, spec: RunSpec, dataset: ImageDataset | None) -> ConditionSpec:
+        """Outputs of a frozen encoder, or token ids for the trained one."""
+        from raev2.model.condition import TextCondition
+        from raev2_tasks.t2i.text.condition import ScratchTextCondition
+        from raev2_tasks.t2i.text.encoder import VOCAB_SIZE, build_text_encoder, text_sizes
+
+        task = task_spec(spec)
+        encoder = task.text_encoder
+        if encoder.kind == "scratch":
+            sizes = encoder.scratch.model_dump()
+            return ScratchTextCondition(vocab_size=VOCAB_SIZE, max_tokens=encoder.max_tokens, **sizes)
+        width, num_null = text_sizes(encoder)
+        condition = TextCondition(
+            dim=width, max_tokens=encoder.max_tokens, adapter=task.adapter,
+            num_null_tokens=0 if task.null == "none_visible" else num_null,
+        )  # fmt: skip
+        if dataset is None or task.null == "none_visible":
+            return condition
+        null_tokens = build_text_encoder(encoder, process_device()).null_tokens()
+        return condition.replace(num_null_tokens=len(null_tokens), null_tokens=null_tokens.cpu())
+
+    def condition_types(self) -> Sequence[type[ConditionSpec]]:
+        """The text encoder that is trained with the generator."""
+        from raev2_tasks.t2i.text.condition import ScratchTextCondition
+
+        return (ScratchTextCondition,)
+
+    def cond_encoder(self, spec: RunSpec, encode: EncodeImages, device: torch.device) -> Callable[[Cond], Cond]:
+        """The frozen text encoder on the tokens that the batch has; for the trained encoder only the cut."""
+        from raev2_tasks.t2i.text.encoder import build_text_encoder, trim
+
+        task = task_spec(spec)
+        if task.text_encoder.kind == "scratch":
+            return lambda raw: trim(raw, at_least=1)
+        encoder = build_text_encoder(task.text_encoder, device)
+        at_least = len(encoder.null_tokens())
+        outputs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = encoder
+        if task.caption_cache is not None:
+            from raev2_tasks.t2i.text.cache import CaptionCache
+
+            outputs = CaptionCache(Path(task.caption_cache), encoder)
+
+        def encode_captions(raw: Cond) -> Cond:
+            cond = trim(raw, at_least)
+            return {"text_tokens": outputs(cond["token_ids"], cond["token_mask"]), "text_mask": cond["token_mask"]}
+
+        return encode_captions
+
+    def eval_cond(self, spec: RunSpec, dataset: ImageDataset, indices: Sequence[int]) -> Cond:
+        """Captions of `dataset` in its order, repeated as needed."""
+        return dataset.collate_cond([dataset.cond(index % len(dataset)) for index in indices])
+
+    def prompt_cond(self, spec: RunSpec, prompts: Sequence[str]) -> Cond:
+        """Raw conditions of texts; a text that is too long is cut, with a warning."""
+        from raev2_tasks.t2i.text.encoder import build_text_tokenizer
+
+        text_tokenizer = build_text_tokenizer(task_spec(spec).text_encoder)
+        for prompt in dict.fromkeys(prompts):
+            num = len(text_tokenizer.ids(prompt))
+            if num > text_tokenizer.max_tokens:
+                logger.warning(
+                    "prompt cut from %d to %d tokens: %.60s...", num, text_tokenizer.max_tokens, prompt
+                )  # fmt: skip
+        return text_tokenizer(prompts)
+
+    def sample_cond(
+        self, spec: RunSpec, dataset: ImageDataset, options: Mapping[str, object]
+    ) -> tuple[Cond, list[str]]:
+        """`prompt`: texts, `prompts`: a file with one a line, repeated to fill `n`; default: validation captions."""
+        from raev2_tasks.t2i.text.prompts import given_prompts, spread
+
+        for name in options:
+            if name not in ("n", "prompt", "prompts"):
+                raise SpecError(f"--{name}", f"has no effect with task {self.name}", hint="Use --prompt or --prompts.")
+        num = int(str(options["n"]))
+        prompts = given_prompts(options)
+        if not prompts:
+            val = self.dataset(spec, "val")
+            prompts = [val.caption(i * len(val) // num) for i in range(min(num, len(val)))]  # type: ignore[attr-defined]
+        prompts = spread(prompts, num)
+        return self.prompt_cond(spec, prompts), prompts
+
+    def evaluators(self, spec: RunSpec) -> list[Evaluator]:
+        """Protocols; the names say what measures."""
+        from raev2_tasks.t2i.protocols import protocols
+
+        return protocols(self, spec)
+
+    def recipes(self) -> dict[str, Callable[[], RunSpec]]:
+        """quickstart, laptop, and the published systems."""
+        return RECIPES
+
+    def commands(self) -> dict[str, Callable[[Sequence[str]], None]]:
+        """Shards, cached captions, and benchmarks that other programs score."""
+        from raev2_tasks.t2i.benchmark import external_eval
+        from raev2_tasks.t2i.shards import commands as shards_commands
+        from raev2_tasks.t2i.text import cache
+        from raev2_tasks.t2i.text import encoder as text_encoder
+
+        return {**shards_commands.COMMANDS, **cache.COMMANDS, **external_eval.COMMANDS, **text_encoder.COMMANDS}
+
+    def benchmarks(self) -> dict[str, Callable[[], list[Measurement]]]:
+        """Training step with trimmed and with padded captions."""
+        from raev2_tasks.t2i.bench import BENCHMARKS
+
+        return BENCHMARKS
+
+
+def task_spec(spec: RunSpec) -> TextToImageSpec:
+    """The task's own part of a run spec."""
+    assert isinstance(spec.task, TextToImageSpec)
+    return spec.task
+
+
+def process_device() -> torch.device:
+    """The device of this process, as accelerate chose it."""
+    from accelerate import PartialState
+
+    return PartialState().device

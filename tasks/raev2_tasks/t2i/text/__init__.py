@@ -1,0 +1,1 @@
+"""Captions, text encoders and the conditions they make."""

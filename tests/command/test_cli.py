@@ -1,0 +1,328 @@
+"""What a user sees who types something wrong: one line, an exit code, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raev2 import __version__
+from raev2.command import actions
+from raev2.command.cli import main, parser
+from raev2.errors import CheckpointError, DataError, RaeError, SpecError, TaskError
+
+TRAIN = ["train", "--task", "imagenet"]
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path):
+    """Runs a command in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(cli):
+    """Checks that a command prints one line and exits with this code; the line."""
+
+    def run(code: int, *argv: object) -> str:
+        before = sorted(Path().rglob("*"))
+        found, out, err = cli(*argv)
+        assert (found, out) == (code, ""), err
+        assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+        assert sorted(Path().rglob("*")) == before, "a refused command writes nothing"
+        return err.removeprefix("error: ").strip()
+
+    return run
+
+
+@pytest.fixture
+def run_copy(trained_run, tmp_path) -> Path:
+    return Path(shutil.copytree(trained_run, tmp_path / "runs" / "imagenet" / "tiny"))
+
+
+def test_each_class_of_error_has_its_exit_code():
+    codes = {error: error.exit_code for error in (SpecError, DataError, CheckpointError, TaskError)}
+    assert list(codes.values()) == [2, 3, 4, 5]
+
+
+# 5: tasks and plugins.
+
+
+def test_an_unknown_task(refused):
+    assert refused(5, "train", "--task", "imagenett") == (
+        "--task: unknown task; got 'imagenett'; expected one of imagenet, nwm, t2i. Did you mean 'imagenet'?"
+    )
+    assert refused(5, "eval", "--task", "imagenett").startswith("--task: unknown task")
+    assert refused(5, "recipes", "--task", "imagenett").startswith("--task: unknown task")
+
+
+def test_an_unknown_data_recipe(refused):
+    message = refused(5, "data", "build", "emojy")
+    assert "unknown data recipe; got 'emojy'; expected one of " in message and "Did you mean 'emoji'?" in message
+
+
+# 2: specs and options.
+
+
+def test_an_unknown_recipe(refused):
+    message = refused(2, *TRAIN, "--recipe", "quikstart")
+    assert message.startswith("--recipe: unknown recipe of task imagenet; got 'quikstart'; expected one of quickstart,")
+    assert message.endswith("Did you mean 'quickstart'?")
+    assert refused(2, "show", "quikstart") == (
+        "raev2 show: unknown recipe; got 'quikstart'. Did you mean 'quickstart'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("generator.widht=3", "spec.generator.widht: unknown field. Did you mean 'width'?"),
+        ("generator.width=wide", "spec.generator.width: not valid; got 'wide'; expected input should be a valid int"),
+        ("sampling.steps=0", "spec.sampling.steps: not valid; got 0; expected input should be greater than 0"),
+        ("generator.width=250", "spec.generator: generator.width must be divisible by num_heads; got width=250, num"),
+        ("seed", "--set: cannot be read; got 'seed'; expected path.to.field=value"),
+        ("seed=[", "--set: the value is not YAML; got 'seed=['"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_be(refused, setting, message):
+    assert refused(2, *TRAIN, "--set", setting).startswith(message)
+    assert refused(2, "show", "quickstart", "--task", "imagenet", "--set", setting).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guidance", "none", "--scale", "2"], "--scale: has no effect with guidance none"),
+        (["--guidance", "none", "--interval", "0", "1"], "--interval: has no effect with guidance none"),
+        (["--guidance", "cfg", "--scale", "2", "--weak", "x"], "--weak: has no effect with guidance cfg"),
+        (["--guidance", "cfg"], "--scale: guidance cfg: field required"),
+        (["--guidance", "auto"], "--weak: guidance auto: field required"),
+        (["--interval", "0", "2"], "--interval: guidance internal: input should be less than or equal to 1; got [0."),
+        (["--interval", "0.5", "0.5"], "guidance.interval: empty interval"),
+        (["--steps", "0"], "--steps: not usable; got 0; expected a number >= 1"),
+        (["--n", "0"], "--n: not usable; got 0; expected a number >= 1"),
+        (["--prompt", "a cat"], "--prompt: has no effect with task imagenet. Use --label."),
+        (["--label", "sqare"], "--label: unknown class; got 'sqare'; expected a class name or an index below 4. Did"),
+        (["--label", "4"], "--label: unknown class; got '4'; expected a class name or an index below 4"),
+    ],
+)  # fmt: skip
+def test_options_of_sample_that_cannot_be(refused, run_copy, options, message):
+    assert refused(2, "sample", "--run", run_copy, *options).startswith(message)
+
+
+def test_a_folder_that_exists_is_not_written_to(refused, run_copy, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.png").touch()
+    for command in (["sample", "--run", run_copy], ["reconstruct", "--run", run_copy, "picture.png"]):
+        message = refused(2, *command, "--out", "out")
+        assert message == "--out: exists already; got out. Choose another folder, or add --overwrite."
+
+
+def test_a_command_needs_to_know_which_run(refused):
+    assert refused(2, "eval") == "--run: which run?; expected --run DIR, or --task T for its newest run"
+
+
+def test_an_unknown_protocol(refused, run_copy):
+    message = refused(2, "eval", "--run", run_copy, "--protocol", "generation-mikro")
+    assert message.startswith("--protocol: unknown protocol of task imagenet; got 'generation-mikro'; expected one of")
+    assert message.endswith("Did you mean 'generation-micro'?")
+
+
+def test_what_stage_2_cannot_do_is_found_before_stage_1(refused, tiny_recipe):
+    command = [*TRAIN, "--recipe", "tiny", "--run", "new", "--set"]
+    message = refused(2, *command, "generator_training.repa.encoder.name=micro")
+    assert message.startswith("spec: the alignment loss and the network's projector belong together")
+    for field in ("protocols", "in_training"):
+        message = refused(2, *command, f"evaluation.{field}=[generation-mikro]")
+        assert message.startswith("--protocol: unknown protocol of task imagenet; got 'generation-mikro'")
+
+
+# 3: data.
+
+
+def test_missing_data(refused, tiny_recipe):
+    message = refused(3, *TRAIN, "--recipe", "tiny", "--set", "data.dir=nowhere", "--set", "data.recipe=null")
+    assert message == (
+        "data nowhere: no dataset folder here; expected a folder with manifest.json. "
+        "Build it with `raev2 data build RECIPE --out DIR`; `raev2 data list` shows the recipes."
+    )
+
+
+def test_damaged_data(refused, synthetic_data, tmp_path):
+    shutil.copytree(synthetic_data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "000003.png").write_bytes(b"")
+    assert refused(3, "data", "verify", "data").startswith("data data/train/000003.png: SHA-256 differs; got ")
+
+
+def test_missing_pictures(refused, run_copy, tmp_path):
+    assert refused(3, "reconstruct", "--run", run_copy, "nowhere.png") == "nowhere.png: no such file or folder"
+    (tmp_path / "notes.txt").write_text("x")
+    message = refused(3, "reconstruct", "--run", run_copy, "notes.txt")
+    assert message == "notes.txt: cannot be read as an image; got UnidentifiedImageError"
+    (tmp_path / "empty").mkdir()
+    assert refused(3, "reconstruct", "--run", run_copy, "empty").startswith("empty: no images here; expected files ")
+
+
+# 4: checkpoints and runs.
+
+
+def test_a_folder_that_is_not_a_run(refused, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for command in ("sample", "eval", "report"):
+        for folder in ("elsewhere", "nowhere"):
+            message = refused(4, command, "--run", folder)
+            assert message == f"{folder}: not a run folder, spec.yaml is missing; expected runs/TASK/NAME"
+
+
+def test_no_run_of_a_task_yet(refused):
+    assert refused(4, "report", "--task", "imagenet") == (
+        "runs/imagenet: no run of this task yet. Start one with `raev2 train --task imagenet`."
+    )
+
+
+def test_a_checkpoint_of_another_program(refused, run_copy, tiny_recipe, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "foreign" / "model.safetensors").touch()
+    for command in (
+        ["reconstruct", "--run", "foreign", "picture.png"],
+        [*TRAIN, "--recipe", "tiny", "--set", "tokenizer_from=foreign"],
+    ):
+        message = refused(4, *command)
+        assert message == "foreign: wrong kind of artefact; got a config.json of another program; expected tokenizer"
+    message = refused(4, "reconstruct", "--run", run_copy / "generator", "picture.png")
+    assert message.endswith("generator: wrong kind of artefact; got generator; expected tokenizer")
+    message = refused(4, "sample", "--run", run_copy, "--guidance", "auto", "--weak", run_copy / "tokenizer")
+    assert message.endswith("tokenizer: wrong kind of artefact; got tokenizer; expected generator")
+
+
+def test_a_run_that_is_not_trained_yet(refused, run_copy):
+    shutil.rmtree(run_copy / "generator")
+    shutil.rmtree(run_copy / "checkpoints")
+    assert refused(4, "sample", "--run", run_copy).endswith(
+        "has no trained generator yet. Run `raev2 train --task imagenet` with this --run."
+    )
+    shutil.rmtree(run_copy / "tokenizer")
+    for command in (["sample"], ["eval"], ["reconstruct", "picture.png"]):
+        message = refused(4, *command, "--run", run_copy)
+        assert message.endswith("tokenizer is not trained yet. Continue the run with the same `raev2 train` command.")
+
+
+def test_a_run_folder_of_another_spec(refused, run_copy, tiny_recipe):
+    command = [*TRAIN, "--recipe", "tiny", "--run", run_copy]
+    message = refused(4, *command, "--set", "generator.depth=3")
+    assert "written for spec fingerprint " in message and "(generator.depth 2 -> 3)" in message
+    assert refused(4, *command, "--resume", "never").endswith("or --overwrite to delete it, or --resume auto.")
+    (run_copy.parent / "other").mkdir()
+    (run_copy.parent / "other" / "mine.txt").touch()
+    message = refused(4, *TRAIN, "--recipe", "tiny", "--run", run_copy.parent / "other", "--overwrite")
+    assert message.endswith("exists and is not a run folder. Choose another --run.")
+
+
+# Defects of ours, tracebacks, signals.
+
+
+def test_debug_shows_the_traceback():
+    for argv in (["--debug", "show", "nope"], ["show", "nope", "--debug"]):
+        with pytest.raises(SpecError, match="unknown recipe"):
+            main(argv)
+
+
+def test_a_defect_of_ours_is_not_hidden(monkeypatch):
+    def broken(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(actions.COMMANDS, "doctor", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+
+
+def test_ctrl_c_is_quiet(cli, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(actions.COMMANDS, "doctor", interrupted)
+    assert cli("doctor") == (130, "", "")
+
+
+@pytest.mark.parametrize("argv", [["trian"], ["train"], ["sample", "--guidance", "free"], ["data", "burn"]])
+def test_a_command_that_cannot_be_parsed_is_exit_code_2(capsys, argv):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2 and "usage: raev2" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "raev2", "train", "--task", "nope"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (result.returncode, result.stdout) == (5, "")
+    assert result.stderr.startswith("error: --task: unknown task; got 'nope'") and result.stderr.count("\n") == 1
+
+
+# Commands that only print.
+
+
+def test_every_command_of_the_parser_has_its_function():
+    commands = parser()._subparsers._group_actions[0].choices
+    assert set(commands) == set(actions.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "texts"),
+    [
+        (["--version"], [__version__]),
+        ([], ["usage: raev2", "train", "doctor"]),
+        (["tasks"], ["imagenet", "raev2 0.1.0", "quickstart"]),
+        (["recipes"], ["quickstart", "laptop", "raev2-dinov3l-k7"]),
+        (["recipes", "--task", "imagenet"], ["quickstart"]),
+        (["encoders"], ["licence", "access", "micro", "dinov2-b", "Apache-2.0", "gated"]),
+        (["data", "list"], ["emoji", "image-folder", "synthetic", "CC-BY-4.0"]),
+        (["data", "plan", "synthetic", "--set", "num_train=5"], ["Draw 5 training and 32 validation pictures"]),
+        (["show", "tiny"], ["recipe: tiny", "generator parameters", "GFLOPs", "image tokens", "fingerprint"]),
+        (["show", "tiny", "--set", "seed=5"], ["seed: 5"]),
+        (["train", "--task", "imagenet", "--recipe", "tiny", "--dry-run"],
+         ["tokenizer steps", "run folder runs/imagenet/tiny", "nothing was started"]),
+        (["doctor"], ["python", "torch", "extra quickstart", "encoder micro", "bf16"]),
+    ],
+)  # fmt: skip
+def test_commands_that_print(cli, tiny_recipe, argv, texts):
+    code, out, err = cli(*argv)
+    assert (code, err) == (0, "")
+    for text in texts:
+        assert text in out
+    assert list(Path().iterdir()) == [], "writes nothing"
+
+
+def test_data_is_built_verified_and_not_overwritten(cli, tmp_path):
+    build = ["data", "build", "synthetic", "--out", "shapes", "--set", "num_train=3", "--set", "num_val=2"]
+    code, out, _ = cli(*build)
+    assert code == 0 and "shapes: train 3, val 2, 4 classes, 0 rejected" in out
+    code, out, _ = cli("data", "verify", "shapes")
+    assert code == 0 and out.startswith("shapes: intact (train 3, val 2; fingerprint ")
+    code, _, err = cli(*build)
+    assert code == 3 and "exists already. Choose another folder or pass --overwrite." in err
+    assert cli(*build, "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "shapes" / "manifest.json").read_text())["options"]["num_train"] == "3"
+
+
+def test_data_commands_need_a_name(refused):
+    assert refused(2, "data", "build").startswith("raev2 data build: which one?; expected a recipe, or for verify a ")
+    assert refused(2, "encoders", "check").startswith("raev2 encoders check: which encoder?; expected a name, timm:ID,")
+
+
+def test_no_error_class_is_without_a_message():
+    """Where, what, got, expected and what to do, in one line."""
+    error = SpecError("a.b", "wrong", got=3, expected="4", hint="Set\n 4.")
+    assert str(error) == "a.b: wrong; got 3; expected 4. Set 4."
+    assert str(RaeError("a", "b")) == "a: b"

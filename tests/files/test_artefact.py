@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from raev2 import RAE, Generator
+from raev2.errors import CheckpointError
+from raev2.files import artefact
+from raev2.files.artefact import load_artefact, load_strict, save_artefact, write_json
+from raev2.model.condition import LabelCondition
+from raev2.spec import DiTSpec, FlowSpec
+
+TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3)}
+
+
+def save(path: Path, kind: str = "tokenizer", **config) -> Path:
+    return save_artefact(path, kind=kind, config={"size": 3, **config}, tensors=TENSORS, card="# Card\n")
+
+
+def small_generator() -> Generator:
+    torch.manual_seed(0)
+    network = DiTSpec(width=16, depth=1, num_heads=2)
+    return Generator(network, LabelCondition(num_classes=3), FlowSpec(), (4, 2, 2))
+
+
+# Writing.
+
+
+def test_an_artefact_survives_its_folder(tmp_path):
+    path = save(tmp_path / "deep" / "tokenizer")
+    assert sorted(file.name for file in path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    config, tensors, found = load_artefact(path, kind="tokenizer")
+    assert config == {"format_version": 1, "kind": "tokenizer", "size": 3} and found == path
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+
+
+def test_others_may_read_the_folder(tmp_path):
+    """As far as the process's umask allows, like any other folder it makes."""
+    (tmp_path / "plain").mkdir()
+    assert stat.S_IMODE(save(tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_an_older_artefact_is_replaced(tmp_path):
+    save(tmp_path / "a")
+    save(tmp_path / "a", size=4)
+    assert load_artefact(tmp_path / "a", kind="tokenizer")[0]["size"] == 4
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="exists and is not an artefact folder, nothing was deleted; got thesis"):
+        save(tmp_path)
+    with pytest.raises(CheckpointError, match="exists and is not an artefact folder"):
+        save(tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), TypeError("not JSON")])
+def test_a_failed_save_leaves_the_older_artefact(tmp_path, monkeypatch, error):
+    save(tmp_path / "a")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(artefact, "write_json", fail)
+    with pytest.raises((CheckpointError, TypeError), match="could not be saved; got .*No space left|not JSON"):
+        save(tmp_path / "a", size=4)
+    assert load_artefact(tmp_path / "a", kind="tokenizer")[0]["size"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "state.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(file, {"a": float("nan")})
+    assert json.loads(file.read_text()) == {"a": 1}
+
+
+# Reading.
+
+
+def test_the_wrong_kind_says_what_it_is(tmp_path):
+    path = save(tmp_path / "a", kind="generator")
+    with pytest.raises(CheckpointError, match="a: wrong kind of artefact; got generator; expected tokenizer"):
+        load_artefact(path, kind="tokenizer")
+
+
+def test_a_config_of_another_program_is_refused(tmp_path):
+    path = save(tmp_path / "a")
+    (path / "config.json").write_text('{"_class_name": "UNet2DModel", "_diffusers_version": "0.39.0"}')
+    with pytest.raises(
+        CheckpointError,
+        match="wrong kind of artefact; got a config.json of another program; expected generator",
+    ):
+        Generator.from_pretrained(path)
+    (path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json: damaged, not JSON"):
+        Generator.from_pretrained(path)
+
+
+def test_a_format_of_the_future_asks_for_an_update(tmp_path):
+    path = save(tmp_path / "a", format_version=2)
+    with pytest.raises(CheckpointError, match="unknown format_version; got 2; expected 1. Update raev2."):
+        load_artefact(path, kind="tokenizer")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(tmp_path, name):
+    path = save(tmp_path / "a")
+    (path / name).unlink()
+    with pytest.raises(
+        CheckpointError, match=f"not an artefact folder, {name} is missing; expected a tokenizer folder"
+    ):
+        RAE.from_pretrained(path)
+
+
+def test_a_run_folder_and_a_checkpoint_say_where_the_artefact_is(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "spec.yaml").touch()
+    with pytest.raises(CheckpointError, match="This is a run folder; its generator is .*run/generator"):
+        load_artefact(tmp_path / "run", kind="generator")
+    (tmp_path / "000000064").mkdir()
+    (tmp_path / "000000064" / "MANIFEST.json").touch()
+    with pytest.raises(
+        CheckpointError, match="This is a training checkpoint; the artefact of a finished run is RUN/tok"
+    ):
+        load_artefact(tmp_path / "000000064", kind="tokenizer")
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -4])
+def test_truncated_weights_are_refused(tmp_path, size):
+    path = save(tmp_path / "a")
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match="model.safetensors: truncated or not a safetensors file; got .*again"):
+        load_artefact(path, kind="tokenizer")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "user/no-such-repository", "runs/a/b/tokenizer"])
+def test_a_name_that_is_nothing_is_a_checkpoint_error(name):
+    with pytest.raises(
+        CheckpointError, match=f"{name}: neither a local folder nor a hub repository that can be reached"
+    ):
+        load_artefact(name, kind="tokenizer")
+
+
+# Strict loading.
+
+
+def test_strict_loading_lists_what_does_not_fit():
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    tensors = dict(module.state_dict())
+    del tensors["1.weight"]
+    tensors["0.weight"] = torch.zeros(3, 5)
+    tensors |= {f"extra.{i}": torch.zeros(1) for i in range(6)}
+    with pytest.raises(CheckpointError) as caught:
+        load_strict(module, tensors, "runs/a/model")
+    assert str(caught.value) == (
+        "runs/a/model: the weights do not fit the configuration; got missing 1 (1.weight), "
+        "unexpected 6 (extra.0, extra.1, extra.2, extra.3, ...), misshapen 1 (0.weight (3, 5) instead of (3, 2)); "
+        "expected 6 tensors of Sequential"
+    )
+
+
+def test_a_generator_survives_its_folder(tmp_path):
+    generator = small_generator().eval()
+    generator.extra = {"note": "x"}
+    generator.save_pretrained(tmp_path / "generator")
+    loaded = Generator.from_pretrained(tmp_path / "generator")
+    assert (loaded.network_spec, loaded.flow, loaded.extra) == (generator.network_spec, generator.flow, {"note": "x"})
+    assert not loaded.training
+    z_t, t, cond = torch.randn(2, 4, 2, 2), torch.tensor([0.3, 0.9]), {"label": torch.tensor([0, 2])}
+    assert torch.equal(loaded(z_t, t, cond).pred, generator(z_t, t, cond).pred)
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
+    path = small_generator().save_pretrained(tmp_path / "generator")
+    config = json.loads((path / "config.json").read_text())
+    write_json(path / "config.json", {**config, "network": {**config["network"], "depth": 2}})
+    with pytest.raises(CheckpointError, match="generator: the weights do not fit the configuration; got missing"):
+        Generator.from_pretrained(path)
+    write_json(path / "config.json", {**config, "network": {**config["network"], "depth": "deep"}})
+    with pytest.raises(CheckpointError, match="config.json: not a valid generator"):
+        Generator.from_pretrained(path)
+    write_json(path / "config.json", {name: value for name, value in config.items() if name != "network"})
+    with pytest.raises(CheckpointError, match="config.json: not a valid generator; got 'network'"):
+        Generator.from_pretrained(path)
+
+
+def test_weights_of_another_precision_are_cast(tmp_path):
+    """A half-precision artefact is smaller to publish; computing stays in the precision of the module."""
+    path = small_generator().save_pretrained(tmp_path / "generator")
+    file = path / "model.safetensors"
+    save_file({name: value.half() if value.is_floating_point() else value for name, value in load_file(file).items()},
+              file)  # fmt: skip
+    assert all(value.dtype == torch.float32 for value in Generator.from_pretrained(path).parameters())

@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from raev2.errors import CheckpointError
+from raev2.report.chart import Series, line_chart, number, smooth
+from raev2.report.page import write_report
+
+
+def entry(name, value, num=500, stderr=None, note=""):
+    return {"name": name, "value": value, "num_samples": num, "stderr": stderr, "note": note}
+
+
+def write_eval(run: Path, protocol: str, entries: list[dict], guidance: dict | None, **more) -> None:
+    result = {
+        "protocol": protocol, "date": "2026-11-22T12:00:00+0000", "description": "500 generated images against 'train'",
+        "results": entries, "images_seen": 128_000, "ema_decay": 0.999, "label_policy": "labels of 'val' in order",
+        "reference": {"split": "train", "fingerprint": "ab" * 32},
+        "sampling": {"solver": "euler", "steps": 50, "guidance": guidance} if guidance else None,
+        "versions": {"torch": "2.14"}, **more,
+    }  # fmt: skip
+    (run / "eval").mkdir(exist_ok=True)
+    (run / "eval" / f"{protocol}.json").write_text(json.dumps(result))
+
+
+def grid(path: Path, seed: int, quality: float, columns: int = 8, rows: int = 4) -> None:
+    """Coloured discs that come out of noise as `quality` grows."""
+    generator = np.random.default_rng(seed)
+    size = 64
+    canvas = np.full((rows * (size + 2) + 2, columns * (size + 2) + 2, 3), 255, np.uint8)
+    y, x = np.mgrid[:size, :size] - size / 2
+    for i in range(rows * columns):
+        colour, radius = generator.integers(40, 230, 3), generator.integers(12, 28)
+        clean = np.where(((x**2 + y**2) < radius**2)[..., None], colour, 255)
+        noisy = quality * clean + (1 - quality) * generator.integers(0, 255, clean.shape)
+        top, left = 2 + i // columns * (size + 2), 2 + i % columns * (size + 2)
+        canvas[top : top + size, left : left + size] = noisy.astype(np.uint8)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(canvas).save(path)
+
+
+def make_run(run: Path) -> Path:
+    """A run folder as training leaves it."""
+    run.mkdir()
+    (run / "spec.yaml").write_text(
+        "fingerprint: 3f2a91bc77d0\nrecipe: quickstart\nsummary: small <model> on small pictures\n"
+        "task: {name: toy}\ntokenizer_training: {images: 64000}\ngenerator_training: {images: 160000}\n"
+    )
+    (run / "provenance.json").write_text(
+        json.dumps({
+            "started": "2026-11-22T10:00:00+0000", "command": ["raev2", "train", "--task", "toy"],
+            "git_revision": "0a1b2c3d4e5f", "device": "Toy CPU @ 2 GHz", "platform": "Linux", "num_threads": 2,
+            "processes": 1, "versions": {"raev2": "0.1.0", "torch": "2.14"},
+            "data": {
+                "name": "emoji", "fingerprint": "77" * 8, "licence": "CC-BY-4.0",
+                "attribution": "Graphics by somebody & others", "splits": {"train": {"num_samples": 3200}},
+            },
+        })
+    )  # fmt: skip
+    draw, lines, clock = random.Random(0), [], 1.7e9
+    for step in range(1, 251):
+        clock += 2
+        share = step / 250
+        lines.append({
+            "time": clock, "stage": "tokenizer", "kind": "train", "images": step * 256, "step": step,
+            "loss": 0.9 * math.exp(-3 * share) + 0.12 + draw.gauss(0, 0.02), "l1": 0.3 * math.exp(-3 * share) + 0.03,
+            "perceptual": 0.6 * math.exp(-2 * share) + 0.08 + draw.gauss(0, 0.01), "lr": 2e-4 * (1 - 0.9 * share),
+            "grad_norm": 0.5 + abs(draw.gauss(0, 0.2)), "images_per_s": 128 + draw.gauss(0, 4), "data_wait": 0.02,
+            **({"gan": -0.2, "disc": 0.9, "adaptive_weight": 0.4} if share > 0.5 else {}),
+        })  # fmt: skip
+    lines.append(
+        {"time": clock + 1, "stage": "generator", "kind": "event", "event": "non_finite", "images": 512, "step": 2}
+    )
+    for step in range(1, 501):
+        clock += 4
+        share = step / 500
+        loss = math.nan if step == 3 else 1.2 * math.exp(-2 * share) + 0.6 + draw.gauss(0, 0.05)
+        lines.append({
+            "time": clock, "stage": "generator", "kind": "train", "images": step * 256, "step": step, "loss": loss,
+            "base": 0.7 + 0.3 * math.exp(-3 * share), "lr": min(step / 20, 1) * 2e-4, "grad_norm": 1 / step + 0.2,
+            "images_per_s": 64.0, "data_wait": 0.01,
+        })  # fmt: skip
+        if step % 100 == 0:
+            metrics = {"fd_micro": 90 * math.exp(-2.2 * share) + 8, "precision_micro": 0.2 + 0.4 * share}
+            lines.append(
+                {
+                    "time": clock,
+                    "stage": "generator",
+                    "kind": "eval",
+                    "images": step * 256,
+                    "protocol": "fd-500",
+                    "metrics": metrics,
+                }
+            )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "gen')
+    for number_of_images in (0, 32_000, 64_000, 96_000, 128_000):
+        grid(run / f"samples/generator-{number_of_images:09d}.png", 1, min(1, number_of_images / 128_000))
+    for number_of_images in (0, 32_000, 64_000):
+        grid(run / f"samples/tokenizer-{number_of_images:09d}.png", 2, 0.4 + 0.6 * number_of_images / 64_000, rows=2)
+    grid(run / "samples/guidance-none.png", 1, 0.9)
+    grid(run / "samples/guidance-internal_1.78.png", 1, 1.0)
+    scale = [
+        entry("fd_micro_val", 6.4, 400, note="scale: real pictures"),
+        entry("fd_micro_shuffled", 61.0, 400, note="scale: real pictures, 4 x 4 blocks shuffled"),
+    ]
+    first = [
+        entry("fd_micro", 17.97, 500, 0.41, "generated images against 3,200 of 'train'"),
+        entry("fd_ratio_micro", 2.8),
+    ]
+    write_eval(run, "fd-500", [*first, entry("precision_micro", 0.6, 500, 0.02), *scale], {"kind": "none"})
+    guided = {"kind": "internal", "scale": 1.78, "interval": [0.0, 1.0]}
+    write_eval(run, "fd-500-guided", [entry("fd_micro", 14.2), entry("precision_micro", 0.66), *scale], guided)
+    recon = [
+        entry("psnr", 24.31, 400, 0.11), entry("ssim", 0.874, 400, 0.003),
+        entry("feature_distance_micro", 0.0871, 400, 0.002), entry("rfd_micro", 2.31, 400, 0.09),
+    ]  # fmt: skip
+    write_eval(run, "reconstruction", recon, None, label_policy="none")
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    run = make_run(tmp_path_factory.mktemp("runs") / "quickstart")
+    assert write_report(run) == run / "report.html"
+    return run
+
+
+def test_the_page_is_self_contained(run):
+    html = (run / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', html)
+    assert "http://" not in html and "https://" not in html and "@import" not in html and "<script" not in html
+    assert html.count("data:image/png;base64,") == 1 + 5 + 1 + 3 + 2
+
+
+def test_the_page_shows_what_a_reader_needs(run):
+    html = (run / "report.html").read_text()
+    for text in (
+        "toy: quickstart", "small &lt;model&gt; on small pictures", "3f2a91bc77d0", "0a1b2c3d4e5f", "Toy CPU @ 2 GHz",
+        "fd_micro", "17.97", "0.41", "fd_micro_shuffled", "It is not FID", "CC-BY-4.0",
+        "Graphics by somebody &amp; others", "the generator saw 128,000 images (40.0 epochs), 80% of the plan",
+        "internal, scale 1.78", "mean of the last 20 log lines", "Before clipping", "Logarithmic scale",
+        "gradient was not finite: 1.", "that were left out: 1.", "raev2 train --task toy",
+        "real pictures of &#39;val&#39; have 6.4", "Adaptive weight",
+    ):  # fmt: skip
+        assert text in html, text
+    assert "Full spec" in html and "generator_training" in html
+    assert not re.search(r"\bnan\b", re.sub(r'base64,[^"]*', "", html))
+
+
+def test_report_json_holds_the_same_numbers(run):
+    report = json.loads((run / "report.json").read_text())
+    by_protocol = {result["protocol"]: result["results"] for result in report["evaluations"]}
+    assert by_protocol["fd-500"][0]["value"] == 17.97
+    assert report["training"]["generator"]["images"] == 128_000
+    history = {(h["protocol"], h["metric"]): h for h in report["history"]}
+    assert history["fd-500", "fd_micro"]["images"] == [25_600, 51_200, 76_800, 102_400, 128_000]
+    assert history["fd-500", "fd_micro"]["values"][-1] == 17.97  # the result file, not the log
+    assert report["facts"]["Wall time, from the log"] == "42 min"
+
+
+def test_ep_is_named_after_its_metric_and_takes_k_from_the_scale(run):
+    rows = json.loads((run / "report.json").read_text())["ep"]
+    assert [row["name"] for row in rows] == ["EP_fd_micro@61", "EP_fd_micro@19.8"]
+    first, second = (90 * math.exp(-2.2 * share) + 8 for share in (0.2, 0.4))
+    assert rows[0]["images_exact"] == pytest.approx(25_600 * (1 + (first - 61) / (first - second)), rel=1e-6)
+    assert rows[0]["epochs"] == f"{rows[0]['images_exact'] / 3200:.1f}"
+
+
+def test_missing_parts_are_left_out_with_a_sentence(tmp_path):
+    (tmp_path / "spec.yaml").write_text("recipe: quickstart\ntask: {name: toy}\n")
+    html = write_report(tmp_path).read_text()
+    for text in (
+        "There are no sample grids", "There are no reconstruction grids", "No protocol was run yet",
+        "metrics.jsonl has no training lines", "provenance.json is missing", "Nothing was evaluated yet",
+    ):  # fmt: skip
+        assert text in html
+    assert "EP_" not in html and "<svg" not in html
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="not a run folder; expected a folder with spec.yaml"):
+        write_report(tmp_path)
+
+
+def test_charts_survive_one_point_constants_and_values_that_are_not_finite():
+    one = line_chart([Series("a", [5.0], [2.0])], title="one", x_label="x")
+    assert "circle" in one
+    flat = line_chart([Series("a", [0.0, 1.0], [3.0, 3.0])], title="flat", x_label="x", log=True)
+    assert flat.count("<path") == 1
+    nearly = line_chart([Series("a", [0.0, 1.0], [0.4, 0.4 + 1e-16], raw=[0.4, 0.4])], title="nearly", x_label="x")
+    assert nearly.count('class="grid"') > 2
+    gap = line_chart([Series("a", [0.0, 1.0, 2.0, 3.0], [1.0, math.nan, 2.0, 3.0])], title="gap", x_label="x")
+    assert gap.count("M") == 2 and "nan" not in gap
+    assert line_chart([Series("a", [0.0], [math.nan])], title="none", x_label="x") == ""
+    coordinates = [float(v) for v in re.findall(r"[ML]([\d.]+),", gap)]
+    assert coordinates == sorted(coordinates)
+
+
+def test_smoothing_is_the_mean_of_the_last_values_and_skips_nan():
+    assert smooth([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
+    assert smooth([1.0, math.nan, 3.0], 3) == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (12_800.0, "12,800"), (2e-5, "2e-05"), (0.0312, "0.0312"), (2.5e6, "2.5M"), (17.97, "17.97")],
+)
+def test_numbers_are_written_short(value, text):
+    assert number(value) == text
+
+
+def test_numbers_at_points_become_a_table_with_a_column_each(tmp_path):
+    run = make_run(tmp_path / "run")
+    entries = [
+        entry("psnr@1s", 21.5, stderr=0.25), entry("psnr@1s_copy", 17.0, note="scale: the last frame again"),
+        entry("psnr@4s", 15.5), entry("psnr@4s_copy", 12.0, note="scale: the last frame again"), entry("plain", 3.0),
+    ]  # fmt: skip
+    write_eval(run, "horizons", entries, guidance=None)
+    page = write_report(run).read_text()
+    table = re.search(
+        r"<tr><th>metric</th><th class=\"num\">1s</th><th class=\"num\">4s</th></tr>(.*?)</table>", page, re.S
+    )
+    assert table and re.findall(r"<code>(.*?)</code>", table[1]) == ["psnr", "psnr_copy"]
+    assert re.findall(r'<td class="num">(.*?)</td>', table[1]) == ["21.5 ± 0.25", "15.5", "17", "12"]
+
+
+def test_the_picture_of_a_protocol_is_shown_beside_its_numbers(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_eval(run, "rollout", [entry("psnr@1s", 21.5)], guidance=None, picture="rollouts above, true frames below")
+    assert "rollouts above" not in re.sub(r"<pre>.*?</pre>", "", write_report(run).read_text(), flags=re.S)
+    grid(run / "eval" / "rollout.png", 0, 1.0)
+    assert 'alt="rollouts above, true frames below"' in write_report(run).read_text()
+
+
+def test_published_numbers_are_shown_where_the_recipe_is_a_published_system(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Published numbers" not in write_report(run).read_text()
+    spec = yaml.safe_load((run / "spec.yaml").read_text())
+    spec["recipe"], spec["task"] = "raev2-dinov3l-k7", {"name": "imagenet"}
+    (run / "spec.yaml").write_text(yaml.safe_dump(spec))
+    page = write_report(run).read_text()
+    assert "Published numbers of this system" in page and "not measured in this run" in page
+    assert re.search(r'<td>gFID</td><td class="num">1.06</td>', page)
+    assert "GenEval" not in page, "numbers of another task"
+
+
+def test_a_score_is_not_told_as_a_distance():
+    """The summary names the scale of each: ceiling and other prompts, or real and block-shuffled pictures."""
+    from raev2.report.page import _in_words
+
+    def told(**values):
+        entries = [{"name": name, "value": value, "num_samples": 8} for name, value in values.items()]
+        return _in_words({"protocol": "p", "results": entries})
+
+    score = {"s12": 0.26, "s12_counting": 0.17, "s12_shuffled": 0.01, "s12_shuffled_counting": 0.0, "s12_ceiling": 0.91}
+    (sentence,) = told(**score)
+    assert "have s12 = 0.26. On the same scale they have 0.01 when judged by other prompts" in sentence
+    assert sentence.endswith("after the tokenizer 0.91; higher is better.")
+    (sentence,) = told(fd_micro=9.1, fd_micro_val=0.2, fd_micro_shuffled=11.4)
+    assert sentence.endswith("real pictures of 'val' have 0.2 and their block-shuffled copies 11.4; lower is better.")
+    assert told(other=1.0, other_val=0.5, other_shuffled=2.0) == []

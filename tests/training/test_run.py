@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from raev2.batch import Batch
+from raev2.errors import CheckpointError
+from raev2.spec import AdamWSpec, MuonSpec
+from raev2.spec_io import apply_overrides, fingerprint, load_spec
+from raev2.training import run as run_module
+from raev2.training.ema import EMA
+from raev2.training.optim import build_optimizer
+from raev2.training.run import (
+    MAX_NON_FINITE_STEPS,
+    NonFiniteGuard,
+    Progress,
+    Run,
+    StopSignal,
+    add_provenance,
+    crossed,
+    micro_batches,
+    newest_run,
+    open_run,
+    step_generator,
+    update,
+)
+
+CPU = torch.device("cpu")
+
+
+# The folder.
+
+
+def test_a_new_run_folder_says_what_it_is(tiny_spec, tmp_path):
+    run = open_run(tmp_path / "task" / "name", tiny_spec)
+    assert sorted(file.name for file in run.dir.iterdir()) == ["provenance.json", "spec.yaml"]
+    assert load_spec(run.dir / "spec.yaml") == tiny_spec
+    provenance = json.loads((run.dir / "provenance.json").read_text())
+    assert provenance["spec_fingerprint"] == fingerprint(tiny_spec)
+    assert torch.__version__.startswith(provenance["versions"]["torch"]) and provenance["processes"] == 1
+    assert run.device.type in ("cpu", "cuda")
+
+
+def test_the_same_spec_continues_a_run(tiny_spec, tmp_path):
+    open_run(tmp_path, tiny_spec).log(stage="generator", kind="train", images=8, loss=1.0)
+    add_provenance(open_run(tmp_path, tiny_spec), "data", {"name": "x"})
+    started = json.loads((tmp_path / "provenance.json").read_text())
+    run = open_run(tmp_path, tiny_spec)
+    assert [line["loss"] for line in run.history(stage="generator")] == [1.0]
+    assert json.loads((tmp_path / "provenance.json").read_text()) == started, "of the first start"
+    assert started["data"] == {"name": "x"}
+
+
+def test_fields_without_effect_on_numbers_may_change(tiny_spec, tmp_path):
+    open_run(tmp_path, tiny_spec)
+    changed = apply_overrides(tiny_spec, ["data.num_workers=3", "sampling.steps=7"])
+    open_run(tmp_path, changed)
+    assert load_spec(tmp_path / "spec.yaml") == changed
+
+
+def test_another_spec_is_refused_and_the_field_named(tiny_spec, tmp_path):
+    open_run(tmp_path / "a", tiny_spec)
+    other = apply_overrides(tiny_spec, ["generator.depth=3"])
+    with pytest.raises(CheckpointError) as caught:
+        open_run(tmp_path / "a", other)
+    assert str(caught.value) == (
+        f"{tmp_path / 'a'}: written for spec fingerprint {fingerprint(tiny_spec)}; "
+        f"got {fingerprint(other)} (generator.depth 2 -> 3); expected the same spec to continue. "
+        "Choose another --run, or --overwrite to delete this one."
+    )
+    with pytest.raises(CheckpointError, match=r"\(generator.depth 2 -> 3 and 1 more\)"):
+        open_run(tmp_path / "a", apply_overrides(other, ["seed=1"]))
+    assert load_spec(tmp_path / "a" / "spec.yaml") == tiny_spec
+
+
+def test_overwrite_starts_from_nothing(tiny_spec, tmp_path):
+    open_run(tmp_path / "a", tiny_spec).log(stage="generator", kind="train", images=8)
+    run = open_run(tmp_path / "a", apply_overrides(tiny_spec, ["seed=1"]), overwrite=True)
+    assert run.history() == [] and load_spec(run.dir / "spec.yaml").seed == 1
+
+
+def test_resume_never_refuses_an_existing_run(tiny_spec, tmp_path):
+    open_run(tmp_path / "a", tiny_spec, resume=False)
+    with pytest.raises(CheckpointError, match="the run folder exists. Choose another --run, or --overwrite to delete"):
+        open_run(tmp_path / "a", tiny_spec, resume=False)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_not_a_run_is_left_alone(tiny_spec, tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="exists and is not a run folder. Choose another --run."):
+        open_run(tmp_path, tiny_spec, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_start_that_was_killed_while_writing_the_spec_is_forgotten(tiny_spec, tmp_path):
+    (tmp_path / ".spec.yaml.partial").write_text("recipe: ti")
+    assert load_spec(open_run(tmp_path, tiny_spec).dir / "spec.yaml") == tiny_spec
+
+
+def test_the_newest_run_of_a_task_is_the_one_written_to_last(tiny_spec, tmp_path):
+    with pytest.raises(CheckpointError, match="no run of this task yet. Start one with `raev2 train --task toy`."):
+        newest_run("toy", tmp_path)
+    for name in ("a", "b"):
+        open_run(tmp_path / "toy" / name, tiny_spec)
+        for file in (tmp_path / "toy" / name).iterdir():
+            os.utime(file, (100, 100))
+    run = open_run(tmp_path / "toy" / "a", tiny_spec)
+    run.log(stage="generator", kind="train", images=1)
+    assert newest_run("toy", tmp_path) == run.dir
+
+
+def test_autocast_follows_the_precision_of_each_run(tiny_spec, tmp_path):
+    """Two runs of different precision in one process, as a notebook has them."""
+    exact = open_run(tmp_path / "fp32", tiny_spec)
+    fast = open_run(tmp_path / "bf16", tiny_spec.replace(precision="bf16"))
+    a = torch.ones(2, 2, device=exact.device)
+    for run, dtype in ((exact, torch.float32), (fast, torch.bfloat16), (exact, torch.float32)):
+        with run.autocast():
+            assert (a @ a).dtype == dtype
+
+
+# The log.
+
+
+def make_log(run: Run) -> None:
+    run.log(stage="tokenizer", kind="train", images=100)
+    for images in (0, 8, 16, 24):
+        run.log(stage="generator", kind="train", images=images)
+
+
+@pytest.mark.parametrize(("images", "left"), [(16, [0, 8, 16]), (24, [0, 8, 16, 24]), (3, [0]), (0, [])])
+def test_a_resumed_stage_forgets_what_it_will_write_again(tiny_spec, tmp_path, images, left):
+    run = open_run(tmp_path, tiny_spec)
+    make_log(run)
+    run.forget_after("generator", images)
+    assert [line["images"] for line in run.history(stage="generator")] == left
+    assert [line["images"] for line in run.history(stage="tokenizer")] == [100], "other stages stay"
+
+
+def test_a_log_line_that_was_cut_short_is_left_out(tiny_spec, tmp_path):
+    run = open_run(tmp_path, tiny_spec)
+    make_log(run)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "generator", "ima')
+    assert len(run.history()) == 5
+    run.forget_after("generator", 24)
+    run.log(stage="generator", kind="train", images=32)
+    assert [json.loads(line)["images"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        100, 0, 8, 16, 24, 32,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("every", "before", "after", "expected"),
+    [(10, 0, 9, False), (10, 0, 10, True), (10, 9, 10, True), (10, 10, 19, False), (10, 8, 35, True),
+     (None, 0, 10, False)],
+)  # fmt: skip
+def test_crossed(every, before, after, expected):
+    assert crossed(every, before, after) is expected
+
+
+def test_a_status_line_shows_what_matters(tiny_spec, capsys):
+    progress = Progress("generator", tiny_spec.generator_training, 0)
+    with progress.waiting():
+        pass
+    speed = progress.report(32, loss=1.5)
+    assert speed.keys() == {"images_per_s", "data_wait"} and 0 <= speed["data_wait"] <= 1
+    line = capsys.readouterr().err
+    for text in ("generator", "32/64 images", "loss 1.5", "images/s", "wait", "left 0:"):
+        assert text in line
+
+
+# Random numbers.
+
+
+def test_random_numbers_of_a_step_depend_on_its_parts_alone():
+    def draw(*parts: object) -> torch.Tensor:
+        return torch.rand(4, generator=step_generator(CPU, *parts))
+
+    assert torch.equal(draw(0, "generator", 0, 64), draw(0, "generator", 0, 64))
+    others = [(1, "generator", 0, 64), (0, "tokenizer", 0, 64), (0, "generator", 1, 64), (0, "generator", 0, 72)]
+    for parts in others:
+        assert not torch.equal(draw(0, "generator", 0, 64), draw(*parts))
+
+
+# Accumulation.
+
+
+def batch_of(num: int) -> Batch:
+    return Batch(
+        torch.arange(num * 3, dtype=torch.uint8).view(num, 3, 1, 1),
+        {"label": torch.arange(num), "pair": torch.arange(2 * num).view(num, 2)},
+        torch.arange(num) + 100,
+    )
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(None, [5]), (2, [2, 2, 1]), (5, [5]), (9, [5]), (1, [1] * 5)])
+def test_micro_batches_are_the_batch_in_parts(size, sizes):
+    batch = batch_of(5)
+    parts = list(micro_batches(batch, size))
+    assert [len(part.key) for part, _, _ in parts] == sizes
+    assert torch.equal(torch.cat([part.images for part, _, _ in parts]), batch.images)
+    assert torch.equal(torch.cat([part.key for part, _, _ in parts]), batch.key)
+    for name, value in batch.cond.items():
+        assert torch.equal(torch.cat([part.cond[name] for part, _, _ in parts]), value)
+    assert sum(share for _, share, _ in parts) == pytest.approx(1)
+    assert [last for _, _, last in parts] == [False] * (len(sizes) - 1) + [True]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(size):
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        return (images.flatten(1).double() @ weight).sin().mean()
+
+    batch = batch_of(7)
+    (expected,) = torch.autograd.grad(loss(batch.images), weight)
+    for part, share, _ in micro_batches(batch, size):
+        (share * loss(part.images)).backward()
+    assert torch.allclose(weight.grad, expected, rtol=1e-12)
+
+
+# Losses and gradients that are not finite.
+
+
+def spoilt_training(spec):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ModuleDict({"blocks": nn.Linear(4, 4)})["blocks"])
+    optimizer = build_optimizer(model, spec, 1e-2)
+    ema = EMA(model, (0.5,))
+    return model, optimizer, ema
+
+
+def state_of(model, optimizer, ema) -> list[torch.Tensor]:
+    state = [*model.state_dict().values(), *ema.state_dict(0.5).values()]
+    state += [torch.as_tensor(value) for values in optimizer.state.values() for value in values.values()]
+    return [value.clone() for value in state]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("spec", [AdamWSpec(weight_decay=0.1), MuonSpec(weight_decay=0.1)], ids=["adamw", "muon"])
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("what", ["loss nan", "loss inf", "one gradient inf", "one gradient nan"])
+def test_a_value_that_is_not_finite_changes_nothing(tiny_spec, tmp_path, spec, clip, what):
+    model, optimizer, ema = spoilt_training(spec)
+    guard = NonFiniteGuard(open_run(tmp_path, tiny_spec), "generator")
+    parameters = list(model.parameters())
+
+    def step(number: int, spoil: bool) -> bool:
+        loss = model(torch.ones(2, 3) * (number + 1)).square().mean()
+        loss.backward()
+        value = loss.detach()
+        if spoil and what.startswith("loss"):
+            value = torch.tensor(float(what.split()[1]))
+        elif spoil:
+            parameters[2].grad[0, 0] = float(what.split()[2])
+        taken = guard.check(update(optimizer, parameters, value, clip), 8 * number, number, torch.arange(2))
+        if taken:
+            ema.update(model, number)
+        assert all(parameter.grad is None for parameter in parameters)
+        return taken
+
+    assert step(0, spoil=False)
+    before = state_of(model, optimizer, ema)
+    assert not step(1, spoil=True)
+    assert same(state_of(model, optimizer, ema), before)
+    assert step(2, spoil=False)
+    assert not same(state_of(model, optimizer, ema), before)
+    events = guard.run.history(kind="event")
+    assert [(line["event"], line["step"], line["images"], line["keys"]) for line in events] == [
+        ("non_finite", 1, 8, [0, 1])
+    ]
+
+
+def test_a_run_of_values_that_are_not_finite_stops(tiny_spec, tmp_path):
+    guard = NonFiniteGuard(open_run(tmp_path, tiny_spec), "generator")
+    keys = torch.arange(3)
+    for step in range(MAX_NON_FINITE_STEPS - 1):
+        assert not guard.check(math.nan, step, step, keys)
+    assert guard.check(1.0, 0, 0, keys), "a good step starts the count again"
+    for step in range(MAX_NON_FINITE_STEPS - 1):
+        assert not guard.check(math.nan, step, step, keys)
+    with pytest.raises(CheckpointError, match=f"{MAX_NON_FINITE_STEPS} steps in a row without a finite loss, stopped"):
+        guard.check(math.inf, 99, 99, keys)
+    assert len(guard.run.history(event="non_finite")) == 2 * MAX_NON_FINITE_STEPS - 1
+
+
+def test_the_norm_of_the_gradients_is_the_one_before_clipping():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert update(optimizer, [weight], torch.tensor(1.0), clip=1.0) == pytest.approx(5)
+    assert torch.allclose(weight, torch.tensor([-0.6, -0.8]), atol=1e-6)
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_to_stop(number):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with StopSignal() as stop, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_one_process_is_not_wrapped():
+    model = nn.Linear(2, 2)
+    assert run_module.distribute(model) is model
+    with run_module.gradient_sync(model, False):
+        pass
