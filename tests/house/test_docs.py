@@ -111,7 +111,9 @@ def test_readme_has_a_line_for_every_source_file() -> None:
             parents.append((indent, entry))
     assert [path for path in listed if not (ROOT / path).exists()] == []
     files = {name(file) for file in SOURCES if file.name != "__init__.py" and "raev2_tasks" not in file.parts}
-    tasks = {f"{name(folder)}/" for folder in (ROOT / "tasks" / "raev2_tasks").iterdir() if (folder / "task.py").is_file()}
+    tasks = {
+        f"{name(folder)}/" for folder in (ROOT / "tasks" / "raev2_tasks").iterdir() if (folder / "task.py").is_file()
+    }
     assert sorted((files | tasks) - set(listed)) == []
 
 

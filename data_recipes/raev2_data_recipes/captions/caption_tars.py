@@ -16,12 +16,11 @@ from statistics import median
 from typing import Any
 
 from raev2.errors import DataError
+from raev2_data_recipes.base import DatasetRecipe, Option
+from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
 from raev2_tasks.t2i.shards.files import index_shards, val_keys, verify_shards
 from raev2_tasks.t2i.shards.tar_scan import Members, Problem, TarSample, groups, read_sample
 from raev2_tasks.t2i.text.captions import BadSample, Caption, parse_captions, parse_json
-
-from .base import DatasetRecipe, Option
-from .shard_recipe import Deferred, Example, ShardRecipe, prepared
 
 logger = logging.getLogger(__name__)
 

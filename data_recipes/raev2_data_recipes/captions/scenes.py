@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raev2.errors import SpecError
-
-from .base import DatasetRecipe, Option
+from raev2_data_recipes.base import DatasetRecipe, Option
 
 TRACKS = ("g60", "s12", "txt", "emo")
 CAPTIONER = "renderer"

@@ -12,12 +12,11 @@ from typing import Any
 from PIL import Image
 
 from raev2.errors import DataError, SpecError
+from raev2_data_recipes.base import DatasetRecipe, Option
+from raev2_data_recipes.pictures.image_folder import resize_and_crop
 from raev2_tasks.t2i.shards.files import Deferred, Example, verify_shards, write_shards
 from raev2_tasks.t2i.shards.pixels import encode_image, is_plain_rgb, to_rgb
 from raev2_tasks.t2i.text.captions import KINDS
-
-from .base import DatasetRecipe, Option
-from .image_folder import resize_and_crop
 
 SMALLEST = 0.9  # an image is not enlarged by more than 1 / 0.9
 

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from raev2.errors import DataError
+from raev2_data_recipes.base import Option
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe
 from raev2_tasks.nwm.data.safe_pickle import load_pickle
 from raev2_tasks.nwm.data.trajectories import Source, Storage, Trajectory
-
-from .base import Option
-from .trajectory_recipe import TrajectoryRecipe
 
 POSES = "traj_data.pkl"
 SPLIT_FOLDERS = {"train": "train", "val": "test"}

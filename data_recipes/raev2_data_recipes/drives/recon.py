@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from raev2.errors import DataError
+from raev2_data_recipes.base import Option
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, require
 from raev2_tasks.nwm.data.trajectories import Source, Trajectory
-
-from .base import Option
-from .trajectory_recipe import TrajectoryRecipe, require
 
 IMAGES, POSITION, YAW = "images/rgb_left", "jackal/position", "jackal/yaw"
 COMMANDS = ("commands/linear_velocity", "commands/angular_velocity")

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import DataError
+from raev2_data_recipes.base import Option
+from raev2_data_recipes.drives.sampling import CUTS, Piece, cut, resample
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, require
 from raev2_tasks.nwm.data.trajectories import Frame, Source, Trajectory
 from raev2_tasks.nwm.pose import yaw_of_quaternion
-
-from .base import Option
-from .sampling import CUTS, Piece, cut, resample
-from .trajectory_recipe import TrajectoryRecipe, require
 
 logger = logging.getLogger(__name__)
 # Topics of known robots: images, odometry, degrees to add to the yaw.

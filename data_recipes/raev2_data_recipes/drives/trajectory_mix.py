@@ -9,10 +9,9 @@ from typing import Any
 
 from raev2.errors import DataError
 from raev2.files.manifest import read_manifest
+from raev2_data_recipes.base import Option
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe
 from raev2_tasks.nwm.data.trajectories import SPLITS, Source, Storage, StoredTrajectory, Trajectory, read_trajectories
-
-from .base import Option
-from .trajectory_recipe import TrajectoryRecipe
 
 
 class TrajectoryMix(TrajectoryRecipe):

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from raev2.errors import DataError, SpecError
+from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_tasks.nwm.data.frames import FITS
 from raev2_tasks.nwm.data.trajectories import Source, Storage, verify_trajectories, write_trajectories
-
-from .base import DatasetRecipe, Option
 
 RULES = ("by-recording", "nwm-legacy", "given")
 

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import DataError
-
-from .trajectory_recipe import require
+from raev2_data_recipes.drives.trajectory_recipe import require
 
 logger = logging.getLogger(__name__)
 CHUNK = 128  # frames that are decoded at once

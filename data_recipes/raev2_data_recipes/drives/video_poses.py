@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from raev2.errors import DataError
+from raev2_data_recipes.base import Option
+from raev2_data_recipes.drives.pose_files import AXES, PoseFile, read_poses
+from raev2_data_recipes.drives.sampling import Piece, resample, split_long
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, require
+from raev2_data_recipes.drives.video_frames import frame_times, read_frames
 from raev2_tasks.nwm.data.trajectories import Source, Trajectory
-
-from .base import Option
-from .pose_files import AXES, PoseFile, read_poses
-from .sampling import Piece, resample, split_long
-from .trajectory_recipe import TrajectoryRecipe, require
-from .video_frames import frame_times, read_frames
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png"}

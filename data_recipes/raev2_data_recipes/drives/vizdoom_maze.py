@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raev2_data_recipes.base import Option
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe
 from raev2_tasks.nwm.data.trajectories import Source, Storage, Trajectory
 from raev2_tasks.nwm.pose import wrap
 from raev2_tasks.nwm.worlds.engine import CAMERA, TICS_PER_S, Engine, require_vizdoom
 from raev2_tasks.nwm.worlds.maze import UNITS_PER_M, Maze, make_maze
-
-from .base import Option
-from .trajectory_recipe import TrajectoryRecipe
 
 TICS = (9, 9, 9, 8)  # a frame each: 35 tics in 4 frames, so 4 Hz on average
 RATE_HZ = 4.0

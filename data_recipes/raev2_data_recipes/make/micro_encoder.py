@@ -45,9 +45,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from raev2.errors import DataError
-
-from .base import verify_dataset
-from .emoji import picture_dir
+from raev2_data_recipes.base import verify_dataset
+from raev2_data_recipes.pictures.emoji import picture_dir
 
 STUDENT_KWARGS: dict[str, Any] = {
     "img_size": 64,

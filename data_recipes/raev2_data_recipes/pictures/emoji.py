@@ -23,8 +23,7 @@ from typing import Any
 from PIL import Image
 
 from raev2.errors import DataError
-
-from .base import Picture, Recipe, Sample, encode_png
+from raev2_data_recipes.base import Picture, Recipe, Sample, encode_png
 
 MIN_CLASS_PICTURES = 12  # smaller subgroups go to the "other" class of their group
 VAL_FRACTION = 0.1  # of the pictures of each class, as near as whole base emojis allow

@@ -12,8 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from raev2.errors import DataError, SpecError
-
-from .base import SPLITS, Option, Picture, Recipe, Sample, encode_png
+from raev2_data_recipes.base import SPLITS, Option, Picture, Recipe, Sample, encode_png
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 

@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 
 from raev2.errors import SpecError
-
-from .base import Option, Picture, Recipe, Sample, encode_png
+from raev2_data_recipes.base import Option, Picture, Recipe, Sample, encode_png
 
 CLASSES = ["cross", "disc", "ring", "square"]
 

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import SpecError
-
-from . import emo, g60, rows, s12, txt, words
-from .compositions import Compositions
-from .palette import COLORS
-from .rows import RELATIONS, PromptRow
-from .scene import SIZE_PX, Scene
-from .scoring import get_track
+from raev2_tasks.t2i.benchmark import emo, g60, rows, s12, txt, words
+from raev2_tasks.t2i.benchmark.compositions import Compositions
+from raev2_tasks.t2i.benchmark.palette import COLORS
+from raev2_tasks.t2i.benchmark.rows import RELATIONS, PromptRow
+from raev2_tasks.t2i.benchmark.scene import SIZE_PX, Scene
+from raev2_tasks.t2i.benchmark.scoring import get_track
 
 Images = NDArray[np.uint8]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .rows import NUMBERS, PromptRow, english_plural, noun, phrase, with_article
+from raev2_tasks.t2i.benchmark.rows import NUMBERS, PromptRow, english_plural, noun, phrase, with_article
 
 WEIGHTS = {"template": 0.45, "short": 0.45, "long": 0.10}  # suggested mixture of the kinds in training
 SIZE_WORDS = ("small", "medium-sized", "large")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import rows
-from .rows import TAGS, PromptRow
+from raev2_tasks.t2i.benchmark import rows
+from raev2_tasks.t2i.benchmark.rows import TAGS, PromptRow
 
 TAG_WEIGHTS = {
     "single_object": 0.15, "two_object": 0.20, "counting": 0.20, "colors": 0.15, "position": 0.15, "color_attr": 0.15,

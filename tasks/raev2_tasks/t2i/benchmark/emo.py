@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raev2.errors import DataError, SpecError, did_you_mean
-
-from .foreground import FRAME_PX, THRESHOLD, foreground, opening
-from .palette import TURQUOISES, delta_e
-from .rows import PromptRow
-from .rules import ImageScore
-from .scene import SIZE_PX, Scene
-from .sprites import Sprite, size_of
+from raev2_tasks.t2i.benchmark.foreground import FRAME_PX, THRESHOLD, foreground, opening
+from raev2_tasks.t2i.benchmark.palette import TURQUOISES, delta_e
+from raev2_tasks.t2i.benchmark.rows import PromptRow
+from raev2_tasks.t2i.benchmark.rules import ImageScore
+from raev2_tasks.t2i.benchmark.scene import SIZE_PX, Scene
+from raev2_tasks.t2i.benchmark.sprites import Sprite, size_of
 
 IMAGES_PER_PROMPT = 4
 SIDE_PX = 192

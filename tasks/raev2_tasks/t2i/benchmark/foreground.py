@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import DataError
-
-from .palette import delta_e, lab
-from .scene import SIZE_PX, Box
+from raev2_tasks.t2i.benchmark.palette import delta_e, lab
+from raev2_tasks.t2i.benchmark.scene import SIZE_PX, Box
 
 FRAME_PX = 6  # the background colour is the median of this frame
 THRESHOLD = 14.0  # Delta E

@@ -17,17 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import SpecError, did_you_mean
-
-from . import rows
-from .captions import captions
-from .compositions import Compositions
-from .foreground import Component, components
-from .palette import COLORS, TURQUOISES, name_color
-from .rows import RELATIONS, PromptRow
-from .rules import Detection, ImageScore, judge
-from .scene import Scene, place
-from .sprites import Sprite, size_of
-from .templates import SpriteTemplates
+from raev2_tasks.t2i.benchmark import rows
+from raev2_tasks.t2i.benchmark.captions import captions
+from raev2_tasks.t2i.benchmark.compositions import Compositions
+from raev2_tasks.t2i.benchmark.foreground import Component, components
+from raev2_tasks.t2i.benchmark.palette import COLORS, TURQUOISES, name_color
+from raev2_tasks.t2i.benchmark.rows import RELATIONS, PromptRow
+from raev2_tasks.t2i.benchmark.rules import Detection, ImageScore, judge
+from raev2_tasks.t2i.benchmark.scene import Scene, place
+from raev2_tasks.t2i.benchmark.sprites import Sprite, size_of
+from raev2_tasks.t2i.benchmark.templates import SpriteTemplates
 
 CLASSES = {  # class -> code of its emoji
     "person": "1f9cd", "bicycle": "1f6b2", "car": "1f697", "motorcycle": "1f3cd", "airplane": "2708", "bus": "1f68c",

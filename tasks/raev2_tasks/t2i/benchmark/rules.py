@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .rows import PromptRow
-from .scene import Box
+from raev2_tasks.t2i.benchmark.rows import PromptRow
+from raev2_tasks.t2i.benchmark.scene import Box
 
 
 @dataclass(frozen=True)

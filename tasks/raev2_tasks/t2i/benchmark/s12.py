@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from raev2.errors import SpecError, did_you_mean
-
-from . import rows
-from .captions import captions
-from .compositions import Compositions
-from .foreground import Component, components
-from .palette import BACKGROUNDS, COLORS, flat, name_color
-from .rows import RELATIONS, PromptRow
-from .rules import Detection, ImageScore, judge
-from .scene import Box, Scene, place
+from raev2_tasks.t2i.benchmark import rows
+from raev2_tasks.t2i.benchmark.captions import captions
+from raev2_tasks.t2i.benchmark.compositions import Compositions
+from raev2_tasks.t2i.benchmark.foreground import Component, components
+from raev2_tasks.t2i.benchmark.palette import BACKGROUNDS, COLORS, flat, name_color
+from raev2_tasks.t2i.benchmark.rows import RELATIONS, PromptRow
+from raev2_tasks.t2i.benchmark.rules import Detection, ImageScore, judge
+from raev2_tasks.t2i.benchmark.scene import Box, Scene, place
 
 SHAPES = (
     "circle", "square", "triangle", "diamond", "pentagon", "star",

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raev2.errors import SpecError
-
-from .palette import BACKGROUNDS
-from .rows import PromptRow
+from raev2_tasks.t2i.benchmark.palette import BACKGROUNDS
+from raev2_tasks.t2i.benchmark.rows import PromptRow
 
 SIZE_PX = 256  # scenes are drawn and scored at this size
 BORDER_PX = 8

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import SpecError, did_you_mean
-
-from .foreground import to_pictures
-from .rows import PromptRow
-from .rules import ImageScore
+from raev2_tasks.t2i.benchmark.foreground import to_pictures
+from raev2_tasks.t2i.benchmark.rows import PromptRow
+from raev2_tasks.t2i.benchmark.rules import ImageScore
 
 TRACKS = ("s12", "g60", "txt", "emo")
 NUM_RESAMPLES = 10_000

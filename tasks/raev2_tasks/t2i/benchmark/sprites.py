@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raev2.errors import DataError
-
-from .palette import tint
-from .scene import Box
+from raev2_tasks.t2i.benchmark.palette import tint
+from raev2_tasks.t2i.benchmark.scene import Box
 
 LICENCE = "CC-BY-4.0"
 ATTRIBUTION = (

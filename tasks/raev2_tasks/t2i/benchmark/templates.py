@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .foreground import Component, components
-from .palette import TURQUOISES
-from .scene import SIZE_PX
-from .sprites import size_of, tinted
+from raev2_tasks.t2i.benchmark.foreground import Component, components
+from raev2_tasks.t2i.benchmark.palette import TURQUOISES
+from raev2_tasks.t2i.benchmark.scene import SIZE_PX
+from raev2_tasks.t2i.benchmark.sprites import size_of, tinted
 
 CELLS = 32  # side of a template
 BLURRED_PX = 80

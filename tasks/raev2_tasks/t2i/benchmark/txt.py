@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, features
 
 from raev2.errors import DataError, SpecError, did_you_mean
-
-from . import words
-from .foreground import THRESHOLD, Component, cut, foreground, opening
-from .palette import BACKGROUNDS, COLORS, flat, name_color
-from .rows import PromptRow, with_article
-from .rules import ImageScore
-from .scene import BORDER_PX, SIZE_PX, Box, Scene
+from raev2_tasks.t2i.benchmark import words
+from raev2_tasks.t2i.benchmark.foreground import THRESHOLD, Component, cut, foreground, opening
+from raev2_tasks.t2i.benchmark.palette import BACKGROUNDS, COLORS, flat, name_color
+from raev2_tasks.t2i.benchmark.rows import PromptRow, with_article
+from raev2_tasks.t2i.benchmark.rules import ImageScore
+from raev2_tasks.t2i.benchmark.scene import BORDER_PX, SIZE_PX, Box, Scene
 
 IMAGES_PER_PROMPT = 1
 TAGS = ("invented_word", "real_word")
