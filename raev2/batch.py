@@ -67,7 +67,7 @@ class PastFrames:
     keys: Float[Tensor, "B L heads M d"]
     values: Float[Tensor, "B L heads M d"]
     mask: Bool[Tensor, "B M"]
-    age: Float[Tensor, "B"]
+    age: Float[Tensor, " B"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class PathPoint:
     """A point on the path from data (t = 0) to noise (t = 1) with its regression target."""
 
     z_t: Float[Tensor, "B C H W"]
-    t: Float[Tensor, "B"]
+    t: Float[Tensor, " B"]
     velocity: Float[Tensor, "B C H W"]
 
 
@@ -116,11 +116,21 @@ class MetricResult:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One number of a benchmark; `note` says what it depends on."""
+
+    name: str
+    value: float
+    unit: str
+    note: str = ""
+
+
 def cond_map(cond: Cond, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Apply `function` to every tensor of a condition."""
     return {name: function(value) for name, value in cond.items()}
 
 
-def drop_cond(cond: Cond, null_cond: Cond, drop: Bool[Tensor, "B"]) -> dict[str, Tensor]:
+def drop_cond(cond: Cond, null_cond: Cond, drop: Bool[Tensor, " B"]) -> dict[str, Tensor]:
     """Replace the condition by the null condition where `drop` is True, jointly over all of its tensors."""
     return {name: null_cond[name].where(drop.view(-1, *[1] * (value.ndim - 1)), value) for name, value in cond.items()}

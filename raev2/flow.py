@@ -94,9 +94,9 @@ class Losses:
     """Loss terms: per sample and unweighted, and the weighted sum of their means, which is what is minimised."""
 
     total: Float[Tensor, ""]
-    full: Float[Tensor, "B"]
-    base: Float[Tensor, "B"] | None = None
-    repa: Float[Tensor, "B"] | None = None
+    full: Float[Tensor, " B"]
+    base: Float[Tensor, " B"] | None = None
+    repa: Float[Tensor, " B"] | None = None
 
 
 def training_loss(

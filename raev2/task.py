@@ -21,8 +21,7 @@ if TYPE_CHECKING:  # light import: the command line lists tasks without torch
 
     import torch
 
-    from raev2.batch import Cond, MetricResult
-    from raev2.command.bench import Measurement
+    from raev2.batch import Cond, Measurement, MetricResult
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
     from raev2.model.generator import Generator

@@ -43,7 +43,7 @@ class GaussianWorld(nn.Module):
         self.register_buffer("base_means", None if base_means is None else torch.tensor(base_means, dtype=dtype))
         self.conditioner: Conditioner = LabelCondition(num_classes=len(means) - 1).build(8, latent_shape, "adaln")
 
-    def forward(self, z_t: Latents, t: Float[Tensor, "B"], cond: Cond) -> ModelOutput:
+    def forward(self, z_t: Latents, t: Float[Tensor, " B"], cond: Cond) -> ModelOutput:
         """The exact prediction."""
         base_pred = None if self.base_means is None else self._predict(z_t, t, self.base_means[cond["label"]])
         return ModelOutput(self._predict(z_t, t, self.means[cond["label"]]), base_pred)

@@ -13,10 +13,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raev2.batch import Measurement
 from raev2.errors import SpecError, did_you_mean
 from raev2.files.artefact import write_json
 from raev2.task import usable_tasks
@@ -26,16 +27,6 @@ if TYPE_CHECKING:
 
 Benchmark = Callable[[], "list[Measurement]"]
 ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number of a benchmark; `note` says what it depends on."""
-
-    name: str
-    value: float
-    unit: str
-    note: str = ""
 
 
 def timed(functions: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:

@@ -56,7 +56,7 @@ class Moments:
         return total
 
     @property
-    def mean(self) -> Float[Tensor, "D"]:
+    def mean(self) -> Float[Tensor, " D"]:
         """Mean of the features."""
         return self.sum / max(self.count, 1)
 
@@ -81,9 +81,9 @@ class Moments:
 
 
 def frechet_distance(
-    mean1: Float[Tensor, "D"],
+    mean1: Float[Tensor, " D"],
     cov1: Float[Tensor, "D D"],
-    mean2: Float[Tensor, "D"],
+    mean2: Float[Tensor, " D"],
     cov2: Float[Tensor, "D D"],
 ) -> float:
     """Squared Wasserstein-2 distance of two Gaussians.

@@ -26,7 +26,7 @@ MAX_PSNR_DB = 100.0
 LPIPS_BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
 
 
-def psnr(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, "B"]:
+def psnr(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
     """Peak signal-to-noise ratio in dB: -10 log10(MSE) of values in [0, 1]; identical images score 100."""
     values = peak_signal_noise_ratio(
         to_float(images_u8), to_float(reference_u8), data_range=1.0, reduction="none", dim=(1, 2, 3)
@@ -34,7 +34,7 @@ def psnr(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, "B"]:
     return values.clamp(max=MAX_PSNR_DB)
 
 
-def ssim(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, "B"]:
+def ssim(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
     """Structural similarity, 1 = identical; Gaussian window of 11 pixels with sigma 1.5."""
     values = structural_similarity_index_measure(
         to_float(images_u8), to_float(reference_u8), data_range=1.0, reduction="none"
@@ -49,7 +49,7 @@ class PairDistance(ABC):
     name: str
 
     @abstractmethod
-    def __call__(self, images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, "B"]:
+    def __call__(self, images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
         """One distance a pair."""
 
 
@@ -70,7 +70,7 @@ class LPIPS(PairDistance):
         self.metric = LearnedPerceptualImagePatchSimilarity(backbone, reduction="none", normalize=True).to(device)
         self.device = device
 
-    def __call__(self, images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, "B"]:
+    def __call__(self, images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
         """LPIPS of each pair."""
         with torch.no_grad():
             values = self.metric.net(
@@ -98,7 +98,7 @@ class FeatureDistance(PairDistance):
         layers = sorted({max((quarter * encoder.depth) // 4 - 1, 0) for quarter in (1, 2, 3, 4)})
         return cls(encoder.spec.name, lambda images: encoder.layers_tokens(images, layers), device)
 
-    def __call__(self, images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, "B"]:
+    def __call__(self, images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
         """Feature distance of each pair, between 0 and 4."""
         with torch.no_grad():
             ours, theirs = (self.tokens(to_float(images.to(self.device))) for images in (images_u8, reference_u8))

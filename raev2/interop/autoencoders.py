@@ -23,7 +23,7 @@ from raev2.errors import CheckpointError, SpecError
 from raev2.interop.convert import some
 from raev2.interop.decoders import decoder_spec, export_decoder, import_decoder
 from raev2.interop.generators import nearest_multiples
-from raev2.positions import sincos_2d
+from raev2.nn import sincos_2d
 from raev2.spec import EncoderSpec, TokenizerSpec
 from raev2.tokenizer.encoder_table import RGB_MEAN, RGB_STD
 from raev2.tokenizer.encoders import TransformersTrunk, build_encoder

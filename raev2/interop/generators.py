@@ -18,10 +18,10 @@ from torch import Tensor
 from raev2.errors import CheckpointError
 from raev2.interop.convert import Conversion, describe, linear_names, load, some, unwrap
 from raev2.model.condition import ConditionSpec, LabelCondition, TextCondition
-from raev2.model.ddt import DDT
+from raev2.model.dit import DDT
 from raev2.model.frames import FramesCondition
 from raev2.model.generator import Generator
-from raev2.model.layers import Rope2D, swiglu_dim
+from raev2.nn import Rope2D, swiglu_dim
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec
 
 UNMAPPED = ("conditioner.null_tokens",)  # without a counterpart there; empty in what comes from there

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from raev2.batch import Cond, CondTokens, drop_cond
 from raev2.errors import SpecError
-from raev2.model.layers import RMSNorm
+from raev2.nn import RMSNorm
 from raev2.spec import Spec
 
 LatentShape = tuple[int, int, int]  # C, H, W
@@ -78,7 +78,7 @@ class Conditioner(nn.Module, ABC):
         self.check_parts(parts)
         return self.null_cond(cond)
 
-    def drop(self, cond: Cond, uniform: Float[Tensor, "B"], prob: float) -> dict[str, Tensor]:
+    def drop(self, cond: Cond, uniform: Float[Tensor, " B"], prob: float) -> dict[str, Tensor]:
         """What training does to a condition: samples whose number in [0, 1) is below `prob` lose theirs."""
         cond = self.complete(cond)
         return drop_cond(cond, self.null_cond(cond), uniform < prob)

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from raev2.batch import Cond, CondTokens, PastFrames, drop_cond
 from raev2.errors import SpecError
 from raev2.model.condition import CondField, Conditioner, Conditioning, ConditionSpec, LatentShape, tokens_parameter
-from raev2.model.embed import FourierEmbed, PatchEmbed, WaveEmbed, patchify, waves
-from raev2.positions import sincos_2d
+from raev2.nn import FourierEmbed, PatchEmbed, WaveEmbed, patchify, sincos_2d, waves
 
 _FRAME_FIELDS = ("context_latents", "context_age", "context_valid", "context_id")
 
@@ -242,7 +241,7 @@ class BlockCausalFrames(Conditioner):
             "rel_time": torch.zeros(batch_size, 1, device=device),
         })  # fmt: skip
 
-    def drop(self, cond: Cond, uniform: Float[Tensor, "B"], prob: float) -> dict[str, Tensor]:
+    def drop(self, cond: Cond, uniform: Float[Tensor, " B"], prob: float) -> dict[str, Tensor]:
         """See `Conditioner.drop`; a further share `action_drop_prob` of the samples loses its motion alone."""
         cond = super().drop(cond, uniform, prob)
         action_only = (uniform >= prob) & (uniform < prob + self.spec.action_drop_prob)

@@ -25,8 +25,7 @@ from raev2.batch import Cond, FrameCache, ModelOutput
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_artefact, load_strict, save_artefact
 from raev2.model.condition import ConditionSpec, LabelCondition, LatentShape, NoCondition, TextCondition
-from raev2.model.ddt import DDT
-from raev2.model.dit import DiT
+from raev2.model.dit import DDT, DiT
 from raev2.model.frames import BlockCausalFrames, FramesCondition
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec, NetworkSpec
 
@@ -57,7 +56,7 @@ class Generator(nn.Module):
         if isinstance(self.conditioner, BlockCausalFrames):
             _check_frames(network, self.conditioner.spec)
 
-    def forward(self, z_t: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], cond: Cond) -> ModelOutput:
+    def forward(self, z_t: Float[Tensor, "B C H W"], t: Float[Tensor, " B"], cond: Cond) -> ModelOutput:
         """Prediction at the noisy latents `z_t`, time `t` in [0, 1] (1 = noise), raw or prepared condition `cond`."""
         cond = self.prepare_cond(cond)
         if self.network_spec.conditioning == "in_context":

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raev2.attention import attention
 from raev2.errors import SpecError
-from raev2.positions import sincos_2d
+from raev2.nn import attention, sincos_2d
 from raev2.shapes import Images, Tokens
 from raev2.spec import DecoderSpec
 

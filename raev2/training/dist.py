@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from accelerate import PartialState
 from torch import Tensor
 
 
@@ -50,6 +51,11 @@ def gather_objects(value: Any) -> Sequence[Any]:
     gathered: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(gathered, value)
     return gathered
+
+
+def device() -> torch.device:
+    """Device of this process, as accelerate chose it."""
+    return PartialState().device
 
 
 def barrier() -> None:

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from raev2.batch import Measurement
 from raev2.command import bench
-from raev2.command.bench import Measurement, run_benchmarks, table, timed
+from raev2.command.bench import run_benchmarks, table, timed
 from raev2.errors import SpecError
 
 

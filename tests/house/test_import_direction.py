@@ -24,11 +24,10 @@ MAX_LINES = 600
 ORDER = """
     errors shapes spec batch
     files.hashes files.images files.manifest files.artefact files.grid
-    flow guidance sampler
-    positions attention data
+    flow guidance sampler nn data
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
     tokenizer.baselines tokenizer.losses tokenizer.discriminator
-    model.layers model.embed model.condition model.frames model.dit model.ddt model.generator
+    model.condition model.frames model.dit model.generator
     task spec_io testing
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files

@@ -14,7 +14,7 @@ from raev2.guidance import build_guidance
 from raev2.model.condition import LabelCondition
 from raev2.model.frames import FramesCondition
 from raev2.model.generator import Generator
-from raev2.model.layers import AgeRope, Rope2D, rotate
+from raev2.nn import AgeRope, Rope2D, rotate
 from raev2.sampler import sample, sample_latents
 from raev2.spec import CFG, AutoGuidance, DDTSpec, DiTSpec, FlowSpec, InternalCFG, NoGuidance, SamplingSpec
 

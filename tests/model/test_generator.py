@@ -7,11 +7,9 @@ from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import save_artefact
 from raev2.flow import interpolate, training_loss
 from raev2.model.condition import ConditionSpec, LabelCondition, NoCondition, TextCondition
-from raev2.model.embed import patchify, unpatchify
 from raev2.model.frames import FramesCondition
 from raev2.model.generator import Generator, condition_spec, model_size
-from raev2.model.layers import Rope2D, rotate, swiglu_dim
-from raev2.positions import sincos_2d
+from raev2.nn import Rope2D, patchify, rotate, sincos_2d, swiglu_dim, unpatchify
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec
 
 LATENT_SHAPE = (6, 4, 4)

@@ -14,9 +14,10 @@ from raev2.spec_io import apply_overrides
 from raev2_data_recipes.drives.vizdoom_maze import RECIPE
 from raev2_tasks.nwm.data.dataset import TrajectoryDataset
 from raev2_tasks.nwm.data.places import Places
-from raev2_tasks.nwm.drive.model_world import ModelGoals, SimulatorWorld, TrainedModel, model_worlds
+from raev2_tasks.nwm.drive.model_world import SimulatorWorld, TrainedModel, model_worlds
 from raev2_tasks.nwm.drive.page import Drive, StepRequest, replay
 from raev2_tasks.nwm.plan.command import plan_command
+from raev2_tasks.nwm.plan.model_goals import ModelGoals
 from raev2_tasks.nwm.plan.planning import PlanSpec
 from raev2_tasks.nwm.pose import relative
 

@@ -34,8 +34,7 @@ from raev2_tasks.nwm.plan.planning import (
     straight_ahead,
     to_jump,
 )
-from raev2_tasks.nwm.pose import accumulate, compose, relative
-from raev2_tasks.nwm.twist import exp, log, velocities
+from raev2_tasks.nwm.pose import accumulate, compose, exp, log, relative, velocities
 from raev2_tasks.nwm.worlds.worlds import MotionRange, ToyWorld
 
 MOTION = Motion(speed_m_s=0.8, speed_std=0.4, turn_std=0.6)

@@ -313,9 +313,9 @@ def pooled_features(tokens_of: Callable[[Tensor], Tensor], images: Float[Tensor,
 
 def linear_probe(
     train_features: Float[Tensor, "B D"],
-    train_labels: Int[Tensor, "B"],
+    train_labels: Int[Tensor, " B"],
     val_features: Float[Tensor, "V D"],
-    val_labels: Int[Tensor, "V"],
+    val_labels: Int[Tensor, " V"],
 ) -> dict[str, float]:
     """Ridge regression onto one-hot labels in closed form, float64; every class has the same total weight.
 
@@ -337,7 +337,7 @@ def linear_probe(
     return {"balanced_accuracy": float(torch.stack(recalls).mean()), "accuracy": float(hit.mean())}
 
 
-def group_labels(lines: Sequence[Mapping[str, Any]]) -> Int[Tensor, "B"]:
+def group_labels(lines: Sequence[Mapping[str, Any]]) -> Int[Tensor, " B"]:
     """Label of the Unicode group (9 of them) for every line."""
     groups = sorted({line["group"] for line in lines})
     return torch.tensor([groups.index(line["group"]) for line in lines])

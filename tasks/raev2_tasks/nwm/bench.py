@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from raev2.command.bench import Measurement, timed
+from raev2.batch import Measurement
+from raev2.command.bench import timed
 
 LATENT_SHAPE = (192, 8, 8)
 STEPS = 50

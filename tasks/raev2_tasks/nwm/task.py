@@ -15,8 +15,7 @@ from raev2_tasks.nwm.spec import NavigationSpec
 if TYPE_CHECKING:
     import torch
 
-    from raev2.batch import Cond
-    from raev2.command.bench import Measurement
+    from raev2.batch import Cond, Measurement
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
     from raev2.model.frames import FramesCondition

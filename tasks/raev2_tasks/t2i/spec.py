@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raev2.spec import Spec, TaskSpec
+from raev2.spec import RunSpec, Spec, TaskSpec
 
 SCRATCH, HASH = "scratch", "hash"
 
@@ -110,3 +110,9 @@ class TextToImageSpec(TaskSpec):
         if self.text_encoder.kind == SCRATCH:
             _refuse_changed(self, ("null", "adapter", "caption_cache"), "text_encoder.name=scratch")
         return self
+
+
+def task_spec(spec: RunSpec) -> TextToImageSpec:
+    """The task's own part of a run spec."""
+    assert isinstance(spec.task, TextToImageSpec)
+    return spec.task

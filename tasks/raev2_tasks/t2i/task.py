@@ -11,13 +11,12 @@ from raev2.errors import SpecError
 from raev2.spec import RunSpec
 from raev2.task import EncodeImages, Evaluator, Task
 from raev2_tasks.t2i.recipes import RECIPES
-from raev2_tasks.t2i.spec import TextToImageSpec
+from raev2_tasks.t2i.spec import TextToImageSpec, task_spec
 
 if TYPE_CHECKING:
     import torch
 
-    from raev2.batch import Cond
-    from raev2.command.bench import Measurement
+    from raev2.batch import Cond, Measurement
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
 
@@ -50,6 +49,7 @@ class TextToImage(Task):
     def condition(self, spec: RunSpec, dataset: ImageDataset | None) -> ConditionSpec:
         """Outputs of a frozen encoder, or token ids for the trained one."""
         from raev2.model.condition import TextCondition
+        from raev2.training import dist
         from raev2_tasks.t2i.text.condition import ScratchTextCondition
         from raev2_tasks.t2i.text.encoder import VOCAB_SIZE, build_text_encoder, text_sizes
 
@@ -65,7 +65,7 @@ class TextToImage(Task):
         )  # fmt: skip
         if dataset is None or task.null == "none_visible":
             return condition
-        null_tokens = build_text_encoder(encoder, process_device()).null_tokens()
+        null_tokens = build_text_encoder(encoder, dist.device()).null_tokens()
         return condition.replace(num_null_tokens=len(null_tokens), null_tokens=null_tokens.cpu())
 
     def condition_types(self) -> Sequence[type[ConditionSpec]]:
@@ -153,16 +153,3 @@ class TextToImage(Task):
         from raev2_tasks.t2i.bench import BENCHMARKS
 
         return BENCHMARKS
-
-
-def task_spec(spec: RunSpec) -> TextToImageSpec:
-    """The task's own part of a run spec."""
-    assert isinstance(spec.task, TextToImageSpec)
-    return spec.task
-
-
-def process_device() -> torch.device:
-    """The device of this process, as accelerate chose it."""
-    from accelerate import PartialState
-
-    return PartialState().device

@@ -1,11 +1,11 @@
-"""A trained run as something to drive (`ModelWorld`) and to plan with (`ModelGoals`).
+"""A trained run as something to drive.
 
-Both start at places of the validation split: frames that have a full context before them.
+Rides start at places of the validation split: frames that have a full context before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,17 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raev2.data import to_float
 from raev2.errors import CheckpointError, SpecError
 from raev2.task import EvalContext
 from raev2.training.run import Run
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.eval.predict import Predictor
-from raev2_tasks.nwm.plan.command import Goal
-from raev2_tasks.nwm.plan.planning import Motion, PlanSpec, cost_between
-from raev2_tasks.nwm.pose import relative
+from raev2_tasks.nwm.pose import relative, velocities
 from raev2_tasks.nwm.rollout import RolloutSession, State
-from raev2_tasks.nwm.twist import velocities
 from raev2_tasks.nwm.worlds.engine import MazeWorld, require_vizdoom
 from raev2_tasks.nwm.worlds.worlds import Frame, MotionRange, Poses, World
 
@@ -103,7 +99,7 @@ class ModelWorld:
         self.session: RolloutSession = self.predictor.session([place])
         self.session.seed = seed
         self._states = []
-        return _frame(self.places.images([place], 0.0))
+        return as_frame(self.places.images([place], 0.0))
 
     def step(self, command: Poses, seconds: float) -> Frame:
         """See `World.step`."""
@@ -111,7 +107,7 @@ class ModelWorld:
         before = self.session.state
         latents = self.model.step(self.session, command, seconds)
         self._states.append(before)
-        return _frame(self.predictor.decode(latents))
+        return as_frame(self.predictor.decode(latents))
 
     def undo(self) -> None:
         """See `World.undo`."""
@@ -187,54 +183,6 @@ def model_worlds(run: str | None, *, engine: bool) -> Callable[[], tuple[World, 
     return make
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Planning
-
-
-class ModelGoals:
-    """Planning problems of a trained run: frames of the validation split some seconds ahead."""
-
-    def __init__(self, run: str | None) -> None:
-        self.model = TrainedModel.open(run)
-        self.run_dir, self.name = self.model.run.dir, str(self.model.run.dir)
-        self.motion = Motion.of(self.model.velocities)
-        self.spacing_m = float(self.model.context.dataset("train").manifest["spacing_m"])
-
-    def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
-        """See `GoalSource.goals`."""
-        places, predictor = self.model.places(num, seconds)
-        times = [(step + 1) * spec.step_s for step in range(spec.num_steps(seconds))]
-        for place in range(len(places)):
-            start, goal = places.images([place], 0.0), places.images([place], seconds)
-            true_path = np.stack([np.asarray(places.motions([place], 0.0, time))[0] for time in times])
-            target = (predictor.encode(goal) if spec.cost == "latent" else to_float(goal))[0]
-            score = model_score(self.model, predictor, predictor.session([place]), target, spec, place)
-            yield Goal(f"place {place}", true_path, _frame(start), _frame(goal), score)
-
-
-def model_score(
-    model: TrainedModel, predictor: Predictor, start: RolloutSession, goal: Tensor, spec: PlanSpec, number: int
-) -> Callable[[Array, float], Array]:
-    """Score of commands by rollouts from `start`; all candidates see the same noise.
-
-    goal     latents (C, H, W), or image (3, Hpx, Wpx) in [0, 1] for the pixel cost
-    number   of the goal; selects the noise
-    """
-
-    def score(commands: Array, seconds: float) -> Array:
-        costs = np.zeros(len(commands))
-        for repeat in range(spec.repeats):
-            session = start.branch([0] * len(commands), ids=[number * spec.repeats + repeat] * len(commands))
-            session.sampling = session.sampling.replace(steps=spec.sampler_steps or session.sampling.steps)
-            for step in range(commands.shape[1]):
-                latents = model.step(session, commands[:, step], seconds)
-            seen = latents if spec.cost == "latent" else to_float(predictor.decode(latents))
-            costs += cost_between(spec.cost, seen, goal.to(seen.device)) / spec.repeats
-        return costs
-
-    return score
-
-
-def _frame(images: Tensor) -> Frame:
+def as_frame(images: Tensor) -> Frame:
     """One image (1, 3, Hpx, Wpx) uint8 as (Hpx, Wpx, 3)."""
     return images[0].permute(1, 2, 0).cpu().numpy()

@@ -34,7 +34,7 @@ from pydantic import Field, ValidationError
 
 from raev2.errors import DataError, RaeError, SpecError, TaskError
 from raev2.spec import Spec
-from raev2_tasks.nwm.twist import exp
+from raev2_tasks.nwm.pose import exp
 from raev2_tasks.nwm.worlds.worlds import Frame, Poses, ToyWorld, World
 
 if TYPE_CHECKING:

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raev2.batch import MetricResult
 from raev2.errors import SpecError
@@ -24,10 +23,12 @@ from raev2.files.artefact import write_json
 from raev2.spec_io import override_spec
 from raev2_tasks.nwm.plan.path_metrics import path_errors, summarise
 from raev2_tasks.nwm.plan.planning import (
+    Array,
+    Goal,
+    GoalSource,
     Motion,
     Plan,
     PlanSpec,
-    Score,
     accumulate_batch,
     cost_between,
     plan,
@@ -39,42 +40,9 @@ from raev2_tasks.nwm.pose import accumulate, compose, relative
 from raev2_tasks.nwm.worlds.worlds import ToyWorld
 
 logger = logging.getLogger(__name__)
-Array = NDArray[np.float64]
 RESULT_FORMAT_VERSION = 1
 METHODS = ("plan", "straight", "random")
 MAX_PICTURES = 4
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One planning problem.
-
-    true_path   poses (S, 3) that were driven, at the times of the commands, seen from the start
-    start       frame at the start (Hpx, Wpx, 3); goal: the frame to reach
-    score       cost of candidates by the world model
-    """
-
-    name: str
-    true_path: Array
-    start: NDArray[np.uint8]
-    goal: NDArray[np.uint8]
-    score: Score
-
-
-class GoalSource(Protocol):
-    """Where planning problems come from: a trained model with its validation data, or the toy world.
-
-    name        for the result file
-    motion      how the robot of the data moves
-    spacing_m   mean distance between consecutive frames; one waypoint unit
-    """
-
-    name: str
-    motion: Motion
-    spacing_m: float
-
-    def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
-        """`num` problems with a goal `seconds` ahead, spread over the validation data."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +202,7 @@ def plan_command(argv: Sequence[str]) -> None:
         source: GoalSource = ToyGoals()
         out = Path(options.out or "plans-toy")
     else:
-        from raev2_tasks.nwm.drive.model_world import ModelGoals
+        from raev2_tasks.nwm.plan.model_goals import ModelGoals
 
         source = ModelGoals(options.run)
         out = Path(options.out or source.run_dir / "plans")

@@ -11,9 +11,9 @@ are drawn. Limits act on the velocities of a command, so a path that keeps to it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,7 @@ from pydantic import Field, model_validator
 
 from raev2.errors import SpecError
 from raev2.spec import Spec
-from raev2_tasks.nwm.pose import IDENTITY, accumulate, relative
-from raev2_tasks.nwm.twist import exp, log
+from raev2_tasks.nwm.pose import IDENTITY, accumulate, exp, log, relative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +46,7 @@ class Motion:
 
     @classmethod
     def of(cls, velocities: Array) -> Motion:
-        """From velocities (N, 3) of the data, see `twist.velocities`."""
+        """From velocities (N, 3) of the data, see `pose.velocities`."""
         return cls(*map(float, (velocities[:, 0].mean(), velocities[:, 0].std(), velocities[:, 2].std())))
 
 
@@ -239,6 +238,42 @@ class PlanSpec(Spec):
                 "plan.step_s", "does not divide the length of the plan", got=f"{self.step_s:g} s for {seconds:g} s"
             )
         return steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One planning problem.
+
+    true_path   poses (S, 3) that were driven, at the times of the commands, seen from the start
+    start       frame at the start (Hpx, Wpx, 3); goal: the frame to reach
+    score       cost of candidates by the world model
+    """
+
+    name: str
+    true_path: Array
+    start: NDArray[np.uint8]
+    goal: NDArray[np.uint8]
+    score: Score
+
+
+class GoalSource(Protocol):
+    """Where planning problems come from: a trained model with its validation data, or the toy world.
+
+    name        for the result file
+    motion      how the robot of the data moves
+    spacing_m   mean distance between consecutive frames; one waypoint unit
+    """
+
+    name: str
+    motion: Motion
+    spacing_m: float
+
+    def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
+        """`num` problems with a goal `seconds` ahead, spread over the validation data."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from raev2_tasks.nwm.pose import compose
-from raev2_tasks.nwm.twist import log
+from raev2_tasks.nwm.pose import compose, log
 
 Frame = NDArray[np.uint8]  # (Hpx, Wpx, 3) RGB
 Poses = NDArray[np.float64]  # (..., 3)
@@ -33,7 +32,7 @@ class MotionRange:
 
     @classmethod
     def of(cls, velocities: Poses) -> MotionRange:
-        """All but the outermost 0.5 % on either side of velocities (N, 3), see `twist.velocities`."""
+        """All but the outermost 0.5 % on either side of velocities (N, 3), see `pose.velocities`."""
         speed, turn = np.quantile(velocities[:, [0, 2]], [0.005, 0.995], axis=0).T.tolist()
         return cls(tuple(speed), tuple(turn))
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from raev2.errors import DataError, SpecError
 from raev2.files.artefact import write_json
+from raev2.training import dist
 from raev2_tasks.t2i.text.encoder import ENCODE_ROWS, FrozenTextEncoder, TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def cache_captions(argv: Sequence[str]) -> None:
     from raev2.pipeline import prepare_data
     from raev2.spec_io import apply_overrides
     from raev2.task import get_recipe, get_task
-    from raev2_tasks.t2i.task import process_device, task_spec
+    from raev2_tasks.t2i.spec import task_spec
     from raev2_tasks.t2i.text.encoder import build_text_encoder
 
     parser = argparse.ArgumentParser("raev2 t2i cache-captions", description=cache_captions.__doc__)
@@ -207,7 +208,7 @@ def cache_captions(argv: Sequence[str]) -> None:
     prepare_data(spec)
     datasets: list[Any] = [task.dataset(spec, split) for split in options.split]
     captions = (caption.text for data in datasets for i in range(len(data)) for caption in data.captions(i))
-    encoder = build_text_encoder(text_encoder, process_device())
+    encoder = build_text_encoder(text_encoder, dist.device())
     write_cache(captions, encoder, Path(options.out), options.number_type, print)
     print(f"use it with --set task.caption_cache={options.out}")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raev2.batch import Cond, CondTokens
 from raev2.errors import SpecError
 from raev2.model.condition import CondField, Conditioner, Conditioning, ConditionSpec, LatentShape, visible
-from raev2.model.layers import Block, RMSNorm, Rope
+from raev2.nn import Block, RMSNorm, Rope
 
 
 class ScratchTextCondition(ConditionSpec):
