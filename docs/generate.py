@@ -66,9 +66,24 @@ def cli_page() -> str:
         )
         options = [_option_row(action) for action in _actions(command)]
         text += f"\n{table(('option', 'value', 'default', 'meaning'), options)}" if options else ""
+        text += _conditions() if name == "sample" else ""
     text += "\n## Options of `raev2` itself\n\nGiven before the command.\n\n"
     text += table(("option", "value", "default", "meaning"), [_option_row(action) for action in _actions(root)])
     return text
+
+
+def _conditions() -> str:
+    """Options of `raev2 sample` that the tasks of this package add."""
+    text = "\nThe task of the run adds options of its own, which choose the conditions:\n\n"
+    rows = []
+    for name in _own_tasks():
+        sample = _commands(cli.parser(get_task(name)))["sample"]
+        rows += [(name, *_option_row(a)) for a in _actions(sample) if a.dest in sample.get_default("conditions")]
+    return text + table(("task", "option", "value", "default", "meaning"), rows)
+
+
+def _own_tasks() -> list[str]:
+    return [name for name, point in sorted(installed_tasks().items()) if point.value.startswith("raev2_tasks.")]
 
 
 def _commands(root: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -146,9 +161,8 @@ def _parts() -> Iterator[type[BaseModel]]:
         is_model = inspect.isclass(model) and issubclass(model, spec.Spec) and model.__module__ == spec.__name__
         if is_model and model not in (spec.Spec, spec.RunSpec, spec.TaskSpec):
             yield model
-    for name, point in sorted(installed_tasks().items()):
-        if point.value.startswith("raev2_tasks."):
-            yield from _with_parts(get_task(name).spec_type)
+    for name in _own_tasks():
+        yield from _with_parts(get_task(name).spec_type)
 
 
 def _with_parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

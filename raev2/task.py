@@ -105,11 +105,15 @@ class Task(ABC):
     def eval_cond(self, spec: RunSpec, dataset: ImageDataset, indices: Sequence[int]) -> Cond:
         """Raw conditions of the evaluation samples with these global indices (the label policy of the protocol)."""
 
+    def sample_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """Options of `raev2 sample` that choose conditions: name -> arguments of `add_argument`. Default: none."""
+        return {}
+
     @abstractmethod
     def sample_cond(
         self, spec: RunSpec, dataset: ImageDataset, options: Mapping[str, object]
     ) -> tuple[Cond, list[str]]:
-        """Raw conditions and captions for `raev2 sample`; options such as 'label' or 'prompt', and 'n'."""
+        """Raw conditions and captions for `raev2 sample`: 'n', and by name what was given of `sample_options`."""
 
     @abstractmethod
     def evaluators(self, spec: RunSpec) -> list[Evaluator]:

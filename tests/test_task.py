@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from raev2 import task as task_module
-from raev2.command.cli import main
+from raev2.command.cli import main, parse
 from raev2.errors import SpecError, TaskError, did_you_mean
 from raev2.spec import TaskSpec
 from raev2.task import (
@@ -150,6 +150,34 @@ def test_a_plugin_adds_commands(plugin, capsys):
     assert capsys.readouterr().err == (
         "error: raev2 throwaway: unknown command; got 'gret'; expected one of greet. Did you mean 'greet'?\n"
     )
+
+
+def test_a_plugin_adds_options_to_sample(plugin, monkeypatch, capsys):
+    monkeypatch.setattr(Throwaway, "sample_options", lambda self: {"--mood": {"nargs": "+", "help": "moods"}})
+    options = parse(["sample", "--task", "throwaway", "--mood", "calm", "wild", "--n", "3"])
+    assert (options.mood, options.n, options.conditions) == (["calm", "wild"], 3, ["mood"])
+    assert main(["sample", "--task", "throwaway", "--label", "cat"]) == 2
+    assert "--label: no option of `raev2 sample` for task throwaway; expected one of --mood" in capsys.readouterr().err
+    monkeypatch.setattr(Throwaway, "sample_options", lambda self: {})
+    assert main(["sample", "--task", "throwaway", "--mood", "calm"]) == 2
+    assert capsys.readouterr().err == "error: --mood: no option of `raev2 sample` for task throwaway; expected none\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"--seed": {}},
+            "task throwaway: cannot add its option --seed; got argument --seed: conflicting option string",
+        ),
+        ({"--start": {"dest": "seed"}}, "task throwaway: its option --start takes the name of one of `raev2 sample`"),
+        ({"--mood": {"kind": 3}}, "task throwaway: cannot add its option --mood; got "),
+    ],
+)
+def test_a_plugin_option_that_clashes_names_its_owner(plugin, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(Throwaway, "sample_options", lambda self: options)
+    assert main(["sample", "--task", "throwaway"]) == 5
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_a_plugin_without_a_command_says_what_there_is(plugin, capsys):

@@ -1,19 +1,18 @@
-"""One function for each command: options in, text out. The work is in pipeline.py, which is also the Python API."""
+"""Commands that look things up, convert and measure: options in, text out. Those that work on a run are in cli.py."""
 
 from __future__ import annotations
 
 import os
 import platform
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raev2.errors import RaeError, SpecError, did_you_mean
 from raev2.files.manifest import read_manifest, verify_dataset
-from raev2.spec import GuidanceSpec, RunSpec, SamplingSpec
+from raev2.spec import RunSpec
 from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
 from raev2.task import (
     Task,
@@ -29,83 +28,6 @@ if TYPE_CHECKING:
     from raev2.batch import MetricResult
 
 OK, FAILED = 0, 1
-
-
-def train(options: Namespace) -> int:
-    """`raev2 train`."""
-    task = get_task(options.task)
-    spec = apply_overrides(get_recipe(task, options.recipe), options.overrides)
-    run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
-    if options.dry_run:
-        _print_sizes(task, spec)
-        print(f"\ndata {spec.data.dir}: {_data_state(spec)}")
-        print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
-        return OK
-    from raev2 import pipeline
-    from raev2.training import dist
-    from raev2.training.run import Stopped
-
-    try:
-        resume = {"auto": True, "never": False}.get(options.resume, Path(options.resume))
-        pipeline.train(spec, run_dir, stage=options.stage, resume=resume, overwrite=options.overwrite)
-    except Stopped as stopped:
-        print(f"{stopped}; saved. The same command continues.", file=sys.stderr)
-        return OK
-    if dist.is_main():
-        _print_results(run_dir)
-    return OK
-
-
-def sample(options: Namespace) -> int:
-    """`raev2 sample`."""
-    from raev2 import pipeline
-    from raev2.spec_io import load_spec
-
-    _check_positive("--n", options.n)
-    _check_positive("--steps", options.steps)
-    run_dir = pipeline.find_run(options.run, options.task)
-    out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
-    _refuse_existing(out, options.overwrite)
-    sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
-    names = ("label", "prompt", "prompts", "n")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    pipeline.sample_run(run_dir, given, sampling, options.seed, out=out)
-    print(f"guidance: {_plan(sampling)}\n{out / 'grid.png'}")
-    return OK
-
-
-def reconstruct(options: Namespace) -> int:
-    """`raev2 reconstruct`."""
-    from raev2 import pipeline
-
-    out = Path(options.out)
-    _refuse_existing(out, options.overwrite)
-    rows = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
-    shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
-    mean = ("mean", *(f"{sum(float(row[i]) for row in shown) / len(shown):.4f}" for i in (1, 2, 3)))
-    _print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
-    print(f"\n{out / 'grid.png'}")
-    return OK
-
-
-def evaluate(options: Namespace) -> int:
-    """`raev2 eval`."""
-    from raev2 import pipeline
-
-    run_dir = pipeline.find_run(options.run, options.task)
-    for protocol, results in pipeline.evaluate_run(run_dir, options.protocol or ()).items():
-        _print_metrics(protocol, results)
-    print(f"\n{run_dir / 'eval'}")
-    return OK
-
-
-def report(options: Namespace) -> int:
-    """`raev2 report`."""
-    from raev2.pipeline import find_run
-    from raev2.report.page import write_report
-
-    print(write_report(find_run(options.run, options.task)))
-    return OK
 
 
 def show(options: Namespace) -> int:
@@ -276,44 +198,12 @@ def doctor(options: Namespace) -> int:
 
 
 COMMANDS = {
-    "train": train, "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report, "show": show,
-    "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents, "bench": bench,
-    "import": import_, "export": export, "analyse": analyse, "doctor": doctor,
+    "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents,
+    "import": import_, "export": export, "analyse": analyse, "bench": bench, "doctor": doctor,
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
-    """The run's sampling settings with the options of the command line in their place."""
-    from pydantic import TypeAdapter, ValidationError
-
-    guidance: dict[str, Any] = default.guidance.model_dump()
-    if options.guidance is not None and options.guidance != guidance["kind"]:
-        guidance = {"kind": options.guidance}
-    given = {"scale": options.scale, "interval": options.interval, "weak": options.weak}
-    guidance |= {name: value for name, value in given.items() if value is not None}
-    try:
-        spec = TypeAdapter(GuidanceSpec).validate_python(guidance)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][1])  # kind, field, and for an interval which end
-        if first["type"] == "extra_forbidden":
-            raise SpecError(f"--{field}", f"has no effect with guidance {guidance['kind']}") from None
-        got = None if first["type"] == "missing" else guidance[field]
-        raise SpecError(f"--{field}", f"guidance {guidance['kind']}: {first['msg'].lower()}", got=got) from None
-    return default.replace(guidance=spec, steps=options.steps or default.steps)
-
-
-def _check_positive(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise SpecError(option, "not usable", got=value, expected="a number >= 1")
-
-
-def _plan(sampling: SamplingSpec) -> str:
-    settings = ", ".join(f"{name} {value}" for name, value in sampling.guidance.model_dump().items() if name != "kind")
-    return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
 
 
 def _find_recipe(name: str, task_name: str | None) -> tuple[Task, RunSpec]:
@@ -361,15 +251,6 @@ def _print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> 
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _data_state(spec: RunSpec) -> str:
-    if (Path(spec.data.dir) / "manifest.json").is_file():
-        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
-    if spec.data.recipe is None:
-        return "missing, and data.recipe is null"
-    recipe = get_data_recipe(spec.data.recipe)
-    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:

@@ -1,11 +1,21 @@
-"""The `raev2` command: parse, call one function of actions.py, print. No logic here, and no heavy import."""
+"""The `raev2` command: parse, then one function a command. Those that work on a run are here, the others in actions.py.
+
+No heavy import at the top: `raev2 --help` loads neither torch nor a plugin.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raev2.spec import RunSpec, SamplingSpec
+    from raev2.task import Task
 
 COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
@@ -16,8 +26,11 @@ EPILOG = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line as an argparse parser (docs/reference/cli.md is generated from it)."""
+def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
+    """The command line as an argparse parser (docs/reference/cli.md is generated from it).
+
+    sampled   the task whose own options `raev2 sample` takes
+    """
     root = argparse.ArgumentParser(
         prog="raev2",
         description="Generative modelling in the latent space of frozen vision encoders.",
@@ -49,9 +62,6 @@ def parser() -> argparse.ArgumentParser:
 
     sample = command("sample", "images from a trained generator")
     _run_options(sample)
-    sample.add_argument("--label", nargs="+", metavar="LABEL", help="class names or indices")
-    sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts, for tasks with text conditions")
-    sample.add_argument("--prompts", metavar="FILE", help="texts, one a line")
     sample.add_argument("--n", type=int, default=16, help="number of images (default: 16)")
     sample.add_argument("--steps", type=int, help="solver steps")
     sample.add_argument("--guidance", choices=("none", "cfg", "internal", "auto", "internal+cfg"))
@@ -63,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", metavar="DIR", help="default: RUN/samples/seed-N")
     sample.add_argument("--overwrite", action="store_true")
+    if sampled is not None:
+        _add_conditions(sample, sampled)
 
     reconstruct = command("reconstruct", "encode and decode images; grid and PSNR/SSIM table")
     reconstruct.add_argument("images", nargs="+", metavar="PATH", help="image files or folders")
@@ -152,33 +164,95 @@ def _run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--run", metavar="DIR", help="run folder")
 
 
+def _add_conditions(sample: argparse.ArgumentParser, task: Task) -> None:
+    """The options of a task that choose conditions; none may take the place of one of ours."""
+    from raev2.errors import TaskError
+
+    ours = {action.dest for action in sample._actions}
+    group = sample.add_argument_group(f"conditions of task {task.name}")
+    names = []
+    for option, arguments in task.sample_options().items():
+        try:
+            names.append(group.add_argument(option, **arguments).dest)
+        except (argparse.ArgumentError, ValueError, TypeError) as error:
+            raise TaskError(f"task {task.name}", f"cannot add its option {option}", got=str(error)) from error
+        if names[-1] in ours:
+            raise TaskError(f"task {task.name}", f"its option {option} takes the name of one of `raev2 sample`")
+    sample.set_defaults(conditions=names)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    from raev2.errors import RaeError
+
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
-        plugin_command = _plugin_command(argv[0])
-        if plugin_command is not None:
-            return _call("--debug" in argv, plugin_command, argv[1:])
-    root = parser()
-    options = root.parse_args(argv)
+    try:
+        return _run(argv)
+    except RaeError as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    plugin_command = _plugin_command(argv[0]) if argv and not argv[0].startswith("-") else None
+    if plugin_command is not None:
+        return plugin_command(argv[1:])
+    options = parse(argv)
     if options.version:
         from raev2 import __version__
 
         print(__version__)
         return 0
     if options.command is None:
-        root.print_help()
+        parser().print_help()
         return 0
+    if options.command in RUN_COMMANDS:
+        return RUN_COMMANDS[options.command](options)
+    from raev2.command import actions
 
-    def action() -> int:
-        from raev2.command import actions
-
-        return actions.COMMANDS[options.command](options)
-
-    return _call(options.debug, action)
+    return actions.COMMANDS[options.command](options)
 
 
-def _plugin_command(name: str):  # type: ignore[no-untyped-def]
+def parse(argv: Sequence[str]) -> Namespace:
+    """Options of a command line; SystemExit for usage that cannot be, SpecError for options that a task lacks."""
+    command = next((word for word in argv if not word.startswith("-")), None)
+    task = _sampled_task(argv) if command == "sample" else None
+    root = parser(task)
+    options, rest = root.parse_known_args(argv)
+    if rest and task is not None:
+        from raev2.errors import SpecError
+
+        own = ", ".join(task.sample_options())
+        expected = f"one of {own}" if own else "none"
+        raise SpecError(rest[0], f"no option of `raev2 sample` for task {task.name}", expected=expected)
+    if rest:
+        root.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _sampled_task(argv: Sequence[str]) -> Task | None:
+    """The task that `raev2 sample` is asked about by --run or --task; None where the line does not say."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _run_options(finder)
+    found, _ = finder.parse_known_args(argv)
+    if found.run is None and found.task is None:
+        return None
+    from raev2.task import get_task
+
+    if found.run is None:
+        return get_task(found.task)
+    from raev2.pipeline import find_run
+    from raev2.spec_io import load_spec
+
+    return get_task(load_spec(find_run(found.run, found.task) / "spec.yaml").task.name)
+
+
+def _plugin_command(name: str) -> Callable[[Sequence[str]], int] | None:
     """`raev2 TASK COMMAND ...`: a command that a task plugin adds, or None."""
     if name in COMMANDS:
         return None
@@ -203,19 +277,144 @@ def _plugin_command(name: str):  # type: ignore[no-untyped-def]
     return action
 
 
-def _call(debug: bool, action, *arguments: object) -> int:  # type: ignore[no-untyped-def]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    from raev2.errors import RaeError
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands that work on a run
+
+
+def train(options: Namespace) -> int:
+    """`raev2 train`."""
+    from raev2.command import actions
+    from raev2.spec_io import apply_overrides
+    from raev2.task import get_recipe, get_task
+
+    task = get_task(options.task)
+    spec = apply_overrides(get_recipe(task, options.recipe), options.overrides)
+    run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
+    if options.dry_run:
+        actions._print_sizes(task, spec)
+        print(f"\ndata {spec.data.dir}: {_data_state(spec)}")
+        print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
+        return 0
+    from raev2 import pipeline
+    from raev2.training import dist
+    from raev2.training.run import Stopped
 
     try:
-        return action(*arguments)
-    except RaeError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+        resume = {"auto": True, "never": False}.get(options.resume, Path(options.resume))
+        pipeline.train(spec, run_dir, stage=options.stage, resume=resume, overwrite=options.overwrite)
+    except Stopped as stopped:
+        print(f"{stopped}; saved. The same command continues.", file=sys.stderr)
+        return 0
+    if dist.is_main():
+        actions._print_results(run_dir)
+    return 0
+
+
+def sample(options: Namespace) -> int:
+    """`raev2 sample`."""
+    from raev2 import pipeline
+    from raev2.command import actions
+    from raev2.spec_io import load_spec
+
+    _check_positive("--n", options.n)
+    _check_positive("--steps", options.steps)
+    run_dir = pipeline.find_run(options.run, options.task)
+    out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
+    actions._refuse_existing(out, options.overwrite)
+    sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
+    given = {name: value for name in ("n", *options.conditions) if (value := getattr(options, name)) is not None}
+    pipeline.sample_run(run_dir, given, sampling, options.seed, out=out)
+    print(f"guidance: {_plan(sampling)}\n{out / 'grid.png'}")
+    return 0
+
+
+def reconstruct(options: Namespace) -> int:
+    """`raev2 reconstruct`."""
+    from raev2 import pipeline
+    from raev2.command import actions
+
+    out = Path(options.out)
+    actions._refuse_existing(out, options.overwrite)
+    rows = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
+    shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
+    mean = ("mean", *(f"{sum(float(row[i]) for row in shown) / len(shown):.4f}" for i in (1, 2, 3)))
+    actions._print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
+    print(f"\n{out / 'grid.png'}")
+    return 0
+
+
+def evaluate(options: Namespace) -> int:
+    """`raev2 eval`."""
+    from raev2 import pipeline
+    from raev2.command import actions
+
+    run_dir = pipeline.find_run(options.run, options.task)
+    for protocol, results in pipeline.evaluate_run(run_dir, options.protocol or ()).items():
+        actions._print_metrics(protocol, results)
+    print(f"\n{run_dir / 'eval'}")
+    return 0
+
+
+def report(options: Namespace) -> int:
+    """`raev2 report`."""
+    from raev2.pipeline import find_run
+    from raev2.report.page import write_report
+
+    print(write_report(find_run(options.run, options.task)))
+    return 0
+
+
+RUN_COMMANDS: dict[str, Callable[[Namespace], int]] = {
+    "train": train, "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
+}  # fmt: skip
+
+
+def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
+    """The run's sampling settings with the options of the command line in their place."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from raev2.errors import SpecError
+    from raev2.spec import GuidanceSpec
+
+    guidance: dict[str, Any] = default.guidance.model_dump()
+    if options.guidance is not None and options.guidance != guidance["kind"]:
+        guidance = {"kind": options.guidance}
+    given = {"scale": options.scale, "interval": options.interval, "weak": options.weak}
+    guidance |= {name: value for name, value in given.items() if value is not None}
+    try:
+        spec = TypeAdapter(GuidanceSpec).validate_python(guidance)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][1])  # kind, field, and for an interval which end
+        if first["type"] == "extra_forbidden":
+            raise SpecError(f"--{field}", f"has no effect with guidance {guidance['kind']}") from None
+        got = None if first["type"] == "missing" else guidance[field]
+        raise SpecError(f"--{field}", f"guidance {guidance['kind']}: {first['msg'].lower()}", got=got) from None
+    return default.replace(guidance=spec, steps=options.steps or default.steps)
+
+
+def _check_positive(option: str, value: int | None) -> None:
+    from raev2.errors import SpecError
+
+    if value is not None and value < 1:
+        raise SpecError(option, "not usable", got=value, expected="a number >= 1")
+
+
+def _plan(sampling: SamplingSpec) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in sampling.guidance.model_dump().items() if name != "kind")
+    return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
+
+
+def _data_state(spec: RunSpec) -> str:
+    from raev2.files.manifest import read_manifest
+    from raev2.task import get_data_recipe
+
+    if (Path(spec.data.dir) / "manifest.json").is_file():
+        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
+    if spec.data.recipe is None:
+        return "missing, and data.recipe is null"
+    recipe = get_data_recipe(spec.data.recipe)
+    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 from raev2 import __version__
 from raev2.command import actions
-from raev2.command.cli import main, parser
+from raev2.command.cli import COMMANDS, RUN_COMMANDS, main, parser
 from raev2.errors import CheckpointError, DataError, RaeError, SpecError, TaskError
 
 TRAIN = ["train", "--task", "imagenet"]
@@ -112,7 +112,7 @@ def test_a_setting_that_cannot_be(refused, setting, message):
         (["--interval", "0.5", "0.5"], "guidance.interval: empty interval"),
         (["--steps", "0"], "--steps: not usable; got 0; expected a number >= 1"),
         (["--n", "0"], "--n: not usable; got 0; expected a number >= 1"),
-        (["--prompt", "a cat"], "--prompt: has no effect with task imagenet. Use --label."),
+        (["--prompt", "a cat"], "--prompt: no option of `raev2 sample` for task imagenet; expected one of --label"),
         (["--label", "sqare"], "--label: unknown class; got 'sqare'; expected a class name or an index below 4. Did"),
         (["--label", "4"], "--label: unknown class; got '4'; expected a class name or an index below 4"),
     ],
@@ -275,7 +275,7 @@ def test_the_module_is_the_command(tmp_path):
 
 def test_every_command_of_the_parser_has_its_function():
     commands = parser()._subparsers._group_actions[0].choices
-    assert set(commands) == set(actions.COMMANDS)
+    assert set(commands) == set(COMMANDS) == {*actions.COMMANDS, *RUN_COMMANDS}
 
 
 @pytest.mark.parametrize(

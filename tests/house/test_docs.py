@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from raev2 import pipeline
-from raev2.command import actions, cli
+from raev2.command import cli
 from raev2.spec import FeatureLoss, RunSpec
 from raev2.spec_io import apply_overrides
-from raev2.task import get_data_recipe, get_evaluators, get_recipe, get_task, installed_tasks
+from raev2.task import Task, get_data_recipe, get_evaluators, get_recipe, get_task, installed_tasks
 
 ROOT = Path(__file__).parents[2]
 MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -210,6 +210,12 @@ def command_lines(page: Path) -> Iterator[list[str]]:
                     yield command[starts[0] + 1 :]
 
 
+def sampled_task(arguments: list[str]) -> Task | None:
+    """The task of a `raev2 sample` line, from --task or from a run folder runs/TASK/NAME."""
+    names = [word for argument in arguments for word in argument.split("/") if word in installed_tasks()]
+    return get_task(names[0]) if arguments[0] == "sample" and names else None
+
+
 @pytest.mark.parametrize("page", [page for page in MANUAL if any(b.language == "bash" for b in blocks(page))], ids=name)
 def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in command_lines(page):
@@ -217,7 +223,7 @@ def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str])
             assert arguments[1] in get_task(arguments[0]).commands()
             continue
         try:
-            options = cli.parser().parse_args(arguments)
+            options = cli.parser(sampled_task(arguments)).parse_args(arguments)
         except SystemExit:
             pytest.fail(f"raev2 {shlex.join(arguments)}\n{capsys.readouterr().err}")
         if options.command == "train":
@@ -225,7 +231,7 @@ def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str])
         elif options.command == "show":
             assert any(options.recipe in get_task(task).recipes() for task in installed_tasks())
         elif options.command == "sample":
-            actions._sampling(get_recipe(get_task("imagenet"), "quickstart").sampling, options)
+            cli._sampling(get_recipe(get_task("imagenet"), "quickstart").sampling, options)
         elif options.command == "eval":
             task = get_task(options.task or "imagenet")
             get_evaluators(task, get_recipe(task, "quickstart"), options.protocol or [])

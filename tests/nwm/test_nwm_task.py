@@ -87,8 +87,6 @@ def test_samples_are_frames_of_one_place_at_growing_times(tiny_nwm_spec):
     assert (cond["context_keys"][:8] == cond["context_keys"][0]).all()
     assert (cond["context_keys"][8] != cond["context_keys"][0]).any()
     assert torch.allclose(cond["rel_time"][7], torch.tensor([1.0]))
-    with pytest.raises(SpecError, match="--label: has no effect with task nwm"):
-        TASK.sample_cond(tiny_nwm_spec, None, {"n": 4, "label": ["a"]})
 
 
 # Places.

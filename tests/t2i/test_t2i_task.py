@@ -92,9 +92,6 @@ def test_prompts_come_from_words_or_a_file(t2i_spec, tmp_path, caplog):
 
 
 def test_unusable_prompts_say_why(t2i_spec, tmp_path):
-    dataset = TASK.dataset(t2i_spec, "train")
-    with pytest.raises(SpecError, match="--label: has no effect with task t2i. Use --prompt or --prompts"):
-        TASK.sample_cond(t2i_spec, dataset, {"n": 1, "label": ["heart"]})
     with pytest.raises(SpecError, match="--prompt: no prompt in it; expected at least one line of text"):
         given_prompts({"prompt": ["", "  "]})
     with pytest.raises(DataError, match="cannot be read; got .*; expected a UTF-8 text file"):

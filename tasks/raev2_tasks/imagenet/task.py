@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raev2.errors import SpecError, did_you_mean
 from raev2.spec import RunSpec
@@ -69,22 +69,22 @@ class ClassToImage(Task):
             labels = [dataset.cond(index % len(dataset))["label"] for index in indices]
         return {"label": torch.tensor(labels)}
 
+    def sample_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """Classes."""
+        return {"--label": {"nargs": "+", "metavar": "LABEL", "help": "class names or indices"}}
+
     def sample_cond(
         self, spec: RunSpec, dataset: ImageDataset, options: Mapping[str, object]
     ) -> tuple[Cond, list[str]]:
         """`label`: class names or indices, repeated to fill `n`; default: classes spread over the list."""
         import torch
 
-        n = int(str(options["n"]))
-        unconditional = _task_spec(spec).unconditional
-        for name in options:
-            if name not in (("n",) if unconditional else ("n", "label")):
-                kind = "an unconditional generator" if unconditional else f"task {self.name}"
-                raise SpecError(f"--{name}", f"has no effect with {kind}", hint="" if unconditional else "Use --label.")
-        if unconditional:
+        n, wanted = int(str(options["n"])), options.get("label")
+        if _task_spec(spec).unconditional:
+            if wanted is not None:
+                raise SpecError("--label", "has no effect with an unconditional generator")
             return {}, [""] * n
         classes = dataset.classes
-        wanted = options.get("label")
         if wanted is None:
             labels = [
                 int(i * len(classes) / n) % len(classes) if n < len(classes) else i % len(classes) for i in range(n)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raev2.errors import SpecError
 from raev2.files.manifest import read_manifest
 from raev2.spec import RunSpec
 from raev2.task import EncodeImages, Evaluator, Task
@@ -78,11 +77,6 @@ class NavigationWorldModel(Task):
 
         from raev2_tasks.nwm.data.places import Places
 
-        for name in options:
-            if name != "n":
-                raise SpecError(
-                    f"--{name}", f"has no effect with task {self.name}", hint="Use `raev2 nwm rollout` for commands."
-                )
         num, longest = int(str(options["n"])), _task_spec(spec).max_offset_s
         val = self.dataset(spec, "val")
         places = Places(val, max(1, num // COLUMNS), longest)

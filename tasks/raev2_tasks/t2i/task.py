@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from raev2.errors import SpecError
 from raev2.spec import RunSpec
 from raev2.task import EncodeImages, Evaluator, Task
 from raev2_tasks.t2i.recipes import RECIPES
@@ -112,15 +111,19 @@ class TextToImage(Task):
                 )  # fmt: skip
         return text_tokenizer(prompts)
 
+    def sample_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """Texts, or a file of them."""
+        return {
+            "--prompt": {"nargs": "+", "metavar": "TEXT", "help": "texts"},
+            "--prompts": {"metavar": "FILE", "help": "texts, one a line"},
+        }
+
     def sample_cond(
         self, spec: RunSpec, dataset: ImageDataset, options: Mapping[str, object]
     ) -> tuple[Cond, list[str]]:
         """`prompt`: texts, `prompts`: a file with one a line, repeated to fill `n`; default: validation captions."""
         from raev2_tasks.t2i.text.prompts import given_prompts, spread
 
-        for name in options:
-            if name not in ("n", "prompt", "prompts"):
-                raise SpecError(f"--{name}", f"has no effect with task {self.name}", hint="Use --prompt or --prompts.")
         num = int(str(options["n"]))
         prompts = given_prompts(options)
         if not prompts:
