@@ -7,7 +7,9 @@ definitions, not from their help texts. No torch is imported.
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
+import re
 import sys
 import types
 import typing
@@ -338,7 +340,46 @@ def published_page() -> str:
     return text + "## Encoders\n\n" + table(header, rows)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The file tree of tour.md
+
+MARKS = "<!-- files: written by `python docs/generate.py` -->\n", "<!-- /files -->"
+
+
+def tour_page() -> str:
+    """The tour as it is, with the file tree between its marks written anew."""
+    before, rest = (REFERENCE.parent / "tour.md").read_text().split(MARKS[0])
+    return before + MARKS[0] + "\n```text\n" + file_tree() + "```\n\n" + MARKS[1] + rest.split(MARKS[1])[1]
+
+
+def file_tree() -> str:
+    """Every source file with the first sentence of its docstring, below its folder."""
+    root, lines = REFERENCE.parents[1], []
+    for top in ("raev2", "tasks/raev2_tasks", "data_recipes/raev2_data_recipes"):
+        for path in sorted([root / top, *(root / top).rglob("*")], key=lambda p: _tree_key(root, p)):
+            if path.suffix == ".py" and path.name != "__init__.py":
+                lines.append(_tree_line(path.relative_to(root), ast.get_docstring(ast.parse(path.read_text()))))
+            elif (path / "__init__.py").is_file():
+                about = ast.get_docstring(ast.parse((path / "__init__.py").read_text()))
+                lines.append(_tree_line(path.relative_to(root), about, "/"))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _tree_key(root: Path, path: Path) -> tuple[tuple[bool, str], ...]:
+    """Files of a folder before its folders, both by name."""
+    parts = path.relative_to(root).parts
+    return tuple((i < len(parts) - 1 or path.is_dir(), part) for i, part in enumerate(parts))
+
+
+def _tree_line(path: Path, about: str | None, mark: str = "") -> str:
+    top = path.name in ("raev2", "raev2_tasks", "raev2_data_recipes")
+    name = f"{path}/" if top else f"{path.name}{mark}"
+    depth = 0 if top else len(path.parts) - (1 if path.parts[0] == "raev2" else 2)
+    return f"{'  ' * depth}{name}".ljust(34) + " " + re.split(r"(?<=[.?]) |\n", about or "")[0].rstrip(".")
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "../tour.md": tour_page,
     "cli.md": cli_page,
     "spec.md": spec_page,
     "errors.md": errors_page,

@@ -100,23 +100,6 @@ def test_every_page_is_linked_from_another_one() -> None:
     assert [name(page) for page in MANUAL[1:] if page not in linked] == []
 
 
-def test_readme_has_a_line_for_every_source_file() -> None:
-    tree = next(block.text for block in blocks(ROOT / "README.md") if block.text.startswith("raev2/ "))
-    listed, parents = [], []
-    for line in tree.splitlines():
-        indent, entry = len(line) - len(line.lstrip()), line.split()[0]
-        parents = [parent for parent in parents if parent[0] < indent]
-        listed.append("".join(folder for _, folder in parents) + entry)
-        if entry.endswith("/"):
-            parents.append((indent, entry))
-    assert [path for path in listed if not (ROOT / path).exists()] == []
-    files = {name(file) for file in SOURCES if file.name != "__init__.py" and "raev2_tasks" not in file.parts}
-    tasks = {
-        f"{name(folder)}/" for folder in (ROOT / "tasks" / "raev2_tasks").iterdir() if (folder / "task.py").is_file()
-    }
-    assert sorted((files | tasks) - set(listed)) == []
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Generated pages
 

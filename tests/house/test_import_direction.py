@@ -50,11 +50,9 @@ def sources() -> Iterator[tuple[str, Path]]:
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Modules of our packages that a file imports while it runs: at the top and inside functions."""
+    """Modules of our packages that a file imports: at the top, inside functions, for type checkers alone."""
 
     def visit(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
