@@ -1,0 +1,74 @@
+"""The product as users get it: a wheel, installed outside the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = {"raev2": ROOT, "raev2_tasks": ROOT / "tasks", "raev2_data_recipes": ROOT / "data_recipes"}
+HIDDEN = {"__pycache__", ".mypy_cache", ".ruff_cache"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: setuptools leaves its build folder beside the sources and would pack old files from it."""
+    folder, copy = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("copy")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, copy)
+    for package, root in SOURCES.items():
+        ignore = shutil.ignore_patterns(*HIDDEN)
+        shutil.copytree(root / package, copy / (root / package).relative_to(ROOT), ignore=ignore)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(copy)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return next(folder.glob("raev2-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel unpacked, as pip would; it comes before everything else on the path."""
+    folder = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def test_every_file_of_the_packages_is_in_the_wheel(wheel):
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("raev2-")}
+    here = {
+        str(file.relative_to(root))
+        for package, root in SOURCES.items()
+        for file in (root / package).rglob("*")
+        if file.is_file() and not HIDDEN & set(file.parts)
+    }
+    assert here == packed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--help"], "usage: raev2"),
+        (["tasks"], "nwm"),
+        (["recipes"], "raev2-dinov3l-k7"),
+        (["encoders", "check", "micro"], "ok"),
+        (["data", "list"], "vizdoom"),
+        (["data", "build", "synthetic", "--out", "shapes", "--set", "num_train=2"], "4 classes"),
+        (["show", "quickstart", "--task", "t2i"], "generator parameters"),
+        (["train", "--task", "nwm", "--dry-run"], "nothing was started"),
+        (["nwm", "validate", "--help"], "usage: raev2 nwm validate"),
+        (["import", "nowhere.pt", "--out", "weights"], "nowhere.pt"),
+    ],
+)
+def test_commands_run_outside_the_checkout(installed, tmp_path, arguments, text):
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    code = "import raev2, sys; from raev2.command.cli import main; print(raev2.__file__); sys.exit(main(sys.argv[1:]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout.startswith(str(installed)), result.stderr
+    assert text in result.stdout + result.stderr and "Traceback" not in result.stderr
