@@ -27,6 +27,10 @@ from raev2.task import get_data_recipe, get_recipe, get_task  # noqa: E402
 torch.set_num_threads(1)  # also for what a session builds
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-device", default="cuda", help="device of tests/gpu; cpu to try them without one")
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
     """One thread and one seed for every test."""

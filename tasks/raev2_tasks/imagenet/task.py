@@ -12,7 +12,7 @@ from raev2_tasks.imagenet.recipes import RECIPES
 from raev2_tasks.imagenet.spec import ClassToImageSpec
 
 if TYPE_CHECKING:
-    from raev2.batch import Cond
+    from raev2.batch import Cond, Measurement
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
 
@@ -103,6 +103,12 @@ class ClassToImage(Task):
     def recipes(self) -> dict[str, Callable[[], RunSpec]]:
         """quickstart, laptop, and the published systems."""
         return RECIPES
+
+    def benchmarks(self) -> dict[str, Callable[[], list[Measurement]]]:
+        """A training step of a whole recipe's generator."""
+        from raev2_tasks.imagenet.bench import bench_recipe
+
+        return {"imagenet": bench_recipe}
 
 
 def _task_spec(spec: RunSpec) -> ClassToImageSpec:
