@@ -75,23 +75,15 @@ def save_spec(spec: RunSpec, file: str | Path) -> None:
 
 def fingerprint(spec: RunSpec) -> str:
     """Hash of everything that a run's numbers depend on (12 hex digits)."""
-    values = spec_to_dict(spec)
-    for field in FREE_FIELDS:
-        *parents, last = field.split(".")
-        node = values
-        for parent in parents:
-            node = node[parent]
-        node.pop(last, None)
-    return json_sha256(values)[:12]
+    return json_sha256(_bound(spec_to_dict(spec)))[:12]
 
 
 def spec_differences(old: RunSpec, new: RunSpec) -> list[str]:
     """'path old -> new' for every field that changes the numbers of a run."""
-    old_leaves, new_leaves = dict(_leaves(spec_to_dict(old))), dict(_leaves(spec_to_dict(new)))
-    paths = [path for path in {**old_leaves, **new_leaves} if not path.startswith(FREE_FIELDS)]
+    old_leaves, new_leaves = (dict(_leaves(_bound(spec_to_dict(spec)))) for spec in (old, new))
     return [
         f"{path} {old_leaves.get(path)} -> {new_leaves.get(path)}"
-        for path in paths
+        for path in {**old_leaves, **new_leaves}
         if old_leaves.get(path) != new_leaves.get(path)
     ]
 
@@ -183,6 +175,15 @@ def _resolve(node: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str
         return [definitions[node["$ref"].rsplit("/", 1)[-1]]]
     options = node.get("oneOf") or node.get("anyOf") or node.get("allOf") or []
     return [found for option in options for found in _resolve(option, definitions)] or [node]
+
+
+def _bound(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What is left without `FREE_FIELDS`; a free part takes all that lies in it with it."""
+    return {
+        name: _bound(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if f"{prefix}{name}" not in FREE_FIELDS
+    }
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

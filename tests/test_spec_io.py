@@ -213,6 +213,15 @@ def test_all_other_fields_change_the_fingerprint(tiny_spec, override):
     assert any(line.startswith(path) for line in spec_differences(tiny_spec, spec))
 
 
+def test_a_free_field_frees_all_that_lies_in_it_and_no_field_with_a_longer_name(tiny_spec, monkeypatch):
+    monkeypatch.setattr("raev2.spec_io.FREE_FIELDS", ("tokenizer",))
+    inside = apply_overrides(tiny_spec, ["tokenizer.noise_tau=0.5"])
+    assert fingerprint(inside) == fingerprint(tiny_spec) and spec_differences(tiny_spec, inside) == []
+    beside = apply_overrides(tiny_spec, ["tokenizer_from=elsewhere"])
+    assert fingerprint(beside) != fingerprint(tiny_spec)
+    assert spec_differences(tiny_spec, beside) == ["tokenizer_from None -> elsewhere"]
+
+
 def test_differences_name_field_and_values(tiny_spec):
     spec = apply_overrides(tiny_spec, ["generator.depth=3", "seed=1"])
     assert spec_differences(tiny_spec, spec) == ["generator.depth 2 -> 3", "seed 0 -> 1"]
