@@ -25,6 +25,11 @@ PLAIN_UP_TO = 512 * 512  # scores of a head: beyond, a CPU does not have the mem
 NUM_FREQUENCIES = 256  # of the time embedding
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Inside, networks compute in bfloat16 ('bf16') or float32 ('fp32'), whatever the autocast outside."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def attention(
     q: Float[Tensor, "B heads N d"],
     k: Float[Tensor, "B heads M d"],

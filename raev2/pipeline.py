@@ -27,7 +27,7 @@ from raev2.files.artefact import load_artefact, write_json
 from raev2.files.grid import save_grid, save_pairs
 from raev2.files.images import centre_crop, opened_image
 from raev2.files.manifest import read_manifest
-from raev2.guidance import Guidance
+from raev2.guidance import Guidance, build_guidance
 from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
 from raev2.spec import AnyTokenizerSpec, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
@@ -38,7 +38,7 @@ from raev2.tokenizer.baselines import VAES, build_tokenizer, load_tokenizer, tok
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoder_table import encoder_info
 from raev2.tokenizer.rae import RAE
-from raev2.train_generator import latent_encoder, train_generator
+from raev2.train_generator import train_generator
 from raev2.train_tokenizer import measure_stats, train_tokenizer
 from raev2.training import dist
 from raev2.training.checkpoint import latest_checkpoint
@@ -93,7 +93,7 @@ def train(
         rae = train_tokenizer(run, train_set, val_set)
     for evaluator in protocols:
         if not evaluator.needs_generator and not (run.dir / EVAL / f"{evaluator.protocol}.json").is_file():
-            _evaluate(run, task, rae, None, [evaluator.protocol])
+            _evaluate(TrainedRun(run, task, rae, None), [evaluator.protocol])
 
     # Stage 2.
     if stage == GENERATOR:
@@ -101,24 +101,24 @@ def train(
             logger.info("%s is trained; delete it or choose another --run to train again", run.dir / GENERATOR)
             generator = load_generator(run.dir / GENERATOR).to(run.device)
         else:
-            unguided = replace(run, spec=spec.replace(sampling=spec.sampling.replace(guidance=NoGuidance())))
+            unguided = spec.sampling.replace(guidance=NoGuidance())
 
             def evaluate_now(generator: Generator, images: int) -> None:
-                _evaluate(unguided, task, rae, generator, spec.evaluation.in_training, images, suffix="-none")
+                now = TrainedRun(run, task, rae, generator)
+                _evaluate(now, spec.evaluation.in_training, images, unguided, suffix="-none")
 
             def look(generator: Generator, images: int) -> None:
                 file = run.dir / "samples" / f"{GENERATOR}-{images:09d}.png"
-                _save_samples(run, task, rae, generator, train_set, file)
+                _save_samples(TrainedRun(run, task, rae, generator), train_set, spec.sampling, file)
 
             generator = train_generator(run, task, rae, train_set, look, evaluate_now)
         final = [evaluator.protocol for evaluator in protocols if evaluator.needs_generator]
-        images = spec.generator_training.final_images
-        _evaluate(run, task, rae, generator, final, images)
+        trained, images = TrainedRun(run, task, rae, generator), spec.generator_training.final_images
+        _evaluate(trained, final, images)
         for guidance in spec.evaluation.compare_guidance:
-            other = replace(run, spec=spec.replace(sampling=spec.sampling.replace(guidance=guidance)))
-            name = guidance_name(guidance)
-            _save_samples(other, task, rae, generator, train_set, run.dir / "samples" / f"guidance-{name}.png")
-            _evaluate(other, task, rae, generator, final, images, suffix=f"-{name}")
+            sampling, name = spec.sampling.replace(guidance=guidance), guidance_name(guidance)
+            _save_samples(trained, train_set, sampling, run.dir / "samples" / f"guidance-{name}.png")
+            _evaluate(trained, final, images, sampling, suffix=f"-{name}")
     if dist.is_main():
         from raev2.report.page import write_report  # plots: heavy to import
 
@@ -156,6 +156,31 @@ class TrainedRun:
     task: Task
     rae: Tokenizer
     generator: Generator | None
+
+    def need_generator(self) -> Generator:
+        """The generator. Raises CheckpointError where only the tokenizer is trained."""
+        if self.generator is None:
+            raise CheckpointError(
+                str(self.run.dir), "has no trained generator yet",
+                hint=f"Run `raev2 train --task {self.run.spec.task.name}` with this --run.",
+            )  # fmt: skip
+        return self.generator
+
+    def context(self, sampling: SamplingSpec | None = None, seed: int | None = None) -> EvalContext:
+        """The run for evaluators and tasks, with its own sampling settings and `evaluation.seed`, or with these."""
+        run, task, generator, spec = self.run, self.task, self.generator, self.run.spec
+        sampling = sampling or spec.sampling
+        evaluation = spec.evaluation if seed is None else spec.evaluation.replace(seed=seed)
+        weak, weak_from = None, getattr(sampling.guidance, "weak", None)
+        if generator is not None:
+            weak = None if weak_from is None else load_generator(weak_from).to(run.device)
+            build_guidance(sampling.guidance, generator, weak)  # an unusable setting is reported before any work
+        spec = spec.replace(sampling=sampling, evaluation=evaluation)
+        context = EvalContext(
+            spec, self.rae, lambda split: task.dataset(spec, split), run.device, run.dir / EVAL / "reference",
+            generator=generator, weak=weak,
+        )  # fmt: skip
+        return context if generator is None else replace(context, generate=_image_sampler(task, context))
 
 
 def open_trained(run_dir: str | Path) -> TrainedRun:
@@ -208,8 +233,7 @@ def sample_run(
 ) -> Path:
     """Images for the conditions in `options` (see Task.sample_cond): single PNGs, a grid, and the plan as JSON."""
     trained = open_trained(run_dir)
-    generator = _need_generator(trained)
-    spec = trained.run.spec
+    generator, spec = trained.need_generator(), trained.run.spec
     sampling = sampling or spec.sampling
     raw, captions = trained.task.sample_cond(spec, trained.task.dataset(spec, "train"), options)
     num = len(captions)
@@ -218,51 +242,43 @@ def sample_run(
     for index, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         Image.fromarray(pixels).save(out / f"{index:05d}.png")
     save_grid(images, out / "grid.png", captions=captions)
-    write_json(
-        out / "plan.json",
-        {
-            "run": str(run_dir),
-            "seed": seed,
-            "captions": captions,
-            "sampling": sampling.model_dump(mode="json"),
-            "time_shift": generator.time_shift,
-        },
-    )
+    plan = {"run": str(run_dir), "seed": seed, "captions": captions, "sampling": sampling.model_dump(mode="json")}
+    write_json(out / "plan.json", {**plan, "time_shift": generator.time_shift})
     return out
 
 
-def _save_samples(
-    run: Run, task: Task, rae: Tokenizer, generator: Generator, dataset: ImageDataset, file: Path
-) -> None:
+def _save_samples(trained: TrainedRun, dataset: ImageDataset, sampling: SamplingSpec, file: Path) -> None:
     """Grid with fixed noise and conditions, to compare over training and settings."""
     if dist.is_main():
-        raw, captions = task.sample_cond(run.spec, dataset, {"n": NUM_GRID_IMAGES})
-        generate = image_sampler(TrainedRun(run, task, rae, generator), run.spec.sampling, run.spec.seed)
+        spec = trained.run.spec
+        raw, captions = trained.task.sample_cond(spec, dataset, {"n": NUM_GRID_IMAGES})
+        generate = image_sampler(trained, sampling, spec.seed)
         save_grid(generate(raw, range(len(captions))), file, columns=8, captions=captions)
     dist.barrier()
 
 
 def image_sampler(trained: TrainedRun, sampling: SamplingSpec, seed: int) -> Callable[[Cond, Sequence[int]], Tensor]:
     """(raw conditions, global indices) -> 8-bit images: the one way to sample, in training and after it."""
-    run, generator = trained.run, _need_generator(trained)
-    encode_cond = trained.task.cond_encoder(run.spec, latent_encoder(trained.rae, run.device), run.device)
-    weak = _weak_generator(sampling, run)
+    trained.need_generator()
+    generate = trained.context(sampling, seed).generate
+    assert generate is not None
+    return generate
+
+
+def _image_sampler(task: Task, context: EvalContext) -> Callable[[Cond, Sequence[int]], Tensor]:
+    spec, sampling = context.spec, context.spec.sampling
+    encode_cond = task.cond_encoder(spec, context.encode, context.device)
 
     def generate(raw: Cond, indices: Sequence[int]) -> Tensor:
-        cond = encode_cond({name: value.to(run.device) for name, value in raw.items()})
-        with run.autocast():
+        cond = encode_cond({name: value.to(context.device) for name, value in raw.items()})
+        with context.autocast():
             images = sample(
-                generator, trained.rae, cond, sampling.steps, sampling.guidance, seed, indices,
-                solver=sampling.solver, batch_size=sampling.batch_size, weak=weak,
+                context.generator, context.rae, cond, sampling.steps, sampling.guidance, spec.evaluation.seed, indices,
+                solver=sampling.solver, batch_size=sampling.batch_size, weak=context.weak,
             )  # fmt: skip
         return to_uint8(images)
 
     return generate
-
-
-def _weak_generator(sampling: SamplingSpec, run: Run) -> Generator | None:
-    weak = getattr(sampling.guidance, "weak", None)
-    return load_generator(weak).to(run.device) if weak is not None else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,41 +293,30 @@ def evaluate_run(run_dir: Path, protocols: Sequence[str] = ()) -> dict[str, list
     if trained.generator is not None and not (run_dir / GENERATOR).is_dir():
         images = latest_checkpoint(run_dir / "checkpoints" / GENERATOR).state["images"]  # type: ignore[union-attr]
     names = list(protocols) or list(spec.evaluation.protocols)
-    return _evaluate(trained.run, trained.task, trained.rae, trained.generator, names, images)
+    return _evaluate(trained, names, images)
 
 
 def _evaluate(
-    run: Run,
-    task: Task,
-    rae: Tokenizer,
-    generator: Generator | None,
+    trained: TrainedRun,
     protocols: Sequence[str],
     images: int = 0,
+    sampling: SamplingSpec | None = None,
     suffix: str = "",
 ) -> dict[str, list[MetricResult]]:
     """Run protocols on one state of the networks, write their files and log the numbers.
 
-    images   what the generator has seen; protocols of the tokenizer belong to the end of stage 1
-    suffix   added to the protocol's name, where `run.spec` samples otherwise than the run's own spec
+    images     what the generator has seen; protocols of the tokenizer belong to the end of stage 1
+    sampling   other settings than those of the run
+    suffix     added to the protocol's name, with other settings
     """
-    spec = run.spec
-    trained = TrainedRun(run, task, rae, generator)
-    context = EvalContext(
-        spec=spec,
-        rae=rae,
-        dataset=lambda split: task.dataset(spec, split),
-        device=run.device,
-        cache_dir=run.dir / EVAL / "reference",
-        generate=None if generator is None else image_sampler(trained, spec.sampling, spec.evaluation.seed),
-        generator=generator,
-    )
-    results = {}
-    for evaluator in get_evaluators(task, spec, protocols):
+    run, context = trained.run, trained.context(sampling)
+    spec, results = context.spec, {}
+    for evaluator in get_evaluators(trained.task, spec, protocols):
         evaluator.protocol += suffix
         if evaluator.needs_generator:
             own, stage, seen, decay = context, GENERATOR, images, spec.generator_training.ema_decays[0]
         else:
-            own, stage = replace(context, generate=None, generator=None), TOKENIZER
+            own, stage = replace(context, generate=None, generator=None, weak=None), TOKENIZER
             seen, decay = spec.tokenizer_training.final_images, spec.tokenizer_training.ema_decay
         own = replace(own, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
         found = run_protocol(evaluator, own, run.dir / EVAL, images_seen=seen, ema_decay=decay)
@@ -494,12 +499,3 @@ def _tokenizer_sizes(spec: AnyTokenizerSpec) -> tuple[list[tuple[str, str]], tup
         ("decoder parameters", f"{parameters / 1e6:.2f} M"),
     ]
     return lines, (encoder.width, *spec.grid)
-
-
-def _need_generator(trained: TrainedRun) -> Generator:
-    if trained.generator is None:
-        raise CheckpointError(
-            str(trained.run.dir), "has no trained generator yet",
-            hint=f"Run `raev2 train --task {trained.run.spec.task.name}` with this --run.",
-        )  # fmt: skip
-    return trained.generator

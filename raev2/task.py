@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -34,13 +35,15 @@ TASKS, DATA_RECIPES = "raev2.tasks", "raev2.data_recipes"  # entry-point groups
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What an evaluator may use.
+    """The opened run: what evaluators and commands of a task use. `TrainedRun.context` of raev2.pipeline makes it.
 
+    spec       as the run is used here: its sampling settings and `evaluation.seed` may be others than in the folder
     generate   (raw conditions, global sample indices) -> 8-bit images (B, 3, Hpx, Wpx); the same call in training and
                in `raev2 eval`. None where only a tokenizer exists
     dataset    opens a split of the run's data
     cache_dir  where reference statistics may be kept, by fingerprint
     generator  the network itself, for protocols that sample otherwise than image by image
+    weak       second generator, where the sampling settings name one
     picture    where the protocol may save one PNG that the report shows beside its numbers, with `picture` of
                `describe` as its caption
     """
@@ -52,7 +55,43 @@ class EvalContext:
     cache_dir: Path
     generate: Callable[[Cond, Sequence[int]], torch.Tensor] | None = None
     generator: Generator | None = None
+    weak: Generator | None = None
     picture: Path | None = None
+
+    def autocast(self, precision: str | None = None) -> torch.autocast:
+        """Inside, networks compute in the precision of the run, or in this one."""
+        from raev2.nn import autocast
+
+        return autocast(precision or self.spec.precision, self.device)
+
+    def encode(self, images_u8: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """8-bit images -> normalised latents (B, C, H, W), in float32. An `EncodeImages`, which needs no `keys`."""
+        from raev2.data import to_float
+
+        with self._float32():
+            return self.rae.encode(to_float(images_u8.to(self.device)))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (B, C, H, W) -> 8-bit images (B, 3, Hpx, Wpx) on the CPU, in float32."""
+        from raev2.data import to_uint8
+
+        with self._float32():
+            return to_uint8(self.rae.decode(latents.float())).cpu()
+
+    def reconstruct(self, images_u8: torch.Tensor) -> torch.Tensor:
+        """8-bit images after encoding and decoding, on the CPU, in float32."""
+        from raev2.data import to_float, to_uint8
+
+        with self._float32():
+            return to_uint8(self.rae.reconstruct(to_float(images_u8.to(self.device)))).cpu()
+
+    @contextmanager
+    def _float32(self) -> Iterator[None]:
+        """The tokenizer works in float32 in every run, and without gradients."""
+        import torch
+
+        with torch.no_grad(), self.autocast("fp32"):
+            yield
 
 
 class Evaluator(ABC):
@@ -195,12 +234,9 @@ def _installed(group: str, what: str) -> dict[str, EntryPoint]:
     for point in entry_points(group=group):
         if point.name in found and point.value != found[point.name].value:
             raise TaskError(
-                f"{what} {point.name}",
-                "installed twice",
-                got=f"{found[point.name].value} and {point.value}",
-                expected="one entry point for each name",
-                hint="Uninstall one of the two packages.",
-            )
+                f"{what} {point.name}", "installed twice", got=f"{found[point.name].value} and {point.value}",
+                expected="one entry point for each name", hint="Uninstall one of the two packages.",
+            )  # fmt: skip
         found[point.name] = point
     return found
 

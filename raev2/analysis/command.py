@@ -55,8 +55,7 @@ def _correlation(options: Namespace) -> Table:
 def _blocks(options: Namespace) -> Table:
     """CKA and spatial self-similarity of the blocks of a trained run; --run, --n."""
     trained = open_trained(find_run(options.run, options.task))
-    if trained.generator is None:
-        raise SpecError("raev2 analyse blocks", "the run has no trained generator", got=str(trained.run.dir))
+    generator = trained.need_generator()
     spec, task, device = trained.run.spec, trained.task, trained.run.device
     val = task.dataset(spec, "val")
     encode = latent_encoder(trained.rae, device)
@@ -64,7 +63,7 @@ def _blocks(options: Namespace) -> Table:
     images = torch.stack([val.image(i) for i in indices])
     latents = encode(images, torch.tensor(list(indices)))
     raw = {name: value.to(device) for name, value in task.eval_cond(spec, val, indices).items()}
-    return block_table(trained.generator, latents, task.cond_encoder(spec, encode, device)(raw), (0.2, 0.5, 0.8))
+    return block_table(generator, latents, task.cond_encoder(spec, encode, device)(raw), (0.2, 0.5, 0.8))
 
 
 def _width(options: Namespace) -> Table:

@@ -73,14 +73,10 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     import torch
 
-    cpu = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    from raev2.training.run import cpu_name
+
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -91,12 +87,10 @@ def machine() -> dict[str, Any]:
 
 def table(results: Mapping[str, Sequence[Measurement]]) -> str:
     """Results as lines of text under the machine's description."""
-    rows = [(name, row) for name, found in results.items() for row in found]
-    widths = [max([len(text(pair)) for pair in rows], default=0) for text in (_bench_name, _row_name, _row_value)]
+    rows = [(name, m.name, f"{m.value:.4g}", f"{m.unit}  {m.note}") for name in results for m in results[name]]
+    first, second, third = (max((len(row[column]) for row in rows), default=0) for column in range(3))
     lines = [json.dumps(machine())]
-    for pair in rows:
-        cells = [text(pair).ljust(width) for text, width in zip((_bench_name, _row_name), widths, strict=False)]
-        lines.append("  ".join([*cells, _row_value(pair).rjust(widths[2]), pair[1].unit, pair[1].note]).rstrip())
+    lines += [f"{name:{first}}  {row:{second}}  {value:>{third}}  {rest}".rstrip() for name, row, value, rest in rows]
     return "\n".join(lines)
 
 
@@ -189,15 +183,3 @@ def _wait_for_device() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _bench_name(pair: tuple[str, Measurement]) -> str:
-    return pair[0]
-
-
-def _row_name(pair: tuple[str, Measurement]) -> str:
-    return pair[1].name
-
-
-def _row_value(pair: tuple[str, Measurement]) -> str:
-    return f"{pair[1].value:.4g}"

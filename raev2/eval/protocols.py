@@ -12,7 +12,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raev2.batch import Cond, MetricResult
-from raev2.data import ImageDataset, to_float, to_uint8
+from raev2.data import ImageDataset
 from raev2.errors import DataError, TaskError
 from raev2.eval.distances import Moments, frechet_stderr, moments_distance, precision_recall
 from raev2.eval.features import FeatureExtractor, build_extractor, frechet_name
@@ -34,6 +33,7 @@ from raev2.spec import RunSpec
 from raev2.spec_io import fingerprint, spec_to_dict
 from raev2.task import EvalContext, Evaluator
 from raev2.training import dist
+from raev2.training.run import package_versions
 
 logger = logging.getLogger(__name__)
 CHUNK_SIZE = 64  # images a chunk; fixed, so that no result depends on a batch size
@@ -93,7 +93,7 @@ class ReconstructionEvaluator(Evaluator):
 
         def rows(indices: Sequence[int]) -> dict[str, Tensor]:
             originals = _images(dataset, indices)
-            images = to_uint8(context.rae.reconstruct(to_float(originals.to(context.device)))).cpu()
+            images = context.reconstruct(originals)
             if images.shape != originals.shape:
                 raise DataError(
                     f"protocol {self.protocol}", "reconstruction and original differ in size",
@@ -344,8 +344,7 @@ def write_result(
 ) -> None:
     """Write the numbers of a protocol with everything they depend on."""
     spec = context.spec
-    packages = ("raev2", "torch", "torchvision", "torchmetrics", "timm", "transformers", "numpy", "pillow")
-    optional = ("torch-fidelity",)
+    installed = {name: version for name, version in package_versions().items() if version}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
@@ -368,7 +367,7 @@ def write_result(
             **extra,
             "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
             "processes": dist.world_size(),
-            "versions": {"python": platform.python_version(), **_versions(packages + optional)},
+            "versions": {"python": platform.python_version(), **installed},
             "spec_fingerprint": fingerprint(spec),
             "spec": spec_to_dict(spec),
         },
@@ -421,13 +420,3 @@ def _mean_result(name: str, values: Tensor) -> MetricResult:
 
 def _share_result(name: str, share: float, num: int, note: str) -> MetricResult:
     return MetricResult(name, share, num, (share * (1 - share) / num) ** 0.5, note)
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -35,6 +35,7 @@ from raev2.batch import Batch
 from raev2.data import derived_seed
 from raev2.errors import CheckpointError
 from raev2.files.artefact import load_strict, write_json
+from raev2.nn import autocast
 from raev2.spec import LoopSpec, RunSpec
 from raev2.spec_io import fingerprint, load_spec, save_spec, spec_differences
 from raev2.training import dist
@@ -65,8 +66,8 @@ class Run:
         return self.accelerator.device
 
     def autocast(self) -> torch.autocast:
-        """Autocast to bfloat16 inside, or nothing in a float32 run. (Accelerate has one precision per process.)"""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16")
+        """Inside, networks compute in the precision of the run. (Accelerate has one precision per process.)"""
+        return autocast(self.spec.precision, self.device)
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl (main process only)."""
@@ -143,7 +144,7 @@ def provenance(spec: RunSpec, device: torch.device) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "num_threads": torch.get_num_threads(),
         "processes": dist.world_size(),
         "versions": package_versions(),
@@ -151,18 +152,11 @@ def provenance(spec: RunSpec, device: torch.device) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed versions of the packages that numbers may depend on."""
+    """Installed versions of the packages that numbers may depend on; None: not installed."""
     packages = (
-        "raev2",
-        "torch",
-        "torchvision",
-        "timm",
-        "transformers",
-        "accelerate",
-        "torchmetrics",
-        "numpy",
-        "pillow",
-    )
+        "raev2", "torch", "torchvision", "timm", "transformers", "accelerate", "torchmetrics", "torch-fidelity",
+        "numpy", "pillow",
+    )  # fmt: skip
     return {name: _version(name) for name in packages}
 
 
@@ -362,20 +356,17 @@ def crossed(every: int | None, before: int, after: int) -> bool:
 def _check_continues(dir: Path, old: RunSpec, new: RunSpec, resume: bool) -> None:
     if not resume:
         raise CheckpointError(
-            str(dir),
-            "the run folder exists",
+            str(dir), "the run folder exists",
             hint="Choose another --run, or --overwrite to delete it, or --resume auto.",
-        )
+        )  # fmt: skip
     differences = spec_differences(old, new)
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
         raise CheckpointError(
-            str(dir),
-            f"written for spec fingerprint {fingerprint(old)}",
-            got=f"{fingerprint(new)} ({differences[0]}{more})",
-            expected="the same spec to continue",
+            str(dir), f"written for spec fingerprint {fingerprint(old)}",
+            got=f"{fingerprint(new)} ({differences[0]}{more})", expected="the same spec to continue",
             hint="Choose another --run, or --overwrite to delete this one.",
-        )
+        )  # fmt: skip
 
 
 def _clock(seconds: float) -> str:
@@ -398,7 +389,8 @@ def _git_revision() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

@@ -10,11 +10,12 @@ import pytest
 
 from raev2.errors import CheckpointError, SpecError
 from raev2.pipeline import train
-from raev2.spec_io import apply_overrides
+from raev2.spec_io import apply_overrides, save_spec
+from raev2.task import get_recipe, get_task
 from raev2_data_recipes.drives.vizdoom_maze import RECIPE
 from raev2_tasks.nwm.data.dataset import TrajectoryDataset
 from raev2_tasks.nwm.data.places import Places
-from raev2_tasks.nwm.drive.model_world import SimulatorWorld, TrainedModel, model_worlds
+from raev2_tasks.nwm.drive.model_world import SimulatorWorld, model_worlds, open_run
 from raev2_tasks.nwm.drive.page import Drive, StepRequest, replay
 from raev2_tasks.nwm.plan.command import plan_command
 from raev2_tasks.nwm.plan.model_goals import ModelGoals
@@ -38,7 +39,7 @@ def test_a_ride_starts_with_a_real_frame_and_goes_on_with_predicted_ones(make_wo
     world, engine = make_worlds()
     assert engine is None and world.name == str(run_dir)
     assert world.durations_s == (0.5, 0.25, 1.0), "as far as the model was trained"
-    real = TrainedModel.open(str(run_dir)).context.dataset("val")
+    real = open_run(str(run_dir)).context().dataset("val")
     first = world.reset(3)
     assert any((first == real.image(index).permute(1, 2, 0).numpy()).all() for index in range(len(real)))
     frame = world.step(AHEAD.command, 0.5)
@@ -101,7 +102,7 @@ def test_goals_are_recorded_frames_with_their_true_paths(run_dir):
     source = ModelGoals(str(run_dir))
     goals = list(source.goals(3, 1.0, PlanSpec()))
     assert len(goals) == 3 and all(goal.true_path.shape == (2, 3) for goal in goals)
-    data = source.model.context.dataset("val")
+    data = source.context.dataset("val")
     steps = [
         relative(trajectory.poses[now], trajectory.poses[[now + 2, now + 4]])
         for trajectory in data.trajectories
@@ -151,7 +152,10 @@ def test_a_run_without_a_generator_is_named(tiny_nwm_spec, run_dir, tmp_path):
     done = apply_overrides(tiny_nwm_spec, [f"tokenizer_from={run_dir / 'tokenizer'}"])
     only = train(done, tmp_path / "only", stage="tokenizer")
     with pytest.raises(CheckpointError, match="has no trained generator yet"):
-        TrainedModel.open(str(only))
+        open_run(str(only))
+    save_spec(get_recipe(get_task("imagenet"), "quickstart"), tmp_path / "spec.yaml")
+    with pytest.raises(SpecError, match="^--run: not a run of this task; got imagenet; expected nwm$"):
+        open_run(str(tmp_path))
     with pytest.raises(CheckpointError, match="not a run folder"):
         model_worlds(str(tmp_path / "nothing"), engine=False)
 

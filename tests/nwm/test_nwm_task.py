@@ -32,13 +32,9 @@ def rollout(*arguments: object) -> None:
 
 
 @pytest.fixture
-def context(tiny_nwm_spec, tiny_nwm_run, tmp_path) -> EvalContext:
-    trained = pipeline.open_trained(tiny_nwm_run)
-    spec = tiny_nwm_spec
-    return EvalContext(
-        spec, trained.rae, lambda split: TASK.dataset(spec, split), torch.device("cpu"), tmp_path / "cache",
-        generate=lambda cond, indices: None, generator=trained.generator, picture=tmp_path / "picture.png",
-    )  # fmt: skip
+def context(tiny_nwm_run, tmp_path) -> EvalContext:
+    context = pipeline.open_trained(tiny_nwm_run).context()
+    return replace(context, cache_dir=tmp_path / "cache", picture=tmp_path / "picture.png")
 
 
 # Spec.

@@ -51,7 +51,7 @@ def history(batch: int = 1) -> History:
 
 
 def session(batch: int = 1, generator=None, **options) -> RolloutSession:
-    return RolloutSession(generator or Counter(), None, SamplingSpec(steps=2), history(batch), **options)
+    return RolloutSession(generator or Counter(), SamplingSpec(steps=2), history(batch), **options)
 
 
 def path(length: int) -> np.ndarray:
@@ -206,7 +206,7 @@ def past(batch: int) -> History:
 def test_frames_computed_once_give_what_frames_computed_anew_give():
     generator, start = network(), past(3)
     commands = np.random.default_rng(0).normal(size=(5, 3, 3))
-    rollout = RolloutSession(generator, None, SamplingSpec(steps=3), start)
+    rollout = RolloutSession(generator, SamplingSpec(steps=3), start)
     for number, command in enumerate(commands):
         before = rollout.state.history
         frame = rollout.step(command, 0.25 * (1 + number))
@@ -224,7 +224,7 @@ def test_every_frame_is_encoded_once_for_all_branches(monkeypatch):
     generator, counts = network(), []
     encode = generator.encode_frames
     monkeypatch.setattr(generator, "encode_frames", lambda latents: counts.append(len(latents)) or encode(latents))
-    rollout = RolloutSession(generator, None, SamplingSpec(steps=2), past(4))
+    rollout = RolloutSession(generator, SamplingSpec(steps=2), past(4))
     rollout.run([(0.5, 0, 0)] * 4, 0.25)
     branch = rollout.branch([0] * 5)
     branch.step((0.5, 0, 0), 0.25)
@@ -242,4 +242,4 @@ def test_in_context_models_get_published_units():
     found = model_cond(generator.condition_spec, cond)
     assert found["action"].tolist() == [[1.0, -0.5, 0.5]] and found["rel_time"].tolist() == [[4 / 128]]
     assert cond["action"][0, 0] == 4, "the caller's tensors stay"
-    assert RolloutSession(generator, None, SamplingSpec(steps=2), past(2)).run([(1, 0, 0)], 1.0).shape == (2, 1, *SHAPE)
+    assert RolloutSession(generator, SamplingSpec(steps=2), past(2)).run([(1, 0, 0)], 1.0).shape == (2, 1, *SHAPE)

@@ -1,8 +1,8 @@
 """Driving the model: one predicted frame after the other, each from a command and the frames before it.
 
-    session = RolloutSession(generator, rae, sampling, history, seed=0)
+    session = RolloutSession(generator, sampling, history, seed=0)
     for latents in session.stream(commands, seconds=0.25):        # frames come as they are ready
-        images = session.decode(latents)
+        images = context.decode(latents)
 
 Predictions are fed back as latents, never decoded and encoded again, and a generator with cacheable frames computes
 each frame once: all steps of the sampler, all later steps and all branches use its keys and values. A command is a
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from raev2.batch import Cond, FrameCache
-from raev2.data import derived_seed, to_uint8
+from raev2.data import derived_seed
 from raev2.errors import SpecError
 from raev2.model.frames import BlockCausalFrames
 from raev2.sampler import map_rows, noise_for, sample_latents
@@ -97,7 +97,6 @@ class RolloutSession:
     """B rollouts side by side. Read `step`.
 
     generator   `Generator` with a condition of past frames
-    rae         decodes latents; only `decode` needs it
     history     the frames that the rollouts start from
     ids         ids of the B rollouts, which select their noise; default 0 to B - 1. Equal ids share their noise, so
                 that commands can be compared
@@ -107,7 +106,6 @@ class RolloutSession:
     def __init__(
         self,
         generator: Any,
-        rae: Any,
         sampling: SamplingSpec,
         history: History,
         *,
@@ -116,7 +114,7 @@ class RolloutSession:
         weak: Any = None,
         use_action: bool = True,
     ) -> None:
-        self.generator, self.rae, self.sampling, self.seed, self.weak = generator, rae, sampling, seed, weak
+        self.generator, self.sampling, self.seed, self.weak = generator, sampling, seed, weak
         self.ids = list(range(len(history)) if ids is None else ids)
         if len(self.ids) != len(history):
             raise SpecError("rollout.ids", "one id for each rollout", got=len(self.ids), expected=str(len(history)))
@@ -130,7 +128,8 @@ class RolloutSession:
             isinstance(generator.conditioner, BlockCausalFrames) and weak is None
         )  # caches are of one network
         nowhere, nothing = np.zeros((1, len(history), 3)), np.zeros((0, len(history), 3))
-        self.state = State(*self._cached(history), nowhere, nothing, ())
+        history, caches = self._cached(history)
+        self.state = State(history, caches, nowhere, nothing, ())
 
     # State.
 
@@ -198,12 +197,6 @@ class RolloutSession:
     def run(self, commands: Iterable[Any], seconds: float | Sequence[float]) -> Tensor:
         """All frames of `stream` at once: latents (B, S, C, H, W)."""
         return torch.stack(list(self.stream(commands, seconds)), 1)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) -> 8-bit images (B, 3, Hpx, Wpx) on the CPU; pixels are decoded in float32."""
-        with torch.autocast(latents.device.type, enabled=False):
-            return to_uint8(self.rae.decode(latents.float())).cpu()
 
     # Records.
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from raev2.spec import TaskSpec
+from raev2.spec import RunSpec, TaskSpec
 from raev2_tasks.nwm.data.frames import Fit
 
 
@@ -67,3 +67,9 @@ class NavigationSpec(TaskSpec):
     def jump_horizons_s(self) -> tuple[float, ...]:
         """The horizons that one jump may reach; longer ones are for rollouts alone."""
         return tuple(horizon for horizon in self.horizons_s if horizon <= self.max_offset_s)
+
+
+def task_spec(spec: RunSpec) -> NavigationSpec:
+    """The task's own part of a run spec."""
+    assert isinstance(spec.task, NavigationSpec)
+    return spec.task

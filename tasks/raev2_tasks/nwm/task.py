@@ -9,7 +9,7 @@ from raev2.files.manifest import read_manifest
 from raev2.spec import RunSpec
 from raev2.task import EncodeImages, Evaluator, Task
 from raev2_tasks.nwm.recipes import RECIPES
-from raev2_tasks.nwm.spec import NavigationSpec
+from raev2_tasks.nwm.spec import NavigationSpec, task_spec
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
     from raev2.model.frames import FramesCondition
+    from raev2_tasks.nwm.data.dataset import TrajectoryDataset
 
 ASSUMED_MOTION = {"spacing_m": 0.25, "rate_hz": 4.0}  # for estimates before there is data: RECON
 COLUMNS = 8  # of the picture grids: one context a row, its frames at growing times
@@ -30,11 +31,11 @@ class NavigationWorldModel(Task):
     summary = "past frames + motion + time -> next frame (simulated mazes, RECON, any video with poses)"
     spec_type = NavigationSpec
 
-    def dataset(self, spec: RunSpec, split: str) -> ImageDataset:
+    def dataset(self, spec: RunSpec, split: str) -> TrajectoryDataset:
         """Frames of trajectories; a training sample is a context with one target of it."""
         from raev2_tasks.nwm.data.dataset import TrajectoryDataset
 
-        task, rate_hz = _task_spec(spec), read_manifest(spec.data.dir).get("rate_hz", 1.0)
+        task, rate_hz = task_spec(spec), read_manifest(spec.data.dir).get("rate_hz", 1.0)
         max_offset = max(1, round(task.max_offset_s * rate_hz))
         return TrajectoryDataset(
             spec.data.dir,
@@ -63,11 +64,12 @@ class NavigationWorldModel(Task):
 
     def eval_cond(self, spec: RunSpec, dataset: ImageDataset, indices: Sequence[int]) -> Cond:
         """True motions from places of the validation split, to the middle horizon."""
+        from raev2_tasks.nwm.data.dataset import as_trajectories
         from raev2_tasks.nwm.data.places import Places
 
-        task = _task_spec(spec)
+        task = task_spec(spec)
         time = task.jump_horizons_s[len(task.jump_horizons_s) // 2]
-        return Places(dataset, spec.evaluation.num_samples, time).cond(indices, time)
+        return Places(as_trajectories(dataset), spec.evaluation.num_samples, time).cond(indices, time)
 
     def sample_cond(
         self, spec: RunSpec, dataset: ImageDataset, options: Mapping[str, object]
@@ -77,7 +79,7 @@ class NavigationWorldModel(Task):
 
         from raev2_tasks.nwm.data.places import Places
 
-        num, longest = int(str(options["n"])), _task_spec(spec).max_offset_s
+        num, longest = int(str(options["n"])), task_spec(spec).max_offset_s
         val = self.dataset(spec, "val")
         places = Places(val, max(1, num // COLUMNS), longest)
         frames = places.frames(longest)
@@ -119,7 +121,7 @@ class NavigationWorldModel(Task):
 def _condition(spec: RunSpec, manifest: Mapping[str, Any]) -> FramesCondition:
     from raev2.model.frames import FramesCondition
 
-    task, frame_period = _task_spec(spec), 1 / manifest["rate_hz"]
+    task, frame_period = task_spec(spec), 1 / manifest["rate_hz"]
     return FramesCondition(
         form=task.condition_form,
         num_frames=task.num_context,
@@ -132,8 +134,3 @@ def _condition(spec: RunSpec, manifest: Mapping[str, Any]) -> FramesCondition:
         action_drop_prob=task.action_drop_prob if task.condition_form == "block_causal" else 0.0,
         frame_positions=task.frame_positions,
     )
-
-
-def _task_spec(spec: RunSpec) -> NavigationSpec:
-    assert isinstance(spec.task, NavigationSpec)
-    return spec.task

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raev2.batch import Cond, MetricResult
-from raev2.data import ImageDataset, to_float, to_uint8
+from raev2.data import ImageDataset
 from raev2.errors import DataError
 from raev2.eval.features import FeatureExtractor, build_extractor
 from raev2.eval.generate import collect, generated_images, local_chunks
@@ -130,7 +130,7 @@ class BenchmarkEvaluator(Evaluator):
             return torch.stack([self._picture(held[i], i, context.spec.tokenizer.image_size) for i in indices])
 
         def reconstruct(indices: Sequence[int]) -> Tensor:
-            return to_uint8(context.rae.reconstruct(to_float(render(indices).to(context.device)))).cpu()
+            return context.reconstruct(render(indices))
 
         own, other = self._scores(generate(held), held, [held[i] for i in order])
         yield from self._results("", own, held, "prompts whose compositions training does not show")
@@ -259,7 +259,7 @@ class RetrievalEvaluator(Evaluator):
         def rows(indices: Sequence[int]) -> dict[str, Tensor]:
             real = torch.stack([dataset.image(index) for index in indices])
             images = generated_images(context, lambda i: self.cond(context.spec, dataset, i), indices)
-            decoded = to_uint8(context.rae.reconstruct(to_float(real.to(context.device))))
+            decoded = context.reconstruct(real)
             return {"real": extractor(real), "image": extractor(images), "decoded": extractor(decoded)}
 
         found = collect(num, CHUNK_SIZE, rows, "pictures to match")
@@ -362,13 +362,14 @@ def load_clip(model: str, device: torch.device) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        parts = ClipFeatures(CLIPModel.from_pretrained(model)), CLIPProcessor.from_pretrained(model)
+        features: Any = ClipFeatures(CLIPModel.from_pretrained(model))  # all that torchmetrics uses of a CLIPModel
+        processor = CLIPProcessor.from_pretrained(model)
     except Exception as error:  # transformers and the hub client have many error types
         raise DataError(
             f"weights {model}", "the CLIP of protocol clipscore is missing", got=type(error).__name__,
             hint=f"Download {model} into the hub's cache on this machine.",
         ) from error  # fmt: skip
-    return CLIPScore(model_name_or_path=lambda: parts).to(device), parts[1].tokenizer
+    return CLIPScore(model_name_or_path=lambda: (features, processor)).to(device), processor.tokenizer
 
 
 def _clip_score(metric: Any, image: Tensor, caption: str) -> Tensor:

@@ -246,7 +246,13 @@ class TrajectoryDataset(ImageDataset):
         """The offset at position `u` in [0, 1) of the cumulative distribution over those that exist."""
         offsets = self._offsets(len(self.trajectories[trajectory]), t)
         cumulative = np.cumsum(offset_weights(offsets, self.offset_distribution))
-        return int(offsets[min(np.searchsorted(cumulative, u, side="right"), len(offsets) - 1)])
+        return int(offsets[min(int(np.searchsorted(cumulative, u, side="right")), len(offsets) - 1)])
+
+
+def as_trajectories(dataset: ImageDataset) -> TrajectoryDataset:
+    """A split of a run of this task, as what it is."""
+    assert isinstance(dataset, TrajectoryDataset)
+    return dataset
 
 
 def offset_weights(offsets: NDArray[np.int64], distribution: OffsetDistribution) -> Array:

@@ -6,68 +6,58 @@ Rides start at places of the validation split: frames that have a full context b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raev2.errors import CheckpointError, SpecError
+from raev2.errors import SpecError
+from raev2.spec_io import load_spec
 from raev2.task import EvalContext
-from raev2.training.run import Run
+from raev2_tasks.nwm.data.dataset import as_trajectories
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.pose import relative, velocities
 from raev2_tasks.nwm.rollout import RolloutSession, State
+from raev2_tasks.nwm.spec import task_spec
 from raev2_tasks.nwm.worlds.engine import MazeWorld, require_vizdoom
 from raev2_tasks.nwm.worlds.worlds import Frame, MotionRange, Poses, World
+
+if TYPE_CHECKING:  # the training loops come with it
+    from raev2.pipeline import TrainedRun
 
 Array = NDArray[np.float64]
 NUM_STARTS = 256  # places that a ride may start from
 DURATIONS = (2, 1, 4, 8)  # frames a step of a ride may last, as far as the model was trained on them
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """A trained generator with its data."""
+def open_run(run: str | None) -> TrainedRun:
+    """The run in a folder, or the newest of this task, with a trained generator.
 
-    run: Run
-    context: EvalContext
+    Raises SpecError for a run of another task, CheckpointError where only the tokenizer is trained.
+    """
+    from raev2.pipeline import find_run, open_trained
 
-    @classmethod
-    def open(cls, run: str | None) -> TrainedModel:
-        """The run in a folder, or the newest of this task."""
-        from raev2.pipeline import find_run, open_trained
+    run_dir = find_run(run, "nwm")
+    task_name = load_spec(run_dir / "spec.yaml").task.name
+    if task_name != "nwm":
+        raise SpecError("--run", "not a run of this task", got=task_name, expected="nwm")
+    trained = open_trained(run_dir)
+    trained.need_generator()
+    return trained
 
-        run_dir = find_run(run, "nwm")
-        trained = open_trained(run_dir)
-        if trained.generator is None:
-            raise CheckpointError(
-                str(run_dir), "has no trained generator yet", hint="Run `raev2 train --task nwm` with this --run."
-            )
-        spec, task = trained.run.spec, trained.task
-        context = EvalContext(
-            spec, trained.rae, lambda split: task.dataset(spec, split), trained.run.device,
-            run_dir / "eval" / "reference", generator=trained.generator.eval(),
-        )  # fmt: skip
-        return cls(trained.run, context)
 
-    def step(self, session: RolloutSession, command: Array, seconds: float) -> Tensor:
-        """`session.step` in the precision of the run."""
-        with self.run.autocast():
-            return session.step(command, seconds)
+def places_ahead(context: EvalContext, num: int, seconds: float) -> tuple[Places, Predictor]:
+    """`num` places of the validation split with `seconds` of recorded future, and what predicts from them."""
+    places = Places(as_trajectories(context.dataset("val")), num, seconds)
+    return places, Predictor(context, places)
 
-    def places(self, num: int, seconds: float) -> tuple[Places, Predictor]:
-        """`num` places of the validation split with `seconds` of recorded future, and what predicts from them."""
-        places = Places(self.context.dataset("val"), num, seconds)
-        return places, Predictor(self.context, places)
 
-    @cached_property
-    def velocities(self) -> Array:
-        """Velocities (N, 3) of the training split from frame to frame, m/s and rad/s."""
-        trajectories = self.context.dataset("train").trajectories
-        return np.concatenate([velocities(trajectory.t, trajectory.poses) for trajectory in trajectories])
+def recorded_velocities(context: EvalContext) -> Array:
+    """Velocities (N, 3) of the training split from frame to frame, m/s and rad/s."""
+    trajectories = as_trajectories(context.dataset("train")).trajectories
+    return np.concatenate([velocities(trajectory.t, trajectory.poses) for trajectory in trajectories])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,13 +67,14 @@ class TrainedModel:
 class ModelWorld:
     """Shows what the model predicts; the first frame is a real one."""
 
-    def __init__(self, model: TrainedModel, places: Places, predictor: Predictor, motion: MotionRange) -> None:
-        self.model, self.places, self.predictor = model, places, predictor
-        self.name, self.motion = str(model.run.dir), motion
-        spec = model.context.spec
-        longest_s = spec.task.max_offset_s + 1e-6
-        durations = [frames * places.period_s for frames in DURATIONS]
-        self.durations_s = tuple(seconds for seconds in durations if seconds <= longest_s) or (longest_s,)
+    def __init__(self, name: str, predictor: Predictor, motion: MotionRange | None) -> None:
+        self.name, self.predictor, self.motion = name, predictor, motion
+        self.places, spec = predictor.places, predictor.context.spec
+        longest_s = task_spec(spec).max_offset_s + 1e-6
+        durations = [frames * self.places.period_s for frames in DURATIONS]
+        self.durations_s: tuple[float, ...] = tuple(seconds for seconds in durations if seconds <= longest_s) or (
+            longest_s,
+        )
         self.sampler_steps: int | None = spec.sampling.steps
         self._states: list[State] = []
         self.reset(0)
@@ -105,9 +96,9 @@ class ModelWorld:
         """See `World.step`."""
         self.session.sampling = self.session.sampling.replace(steps=self.sampler_steps)
         before = self.session.state
-        latents = self.model.step(self.session, command, seconds)
+        latents = self.predictor.step(self.session, command, seconds)
         self._states.append(before)
-        return as_frame(self.predictor.decode(latents))
+        return as_frame(self.predictor.context.decode(latents))
 
     def undo(self) -> None:
         """See `World.undo`."""
@@ -119,12 +110,12 @@ class SimulatorWorld:
     """The simulator that recorded the data, at the place where a `ModelWorld` of the same seed starts."""
 
     name = "simulator"
-    motion = None
+    motion: MotionRange | None = None
     sampler_steps: int | None = None
 
     def __init__(self, places: Places, num_cells: int) -> None:
         self.places, self.num_cells = places, num_cells
-        self.durations_s = (places.period_s,)
+        self.durations_s: tuple[float, ...] = (places.period_s,)
         self._maze: MazeWorld | None = None
         self._seed = -1  # of the maze
         self.reset(0)
@@ -164,9 +155,10 @@ class SimulatorWorld:
 
 def model_worlds(run: str | None, *, engine: bool) -> Callable[[], tuple[World, World | None]]:
     """Worlds of one trained run, which is opened once; with `engine` the simulator of its data beside each."""
-    model = TrainedModel.open(run)
-    places, predictor = model.places(NUM_STARTS, 0.0)
-    motion = MotionRange.of(model.velocities)
+    trained = open_run(run)
+    context, name = trained.context(), str(trained.run.dir)
+    places, predictor = places_ahead(context, NUM_STARTS, 0.0)
+    motion = MotionRange.of(recorded_velocities(context))
     manifest = places.dataset.manifest
     if engine:
         require_vizdoom()
@@ -177,7 +169,7 @@ def model_worlds(run: str | None, *, engine: bool) -> Callable[[], tuple[World, 
             )  # fmt: skip
 
     def make() -> tuple[World, World | None]:
-        world = ModelWorld(model, places, predictor, motion)
+        world = ModelWorld(name, predictor, motion)
         return world, SimulatorWorld(places, int(manifest["options"]["cells"])) if engine else None
 
     return make

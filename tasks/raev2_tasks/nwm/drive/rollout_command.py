@@ -18,10 +18,10 @@ import torch
 from raev2.errors import CheckpointError, DataError, SpecError
 from raev2.files.artefact import write_json
 from raev2.spec import SamplingSpec
-from raev2_tasks.nwm.data.dataset import TrajectoryDataset
+from raev2_tasks.nwm.data.dataset import TrajectoryDataset, as_trajectories
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.data.video import contact_sheet, side_by_side, write_gif, write_mp4
-from raev2_tasks.nwm.drive.model_world import TrainedModel
+from raev2_tasks.nwm.drive.model_world import open_run
 from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.rollout import RolloutSession
 
@@ -67,14 +67,17 @@ def roll_out(options: argparse.Namespace) -> Path:
         file = Path(options.commands)
         record = read_record(file) if file.suffix == ".json" else None
         commands = read_commands(file) if record is None else []
-    model = TrainedModel.open(options.run)
-    sampling, seed = model.context.spec.sampling, options.seed
-    if options.steps is not None:
+    trained = open_run(options.run)
+    sampling, seed = trained.run.spec.sampling, options.seed
+    if record is not None:
+        sampling, seed = SamplingSpec.model_validate(record["sampling"]), record["seed"]
+    elif options.steps is not None:
         sampling = sampling.replace(steps=options.steps)
+    context = trained.context(sampling, seed)
 
     # Where the rollout starts, and how it goes on.
     split = record["split"] if record else options.split
-    dataset = model.context.dataset(split)
+    dataset = as_trajectories(context.dataset(split))
     if record is None:
         places = find_place(dataset, options.trajectory, options.start, 0.0 if commands else options.seconds)
     else:
@@ -84,24 +87,22 @@ def roll_out(options: argparse.Namespace) -> Path:
             )
         places = Places(dataset)
         places.moments = [(dataset.trajectory_number(record["trajectory"]), record["start_frame"])]
-        sampling, seed = SamplingSpec.model_validate(record["sampling"]), record["seed"]
         commands = [(step["seconds"], np.array(step["commands"][0])) for step in record["steps"]]
     follows = not options.commands or bool(record and record["follows_recorded_path"])
     if not commands:
         commands = recorded_commands(places, options.seconds, options.fps)
     number, start_frame = places.moments[0]
     trajectory = dataset.trajectories[number].id
-    out = Path(options.out) if options.out else model.run.dir / "rollouts" / f"{trajectory}-seed-{seed}"
+    out = Path(options.out) if options.out else trained.run.dir / "rollouts" / f"{trajectory}-seed-{seed}"
     if out.exists() and any(out.iterdir()) and not options.overwrite:
         raise CheckpointError(str(out), "exists", hint="Choose another --out, or --overwrite.")
 
     # Predict, one frame after the other.
-    predictor = Predictor(model.context, places)
+    predictor = Predictor(context, places)
     session = predictor.session([0])
-    session.sampling, session.seed = sampling, seed
     frames, begin = [places.images([0], 0.0)[0]], time.monotonic()
     for seconds, motion in commands:
-        frames.append(predictor.decode(model.step(session, motion, seconds))[0])
+        frames.append(context.decode(predictor.step(session, motion, seconds))[0])
         rate = (len(frames) - 1) / (time.monotonic() - begin)
         logger.info("%.2f s: frame %d of %d, %.2f frames/s", session.time_s, len(frames) - 1, len(commands), rate)
 
@@ -117,7 +118,7 @@ def roll_out(options: argparse.Namespace) -> Path:
     contact_sheet(rows, ["now", *(f"+{time:g} s" for time in times[1:])], out / "sheet.png")
     write_poses(session, out / "poses.csv")
     head = {
-        "run": str(model.run.dir), "data": dataset.fingerprint, "split": split, "trajectory": trajectory,
+        "run": str(trained.run.dir), "data": dataset.fingerprint, "split": split, "trajectory": trajectory,
         "start_frame": start_frame, "follows_recorded_path": follows,
     }  # fmt: skip
     write_json(out / RECORD, {**head, **session.record()})

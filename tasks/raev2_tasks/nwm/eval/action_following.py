@@ -25,12 +25,13 @@ from raev2.eval.features import load_encoder
 from raev2.eval.generate import collect
 from raev2.task import EvalContext, Evaluator
 from raev2.training import dist
+from raev2_tasks.nwm.data.dataset import as_trajectories
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.eval.inverse_dynamics import InverseDynamics, fit, pair_inputs
 from raev2_tasks.nwm.eval.metrics import correlation_result, mean_result
 from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.rollout import RolloutSession
-from raev2_tasks.nwm.spec import NavigationSpec
+from raev2_tasks.nwm.spec import NavigationSpec, task_spec
 
 logger = logging.getLogger(__name__)
 CHUNK_SIZE = 16
@@ -77,7 +78,7 @@ class ActionFollowing(Evaluator):
         predictor = Predictor(context, places)
 
         def shown(start: RolloutSession, motions: np.ndarray, time: float) -> Tensor:
-            return predictor.decode(predictor.jump(start, motions, time))
+            return context.decode(predictor.jump(start, motions, time))
 
         def rows(indices: Sequence[int]) -> dict[str, Tensor]:
             others = [(index + len(places) // 2) % len(places) for index in indices]
@@ -117,7 +118,8 @@ class ActionFollowing(Evaluator):
                 yield mean_result(f"{part}_error_{unit}@{time}s{suffix}", difference.abs() * factor, note, scale)
 
     def _places(self, context: EvalContext) -> Places:
-        return Places(context.dataset("val"), self.num_places, max(self.offsets_s), context.spec.task.index)
+        val, index = as_trajectories(context.dataset("val")), task_spec(context.spec).index
+        return Places(val, self.num_places, max(self.offsets_s), index)
 
     def _judge_identity(self, train: ImageDataset) -> dict[str, Any]:
         return {
@@ -135,7 +137,7 @@ class ActionFollowing(Evaluator):
 
         @torch.no_grad()
         def tokens(images_u8: Tensor) -> Tensor:
-            with torch.autocast(context.device.type, enabled=False):
+            with context.autocast("fp32"):
                 return encoder(to_float(images_u8.to(context.device))).unflatten(1, (height, width)).cpu()
 
         identity = json.dumps({**self._judge_identity(train), "weights": encoder.fingerprint()}, sort_keys=True)
@@ -155,7 +157,7 @@ def _real_pairs(train: ImageDataset, tokens: Any, offsets_s: Sequence[float]) ->
     """Inputs and motions of pairs of training frames, at all offsets."""
     inputs, motions = [], []
     for time in offsets_s:
-        places = Places(train, NUM_PAIRS // len(offsets_s), time)
+        places = Places(as_trajectories(train), NUM_PAIRS // len(offsets_s), time)
         for begin in range(0, len(places), 256):
             indices = range(begin, min(begin + 256, len(places)))
             times = torch.full((len(indices),), time)

@@ -22,12 +22,13 @@ from raev2.eval.protocols import ReconstructionEvaluator, split_features
 from raev2.spec import RunSpec
 from raev2.task import EvalContext, Evaluator
 from raev2.training import dist
+from raev2_tasks.nwm.data.dataset import as_trajectories
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.data.video import contact_sheet
 from raev2_tasks.nwm.eval.action_following import ActionFollowing
 from raev2_tasks.nwm.eval.metrics import clip_features, frechet_result, kernel_distance, latent_distance, mean_result
 from raev2_tasks.nwm.eval.predict import Predictor
-from raev2_tasks.nwm.spec import NavigationSpec
+from raev2_tasks.nwm.spec import task_spec
 
 CHUNK_SIZE = 16  # places a chunk; fixed, so that no result depends on a batch size
 NUM_PICTURED = 4  # places in the picture of a protocol
@@ -43,8 +44,7 @@ PREDICTED = ""  # name of the model's own rows
 
 def protocols(spec: RunSpec) -> list[Evaluator]:
     """Tokenizer, single jumps, rollouts at 4 and 1 frames a second, and whether commands are followed."""
-    task = spec.task
-    assert isinstance(task, NavigationSpec)
+    task = task_spec(spec)
     blind = ("no_action",) if task.condition_form == "block_causal" and task.action_drop_prob > 0 else ()
     jumps, places = task.jump_horizons_s, spec.evaluation.num_samples
     found: list[Evaluator] = []
@@ -145,17 +145,17 @@ class PredictionEvaluator(Evaluator):
             values: dict[str, Tensor] = {}
             for time in self.times_s:
                 true = places.images(indices, time)
-                true_latents = predictor.encode(true)
+                true_latents = context.encode(true)
                 latents = {name: found[time] for name, found in frames.items()}
-                images = {name: predictor.decode(maps) for name, maps in latents.items()}
+                images = {name: context.decode(maps) for name, maps in latents.items()}
                 if "reconstruction" in self.baselines:
-                    images["reconstruction"] = predictor.decode(true_latents)
+                    images["reconstruction"] = context.decode(true_latents)
                 features = {"true": extractor(true)} | {name: extractor(pixels) for name, pixels in images.items()}
                 values |= {f"features/{name}/{time:g}": vectors for name, vectors in features.items()}
                 if time not in self.horizons_s:
                     continue
                 if "copy" in self.baselines:
-                    images["copy"], latents["copy"] = now, predictor.encode(now)
+                    images["copy"], latents["copy"] = now, context.encode(now)
                 if nearest is not None:
                     images["nearest"] = nearest(features["true"])
                 for name, pixels in images.items():
@@ -217,13 +217,14 @@ class PredictionEvaluator(Evaluator):
         shown = list(range(0, len(places), max(1, len(places) // NUM_PICTURED)))[:NUM_PICTURED]
         predicted = self._predict(predictor, shown)
         now = places.images(shown, 0.0)
-        clips = torch.stack([now, *(predictor.decode(predicted[time]) for time in self.times_s)], 1)
+        clips = torch.stack([now, *(context.decode(predicted[time]) for time in self.times_s)], 1)
         true = torch.stack([now, *(places.images(shown, time) for time in self.times_s)], 1)
         rows = [row for i in range(len(shown)) for row in (("model", clips[i]), ("true", true[i]))]
         contact_sheet(rows, ["now", *(f"+{time:g} s" for time in self.times_s)], context.picture)
 
     def _places(self, context: EvalContext) -> Places:
-        return Places(context.dataset("val"), self.num_places, max(self.horizons_s), context.spec.task.index)
+        val, index = as_trajectories(context.dataset("val")), task_spec(context.spec).index
+        return Places(val, self.num_places, max(self.horizons_s), index)
 
 
 class _NearestFrame:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from raev2.data import to_float
-from raev2_tasks.nwm.drive.model_world import TrainedModel, as_frame
+from raev2_tasks.nwm.drive.model_world import as_frame, open_run, places_ahead, recorded_velocities
 from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.plan.planning import Array, Goal, Motion, PlanSpec, cost_between
 from raev2_tasks.nwm.rollout import RolloutSession
@@ -18,25 +18,25 @@ class ModelGoals:
     """Planning problems of a trained run: frames of the validation split some seconds ahead."""
 
     def __init__(self, run: str | None) -> None:
-        self.model = TrainedModel.open(run)
-        self.run_dir, self.name = self.model.run.dir, str(self.model.run.dir)
-        self.motion = Motion.of(self.model.velocities)
-        self.spacing_m = float(self.model.context.dataset("train").manifest["spacing_m"])
+        trained = open_run(run)
+        self.run_dir, self.name, self.context = trained.run.dir, str(trained.run.dir), trained.context()
+        self.motion = Motion.of(recorded_velocities(self.context))
+        self.spacing_m = float(self.context.dataset("train").manifest["spacing_m"])
 
     def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
         """See `GoalSource.goals`."""
-        places, predictor = self.model.places(num, seconds)
+        places, predictor = places_ahead(self.context, num, seconds)
         times = [(step + 1) * spec.step_s for step in range(spec.num_steps(seconds))]
         for place in range(len(places)):
             start, goal = places.images([place], 0.0), places.images([place], seconds)
             true_path = np.stack([np.asarray(places.motions([place], 0.0, time))[0] for time in times])
-            target = (predictor.encode(goal) if spec.cost == "latent" else to_float(goal))[0]
-            score = model_score(self.model, predictor, predictor.session([place]), target, spec, place)
+            target = (self.context.encode(goal) if spec.cost == "latent" else to_float(goal))[0]
+            score = model_score(predictor, predictor.session([place]), target, spec, place)
             yield Goal(f"place {place}", true_path, as_frame(start), as_frame(goal), score)
 
 
 def model_score(
-    model: TrainedModel, predictor: Predictor, start: RolloutSession, goal: Tensor, spec: PlanSpec, number: int
+    predictor: Predictor, start: RolloutSession, goal: Tensor, spec: PlanSpec, number: int
 ) -> Callable[[Array, float], Array]:
     """Score of commands by rollouts from `start`; all candidates see the same noise.
 
@@ -50,8 +50,8 @@ def model_score(
             session = start.branch([0] * len(commands), ids=[number * spec.repeats + repeat] * len(commands))
             session.sampling = session.sampling.replace(steps=spec.sampler_steps or session.sampling.steps)
             for step in range(commands.shape[1]):
-                latents = model.step(session, commands[:, step], seconds)
-            seen = latents if spec.cost == "latent" else to_float(predictor.decode(latents))
+                latents = predictor.step(session, commands[:, step], seconds)
+            seen = latents if spec.cost == "latent" else to_float(predictor.context.decode(latents))
             costs += cost_between(spec.cost, seen, goal.to(seen.device)) / spec.repeats
         return costs
 
