@@ -74,7 +74,8 @@ class GnmFolder(TrajectoryRecipe):
         """Split by name, from the files of names; empty without them."""
         if not options["splits"]:
             return {}
-        folder, found = self.folder(options, "splits"), {}
+        folder = self.folder(options, "splits")
+        found: dict[str, str] = {}
         for split, name in SPLIT_FOLDERS.items():
             file = folder / name / "traj_names.txt"
             if not file.is_file():

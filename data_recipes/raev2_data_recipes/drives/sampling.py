@@ -28,7 +28,7 @@ class Piece:
 
 
 def resample(
-    where: str, frame_times: Sequence[float], pose_times: Sequence[float], poses: Array, rate_hz: float
+    where: str, frame_times: Sequence[float] | Array, pose_times: Sequence[float] | Array, poses: Array, rate_hz: float
 ) -> list[Piece]:
     """For each time of an exact grid the nearest frame within half a period, with the pose interpolated at its time.
 

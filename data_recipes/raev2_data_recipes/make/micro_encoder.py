@@ -119,8 +119,8 @@ def _scene(groups: Sequence[Sequence[Image.Image]], rng: np.random.Generator) ->
     canvas = _background(rng)
     num = int(rng.choice([1, 2, 3, 4], p=[0.45, 0.25, 0.15, 0.15]))
     for _ in range(num):
-        group = groups[rng.integers(len(groups))]
-        sprite = group[rng.integers(len(group))]
+        group = groups[int(rng.integers(len(groups)))]
+        sprite = group[int(rng.integers(len(group)))]
         size_px = rng.uniform(36, 100) if num == 1 else rng.uniform(18, 46)
         angle_deg = rng.uniform(-20, 20) if rng.random() < 0.3 else 0.0
         spread = 0.2 if num == 1 else 0.4
@@ -175,6 +175,7 @@ def make_student() -> VisionTransformer:
 def load_teacher(path: Path) -> VisionTransformer:
     """DINOv2-S/14 for 112 px pictures; positions are interpolated to 8 x 8."""
     model = timm.create_model("vit_small_patch14_dinov2", img_size=TEACHER_PX, num_classes=0)
+    assert isinstance(model, VisionTransformer)
     state = {name: value.float() for name, value in load_file(path).items()}
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [8, 8], num_prefix_tokens=1)
     model.load_state_dict(state)

@@ -115,8 +115,8 @@ def read_table() -> Table:
     """
     entry_of = _entries()
     entry_of_base: dict[str, dict[str, Any]] = {}
-    for entry in sorted(entry_of.values(), key=lambda entry: entry["sort_order"]):
-        entry_of_base.setdefault(base_code(entry["unified"].lower()), entry)
+    for known in sorted(entry_of.values(), key=lambda entry: entry["sort_order"]):
+        entry_of_base.setdefault(base_code(known["unified"].lower()), known)
     found, left_out = [], []
     for code in sorted(path.name.removesuffix(".png") for path in picture_dir().iterdir() if path.name[-4:] == ".png"):
         entry = entry_of.get(_plain(code)) or entry_of_base.get(base_code(code))

@@ -156,10 +156,10 @@ def _read(path: Path, size_px: int | None) -> Picture:
         image.load()  # raises for a truncated file
         if size_px is None:
             return Picture(data, path.suffix.lower(), image.size)
+        shown: Image.Image = image
         if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba)
-        return encode_png(resize_and_crop(image.convert("RGB"), size_px))
+            shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return encode_png(resize_and_crop(shown.convert("RGB"), size_px))
 
 
 RECIPE = ImageFolder()

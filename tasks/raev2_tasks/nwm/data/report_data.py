@@ -48,8 +48,8 @@ def describe(dir: str | Path, open_frames: bool = True) -> list[str]:
             )
     black = sum(_is_black(one.frame_file(index)) for one in every for index in range(len(one))) if open_frames else 0
     splits = [split for split in SPLITS for _ in trajectories[split]]
-    found = warnings(every, splits, spacing, rate) + frame_warnings(num_frozen(every, spacing), black, total)
-    return lines + [f"warning: {line}" for line in found]
+    odd = warnings(every, splits, spacing, rate) + frame_warnings(num_frozen(every, spacing), black, total)
+    return lines + [f"warning: {line}" for line in odd]
 
 
 def _is_black(file: Path) -> bool:

@@ -182,12 +182,12 @@ def write_trajectories(
     statistics = action_statistics(stored["train"])
     every = [one for split in SPLITS for one in stored[split]]
     names = [split for split in SPLITS for _ in stored[split]]
-    lines = warnings(every, names, statistics["spacing_m"], facts["rate_hz"])
-    lines += frame_warnings(num_frozen(every, statistics["spacing_m"]), black, sum(map(len, every)))
+    odd = warnings(every, names, statistics["spacing_m"], facts["rate_hz"])
+    odd += frame_warnings(num_frozen(every, statistics["spacing_m"]), black, sum(map(len, every)))
     sizes = sorted({tuple(entry["size_px"]) for entry in entries})
     if len(sizes) > 1:
-        lines.append(f"frames of {len(sizes)} sizes: {', '.join(f'{width}x{height}' for width, height in sizes[:5])}")
-    for line in lines:
+        odd.append(f"frames of {len(sizes)} sizes: {', '.join(f'{width}x{height}' for width, height in sizes[:5])}")
+    for line in odd:
         logger.warning("%s: %s", head["name"], line)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -202,7 +202,7 @@ def write_trajectories(
         "stored_fit": None if storage.size is None else storage.fit,
         **statistics,
         "formulas": FORMULAS,
-        "warnings": lines,
+        "warnings": odd,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
@@ -231,7 +231,7 @@ def _write_one(
     except BaseException:
         shutil.rmtree(frames_dir)
         raise
-    arrays = {"t": t, "position": position, "yaw": np.unwrap(yaw)}
+    arrays: dict[str, Any] = {"t": t, "position": position, "yaw": np.unwrap(yaw)}
     if trajectory.command is not None:
         arrays["command"] = np.asarray(trajectory.command, np.float64)
         if len(arrays["command"]) != len(t):

@@ -23,12 +23,23 @@ FROZEN, BLACK_SHARE = 0.01, 0.001  # shares of the frames that are worth a line
 
 
 class Motion(Protocol):
-    """The part of a stored trajectory that the checks read: pose (T, 3), t (T,) seconds, parent recording."""
+    """The part of a stored trajectory that the checks read."""
 
-    id: str
-    recording: str
-    t: Array
-    poses: Array
+    @property
+    def id(self) -> str:
+        """Its name."""
+
+    @property
+    def recording(self) -> str:
+        """What it was cut from."""
+
+    @property
+    def t(self) -> Array:
+        """(T,) seconds."""
+
+    @property
+    def poses(self) -> Array:
+        """(T, 3)."""
 
 
 def check_trajectory(where: str, t: Array, position: Array, yaw: Array, min_frames: int) -> None:

@@ -63,7 +63,7 @@ class Maze:
         edges = self.edges
         return np.array([(edges[2 * number + 1] + edges[2 * number + 2]) / 2 for number in cell])
 
-    def cell_at(self, point: Sequence[float]) -> tuple[int, int]:
+    def cell_at(self, point: Sequence[float] | NDArray[np.float64]) -> tuple[int, int]:
         """The cell (column, row) that a point is in, or nearest to."""
         column, row = (
             min(self.num_cells - 1, max(0, int((value - WALL / 2) // (CELL + WALL)))) for value in map(float, point)
@@ -276,5 +276,5 @@ def _textmap(maze: Maze) -> str:
     ]
     x, y = maze.centre((0, 0))
     skills = "".join(f"skill{number}=true;" for number in range(1, 6))
-    start = f"thing{{x={x:.1f};y={y:.1f};angle=0;type=1;single=true;{skills}}}"
-    return "\n".join(['namespace="zdoom";', *points, *sectors, *sides, *lines, start])
+    player = f"thing{{x={x:.1f};y={y:.1f};angle=0;type=1;single=true;{skills}}}"
+    return "\n".join(['namespace="zdoom";', *points, *sectors, *sides, *lines, player])

@@ -105,7 +105,7 @@ class ToyWorld:
     """A flat with coloured walls, drawn by exact ray casting. Everything is a function of pose and seed."""
 
     name = "toy world"
-    durations_s = (0.5, 0.25, 1.0)
+    durations_s: tuple[float, ...] = (0.5, 0.25, 1.0)
     motion: MotionRange | None = MotionRange(speed_m_s=(-0.5, 1.5), turn_rad_s=(-math.pi / 2, math.pi / 2))
     sampler_steps: int | None = None
 
@@ -128,7 +128,7 @@ class ToyWorld:
     def reset(self, seed: int) -> Frame:
         """See `World.reset`."""
         rng = np.random.default_rng(seed)
-        directions = np.arange(16) * (math.pi / 8)
+        directions = np.arange(16, dtype=np.float64) * (math.pi / 8)
         while True:  # a place with room around it; more than half of the flat is
             x, y, yaw = rng.uniform([0, 0, -math.pi], [10, 8, math.pi])
             place = np.array([x, y])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raev2_tasks.t2i.benchmark.rows import NUMBERS, PromptRow, english_plural, noun, phrase, with_article
 
@@ -19,7 +20,7 @@ OTHER_RELATIONS = {
 
 
 def captions(
-    row: PromptRow, background: str, sizes: Sequence[float], rng: np.random.Generator
+    row: PromptRow, background: str, sizes: Sequence[float] | NDArray[np.float64], rng: np.random.Generator
 ) -> list[tuple[str, str]]:
     """Three captions as (text, kind) with the kinds ``template``, ``short`` and ``long``.
 
@@ -58,7 +59,7 @@ def paraphrase(row: PromptRow, family: int) -> str:
     return (f"a single {first['class']}", f"only {noun(first)}")[variant]
 
 
-def long(row: PromptRow, background: str, sizes: Sequence[float]) -> str:
+def long(row: PromptRow, background: str, sizes: Sequence[float] | NDArray[np.float64]) -> str:
     """The composition with the background and the sizes of the objects."""
     words = [SIZE_WORDS[min(2, int(3 * size))] for size in sizes]
     if row.tag == "counting" and len(words) > 1:

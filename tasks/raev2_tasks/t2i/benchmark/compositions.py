@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ TAG_WEIGHTS = {
     "single_object": 0.15, "two_object": 0.20, "counting": 0.20, "colors": 0.15, "position": 0.15, "color_attr": 0.15,
 }  # fmt: skip
 Coloured = tuple[str, str]  # class, colour
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Compositions:
         return list(drawn.values())
 
 
-def _pick(rng: np.random.Generator, items: Sequence):  # type: ignore[no-untyped-def, type-arg]
+def _pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
     return items[int(rng.integers(len(items)))]
 
 

@@ -44,7 +44,8 @@ def judge(detections: Sequence[Detection], row: PromptRow) -> ImageScore:
     for detection in sorted(detections, key=lambda detection: -detection.score):
         if detection.name is not None:
             of_class.setdefault(detection.name, []).append(detection)
-    wrong, matched = [], []
+    wrong: list[str] = []
+    matched: list[list[Detection] | None] = []  # of each entry; None: not as asked for
     for entry in row.include:
         name, count = entry["class"], entry["count"]
         best = of_class.get(name, [])[:count]

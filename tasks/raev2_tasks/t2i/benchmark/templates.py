@@ -86,8 +86,9 @@ def _view(
 def _alone(code: str, blurred: bool) -> Component:
     """The emoji at twice its size, cut from a picture of its own; ``blurred``: 80 px wide or high, seen at 64 px."""
     canvas = Image.new("RGB", (SIZE_PX, SIZE_PX), TURQUOISES["turquoise"])
-    size = size_of(code, BLURRED_PX) if blurred else tuple(2 * side for side in tinted(code, None).size)
-    picture = tinted(code, None).resize(size, Image.Resampling.BICUBIC)
+    sprite = tinted(code, None)
+    size = size_of(code, BLURRED_PX) if blurred else (2 * sprite.width, 2 * sprite.height)
+    picture = sprite.resize(size, Image.Resampling.BICUBIC)
     canvas.paste(picture, ((SIZE_PX - picture.width) // 2, (SIZE_PX - picture.height) // 2), picture)
     if blurred:
         canvas = canvas.reduce(4).resize(canvas.size, Image.Resampling.BICUBIC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def shards(argv: Sequence[str]) -> None:
@@ -96,7 +97,7 @@ def _collect(options: argparse.Namespace) -> None:
     _print_counts(options.dir, write_collection(Path(options.dir), options.sources, recipe="tar-shards", options={}))
 
 
-def _print_counts(where: str, manifest: dict) -> None:  # type: ignore[type-arg]
+def _print_counts(where: str, manifest: dict[str, Any]) -> None:
     counts = ", ".join(f"{split} {entry['num_samples']:,}" for split, entry in manifest["splits"].items())
     print(f"{where}: {counts}, {manifest['rejected']} rejected; fingerprint {manifest['fingerprint'][:12]}")
 

@@ -79,7 +79,8 @@ def scan_shard(file: Path, caption_kind: str = UNLABELLED_KIND, decode: bool = F
 
     decode   decode every image completely, instead of reading its size only
     """
-    rows, keys, problems, kinds = [], [], [], Counter[str]()
+    rows, keys, kinds = [], [], Counter[str]()
+    problems: list[Problem] = []
     seen: set[str] = set()
     previous = ""
     with file.open("rb") as data:

@@ -103,8 +103,8 @@ class CaptionRule:
             and (self.min_score is None or caption.score is None or caption.score >= self.min_score)
         ]  # fmt: skip
         if not allowed:
-            kinds = ", ".join(sorted({caption.kind for caption in captions})) or "none"
-            raise BadSample("bad_caption", where, "no caption of the kinds and scores asked for", got=f"kinds {kinds}")
+            got = ", ".join(sorted({caption.kind for caption in captions})) or "none"
+            raise BadSample("bad_caption", where, "no caption of the kinds and scores asked for", got=f"kinds {got}")
         if self.mix is None:
             caption = allowed[0]
         else:

@@ -296,6 +296,8 @@ class HashEncoder(FrozenTextEncoder):
 class HubEncoder(FrozenTextEncoder):
     """A pretrained encoder of transformers, without a language model head, in the dtype of the spec."""
 
+    tokenizer: HubTokenizer
+
     def __init__(self, spec: TextEncoderSpec) -> None:
         super().__init__()
         self.spec, self.tokenizer = spec, HubTokenizer(spec)
