@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from raev2.spec import (
     TokenizerTrainingSpec,
 )
 from raev2.task import EvalContext, Evaluator
+from raev2.training.run import package_versions
 from raev2_data_recipes.pictures import synthetic
 
 CPU = torch.device("cpu")
@@ -258,6 +260,8 @@ def test_the_result_file_says_what_the_numbers_depend_on(context, tmp_path):
     assert (written["images_seen"], written["ema_decay"], written["checkpoint"]) == (12_800, 0.999, "12800")
     assert written["seed"] == 0 and "global number" in written["seed_scheme"]
     assert written["precision"]["features"] == "fp32" and "torch" in written["versions"]
+    installed = {name: version for name, version in package_versions().items() if version is not None}
+    assert written["versions"] == {"python": platform.python_version(), **installed}, "the list of provenance.json"
     assert written["spec"]["tokenizer"]["grid"] == [2, 2] and written["date"]
 
 

@@ -127,7 +127,7 @@ def test_costs_depend_on_the_commands_alone(run_dir):
 def test_a_planner_may_take_fewer_solver_steps_than_the_run(run_dir):
     """Costs follow `sampler_steps`; null means the steps of the run."""
     source = ModelGoals(str(run_dir))
-    own = source.model.run.spec.sampling.steps
+    own = source.context.spec.sampling.steps
     commands = np.array([[[0.2, 0.0, 0.1]]])
 
     def cost(steps):

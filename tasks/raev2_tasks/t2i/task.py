@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from raev2.batch import Cond, Measurement
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
+    from raev2_tasks.t2i.shards.reader import TextImageDataset
 
 logger = logging.getLogger(__name__)
 NUM_DEFAULT_PROMPTS = 32
@@ -30,7 +31,7 @@ class TextToImage(Task):
     summary = "caption -> image (captioned shards, embedded scenes with exact scores)"
     spec_type = TextToImageSpec
 
-    def dataset(self, spec: RunSpec, split: str) -> ImageDataset:
+    def dataset(self, spec: RunSpec, split: str) -> TextImageDataset:
         """Captioned images; every training batch holds each source in its exact share."""
         from raev2_tasks.t2i.shards.reader import TextImageDataset
         from raev2_tasks.t2i.text.captions import CaptionRule
@@ -128,7 +129,7 @@ class TextToImage(Task):
         prompts = given_prompts(options)
         if not prompts:
             val = self.dataset(spec, "val")
-            prompts = [val.caption(i * len(val) // num) for i in range(min(num, len(val)))]  # type: ignore[attr-defined]
+            prompts = [val.caption(i * len(val) // num) for i in range(min(num, len(val)))]
         prompts = spread(prompts, num)
         return self.prompt_cond(spec, prompts), prompts
 

@@ -51,4 +51,5 @@ class Predictor:
         """Latents (B, C, H, W) of each frame of rollouts along the true path."""
         session = self.session(indices, use_action)
         motions = [self.places.motions(indices, number * step_s, (number + 1) * step_s) for number in range(steps)]
-        return [self.step(session, motion, step_s) for motion in motions]
+        with self.context.autocast():
+            return list(session.stream(motions, step_s))
