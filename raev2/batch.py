@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+Better = Literal["lower", "higher"]
+Role = Literal["headline", "scale", "detail"]
 Cond = Mapping[str, Tensor]
 """Raw conditions of a task by name; every tensor has the batch as its leading axis."""
 
@@ -107,13 +110,30 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One number of an evaluation. `stderr` None: not estimated."""
+    """One number of an evaluation, and what it means: the report knows nothing else about it.
+
+    stderr   None: not estimated
+    note     what this number depends on, such as an interval or a count
+    better   which values are better
+    role     a headline gets a tile and a curve, a scale row is a known case that its metric is read against
+    about    one sentence for the reader of a report, in plain words
+    of       the metric that a scale row belongs to, by name
+    point    what follows @ in the name, such as a horizon: the report makes a table with a column for each
+    levels   values for which the report says how much training reached them (EP_<metric>@k)
+    """
 
     name: str
     value: float
     num_samples: int
     stderr: float | None = None
     note: str = ""
+    _: KW_ONLY
+    better: Better
+    role: Role
+    about: str
+    of: str | None = None
+    point: str | None = None
+    levels: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

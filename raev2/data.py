@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from raev2.batch import Batch, Cond
 from raev2.errors import DataError
-from raev2.files.images import centre_crop, opened_image
+from raev2.files.images import CENTRE_CROP, centre_crop, opened_image
 from raev2.files.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,11 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
     @abstractmethod
     def cond(self, index: int) -> dict[str, Any]:
         """Raw conditions of sample `index`: numbers, lists or arrays by name."""
+
+    @property
+    @abstractmethod
+    def preparation(self) -> str:
+        """How a stored picture becomes an image: resizing, crop, interpolation. Result files quote it."""
 
     @property
     def classes(self) -> list[str]:
@@ -133,8 +138,13 @@ class FolderDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def preparation(self) -> str:
+        """The centre crop, of what Pillow converts to RGB."""
+        return f"Pillow's conversion to RGB, then {CENTRE_CROP}"
+
     def image(self, index: int) -> Tensor:
-        """Image `index` as uint8 (3, H_px, W_px): short side resized (bicubic, antialiased), centre crop."""
+        """Image `index` as uint8 (3, H_px, W_px), prepared as `preparation` says."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         file = self.dir / self.index[index]["file"]

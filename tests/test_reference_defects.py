@@ -37,6 +37,7 @@ class Pictures(ImageDataset):
     """Eleven different pictures, an awkward number for batches."""
 
     manifest, split, image_size = {"name": "pictures", "fingerprint": "f" * 64, "classes": []}, "val", (16, 16)
+    preparation = "as they are"
     pictures = torch.randint(0, 256, (11, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
     def __len__(self) -> int:

@@ -131,5 +131,5 @@ def results_of(run_dir: Path) -> dict[str, float]:
         file = run_dir / "eval" / f"{protocol}.json"
         if file.is_file():  # not there: it needs a stage that the ablation does not train
             rows = json.loads(file.read_text())["results"]
-            found |= {row["name"]: row["value"] for row in rows if not row["note"].startswith("scale")}
+            found |= {row["name"]: row["value"] for row in rows if row.get("role") != "scale"}
     return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from raev2.errors import RaeError, SpecError, did_you_mean
 from raev2.files.manifest import read_manifest, verify_dataset
@@ -23,9 +23,6 @@ from raev2.task import (
     installed_tasks,
     usable_tasks,
 )
-
-if TYPE_CHECKING:
-    from raev2.batch import MetricResult
 
 OK, FAILED = 0, 1
 
@@ -231,19 +228,21 @@ def _print_results(run_dir: Path) -> None:
 
     for file in sorted((run_dir / "eval").glob("*.json")):
         result = json.loads(file.read_text())
-        rows = [(r["name"], f"{r['value']:.4g}", r["num_samples"], r["note"]) for r in result["results"]]
-        print(f"\n{result['protocol']}")
-        _print_table(("metric", "value", "n", "note"), rows)
+        _print_metrics(result["protocol"], result["results"])
     print(f"\n{run_dir / 'report.html'}")
 
 
-def _print_metrics(protocol: str, results: Sequence[MetricResult]) -> None:
+def _print_metrics(protocol: str, results: Iterable[Mapping[str, Any]]) -> None:
+    from raev2.report.page import direction
+
     print(f"\n{protocol}")
     rows = [
-        (r.name, f"{r.value:.6g}", "" if r.stderr is None else f"{r.stderr:.2g}", r.num_samples, r.note)
-        for r in results
-    ]
-    _print_table(("metric", "value", "stderr", "n", "note"), rows)
+        (
+            r["name"], f"{r['value']:.6g}", "" if r["stderr"] is None else f"{r['stderr']:.2g}", r["num_samples"],
+            direction(r), f"{r.get('about', '')} {r['note']}".strip(),
+        ) for r in results
+    ]  # fmt: skip
+    _print_table(("metric", "value", "stderr", "n", "better", "meaning"), rows)
 
 
 def _print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:

@@ -350,7 +350,7 @@ def evaluate(options: Namespace) -> int:
 
     run_dir = pipeline.find_run(options.run, options.task)
     for protocol, results in pipeline.evaluate_run(run_dir, options.protocol or ()).items():
-        actions._print_metrics(protocol, results)
+        actions._print_metrics(protocol, map(vars, results))
     print(f"\n{run_dir / 'eval'}")
     return 0
 

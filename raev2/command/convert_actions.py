@@ -435,13 +435,17 @@ def _evaluations(folder: Path, kind: str) -> str:
     """The results of a run that concern a part, as a section of its model card."""
     import json
 
+    from raev2.report.page import direction
+
     sections = []
     for file in sorted(folder.glob("*.json")):
         result = json.loads(file.read_text())
         if (kind == "generator") != (result["sampling"] is not None):
             continue
         rows = "\n".join(
-            f"| {r['name']} | {r['value']:.4g} | {r['num_samples']} | {r['note']} |" for r in result["results"]
+            f"| {r['name']} | {r['value']:.4g} | {r['num_samples']} | {direction(r)} | {r.get('about') or r['note']} |"
+            for r in result["results"]
         )
-        sections.append(f"\n### {result['protocol']}\n\n| metric | value | n | note |\n|---|---|---|---|\n{rows}\n")
+        header = "| metric | value | n | better | meaning |\n|---|---|---|---|---|"
+        sections.append(f"\n### {result['protocol']}\n\n{header}\n{rows}\n")
     return "\n## Evaluation\n" + "".join(sections) if sections else ""

@@ -108,6 +108,13 @@ def frechet_name(extractor_name: str) -> str:
     return "fid" if extractor_name == INCEPTION else f"fd_{extractor_name}"
 
 
+def frechet_about(extractor_name: str, sets: str) -> str:
+    """What the Fréchet distance between two sets means, for a report."""
+    if extractor_name == INCEPTION:
+        return f"Fréchet Inception Distance between {sets}; only for the same reference, number and preparation."
+    return f"Fréchet distance between {sets} in the space of '{extractor_name}'. It is not FID, which uses Inception."
+
+
 def load_encoder(name: str, device: torch.device) -> FrozenEncoder:
     """A frozen encoder at its usual input size, whatever the size of the images."""
     info = ENCODERS.get(name)

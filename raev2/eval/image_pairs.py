@@ -44,9 +44,10 @@ def ssim(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
 
 
 class PairDistance(ABC):
-    """A perceptual distance of image pairs, 0 = identical. `name` is the name of the metric."""
+    """A perceptual distance of image pairs, 0 = identical. `name` and `about` are those of the metric."""
 
     name: str
+    about: str
 
     @abstractmethod
     def __call__(self, images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
@@ -67,6 +68,7 @@ class LPIPS(PairDistance):
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         self.name = f"lpips_{backbone}"
+        self.about = f"LPIPS with the {backbone} backbone; 0 is identical, and other backbones differ several-fold."
         self.metric = LearnedPerceptualImagePatchSimilarity(backbone, reduction="none", normalize=True).to(device)
         self.device = device
 
@@ -91,6 +93,9 @@ class FeatureDistance(PairDistance):
 
     def __init__(self, encoder: str, tokens: Callable[[Tensor], Sequence[Tensor]], device: torch.device) -> None:
         self.name, self.tokens, self.device = f"feature_distance_{encoder}", tokens, device
+        self.about = (
+            f"Squared distance of unit tokens of the encoder '{encoder}', over four layers; not LPIPS, 0 is equal."
+        )
 
     @classmethod
     def of_encoder(cls, encoder: FrozenEncoder, device: torch.device) -> FeatureDistance:

@@ -10,20 +10,21 @@ import json
 import logging
 import math
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raev2.batch import Cond, MetricResult
+from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
 from raev2.errors import DataError, TaskError
 from raev2.eval.distances import Moments, frechet_stderr, moments_distance, precision_recall
-from raev2.eval.features import FeatureExtractor, build_extractor, frechet_name
+from raev2.eval.features import INCEPTION, FeatureExtractor, build_extractor, frechet_about, frechet_name
 from raev2.eval.generate import collect, generated_images, local_chunks
 from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
 from raev2.files.artefact import write_json
@@ -38,8 +39,14 @@ from raev2.training.run import package_versions
 logger = logging.getLogger(__name__)
 CHUNK_SIZE = 64  # images a chunk; fixed, so that no result depends on a batch size
 MANIFOLD_IMAGES = 10_000  # images a set in precision and recall, as in the ADM evaluation
+NEW_METRIC = "See docs/how_to/new_metric.md."
 SHUFFLE_BLOCKS = 4  # blocks a side of the block-shuffled pictures
-RESULT_FORMAT_VERSION = 1
+RESULT_FORMAT_VERSION = 2  # 1 had no meaning in its results and claimed one preparation for all data
+PUBLISHED_LEVELS = {INCEPTION: (2.0,)}  # papers state how much training reaches an FID of 2
+PAIR_ABOUT = {
+    "psnr": "Peak signal-to-noise ratio of the two pictures in dB, mean over pictures.",
+    "ssim": "Structural similarity of the two pictures (Gaussian window, 11 px), mean over pictures; 1 is identical.",
+}
 
 Build = Callable[[str, torch.device], FeatureExtractor]
 
@@ -110,17 +117,16 @@ class ReconstructionEvaluator(Evaluator):
             return values
 
         found = collect(num, CHUNK_SIZE, rows, "reconstructions")
-        for name in ("psnr", "ssim", pair_distance.name):
-            yield _mean_result(name, found[name])
+        for name, about in {**PAIR_ABOUT, pair_distance.name: pair_distance.about}.items():
+            better: Better = "higher" if name in PAIR_ABOUT else "lower"
+            yield MetricResult(name, *mean_and_error(found[name]), better=better, role="headline", about=about)
         for extractor in extractors:
             images, originals = found[f"image/{extractor.name}"], found[f"original/{extractor.name}"]
             yield MetricResult(
-                f"r{frechet_name(extractor.name)}",
-                moments_distance(Moments.of(images), Moments.of(originals)),
-                num,
-                frechet_stderr(images, originals),
-                "reconstructions against their originals",
-            )
+                f"r{frechet_name(extractor.name)}", moments_distance(Moments.of(images), Moments.of(originals)), num,
+                frechet_stderr(images, originals), better="lower", role="headline",
+                about=frechet_about(extractor.name, "reconstructions and originals, a score of the tokenizer alone,"),
+            )  # fmt: skip
 
     def _count(self, dataset: ImageDataset) -> int:
         return min(len(dataset), self.max_images or len(dataset))
@@ -199,37 +205,52 @@ class GenerationEvaluator(Evaluator):
         self, net: str, features: Tensor, reference: SplitFeatures, real: SplitFeatures, shuffled: SplitFeatures
     ) -> Iterator[MetricResult]:
         name, num, num_scale = frechet_name(net), len(features), real.moments.count
+        scale, same = f"{name}_{self.scale_split}", f"The same distance for real pictures of '{self.scale_split}'"
         real_distance = moments_distance(real.moments, reference.moments)
         same_number = moments_distance(Moments.of(features[:num_scale]), reference.moments)
         yield MetricResult(
-            name,
-            moments_distance(Moments.of(features), reference.moments),
-            num,
-            frechet_stderr(features, reference.moments),
-            f"generated images against {reference.moments.count:,} of '{self.reference_split}'",
-        )
+            name, moments_distance(Moments.of(features), reference.moments), num,
+            frechet_stderr(features, reference.moments), f"against {reference.moments.count:,} images",
+            better="lower", role="headline", levels=PUBLISHED_LEVELS.get(net, ()),
+            about=frechet_about(net, f"generated pictures and those of '{self.reference_split}'"),
+        )  # fmt: skip
         if real_distance > 0:
             yield MetricResult(
-                "fid_ratio" if name == "fid" else f"fd_ratio_{net}",
-                same_number / real_distance,
-                num_scale,
-                note=f"{name} over {name}_{self.scale_split}, both with {num_scale:,} images; 1 = like real pictures",
-            )
-        fake = _strided(features, MANIFOLD_IMAGES)
-        precision, recall = precision_recall(reference.rows, fake)
-        yield _share_result(f"precision_{net}", precision, len(fake), "generated images near a real one")
-        yield _share_result(f"recall_{net}", recall, len(reference.rows), "real images near a generated one")
+                "fid_ratio" if name == "fid" else f"fd_ratio_{net}", same_number / real_distance, num_scale,
+                note=f"both with {num_scale:,} images", better="lower", role="headline",
+                about=f"{name} over {scale}: 1 means as close to '{self.reference_split}' as real pictures are.",
+            )  # fmt: skip
+        yield from self._manifold(net, reference.rows, _strided(features, MANIFOLD_IMAGES))
 
         # The scale.
-        yield MetricResult(f"{name}_{self.scale_split}", real_distance, num_scale, note="scale: real pictures")
-        yield MetricResult(
-            f"{name}_shuffled", moments_distance(shuffled.moments, reference.moments), num_scale,
-            note=f"scale: real pictures, {SHUFFLE_BLOCKS} x {SHUFFLE_BLOCKS} blocks shuffled",
-        )  # fmt: skip
-        precision, recall = precision_recall(reference.rows, real.rows)
-        note = "scale: real pictures"
-        yield _share_result(f"precision_{net}_{self.scale_split}", precision, len(real.rows), note)
-        yield _share_result(f"recall_{net}_{self.scale_split}", recall, len(reference.rows), note)
+        about = f"{same}: about as good as it gets."
+        yield MetricResult(scale, real_distance, num_scale, better="lower", role="scale", of=name, about=about)
+        distance = moments_distance(shuffled.moments, reference.moments)
+        about = f"{same}, cut into {SHUFFLE_BLOCKS} x {SHUFFLE_BLOCKS} blocks and shuffled: right colours, no shapes."
+        yield MetricResult(f"{name}_shuffled", distance, num_scale, better="lower", role="scale", of=name, about=about)
+        yield from self._manifold(net, reference.rows, real.rows, self.scale_split)
+
+    def _manifold(self, net: str, reference: Tensor, rows: Tensor, split: str = "") -> Iterator[MetricResult]:
+        """Precision and recall of generated pictures, or as their scale those of real ones of a split."""
+        what = f"real pictures of '{split}'" if split else "generated pictures"
+        near = f"in the space of '{net}' (manifolds of 3 nearest neighbours)"
+        abouts = {
+            "precision": f"Share of {what} near a reference picture {near}: do they look right?",
+            "recall": f"Share of reference pictures near one of {what} {near}: is the variety covered? Grows with n.",
+        }
+        role: Role = "scale" if split else "headline"
+        shares = precision_recall(reference, rows)
+        for (kind, about), share, num in zip(abouts.items(), shares, (len(rows), len(reference)), strict=True):
+            name = f"{kind}_{net}"
+            own, of = (f"{name}_{split}", name) if split else (name, None)
+            stderr = (share * (1 - share) / num) ** 0.5
+            yield MetricResult(own, share, num, stderr, better="higher", role=role, about=about, of=of)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, int, float | None]:
+    """Mean, number and standard error of independent values: what a `MetricResult` has after its name."""
+    values = values.double()
+    return float(values.mean()), len(values), float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
 class SplitFeatures:
@@ -314,22 +335,54 @@ def run_protocol(
             hint="Choose a reconstruction protocol, or train the generator.",
         )  # fmt: skip
     with torch.no_grad():
-        results = list(evaluator.run(context))
-    names = [result.name for result in results]
-    if len(set(names)) < len(names):
-        raise TaskError(f"protocol {evaluator.protocol}", "yields a name twice", got=", ".join(sorted(names)))
-    for result in results:
-        if not math.isfinite(result.value):
-            raise TaskError(f"protocol {evaluator.protocol}", f"{result.name} is not finite", got=result.value)
+        results = _results(evaluator, context)
     if eval_dir is not None and dist.is_main():
         details = {**evaluator.describe(context), **(extra or {})}
         write_result(
             eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context,
-            {"description": evaluator.description, "needs_generator": evaluator.needs_generator, **details},
+            {
+                "description": evaluator.description, "needs_generator": evaluator.needs_generator,
+                "preparation": context.dataset("val").preparation, **details,
+            },
             images_seen=images_seen, ema_decay=ema_decay,
         )  # fmt: skip
     dist.barrier()
     return results
+
+
+def _results(evaluator: Evaluator, context: EvalContext) -> list[MetricResult]:
+    owner = f"protocol {evaluator.protocol} ({type(evaluator).__module__}.{type(evaluator).__qualname__})"
+    try:
+        results = list(evaluator.run(context))
+    except TypeError as error:
+        if not re.search("missing.*'(better|role|about)'", str(error)):
+            raise
+        raise TaskError(owner, "yields a metric without meaning", got=str(error), hint=NEW_METRIC) from error
+    check_results(owner, results)
+    return results
+
+
+def check_results(owner: str, results: Sequence[MetricResult]) -> None:
+    """Names differ, values are finite, every metric says what it means; else a TaskError at `owner`."""
+    names = [result.name for result in results]
+    if len(set(names)) < len(names):
+        raise TaskError(owner, "yields a name twice", got=", ".join(sorted(names)))
+    measured = [result.name for result in results if result.role != "scale"]
+    for result in results:
+        name, of = result.name, measured if result.role == "scale" else [None]
+        if not math.isfinite(result.value):
+            raise TaskError(owner, f"{name} is not finite", got=result.value)
+        for field, fine, expected in (
+            ("better", result.better in get_args(Better), " or ".join(get_args(Better))),
+            ("role", result.role in get_args(Role), ", ".join(get_args(Role))),
+            ("about", bool(result.about and result.about.strip()), "a sentence for the reader of a report"),
+            ("of", result.of in of, f"for a scale row one of {', '.join(measured)}, for others nothing"),
+            ("point", result.point is None or f"@{result.point}" in name, "what follows @ in the name"),
+        ):
+            if not fine:
+                got = f"{field}={getattr(result, field)!r}"
+                what = f"{name} does not say what it means"
+                raise TaskError(owner, what, got=got, expected=expected, hint=NEW_METRIC)
 
 
 def write_result(
@@ -360,10 +413,8 @@ def write_result(
             "seed": spec.evaluation.seed,
             "seed_scheme": "noise and condition of a sample depend on the seed and its global number alone",
             "precision": {"generator": spec.precision, "tokenizer": "fp32", "features": "fp32", "sums": "fp64"},
-            "preprocessing": {
-                "resize": "short side, bicubic, antialiased (Pillow)", "crop": "centre",
-                "to_uint8": "clamp to [0, 1], times 255, rounded", "image_size": list(spec.tokenizer.image_size),
-            },
+            "image_size": list(spec.tokenizer.image_size),
+            "to_uint8": "clamp to [0, 1], times 255, rounded",
             **extra,
             "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
             "processes": dist.world_size(),
@@ -400,7 +451,7 @@ def _split_identity(dataset: ImageDataset, num: int) -> dict[str, Any]:
     """A split as a reference: the SHA-256 covers data, preparation and number of images."""
     identity = {
         "data": dataset.fingerprint, "split": dataset.split, "num_images": num,
-        "image_size": list(dataset.image_size), "preparation": "bicubic antialiased short side, centre crop",
+        "image_size": list(dataset.image_size), "preparation": dataset.preparation,
     }  # fmt: skip
     return {**identity, "fingerprint": json_sha256(identity)}
 
@@ -410,13 +461,3 @@ def _strided(rows: Tensor, limit: int) -> Tensor:
     if len(rows) <= limit:
         return rows
     return rows[torch.arange(limit) * len(rows) // limit]
-
-
-def _mean_result(name: str, values: Tensor) -> MetricResult:
-    values = values.double()
-    stderr = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
-    return MetricResult(name, float(values.mean()), len(values), stderr, "mean over images")
-
-
-def _share_result(name: str, share: float, num: int, note: str) -> MetricResult:
-    return MetricResult(name, share, num, (share * (1 - share) / num) ** 0.5, note)

@@ -11,6 +11,7 @@ from PIL import Image
 from raev2.errors import DataError
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a bad file
+CENTRE_CROP = "resized to cover the size (bicubic, antialiased), centre crop"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,12 @@ from raev2.report.published import published, published_results
 REPORT_FORMAT_VERSION = 1
 STAGES = {"tokenizer": "Tokenizer (stage 1)", "generator": "Generator (stage 2)"}
 MAX_STRIP = 8  # grids a strip: the first, the last, and evenly spread ones between
+MAX_TILES = 8
 MAX_EVENTS = 50
 PAUSE_SECONDS = 1800
 LEARNING_RATE, IMAGES_PER_S = "Learning rate", "Speed, images/s"  # always on a linear scale
-NOT_NUMBERS = {"stage", "kind", "images", "step", "time", "time_s", "rank", "event", "protocol"}
-SPEED = ("images_per_s", "data_wait")
-COUNTS = ("skipped_images",)
-HEADLINES = ("fid", "fd_", "precision_", "recall_", "rfid", "rfd_", "psnr", "ssim", "lpips_", "feature_distance_")
-SCALE_NOTE = "scale:"
+NO_LOSS = {"stage", "kind", "images", "step", "time", "images_per_s", "data_wait", "skipped_images"}  # of a log line
+NO_MEANING = {"better": "", "role": "detail", "about": "", "of": None, "point": None, "levels": ()}  # in old files
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -50,15 +49,18 @@ def write_report(run_dir: str | Path) -> Path:
     provenance = _read_json(run_dir / "provenance.json", warnings) or {}
     lines = _log_lines(run_dir / "metrics.jsonl", warnings)
     files = [_read_json(file, warnings) for file in sorted((run_dir / "eval").glob("*.json"), key=lambda f: f.stem)]
-    results = [result for result in files if result and "results" in result]
+    results = [
+        {**result, "results": [{**NO_MEANING, **entry} for entry in result["results"]]}
+        for result in files if result and "results" in result
+    ]  # fmt: skip
     data = provenance.get("data") or {}
 
     history = _history(lines, results)
-    ep_rows = _ep_rows(history, results, _train_samples(data))
+    meanings = {(result["protocol"], entry["name"]): entry for result in results for entry in result["results"]}
+    ep_rows = _ep_rows(history, meanings, _train_samples(data))
     header = _header(run_dir, spec, provenance, lines)
     summary = _summary(spec, provenance, lines, results, data)
     warnings += _health(lines)
-    names = sorted({entry["name"] for result in results for entry in result["results"]} | {name for _, name in history})
     samples = {
         "generator": _grids(run_dir / "samples", "generator"),
         "tokenizer": _grids(run_dir / "samples", "tokenizer"),
@@ -71,15 +73,12 @@ def write_report(run_dir: str | Path) -> Path:
     date = time.strftime("%Y-%m-%d %H:%M")
     page = {
         "header": header, "summary": summary, "warnings": warnings, "samples": samples,
-        "big_width": 720, "guidance_names": guidance_names, "guidance_rows": guidance_rows,
+        "big_width": 720, "max_events": MAX_EVENTS, "guidance_names": guidance_names, "guidance_rows": guidance_rows,
         "evaluations": [_evaluation(result, run_dir) for result in results],
-        "history_charts": _history_charts(history, results), "ep_rows": ep_rows,
-        "ep_text": "EP_<metric>@k: where the metric first falls to k, linear between evaluations, with the sampling "
-        "settings of the protocol. For FID k is 2, as published. Elsewhere k comes from the scale: the value of "
-        "block-shuffled pictures, and the geometric mean of theirs and that of real pictures.",
-        "published": _published(spec), "stages": _stages(lines),
-        "events": _events(lines), "data": _flat(data), "provenance": _provenance(provenance),
-        "spec_text": spec_text, "glossary": _glossary(names), "version": __version__, "date": date,
+        "history_charts": _history_charts(history, meanings), "ep_rows": ep_rows,
+        "published": _published(spec), "stages": _stages(lines), "data": _flat(data),
+        "events": [line for line in lines if line.get("kind") == "event"], "provenance": _provenance(provenance),
+        "spec_text": spec_text, "glossary": _glossary(meanings.values()), "version": __version__, "date": date,
     }  # fmt: skip
     template = (resources.files("raev2") / "assets" / "report.html.j2").read_text()
     html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(page)
@@ -90,7 +89,7 @@ def write_report(run_dir: str | Path) -> Path:
         _plain({
             "format_version": REPORT_FORMAT_VERSION, "date": date, "title": header["title"],
             "facts": dict(header["facts"]), "sentences": summary["sentences"], "warnings": warnings,
-            "training": {stage: _last_values(lines, stage) for stage in STAGES if _of(lines, stage, "train")},
+            "training": {stage: trained[-1] for stage in STAGES if (trained := _of(lines, stage, "train"))},
             "evaluations": results, "ep": ep_rows,
             "history": [
                 {"protocol": key[0], "metric": key[1], "images": [at for at, _ in rows], "values": [v for _, v in rows]}
@@ -143,48 +142,39 @@ def _summary(
     if done:
         on = f" on {provenance['device']}" if provenance.get("device") else ""
         sentences.append(f"In this run {' and '.join(done)}{on}.")
-    for result in results:
-        sentences += _in_words(result)
+    sentences += [sentence for result in results for sentence in _in_words(result)]
     if not results:
         sentences.append("Nothing was evaluated yet, so there are no metrics.")
+    return {"sentences": sentences, "tiles": _tiles(results)}
 
-    tiles, seen = [], set()
-    entries = [(result, entry) for result in results for entry in result["results"]]
-    for headline in HEADLINES:
-        for result, entry in entries:
-            name = entry["name"]
-            if name.startswith(headline) and not _is_scale(entry) and name not in seen:
-                seen.add(name)
-                error = f"± {number(entry['stderr'])}, " if entry.get("stderr") else ""
-                text = f"{error}n = {entry['num_samples']:,}, protocol {result['protocol']}"
-                tiles.append({"name": name, "value": number(entry["value"]), "text": text})
-    return {"sentences": sentences, "tiles": tiles[:8]}
+
+def _tiles(results: Sequence[Mapping]) -> list[dict[str, str]]:
+    """Headlines: the first of every protocol, then the second, and so on; a name once."""
+    tiles: dict[str, dict[str, str]] = {}
+    of_protocols = [[(result, e) for e in result["results"] if e["role"] == "headline"] for result in results]
+    for result, entry in filter(None, chain(*zip_longest(*of_protocols))):
+        error = f"± {number(entry['stderr'])}, " if entry.get("stderr") else ""
+        text = f"{error}n = {entry['num_samples']:,}, {direction(entry)} is better, protocol {result['protocol']}"
+        tiles.setdefault(entry["name"], {"name": entry["name"], "value": number(entry["value"]), "text": text})
+    return list(tiles.values())[:MAX_TILES]
+
+
+def direction(entry: Mapping) -> str:
+    """'lower' or 'higher' is better, or what a row is the scale of; empty for results of old files."""
+    return f"scale of {entry['of']}" if entry.get("of") else entry.get("better", "")
 
 
 def _in_words(result: Mapping) -> list[str]:
-    """One sentence for each Fréchet distance, and each score with a ceiling, that has its scale beside it."""
-    values = {entry["name"]: entry for entry in result["results"]}
-    sentences = []
-    for name, entry in values.items():
-        shuffled, ceiling = values.get(f"{name}_shuffled"), values.get(f"{name}_ceiling")
-        if shuffled is None:
-            continue
-        start = f"Protocol {result['protocol']}: {entry['num_samples']:,} generated pictures have {name} = "
-        start += f"{number(entry['value'])}. On the same scale "
-        if ceiling is not None:
-            sentences.append(
-                f"{start}they have {number(shuffled['value'])} when judged by other prompts, and true pictures after "
-                f"the tokenizer {number(ceiling['value'])}; higher is better."
-            )
-        elif re.match("fid|fd_", name):
-            real_name = next((n for n in values if n.startswith(f"{name}_") and n != f"{name}_shuffled"), None)
-            if real_name is not None:
-                sentences.append(
-                    f"{start}real pictures of {real_name.removeprefix(f'{name}_')!r} have "
-                    f"{number(values[real_name]['value'])} and their block-shuffled copies "
-                    f"{number(shuffled['value'])}; lower is better."
-                )
-    return sentences
+    """The first headline of a protocol that has a scale, beside it."""
+    for entry in result["results"]:
+        scale = [row for row in result["results"] if row["of"] == entry["name"]]
+        if entry["role"] == "headline" and scale:
+            beside = "; ".join(f"{row['name']} {number(row['value'])} ({row['about'].rstrip('.')})" for row in scale)
+            return [
+                f"Protocol {result['protocol']}: {entry['name']} is {number(entry['value'])}, n = "
+                f"{entry['num_samples']:,}; {direction(entry)} is better. On the same scale: {beside}."
+            ]
+    return []
 
 
 def _health(lines: Sequence[Mapping]) -> list[str]:
@@ -198,13 +188,9 @@ def _health(lines: Sequence[Mapping]) -> list[str]:
 
 def _wall_seconds(lines: Sequence[Mapping]) -> float:
     """From first to last log line, without pauses of more than half an hour."""
-    times = [line["time"] for line in lines if isinstance(line.get("time"), int | float)]
+    times = [line["time"] for line in lines if "time" in line]
     gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
-    if times:
-        return float(sum(gap for gap in gaps if 0 < gap < PAUSE_SECONDS))
-    return 0.0 + sum(
-        max((float(line["time_s"]) for line in _of(lines, s) if "time_s" in line), default=0.0) for s in STAGES
-    )
+    return float(sum(gap for gap in gaps if 0 < gap < PAUSE_SECONDS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +203,8 @@ def _stages(lines: Sequence[Mapping]) -> list[dict[str, Any]]:
         logged = _of(lines, stage, "train")
         if not logged:
             continue
-        names = [n for n in _number_names(logged) if n not in (*SPEED, *COUNTS)]
+        numbers = (n for line in logged for n, value in line.items() if type(value) in (int, float))
+        names = [name for name in dict.fromkeys(numbers) if name not in NO_LOSS]
         rates = [name for name in names if name == "lr" or name.startswith("lr_")]
         norms = [name for name in names if name.startswith("grad_norm")]
         weights = [name for name in names if name.endswith("weight")]
@@ -260,28 +247,11 @@ def _train_chart(
     return {"title": title, "svg": svg, "caption": caption.strip()} if svg else None
 
 
-def _events(lines: Sequence[Mapping]) -> list[dict[str, Any]]:
-    events = [line for line in lines if line.get("kind") == "event"]
-    shown = events[:MAX_EVENTS]
-    rows: list[dict[str, Any]] = [
-        {
-            "stage": line.get("stage", ""), "images": f"{line.get('images', 0):,}",
-            "name": str(line.get("event") or line.get("name") or "event").replace("_", " "),
-            "details": ", ".join(
-                f"{k} {v}" for k, v in line.items() if k not in ("stage", "kind", "images", "event", "name", "time")
-            ),
-        }
-        for line in shown
-    ]  # fmt: skip
-    if len(events) > len(shown):
-        rows.append({"stage": "", "images": "", "name": f"and {len(events) - len(shown)} more", "details": ""})
-    return rows
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-History = dict[tuple[str, str], list[tuple[float, float]]]
+History = dict[tuple[str, str], list[tuple[float, float]]]  # (protocol, metric) -> (images seen, value)
+Meanings = dict[tuple[str, str], Mapping]  # (protocol, metric) -> its last result, which says what it means
 
 
 def _history(lines: Sequence[Mapping], results: Sequence[Mapping]) -> History:
@@ -300,44 +270,35 @@ def _history(lines: Sequence[Mapping], results: Sequence[Mapping]) -> History:
     return {key: sorted(points.items()) for key, points in found.items()}
 
 
-def _history_charts(history: History, results: Sequence[Mapping]) -> list[dict[str, str]]:
+def _history_charts(history: History, meanings: Meanings) -> list[dict[str, Any]]:
     charts = []
     for (protocol, name), points in history.items():
-        scale = _scale_of(name, protocol, history, results)
-        is_scale_row = name.endswith("_shuffled") or any(name.startswith(f"{other}_") for _, other in history)
-        if len(points) < 2 or is_scale_row:
+        meaning = meanings.get((protocol, name), NO_MEANING)
+        if len(points) < 2 or meaning["role"] == "scale":
             continue
+        scale = _scale_of(protocol, name, meanings)
         series = [Series(name, [x for x, _ in points], [y for _, y in points], points=True)]
-        series += [Series(other, [0], [value], constant=True) for other, value in scale.items()]
+        series += [Series(row["name"], [0], [row["value"]], constant=True) for row in scale]
         values = [y for line in series for y in line.ys]
         log = min(values) > 0 and max(values) / min(values) > 5
         svg = line_chart(series, title=name, x_label="images seen", log=log)
-        caption = f"Protocol {protocol}." + (" Dashed: the scale." if scale else "")
-        charts.append({"title": name, "svg": svg, "caption": caption + (" Logarithmic scale." if log else "")})
+        caption = f"Protocol {protocol}." + (f" Better: {meaning['better']}." if meaning["better"] else "")
+        caption += (" Dashed: the scale." if scale else "") + (" Logarithmic scale." if log else "")
+        charts.append({"title": name, "svg": svg, "caption": caption, "headline": meaning["role"] == "headline"})
     return charts
 
 
-def _ep_rows(history: History, results: Sequence[Mapping], train_samples: int | None) -> list[dict[str, Any]]:
+def _ep_rows(history: History, meanings: Meanings, train_samples: int | None) -> list[dict[str, Any]]:
     rows = []
     for (protocol, name), points in history.items():
-        if name != "fid" and (not name.startswith("fd_") or name.startswith("fd_ratio_")):
-            continue
-        if name.endswith("_shuffled") or any(name.startswith(f"{other}_") for _, other in history) or len(points) < 2:
-            continue
-        levels = [2.0] if name == "fid" else []
-        scale = _scale_of(name, protocol, history, results)
-        shuffled = scale.get(f"{name}_shuffled")
-        real = next((value for other, value in scale.items() if other != f"{name}_shuffled"), None)
-        if shuffled and real:
-            levels += [shuffled, math.sqrt(shuffled * real)]
-        for level in levels:
+        for level in _levels(protocol, name, meanings) if len(points) > 1 else ():
             k = float(f"{level:.3g}")
             images = ep_fid(points, k)
             last = f"not within {points[-1][0]:,.0f}"
             epochs = f"{images / train_samples:.1f}" if images is not None and train_samples else ""
             rows.append(
                 {
-                    "name": f"EP_{'FID' if name == 'fid' else name}@{number(k)}", "protocol": protocol, "k": k,
+                    "name": f"EP_{name}@{number(k)}", "protocol": protocol, "k": k,
                     "images": f"{images:,.0f}" if images is not None else last, "epochs": epochs,
                     "images_exact": images,
                 }
@@ -345,17 +306,17 @@ def _ep_rows(history: History, results: Sequence[Mapping], train_samples: int | 
     return rows
 
 
-def _scale_of(name: str, protocol: str, history: History, results: Sequence[Mapping]) -> dict[str, float]:
-    """Values of the scale rows that belong to a metric of a protocol, by name."""
-    found = {
-        entry["name"]: float(entry["value"])
-        for result in results
-        if result["protocol"] == protocol
-        for entry in result["results"]
-        if _is_scale(entry)
-    }
-    found |= {other: points[-1][1] for (p, other), points in history.items() if p == protocol and other not in found}
-    return {other: value for other, value in found.items() if other.startswith(f"{name}_")}
+def _levels(protocol: str, name: str, meanings: Meanings) -> list[float]:
+    """Values of a headline worth reaching: published ones, the worst of its scale, the middle of worst and best."""
+    meaning = meanings.get((protocol, name), NO_MEANING)
+    if meaning["role"] != "headline" or meaning["better"] != "lower":
+        return []
+    scale = sorted(row["value"] for row in _scale_of(protocol, name, meanings) if row["value"] > 0)
+    return [*meaning["levels"], *scale[-1:], *([math.sqrt(scale[0] * scale[-1])] if len(scale) > 1 else [])]
+
+
+def _scale_of(protocol: str, name: str, meanings: Meanings) -> list[Mapping]:
+    return [entry for (owner, _), entry in meanings.items() if owner == protocol and entry["of"] == name]
 
 
 def _evaluation(result: Mapping, run_dir: Path) -> dict[str, Any]:
@@ -376,7 +337,7 @@ def _evaluation(result: Mapping, run_dir: Path) -> dict[str, Any]:
         {
             "name": entry["name"], "value": number(entry["value"]), "num_samples": f"{entry['num_samples']:,}",
             "stderr": number(entry["stderr"]) if entry.get("stderr") is not None else "",
-            "note": entry.get("note", ""), "scale": _is_scale(entry),
+            "note": entry.get("note", ""), "role": entry["role"], "better": direction(entry),
         }
         for entry in result["results"]
     ]  # fmt: skip
@@ -385,26 +346,23 @@ def _evaluation(result: Mapping, run_dir: Path) -> dict[str, Any]:
     points, point_rows = _by_point(result["results"])
     return {
         "protocol": result["protocol"], "text": ". ".join(part for part in parts if part) + ".", "rows": rows,
-        "points": points, "point_rows": point_rows,
+        "points": points, "point_rows": point_rows, "no_meaning": any(not row["about"] for row in result["results"]),
         "picture": {"data": _base64(picture), "label": result.get("picture", "")} if picture.is_file() else None,
         "details": yaml.safe_dump(_plain(details), sort_keys=False, allow_unicode=True),
     }  # fmt: skip
 
 
 def _by_point(entries: Sequence[Mapping]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Results named `metric@point` or `metric@point_scale` as a table, a column for each point (such as a horizon)."""
-    points: dict[str, None] = {}
+    """Results at a point, such as a horizon, as a table: a column for each point, a row for each metric."""
+    at_points = [entry for entry in entries if entry["point"]]
+    points = list(dict.fromkeys(entry["point"] for entry in at_points))
     rows: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        match = re.fullmatch(r"(?P<metric>[^@]+)@(?P<point>[^@_]+)(?P<scale>_.+)?", entry["name"])
-        if match:
-            points[match["point"]] = None
-            name = match["metric"] + (match["scale"] or "")
-            row = rows.setdefault(name, {"name": name, "scale": _is_scale(entry), "cells": {}})
-            error = f" ± {number(entry['stderr'])}" if entry.get("stderr") is not None else ""
-            row["cells"][match["point"]] = f"{number(entry['value'])}{error}"
-    table = [{**row, "cells": [row["cells"].get(point, "") for point in points]} for row in rows.values()]
-    return list(points), table
+    for entry in at_points:
+        name = entry["name"].replace(f"@{entry['point']}", "")
+        new = {"name": name, "role": entry["role"], "better": entry["better"], "cells": [""] * len(points)}
+        error = f" ± {number(entry['stderr'])}" if entry["stderr"] is not None else ""
+        rows.setdefault(name, new)["cells"][points.index(entry["point"])] = f"{number(entry['value'])}{error}"
+    return points, list(rows.values())
 
 
 def _guidance_table(results: Sequence[Mapping]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -414,7 +372,7 @@ def _guidance_table(results: Sequence[Mapping]) -> tuple[list[str], list[dict[st
         return [], []
     names: list[str] = []
     for result in sampled:
-        names += [e["name"] for e in result["results"] if not _is_scale(e) and e["name"] not in names]
+        names += [e["name"] for e in result["results"] if e["role"] != "scale" and e["name"] not in names]
     rows = []
     for result in sampled:
         values = {entry["name"]: number(entry["value"]) for entry in result["results"]}
@@ -437,46 +395,14 @@ def _sampler(sampling: Mapping) -> str:
     return f"{sampling.get('solver', '?')}, {sampling.get('steps', '?')} steps"
 
 
-def _is_scale(entry: Mapping) -> bool:
-    return str(entry.get("note", "")).startswith(SCALE_NOTE)
-
-
-GLOSSARY = (
-    (r"fid", "Fréchet Inception Distance of generated pictures to the reference split; lower is better. Only "
-     "comparable with the same reference, number of samples and preparation."),
-    (r"fd_ratio_(?P<net>.+)|fid_ratio", "Distance of generated pictures over the distance of as many real held-out "
-     "pictures, to the same reference. 1 means: as close as real pictures."),
-    (r"r(fid|fd_.+)", "Fréchet distance of reconstructions to their own originals: a score of the tokenizer, never of "
-     "the generator. Lower is better."),
-    (r"(fid|fd_.+)_shuffled", "Scale: the same distance for real pictures cut into 4 x 4 blocks and shuffled. Right "
-     "colours and textures, no shapes."),
-    (r"(fid|fd_.+)_val", "Scale: the same distance for real held-out pictures. About as good as it gets."),
-    (r"fd_(?P<net>.+)", "Fréchet distance between generated pictures and the reference split in the feature space of "
-     "the encoder '{net}' (mean patch token). Lower is better. It is not FID: FID uses Inception features, and the two "
-     "scales have nothing to do with each other."),
-    (r"precision_.+_val|recall_.+_val", "Scale: precision or recall of real held-out pictures."),
-    (r"precision_(?P<net>.+)", "Share of generated pictures that lie near a real one in the feature space '{net}' "
-     "(k-nearest-neighbour manifold, k = 3): do samples look right? Higher is better."),
-    (r"recall_(?P<net>.+)", "Share of real pictures that lie near a generated one in the feature space '{net}': is the "
-     "variety covered? Higher is better, and it grows with the number of generated pictures."),
-    (r"psnr", "Peak signal-to-noise ratio in dB of 8-bit pictures, mean over pictures. Higher is better."),
-    (r"ssim", "Structural similarity (Gaussian window, 11 px), mean over pictures; 1 is identical."),
-    (r"lpips_(?P<net>.+)", "LPIPS with the {net} backbone, mean over pictures; 0 is identical. Backbones differ "
-     "several-fold."),
-    (r"feature_distance_(?P<net>.+)", "Mean squared distance of unit-normalised tokens of the encoder '{net}', over "
-     "four of its layers; 0 is identical. It stands in where LPIPS weights are missing and is not comparable with it."),
-)  # fmt: skip
-
-
-def _glossary(names: Iterable[str]) -> list[tuple[str, str]]:
-    found = []
-    for name in names:
-        for pattern, text in GLOSSARY:
-            match = re.fullmatch(pattern, name)
-            if match:
-                found.append((name, text.format(**match.groupdict())))
-                break
-    return found
+def _glossary(entries: Iterable[Mapping]) -> list[tuple[str, str]]:
+    """(names, what they mean); names with one meaning together."""
+    found: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        if entry["about"]:
+            better = "" if entry["of"] else f" {entry['better'].capitalize()} is better."
+            found.setdefault(entry["about"] + better, {})[entry["name"]] = None
+    return [(", ".join(names), text) for text, names in found.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,27 +467,9 @@ def _of(lines: Sequence[Mapping], stage: str, kind: str | None = None) -> list[M
     return [line for line in lines if line.get("stage") == stage and (kind is None or line.get("kind") == kind)]
 
 
-def _number_names(logged: Sequence[Mapping]) -> list[str]:
-    names: dict[str, None] = {}
-    for line in logged:
-        names |= {n: None for n, v in line.items() if n not in NOT_NUMBERS and type(v) in (int, float)}
-    return list(names)
-
-
-def _last_values(lines: Sequence[Mapping], stage: str) -> dict[str, Any]:
-    last = _of(lines, stage, "train")[-1]
-    return {name: value for name, value in last.items() if name not in ("stage", "kind", "time")}
-
-
 def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min"
-        if minutes
-        else f"{seconds:.0f} s"
-    )
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 from pathlib import Path
 
 import pytest
@@ -251,11 +252,13 @@ def test_the_result_file_says_what_the_numbers_depend_on(context, tmp_path):
         generation(), context, tmp_path / "eval", images_seen=12_800, ema_decay=0.999, extra={"checkpoint": "12800"}
     )
     written = json.loads((tmp_path / "eval/generation.json").read_text())
-    assert [MetricResult(**entry) for entry in written["results"]] == results
+    entries = [{**entry, "levels": tuple(entry["levels"])} for entry in written["results"]]
+    assert [MetricResult(**entry) for entry in entries] == results
     assert written["protocol"] == "generation" and written["num_samples"] == 90
     assert written["label_policy"] == "labels of 'val' in order"
     assert len(written["reference"]["fingerprint"]) == 64 and written["reference"]["split"] == "train"
-    assert written["preprocessing"]["crop"] == "centre" and "bicubic" in written["preprocessing"]["resize"]
+    assert written["preparation"] == written["reference"]["preparation"] == context.dataset("val").preparation
+    assert "bicubic" in written["preparation"] and written["image_size"] == [SIZE, SIZE]
     assert written["sampling"]["steps"] == 50 and written["sampling"]["guidance"] == {"kind": "none"}
     assert (written["images_seen"], written["ema_decay"], written["checkpoint"]) == (12_800, 0.999, "12800")
     assert written["seed"] == 0 and "global number" in written["seed_scheme"]
@@ -282,6 +285,13 @@ def test_a_generator_that_returns_floats_is_an_error(context):
         run_protocol(generation(), broken)
 
 
+def metric(name, value, **meaning) -> MetricResult:
+    result = MetricResult(name, value, 1, better="lower", role="detail", about="A number.")
+    for field, text in meaning.items():
+        object.__setattr__(result, field, text)  # past the type checker that runs in tests alone
+    return result
+
+
 class Broken(Evaluator):
     protocol, description, needs_generator = "broken", "yields nonsense", False
 
@@ -294,10 +304,74 @@ class Broken(Evaluator):
 
 def test_results_that_are_not_finite_or_named_twice_are_never_written(context, tmp_path):
     with pytest.raises(TaskError, match="a is not finite; got nan"):
-        run_protocol(Broken(MetricResult("a", float("nan"), 1)), context, tmp_path)
+        run_protocol(Broken(metric("a", float("nan"))), context, tmp_path)
     with pytest.raises(TaskError, match="yields a name twice; got a, a"):
-        run_protocol(Broken(MetricResult("a", 1.0, 1), MetricResult("a", 2.0, 1)), context, tmp_path)
+        run_protocol(Broken(metric("a", 1.0), metric("a", 2.0)), context, tmp_path)
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("meaning", "message"),
+    [
+        ({"better": "more"}, "a does not say what it means; got better='more'; expected lower or higher"),
+        ({"role": "star"}, "a does not say what it means; got role='star'; expected headline, scale, detail"),
+        ({"about": " "}, "a does not say what it means; got about=' '; expected a sentence for the reader of a report"),
+        ({"about": None}, "a does not say what it means; got about=None"),
+        ({"role": "scale"}, "a does not say what it means; got of=None; expected for a scale row one of b"),
+        ({"role": "scale", "of": "c"}, "a does not say what it means; got of='c'; expected for a scale row one of b"),
+        ({"role": "scale", "of": "a"}, "a does not say what it means; got of='a'; expected for a scale row one of b"),
+        ({"of": "b"}, "a does not say what it means; got of='b'; expected .*, for others nothing"),
+        ({"point": "1s"}, "a does not say what it means; got point='1s'; expected what follows @ in the name"),
+    ],
+)
+def test_a_metric_without_meaning_is_an_error_that_names_its_owner(context, tmp_path, meaning, message):
+    results = metric("a", 1.0, **meaning), metric("b", 1.0)
+    owner = re.escape(f"protocol broken ({__name__}.Broken): ")
+    with pytest.raises(TaskError, match=f"{owner}{message}.*See docs/how_to/new_metric.md"):
+        run_protocol(Broken(*results), context, tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_protocol_of_the_time_before_metrics_had_a_meaning_is_told_what_is_missing(context):
+    class Old(Broken):
+        def run(self, context):
+            yield MetricResult("a", 1.0, 1)
+
+    with pytest.raises(TaskError, match=r"Old\): yields a metric without meaning; got .*'better'"):
+        run_protocol(Old(), context)
+
+
+def test_an_error_of_a_protocol_is_not_taken_for_a_missing_meaning(context):
+    class Mistaken(Broken):
+        def run(self, context):
+            yield len(3)
+
+    with pytest.raises(TypeError, match="has no len"):
+        run_protocol(Mistaken(), context)
+
+
+def test_metrics_of_the_core_say_what_they_mean(context):
+    found = {
+        result.name: result
+        for protocol in (reconstruction(), generation())
+        for result in run_protocol(protocol, context)
+    }
+    assert {name for name, result in found.items() if result.better == "higher"} == {
+        "psnr", "ssim", "precision_pixels", "recall_pixels", "precision_pixels_val", "recall_pixels_val",
+    }  # fmt: skip
+    assert {name: result.of for name, result in found.items() if result.role == "scale"} == {
+        "fd_pixels_val": "fd_pixels", "fd_pixels_shuffled": "fd_pixels",
+        "precision_pixels_val": "precision_pixels", "recall_pixels_val": "recall_pixels",
+    }  # fmt: skip
+    assert not any(result.levels for result in found.values()), "papers state levels of FID alone"
+
+
+def test_fid_names_the_level_that_papers_state(context):
+    class Inception(PooledPixels):
+        name = "inception"
+
+    results = run_protocol(generation(extractor=Inception()), context)
+    assert [(result.name, result.levels) for result in results if result.levels] == [("fid", (2.0,))]
 
 
 def test_ep_fid_reproduces_the_published_numbers():

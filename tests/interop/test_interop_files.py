@@ -362,7 +362,7 @@ def test_a_run_goes_out_for_the_hub_with_its_numbers(run, trained_run):
             "model.safetensors",
         ]
         card = Path("hub", kind, "README.md").read_text()
-        assert f"### {protocol}" in card and "| metric | value | n | note |" in card and "icence" in card
+        assert f"### {protocol}" in card and "| metric | value | n | better | meaning |" in card and "icence" in card
     assert "generation" not in Path("hub/tokenizer/README.md").read_text().partition("## Evaluation")[2]
     assert RAE.from_pretrained("hub/tokenizer").latent_stats is not None
     Generator.from_pretrained("hub/generator")

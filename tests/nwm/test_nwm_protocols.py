@@ -11,11 +11,11 @@ from raev2_tasks.nwm.eval.inverse_dynamics import InverseDynamics, fit, match_fe
 from raev2_tasks.nwm.eval.metrics import (
     bootstrap,
     clip_features,
-    correlation_result,
-    frechet_result,
+    correlation,
+    frechet,
     kernel_distance,
     latent_distance,
-    mean_result,
+    mean,
 )
 
 # Numbers.
@@ -23,28 +23,26 @@ from raev2_tasks.nwm.eval.metrics import (
 
 def test_a_mean_has_an_interval_that_is_the_same_every_time():
     values = torch.randn(400)
-    result = mean_result("psnr@1s", values, "note")
+    name, value, num, error, note = mean("psnr@1s", values)
     low, high, stderr = bootstrap(values, lambda drawn: drawn.mean(1))
-    assert result.value == pytest.approx(float(values.double().mean())) and low < result.value < high
-    assert stderr == pytest.approx(float(values.std() / 20), rel=0.1)
-    assert result.note == f"note; 95 % interval {low:.4g} to {high:.4g}" and result == mean_result(
-        "psnr@1s", values, "note"
-    )
-    assert mean_result("psnr@1s_copy", values, "copied", scale=True).note.startswith("scale: copied; 95 %")
+    assert value == pytest.approx(float(values.double().mean())) and low < value < high
+    assert stderr == error == pytest.approx(float(values.std() / 20), rel=0.1)
+    assert (name, num, note) == ("psnr@1s", 400, f"95 % interval {low:.4g} to {high:.4g}")
+    assert mean("psnr@1s", values) == (name, value, num, error, note)
 
 
 def test_numbers_that_are_not_finite_are_refused():
     with pytest.raises(DataError, match="psnr@1s: not finite"):
-        mean_result("psnr@1s", torch.tensor([1.0, math.nan]))
+        mean("psnr@1s", torch.tensor([1.0, math.nan]))
 
 
 def test_a_correlation_is_pearsons():
     first = torch.randn(300)
     second = 2 * first + torch.randn(300)
     expected = float(torch.corrcoef(torch.stack([first, second]))[0, 1])
-    assert correlation_result("turn_corr", first, second).value == pytest.approx(expected, abs=1e-6)
-    assert correlation_result("turn_corr", first, -first).value == pytest.approx(-1)
-    assert correlation_result("turn_corr", first, torch.ones(300)).value == 0, "nothing follows from a constant"
+    assert correlation("turn_corr", first, second)[1] == pytest.approx(expected, abs=1e-6)
+    assert correlation("turn_corr", first, -first)[1] == pytest.approx(-1)
+    assert correlation("turn_corr", first, torch.ones(300))[1] == 0, "nothing follows from a constant"
 
 
 def test_the_distance_of_latents_is_an_angle_at_each_place():
@@ -74,9 +72,9 @@ def test_the_kernel_distance_is_unbiased_and_sees_a_shift():
 
 def test_the_frechet_distance_of_the_same_frames_is_zero():
     features = torch.randn(100, 5)
-    assert frechet_result("fd_micro@1s", features, features).value == pytest.approx(0, abs=1e-6)
-    shifted = frechet_result("fd_micro@1s", features + 1, features)
-    assert shifted.value == pytest.approx(5, rel=1e-3) and shifted.stderr is not None
+    assert frechet("fd_micro@1s", features, features)[1] == pytest.approx(0, abs=1e-6)
+    _, value, _, stderr, _ = frechet("fd_micro@1s", features + 1, features)
+    assert value == pytest.approx(5, rel=1e-3) and stderr is not None
 
 
 # Inverse dynamics.

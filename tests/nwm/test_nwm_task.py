@@ -140,7 +140,7 @@ def test_single_jumps_are_scored_against_all_baselines(context):
     evaluator = get_evaluators(TASK, context.spec, ["single-step-micro"])[0]
     found = {result.name: result for result in run_protocol(evaluator, context)}
     for name in ("copy", "nearest", "no_action", "reconstruction"):
-        assert found[f"psnr@1s_{name}"].note.startswith("scale:")
+        assert (found[f"psnr@1s_{name}"].role, found[f"psnr@1s_{name}"].of) == ("scale", "psnr@1s")
     assert "latent_distance@1s_nearest" not in found and "latent_distance@1s_no_action" in found
     assert found["psnr@1s"].num_samples == 6 and context.picture.is_file()
     again = {result.name: result for result in run_protocol(evaluator, replace(context, picture=None))}

@@ -62,7 +62,8 @@ def test_summary_counts_goals_within_the_threshold():
     errors = [path_errors(STRAIGHT + [0, offset, 0], STRAIGHT, 0.25) for offset in (0.0, 0.4, 1.1, 2.5)]
     results = {result.name: result for result in summarise(errors, success_m=1.0)}
     assert results["success"].value == 0.5
-    assert results["success"].note == "final position within 1 m"
+    assert "within 1 m" in results["success"].about and results["success"].better == "higher"
+    assert "in metres" in results["ate_m"].about and "in waypoint units" in results["ate_wp"].about
     assert results["ate_m"].value == pytest.approx(1.0)
     assert results["ate_m"].stderr == pytest.approx(np.std([0.0, 0.4, 1.1, 2.5], ddof=1) / 2)
     assert results["ate_m"].num_samples == 4

@@ -11,13 +11,26 @@ import pytest
 import yaml
 from PIL import Image
 
+from raev2.batch import MetricResult
 from raev2.errors import CheckpointError
 from raev2.report.chart import Series, line_chart, number, smooth
 from raev2.report.page import write_report
 
 
-def entry(name, value, num=500, stderr=None, note=""):
+def old_entry(name, value, num=500, stderr=None, note="") -> dict:
+    """A row as result files had it before metrics said what they mean."""
     return {"name": name, "value": value, "num_samples": num, "stderr": stderr, "note": note}
+
+
+def entry(name, value, num=500, stderr=None, note="", **meaning) -> dict:
+    result = MetricResult(
+        name, value, num, stderr, note, **{"better": "lower", "role": "headline", "about": f"About {name}.", **meaning}
+    )
+    return vars(result)
+
+
+def scale(name, value, of, **meaning) -> dict:
+    return entry(name, value, 400, role="scale", of=of, **meaning)
 
 
 def write_eval(run: Path, protocol: str, entries: list[dict], guidance: dict | None, **more) -> None:
@@ -108,19 +121,21 @@ def make_run(run: Path) -> Path:
         grid(run / f"samples/tokenizer-{number_of_images:09d}.png", 2, 0.4 + 0.6 * number_of_images / 64_000, rows=2)
     grid(run / "samples/guidance-none.png", 1, 0.9)
     grid(run / "samples/guidance-internal_1.78.png", 1, 1.0)
-    scale = [
-        entry("fd_micro_val", 6.4, 400, note="scale: real pictures"),
-        entry("fd_micro_shuffled", 61.0, 400, note="scale: real pictures, 4 x 4 blocks shuffled"),
+    levels = [
+        scale("fd_micro_val", 6.4, "fd_micro", about="Real pictures of 'val'."),
+        scale("fd_micro_shuffled", 61.0, "fd_micro", about="Real pictures, blocks shuffled."),
     ]
     first = [
-        entry("fd_micro", 17.97, 500, 0.41, "generated images against 3,200 of 'train'"),
-        entry("fd_ratio_micro", 2.8),
+        entry("fd_micro", 17.97, 500, 0.41, "against 3,200 images", about="Distance in features. It is not FID."),
+        entry("fd_ratio_micro", 2.8, role="detail"),
+        entry("precision_micro", 0.6, 500, 0.02, better="higher"),
     ]
-    write_eval(run, "fd-500", [*first, entry("precision_micro", 0.6, 500, 0.02), *scale], {"kind": "none"})
+    write_eval(run, "fd-500", [*first, *levels], {"kind": "none"})
     guided = {"kind": "internal", "scale": 1.78, "interval": [0.0, 1.0]}
-    write_eval(run, "fd-500-guided", [entry("fd_micro", 14.2), entry("precision_micro", 0.66), *scale], guided)
+    second = [entry("fd_micro", 14.2), entry("precision_micro", 0.66, better="higher")]
+    write_eval(run, "fd-500-guided", [*second, *levels], guided)
     recon = [
-        entry("psnr", 24.31, 400, 0.11), entry("ssim", 0.874, 400, 0.003),
+        entry("psnr", 24.31, 400, 0.11, better="higher"), entry("ssim", 0.874, 400, 0.003, better="higher"),
         entry("feature_distance_micro", 0.0871, 400, 0.002), entry("rfd_micro", 2.31, 400, 0.09),
     ]  # fmt: skip
     write_eval(run, "reconstruction", recon, None, label_policy="none")
@@ -149,7 +164,9 @@ def test_the_page_shows_what_a_reader_needs(run):
         "Graphics by somebody &amp; others", "the generator saw 128,000 images (40.0 epochs), 80% of the plan",
         "internal, scale 1.78", "mean of the last 20 log lines", "Before clipping", "Logarithmic scale",
         "gradient was not finite: 1.", "that were left out: 1.", "raev2 train --task toy",
-        "real pictures of &#39;val&#39; have 6.4", "Adaptive weight",
+        "fd_micro_val 6.4 (Real pictures of &#39;val&#39;)", "Adaptive weight",
+        "fd_micro is 17.97, n = 500; lower is better. On the same scale: fd_micro_val 6.4", "scale of fd_micro",
+        "About psnr. Higher is better.", "± 0.41, n = 500, lower is better, protocol fd-500",
     ):  # fmt: skip
         assert text in html, text
     assert "Full spec" in html and "generator_training" in html
@@ -221,13 +238,15 @@ def test_numbers_are_written_short(value, text):
 def test_numbers_at_points_become_a_table_with_a_column_each(tmp_path):
     run = make_run(tmp_path / "run")
     entries = [
-        entry("psnr@1s", 21.5, stderr=0.25), entry("psnr@1s_copy", 17.0, note="scale: the last frame again"),
-        entry("psnr@4s", 15.5), entry("psnr@4s_copy", 12.0, note="scale: the last frame again"), entry("plain", 3.0),
+        entry("psnr@1s", 21.5, stderr=0.25, point="1s"), scale("psnr@1s_copy", 17.0, "psnr@1s", point="1s"),
+        entry("psnr@4s", 15.5, point="4s"), scale("psnr@4s_copy", 12.0, "psnr@4s", point="4s"), entry("plain@4s", 3.0),
     ]  # fmt: skip
     write_eval(run, "horizons", entries, guidance=None)
     page = write_report(run).read_text()
     table = re.search(
-        r"<tr><th>metric</th><th class=\"num\">1s</th><th class=\"num\">4s</th></tr>(.*?)</table>", page, re.S
+        r"<tr><th>metric</th><th>better</th><th class=\"num\">1s</th><th class=\"num\">4s</th></tr>(.*?)</table>",
+        page,
+        re.S,
     )
     assert table and re.findall(r"<code>(.*?)</code>", table[1]) == ["psnr", "psnr_copy"]
     assert re.findall(r'<td class="num">(.*?)</td>', table[1]) == ["21.5 ± 0.25", "15.5", "17", "12"]
@@ -253,18 +272,45 @@ def test_published_numbers_are_shown_where_the_recipe_is_a_published_system(tmp_
     assert "GenEval" not in page, "numbers of another task"
 
 
-def test_a_score_is_not_told_as_a_distance():
-    """The summary names the scale of each: ceiling and other prompts, or real and block-shuffled pictures."""
-    from raev2.report.page import _in_words
+def test_a_metric_that_nobody_has_heard_of_is_told_by_what_it_says_of_itself(tmp_path):
+    """No name is known to the report: tile, sentence, scale, curve, level and glossary come from the result file."""
+    run = make_run(tmp_path / "run")
+    rows = [
+        entry("zeal", 0.5, better="higher", about="How zealous pictures are."),
+        scale("idle", 0.1, "zeal", better="higher", about="Idle pictures."),
+        entry("woe", 3.0, levels=(4.0,), about="How sad pictures are."),
+        scale("grief", 8.0, "woe", about="Sad pictures."), entry("aside", 7.0, role="detail"),
+    ]  # fmt: skip
+    write_eval(run, "moods", rows, {"kind": "none"})
+    with (run / "metrics.jsonl").open("a") as log:
+        for images, woe in ((64_000, 9.0), (128_000, 3.0)):
+            metrics = {row["name"]: row["value"] for row in rows} | {"woe": woe}
+            line = {"time": 1.7e9, "stage": "generator", "kind": "eval", "images": images, "protocol": "moods"}
+            log.write("\n" + json.dumps({**line, "metrics": metrics}))
+    page = write_report(run).read_text()
+    told = json.loads((run / "report.json").read_text())
+    assert "zeal is 0.5, n = 500; higher is better. On the same scale: idle 0.1 (Idle pictures)." in page
+    assert re.search(r"<dt>zeal</dt><dd>How zealous pictures are. Higher is better.</dd>", page)
+    tiles = re.findall(r'<div class="tile"><code>(.*?)</code>', page)
+    assert "zeal" in tiles and "idle" not in tiles and "aside" not in tiles
+    assert tiles.index("zeal") < tiles.index("precision_micro"), "first headlines come first"
+    curves, details = page.split("<summary>Details over training</summary>")
+    assert "<h3>zeal</h3>" in curves and "<h3>aside</h3>" in details and "<h3>idle</h3>" not in page
+    assert [row["name"] for row in told["ep"] if row["protocol"] == "moods"] == ["EP_woe@4", "EP_woe@8"]
+    assert told["ep"][-1]["images_exact"] == pytest.approx(64_000 * (1 + 1 / 6))
 
-    def told(**values):
-        entries = [{"name": name, "value": value, "num_samples": 8} for name, value in values.items()]
-        return _in_words({"protocol": "p", "results": entries})
 
-    score = {"s12": 0.26, "s12_counting": 0.17, "s12_shuffled": 0.01, "s12_shuffled_counting": 0.0, "s12_ceiling": 0.91}
-    (sentence,) = told(**score)
-    assert "have s12 = 0.26. On the same scale they have 0.01 when judged by other prompts" in sentence
-    assert sentence.endswith("after the tokenizer 0.91; higher is better.")
-    (sentence,) = told(fd_micro=9.1, fd_micro_val=0.2, fd_micro_shuffled=11.4)
-    assert sentence.endswith("real pictures of 'val' have 0.2 and their block-shuffled copies 11.4; lower is better.")
-    assert told(other=1.0, other_val=0.5, other_shuffled=2.0) == []
+def test_a_result_file_of_the_time_before_metrics_had_a_meaning_is_shown_as_details(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [old_entry("fid", 9.0, stderr=0.1), old_entry("fid_val", 2.0, note="scale: real pictures")]
+    write_eval(run, "ancient", rows, {"kind": "none"})
+    assert write_report(run).read_text().count("before metrics said what they mean") == 1
+    for file in (run / "eval").glob("fd-500*.json"):
+        result = json.loads(file.read_text())
+        result["results"] = [{name: row[name] for name in rows[0]} for row in result["results"]]
+        file.write_text(json.dumps(result))
+    page = write_report(run).read_text()
+    assert page.count("This file was written before metrics said what they mean, so its rows are shown as details") == 3
+    assert re.search(r'<tr class="detail"><td><code>fid_val</code></td><td class="num">2</td>', page)
+    assert "EP_" not in page and '<div class="tile"><code>fid</code>' not in page
+    assert "<h3>fd_micro</h3>" in page.split("<summary>Details over training</summary>")[1]

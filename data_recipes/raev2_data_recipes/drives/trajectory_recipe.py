@@ -69,7 +69,7 @@ class TrajectoryRecipe(DatasetRecipe):
         size = int(self.number(options, "size", 8, whole=True)) if options["size"] else None
         return Storage(
             size=None if size is None else (size, size),
-            fit=self.choice(options, "fit", FITS[:-1]),  # type: ignore[arg-type]
+            fit=self.choice(options, "fit", tuple(FITS)[:-1]),  # type: ignore[arg-type]
             suffix="." + self.choice(options, "format", ("jpg", "png")),
             split=self.choice(options, "split", RULES),  # type: ignore[arg-type]
             val_fraction=self.number(options, "val_fraction", 0, 0.5),

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raev2.batch import Cond, MetricResult
+from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
 from raev2.errors import DataError
 from raev2.eval.features import FeatureExtractor, build_extractor
 from raev2.eval.generate import collect, generated_images, local_chunks
-from raev2.eval.protocols import CHUNK_SIZE, GenerationEvaluator, ReconstructionEvaluator
+from raev2.eval.protocols import CHUNK_SIZE, GenerationEvaluator, ReconstructionEvaluator, mean_and_error
 from raev2.spec import RunSpec
 from raev2.task import EvalContext, Evaluator, Task
 from raev2.training import dist
@@ -40,6 +40,14 @@ WITH_COMPOSITIONS = ("g60", "s12")
 HELD, SEEN = "test_held", "test_seen"
 CLIP = "openai/clip-vit-large-patch14"
 CAPTIONS = "captions of the validation split in its order, repeated as needed"
+
+VALUES: dict[str, tuple[Better, str]] = {  # further numbers of the scorers
+    "components": ("lower", "Objects found in a picture, mean; prompts name one to four, more are clutter."),
+    "unknown": ("lower", "Objects of no known shape found in a picture, mean."),
+    "char_accuracy": ("higher", "1 - edit distance over length of the written word, at least 0, mean."),
+    "color": ("higher", "Share of pictures whose word has the right colour."),
+    "top5": ("higher", "Share of pictures with the emoji asked for among the five nearest."),
+}
 
 PromptCond = Callable[[Sequence[str]], Cond]
 
@@ -133,28 +141,30 @@ class BenchmarkEvaluator(Evaluator):
             return context.reconstruct(render(indices))
 
         own, other = self._scores(generate(held), held, [held[i] for i in order])
-        yield from self._results("", own, held, "prompts whose compositions training does not show")
-        (seen_scores,) = self._scores(generate(seen), seen)
-        yield self._headline("_seen", seen_scores, seen, "prompts whose compositions training shows")
-        yield self._headline("_shuffled", other, held, "scale: each picture judged by another prompt of its tag")
-        yield from self._tags("_shuffled", summarise(other, held, self.track), "scale: correct for another prompt")
+        yield from self._results(own, held)
+        (scores,) = self._scores(generate(seen), seen)
+        yield self._mean("seen", scores, seen, "The same for prompts whose compositions training shows.", "detail")
+        about = "Each picture judged by another prompt of its tag: right by chance."
+        yield self._mean("shuffled", other, held, about)
+        yield from self._tags(summarise(other, held, self.track), about, "shuffled")
         (scores,) = self._scores(reconstruct, held)
-        yield self._headline("_ceiling", scores, held, "scale: rendered pictures after the tokenizer")
+        about = "Rendered pictures after the tokenizer: a generator can hardly be better."
+        yield self._mean("ceiling", scores, held, about)
         (scores,) = self._scores(render, held)
-        yield self._headline("_oracle", scores, held, "scale: rendered pictures")
+        yield self._mean("oracle", scores, held, "Rendered pictures themselves: what the scorer gives right ones.")
         if self.track in WITH_COMPOSITIONS:
             guesses = torch.from_numpy(class_only_floor(self.track, held, context.spec.tokenizer.image_size[0]))
             (scores,) = self._scores(lambda indices: guesses[list(indices)], held)
-            yield self._headline("_class_only", scores, held, "scale: right classes, the rest at random")
+            about = "Rendered pictures with the right classes and the rest at random."
+            yield self._mean("class_only", scores, held, about)
         train = context.dataset("train")
         numbers = [i for i in range(len(train)) if train.source_name(i) == self.track]  # type: ignore[attr-defined]
         if numbers:
             captions = [train.caption(i) for i in numbers]  # type: ignore[attr-defined]
             nearest = [numbers[place] for place in retrieve(held, captions)]
             (scores,) = self._scores(lambda indices: torch.stack([train.image(nearest[i]) for i in indices]), held)
-            yield self._headline(
-                "_retrieval", scores, held, "scale: the training picture with the most similar caption"
-            )
+            about = "The training picture with the caption most like the prompt."
+            yield self._mean("retrieval", scores, held, about)
 
     def _picture(self, row: PromptRow, index: int, size: tuple[int, int]) -> Tensor:
         """The rendered scene of a row, another one for every index: uint8 (3, H_px, W_px)."""
@@ -175,34 +185,40 @@ class BenchmarkEvaluator(Evaluator):
         chunks.sort(key=lambda chunk: chunk[0][0])
         return [[score for _, found in chunks for score in found[number]] for number in range(len(rows))]
 
-    def _headline(
-        self, suffix: str, scores: Sequence[ImageScore], rows: Sequence[PromptRow], note: str
+    def _mean(
+        self, suffix: str, scores: Sequence[ImageScore], rows: Sequence[PromptRow], about: str, role: Role = "scale"
     ) -> MetricResult:
+        """The mean over tags, under the name of the track and a suffix."""
         summary = summarise(scores, rows, self.track)
         low, high = summary.interval
         return MetricResult(
-            f"{self.track}{suffix}", summary.macro, summary.num_images, stderr=(high - low) / (2 * 1.96),
-            note=f"{note}; 95 % interval {low:.3f} to {high:.3f}",
+            f"{self.track}_{suffix}" if suffix else self.track, summary.macro, summary.num_images,
+            (high - low) / (2 * 1.96), f"95 % interval {low:.3f} to {high:.3f}",
+            better="higher", role=role, about=about, of=self.track if role == "scale" else None,
         )  # fmt: skip
 
-    def _results(
-        self, suffix: str, scores: Sequence[ImageScore], rows: Sequence[PromptRow], note: str
-    ) -> Iterator[MetricResult]:
-        summary = summarise(scores, rows, self.track)
-        yield self._headline(suffix, scores, rows, f"mean over tags, {note}")
-        yield from self._tags(suffix, summary, "correct pictures")
+    def _results(self, scores: Sequence[ImageScore], rows: Sequence[PromptRow]) -> Iterator[MetricResult]:
+        """The headline and its parts."""
+        summary, num, name = summarise(scores, rows, self.track), len(scores), self.track
+        about = "Share of pictures that show what their prompt asks for, mean over tags, compositions new to the model."
+        yield self._mean("", scores, rows, about, "headline")
+        yield from self._tags(summary, "Share of correct pictures for prompts of this tag.")
         for tier, share in summary.per_tier.items():
-            yield _share(f"{self.track}_{tier}", share, sum(row.tier == tier for row in rows), "correct pictures")
-        num = summary.num_images
-        yield MetricResult(f"{self.track}_strict", summary.strict, num, note="correct, and nothing else in the picture")
-        yield _share(f"{self.track}_micro", summary.micro, num, "correct pictures, whatever the tag")
-        yield _share(f"{self.track}_any", summary.any, summary.num_prompts, "prompts with at least one correct picture")
-        for name, value in summary.values.items():
-            yield MetricResult(f"{self.track}_{name}", value, num, note="mean over pictures")
+            count = sum(row.tier == tier for row in rows)
+            yield _share(f"{name}_{tier}", share, count, "Share of correct pictures for prompts of this tier.")
+        about = "Share of pictures that are correct and show nothing else, mean over tags."
+        yield MetricResult(f"{name}_strict", summary.strict, num, better="higher", role="detail", about=about)
+        yield _share(f"{name}_micro", summary.micro, num, "Share of correct pictures, whatever the tag.")
+        about = "Share of prompts with at least one correct picture."
+        yield _share(f"{name}_any", summary.any, summary.num_prompts, about)
+        for value, mean in summary.values.items():
+            better, about = VALUES[value]
+            yield MetricResult(f"{name}_{value}", mean, num, better=better, role="detail", about=about)
 
-    def _tags(self, suffix: str, summary: TrackSummary, note: str) -> Iterator[MetricResult]:
+    def _tags(self, summary: TrackSummary, about: str, scale: str = "") -> Iterator[MetricResult]:
         for tag, share in summary.per_tag.items():
-            yield _share(f"{self.track}{suffix}_{tag}", share, summary.images_per_tag[tag], note)
+            of, num = f"{self.track}_{tag}", summary.images_per_tag[tag]
+            yield _share(f"{self.track}_{scale}_{tag}" if scale else of, share, num, about, of if scale else None)
 
 
 def rotation(rows: Sequence[PromptRow]) -> list[int]:
@@ -266,12 +282,14 @@ class RetrievalEvaluator(Evaluator):
         captions = [dataset.caption(index) for index in range(num)]  # type: ignore[attr-defined]
         name = f"retrieval_{self.extractor}"
         ranks = retrieval_ranks(found["image"], found["real"], captions)
-        note = f"the picture of the caption is nearest, among {num}; by chance {1 / num:.3f}"
-        yield _share(f"{name}@1", _share_below(ranks, 1), num, note)
-        yield _share(f"{name}@5", _share_below(ranks, 5), num, f"it is among the 5 nearest of {num}")
+        first, chance = f"{name}@1", f"by chance {1 / num:.3f}"
+        about = f"Share of captions whose own picture is the nearest to the generated one, among {num}; {chance}."
+        yield _share(first, _share_below(ranks, 1), num, about, role="headline", point="1")
+        about = f"Share of captions whose own picture is among the 5 nearest of {num}."
+        yield _share(f"{name}@5", _share_below(ranks, 5), num, about, point="5")
         ranks = retrieval_ranks(found["decoded"], found["real"], captions)
-        note = "scale: the pictures themselves after the tokenizer"
-        yield _share(f"{name}@1_ceiling", _share_below(ranks, 1), num, note)
+        about = "The pictures themselves after the tokenizer, in place of generated ones."
+        yield _share(f"{first}_ceiling", _share_below(ranks, 1), num, about, first, point="1")
 
 
 def _share_below(ranks: Tensor, limit: int) -> float:
@@ -327,12 +345,12 @@ class ClipScoreEvaluator(Evaluator):
             return {"score": torch.tensor(scores), "long": torch.tensor(long)}
 
         found = collect(self.num_samples, CHUNK_SIZE, rows, "pictures")
-        values, num = found["score"].double(), self.num_samples
-        stderr = float(values.std() / num**0.5) if num > 1 else None
-        yield MetricResult("clipscore", float(values.mean()), num, stderr, f"100 cos, {self.model}")
+        about = f"100 * max(cosine, 0) of picture and caption in {self.model}, mean over pictures."
+        yield MetricResult("clipscore", *mean_and_error(found["score"]), better="higher", role="headline", about=about)
         share = float(found["long"].double().mean())
+        about = f"Share of captions longer than {limit} tokens, of which CLIP does not see the end."
         yield MetricResult(
-            "clipscore_cut_captions", share, num, note=f"captions longer than {limit} tokens, cut by CLIP"
+            "clipscore_cut_captions", share, self.num_samples, better="lower", role="detail", about=about
         )
 
 
@@ -378,11 +396,22 @@ def _clip_score(metric: Any, image: Tensor, caption: str) -> Tensor:
     return metric.compute()
 
 
-def _share(name: str, share: float, num: int, note: str) -> MetricResult:
+def _share(
+    name: str,
+    share: float,
+    num: int,
+    about: str,
+    of: str | None = None,
+    role: Role = "detail",
+    point: str | None = None,
+) -> MetricResult:
+    """A share of independent trials with its interval; a scale row where `of` is given."""
     low, high = wilson_interval(share, num)
+    note = f"95 % interval {low:.3f} to {high:.3f}"
     return MetricResult(
-        name, share, num, (share * (1 - share) / num) ** 0.5, f"{note}; 95 % interval {low:.3f} to {high:.3f}"
-    )
+        name, share, num, (share * (1 - share) / num) ** 0.5, note,
+        better="higher", role="scale" if of else role, about=about, of=of, point=point,
+    )  # fmt: skip
 
 
 def wilson_interval(share: float, num: int, z: float = 1.96) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError, SpecError
 from raev2.files.images import opened_image
 from raev2.files.manifest import read_manifest
-from raev2_tasks.nwm.data.frames import Fit, fit_image
+from raev2_tasks.nwm.data.frames import FITS, Fit, fit_image
 from raev2_tasks.nwm.data.trajectories import StoredTrajectory, read_trajectories
 from raev2_tasks.nwm.pose import Array, relative, steps
 
@@ -93,6 +93,12 @@ class TrajectoryDataset(ImageDataset):
     def spacing_m(self) -> float:
         """Mean distance between consecutive training frames."""
         return self.manifest["spacing_m"]
+
+    @property
+    def preparation(self) -> str:
+        """The fit, and whether it was done when the frames were stored."""
+        stored = self.manifest["stored_fit"]
+        return f"fit {self.fit}: {FITS[self.fit]}" + (f"; then {FITS['none']} from the stored size" if stored else "")
 
     def image(self, index: int) -> Tensor:
         """Frame `index` as uint8 (3, H_px, W_px)."""

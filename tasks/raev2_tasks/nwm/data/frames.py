@@ -10,10 +10,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raev2.errors import DataError
-from raev2.files.images import centre_crop
+from raev2.files.images import CENTRE_CROP, centre_crop
 
 Fit = Literal["squeeze", "crop", "letterbox", "none"]
-FITS: tuple[Fit, ...] = ("squeeze", "crop", "letterbox", "none")
+FITS: dict[Fit, str] = {
+    "squeeze": "largest centred 4:3 part, resized without keeping its aspect (bicubic, antialiased)",
+    "crop": CENTRE_CROP,
+    "letterbox": "resized to fit inside the size (bicubic, antialiased), black around",
+    "none": "resized (bicubic, antialiased)",
+}
 ASPECT = 4 / 3  # width / height of the part of a frame that `squeeze` keeps
 
 

@@ -28,7 +28,7 @@ from raev2.training import dist
 from raev2_tasks.nwm.data.dataset import as_trajectories
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.eval.inverse_dynamics import InverseDynamics, fit, pair_inputs
-from raev2_tasks.nwm.eval.metrics import correlation_result, mean_result
+from raev2_tasks.nwm.eval.metrics import correlation, mean
 from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.rollout import RolloutSession
 from raev2_tasks.nwm.spec import NavigationSpec, task_spec
@@ -43,7 +43,7 @@ KINDS = {
     "": "true commands",
     "swapped": "commands of another place",
     "no_action": "without the command",  # the same model: what past and time alone tell
-    "real": "true frames: how well motion can be read",
+    "real": "true frames, how well motion can be read",
 }
 
 
@@ -106,6 +106,7 @@ class ActionFollowing(Evaluator):
 
     def _results(self, found: Mapping[str, Tensor], time: str) -> Iterator[MetricResult]:
         for part, unit, factor in (("turn", "deg", 180 / math.pi), ("forward", "m", 1.0)):
+            names = f"{part}_corr@{time}s", f"{part}_error_{unit}@{time}s"
             column = PARTS.index(part)
             for kind in self.kinds:
                 command, shown = (found[f"{name}/{kind}/{time}"][:, column].double() for name in ("command", "shown"))
@@ -113,9 +114,17 @@ class ActionFollowing(Evaluator):
                 if part == "turn":
                     difference = (difference + math.pi) % (2 * math.pi) - math.pi
                 suffix, scale = f"_{kind}" if kind else "", kind in ("no_action", "real")
-                note = KINDS[kind]
-                yield correlation_result(f"{part}_corr@{time}s{suffix}", command, shown, note, scale)
-                yield mean_result(f"{part}_error_{unit}@{time}s{suffix}", difference.abs() * factor, note, scale)
+                what = f"of the commanded motion ({part}) and the one read from the frame: {KINDS[kind]}."
+                yield MetricResult(
+                    *correlation(names[0] + suffix, command, shown), better="higher", about=f"Correlation {what}",
+                    role="scale" if scale else "detail" if kind else "headline", of=names[0] if scale else None,
+                    point=f"{time}s",
+                )  # fmt: skip
+                yield MetricResult(
+                    *mean(names[1] + suffix, difference.abs() * factor), better="lower",
+                    about=f"Mean absolute difference ({unit}) {what}", role="scale" if scale else "detail",
+                    of=names[1] if scale else None, point=f"{time}s",
+                )  # fmt: skip
 
     def _places(self, context: EvalContext) -> Places:
         val, index = as_trajectories(context.dataset("val")), task_spec(context.spec).index
@@ -124,7 +133,7 @@ class ActionFollowing(Evaluator):
     def _judge_identity(self, train: ImageDataset) -> dict[str, Any]:
         return {
             "encoder": JUDGE, "trained_on": train.fingerprint, "pairs": NUM_PAIRS, "offsets_s": list(self.offsets_s),
-            "image_size": list(train.image_size),
+            "image_size": list(train.image_size), "preparation": train.preparation,
         }  # fmt: skip
 
     def _judge(self, context: EvalContext) -> InverseDynamics:

@@ -1,4 +1,4 @@
-"""Numbers of this task from per-sample values. Pure functions; read `mean_result` first.
+"""Numbers of this task from per-sample values. Pure functions; read `mean` first.
 
 Every number carries a 95 % interval from a bootstrap over samples with a fixed seed, so it is the same every time.
 """
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from raev2.batch import MetricResult
 from raev2.errors import DataError
 from raev2.eval.distances import Moments, frechet_stderr, moments_distance
 
 BOOTSTRAP_DRAWS = 1000
-SCALE = "scale: "  # a note that begins so marks a baseline, and the report draws it as one
+Numbers = tuple[str, float, int, float | None, str]  # what a `MetricResult` begins with; what it means is added
 
 
 def bootstrap(values: Tensor, statistic: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
@@ -32,37 +31,30 @@ def bootstrap(values: Tensor, statistic: Callable[[Tensor], Tensor]) -> tuple[fl
     return low, high, float(drawn.std())
 
 
-def bootstrap_result(
-    name: str, values: Tensor, statistic: Callable[[Tensor], Tensor], note: str = "", scale: bool = False
-) -> MetricResult:
-    """A statistic of samples with its interval in the note; `statistic` as in `bootstrap`.
-
-    scale   mark the number as a baseline
-    """
+def bootstrapped(name: str, values: Tensor, statistic: Callable[[Tensor], Tensor]) -> Numbers:
+    """A statistic of samples with its interval in the note; `statistic` as in `bootstrap`."""
     if not torch.isfinite(values).all():
         raise DataError(name, "not finite", hint="The images or the network are broken.")
     low, high, stderr = bootstrap(values, statistic)
     value = float(statistic(values.double()[None])[0])
-    interval = f"95 % interval {low:.4g} to {high:.4g}"
-    text = f"{SCALE if scale else ''}{note}{'; ' if note else ''}{interval}"
-    return MetricResult(name, value, len(values), stderr, text)
+    return name, value, len(values), stderr, f"95 % interval {low:.4g} to {high:.4g}"
 
 
-def mean_result(name: str, values: Tensor, note: str = "", scale: bool = False) -> MetricResult:
+def mean(name: str, values: Tensor) -> Numbers:
     """Mean over samples (S,)."""
-    return bootstrap_result(name, values, lambda drawn: drawn.mean(1), note, scale)
+    return bootstrapped(name, values, lambda drawn: drawn.mean(1))
 
 
-def correlation_result(name: str, first: Tensor, second: Tensor, note: str = "", scale: bool = False) -> MetricResult:
+def correlation(name: str, first: Tensor, second: Tensor) -> Numbers:
     """Pearson correlation of two numbers a sample (S,); 0 where one of them does not vary."""
-    return bootstrap_result(name, torch.stack([first, second], 1), _correlation, note, scale)
+    return bootstrapped(name, torch.stack([first, second], 1), _correlation)
 
 
-def frechet_result(name: str, features: Tensor, reference: Tensor, note: str = "", scale: bool = False) -> MetricResult:
+def frechet(name: str, features: Tensor, reference: Tensor) -> Numbers:
     """Fréchet distance of two sets of feature vectors (S, D) and (R, D); paired by row where S equals R."""
     value = moments_distance(Moments.of(features), Moments.of(reference))
     stderr = frechet_stderr(features, reference if len(reference) == len(features) else Moments.of(reference))
-    return MetricResult(name, value, len(features), stderr, (SCALE if scale else "") + note)
+    return name, value, len(features), stderr, "compare at equal n only"
 
 
 def latent_distance(latents: Tensor, reference: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A protocol predicts the frames seen from a fixed list of places of the validation split, whose hash stands in its
 result file, and compares them with the true frames: at each horizon a distance in encoder features or LPIPS, PSNR, a
 distance of latents and a Fréchet distance. Names are `metric@horizon`, and `metric@horizon_baseline` for the baselines
-of `NOTES`.
+of `BASELINES`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raev2.batch import MetricResult
-from raev2.eval.features import FeatureExtractor, build_extractor, frechet_name
+from raev2.batch import Better, MetricResult
+from raev2.eval.features import FeatureExtractor, build_extractor, frechet_about, frechet_name
 from raev2.eval.generate import collect
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr
 from raev2.eval.protocols import ReconstructionEvaluator, split_features
@@ -26,18 +26,22 @@ from raev2_tasks.nwm.data.dataset import as_trajectories
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.data.video import contact_sheet
 from raev2_tasks.nwm.eval.action_following import ActionFollowing
-from raev2_tasks.nwm.eval.metrics import clip_features, frechet_result, kernel_distance, latent_distance, mean_result
+from raev2_tasks.nwm.eval.metrics import clip_features, frechet, kernel_distance, latent_distance, mean
 from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.spec import task_spec
 
 CHUNK_SIZE = 16  # places a chunk; fixed, so that no result depends on a batch size
 NUM_PICTURED = 4  # places in the picture of a protocol
 QUICK_PLACES = 32
-NOTES = {
-    "copy": "the last context frame",  # as if nothing moved
-    "nearest": "training frame nearest to the true one",  # in features: the best that copying can do
-    "no_action": "without the command",  # the same model: what past and time alone tell
-    "reconstruction": "true frame, decoded",  # no prediction can be expected to be better
+BASELINES = {
+    "copy": "The last context frame in place of the predicted one: as if nothing moved.",
+    "nearest": "The training frame nearest to the true one in features: the best that copying can do.",
+    "no_action": "The same model without the command: what past and time alone tell.",
+    "reconstruction": "The true frame after the tokenizer: no prediction can be expected to be better.",
+}
+ABOUT: dict[str, tuple[Better, str]] = {
+    "psnr": ("higher", "Peak signal-to-noise ratio of predicted and true frames in dB, mean over places."),
+    "latent_distance": ("lower", "1 - cosine of predicted and true latents, mean over positions; 0 is equal."),
 }
 PREDICTED = ""  # name of the model's own rows
 
@@ -98,7 +102,7 @@ class PredictionEvaluator(Evaluator):
 
         features    feature network of the Fréchet distances
         step_s      None: one jump to each horizon. Else rollouts whose frames are so many seconds apart
-        baselines   names of `NOTES`
+        baselines   names of `BASELINES`
         """
         self.protocol, self.features, self.step_s, self.build = protocol, features, step_s, build
         self.horizons_s, self.num_places, self.baselines = tuple(horizons_s), num_places, tuple(baselines)
@@ -167,25 +171,29 @@ class PredictionEvaluator(Evaluator):
 
         found = collect(len(places), CHUNK_SIZE, rows, "places")
         for time in self.horizons_s:
-            yield from self._horizon(found, f"{time:g}", (distance.name, "psnr", "latent_distance"), extractor.name)
+            yield from self._horizon(
+                found, f"{time:g}", extractor.name, {distance.name: ("lower", distance.about), **ABOUT}
+            )
         if self.step_s is not None:
             yield from self._clips(found, extractor.name)
         self._picture(context, predictor, places)
 
     def _horizon(
-        self, found: Mapping[str, Tensor], time: str, metrics: Sequence[str], net: str
+        self, found: Mapping[str, Tensor], time: str, net: str, abouts: Mapping[str, tuple[Better, str]]
     ) -> Iterator[MetricResult]:
         names = (PREDICTED, *self.baselines)
-        for metric in metrics:
+        for metric, (better, about) in abouts.items():
+            of = f"{metric}@{time}s"
             for name in names:
                 if f"{metric}/{name}/{time}" in found:
-                    yield mean_result(_name(metric, time, name), found[f"{metric}/{name}/{time}"], *_note(name))
+                    numbers = mean(_name(of, name), found[f"{metric}/{name}/{time}"])
+                    yield MetricResult(*numbers, **_meaning(of, name, better, about, f"{time}s"))
+        of, about = f"{frechet_name(net)}@{time}s", frechet_about(net, "predicted and true frames")
         for name in names:
             if f"features/{name}/{time}" in found:
                 features, true = found[f"features/{name}/{time}"], found[f"features/true/{time}"]
-                note, scale = _note(name)
-                note = note or "to the true frames; compare at equal n only"
-                yield frechet_result(_name(frechet_name(net), time, name), features, true, note, scale)
+                numbers = frechet(_name(of, name), features, true)
+                yield MetricResult(*numbers, **_meaning(of, name, "lower", about, f"{time}s"))
 
     def _clips(self, found: Mapping[str, Tensor], net: str) -> Iterator[MetricResult]:
         if len(self.times_s) < 3:
@@ -196,12 +204,15 @@ class PredictionEvaluator(Evaluator):
             if f"features/{name}/{self.times_s[0]:g}" in found
         }
         true = clips.pop("true")
+        about = f"distance of predicted and true clips, by features of '{net}' and how they change; it is not FVD."
         for name, features in clips.items():
-            suffix, (note, scale) = f"_{name}" if name else "", _note(name)
-            note = note or f"clips of {len(self.times_s)} frames to the true ones; compare at equal n only"
-            yield frechet_result(f"fvd_enc_{net}{suffix}", features, true, note, scale)
-            start = "scale: " if scale else ""
-            yield MetricResult(f"kvd_enc_{net}{suffix}", kernel_distance(features, true), len(true), None, start + note)
+            of = f"fvd_enc_{net}"
+            yield MetricResult(
+                *frechet(_name(of, name), features, true), **_meaning(of, name, "lower", f"Fréchet {about}")
+            )
+            of, value = f"kvd_enc_{net}", kernel_distance(features, true)
+            meaning = _meaning(of, name, "lower", f"Unbiased kernel {about}")
+            yield MetricResult(_name(of, name), value, len(true), note="compare at equal n only", **meaning)
 
     def _predict(self, predictor: Predictor, indices: Sequence[int], use_action: bool = True) -> dict[float, Tensor]:
         """Latents (B, C, H, W) by time."""
@@ -242,10 +253,11 @@ class _NearestFrame:
         return torch.stack([self.train.image(int(index)) for index in found])
 
 
-def _name(metric: str, time: str, baseline: str) -> str:
-    return f"{metric}@{time}s" + (f"_{baseline}" if baseline else "")
+def _name(metric: str, baseline: str) -> str:
+    return f"{metric}_{baseline}" if baseline else metric
 
 
-def _note(baseline: str) -> tuple[str, bool]:
-    """Note of a row, and whether it is part of the scale."""
-    return (NOTES[baseline], True) if baseline else ("", False)
+def _meaning(metric: str, baseline: str, better: Better, about: str, point: str | None = None) -> dict[str, Any]:
+    """What a row of a metric means, or the row of a baseline of it."""
+    found: dict[str, Any] = {"better": better, "point": point, "role": "headline", "about": about}
+    return found | {"role": "scale", "of": metric, "about": BASELINES[baseline]} if baseline else found

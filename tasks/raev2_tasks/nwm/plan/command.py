@@ -219,7 +219,7 @@ def _print(results: dict[str, list[MetricResult]], seconds: float, num: int) -> 
         cells = (
             f"{result.value:.3f}" + (f" ± {result.stderr:.3f}" if result.stderr is not None else "") for result in row
         )
-        print(f"{row[0].name:18}" + "".join(f"{cell:>18}" for cell in cells))
+        print(f"{row[0].name:18}" + "".join(f"{cell:>18}" for cell in cells) + f"  {row[0].better} is better")
     print("± is one standard error over goals")
 
 

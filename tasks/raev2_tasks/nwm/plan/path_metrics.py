@@ -17,6 +17,13 @@ from raev2.errors import DataError
 from raev2_tasks.nwm.pose import relative, wrap
 
 Array = NDArray[np.float64]
+ABOUT = {
+    "ate": "Absolute trajectory error, the root mean square distance of planned and driven positions",
+    "rpe": "Relative pose error, the root mean square difference of planned and driven steps",
+    "final_position": "Distance of the last planned and the last driven position",
+    "final_yaw": "Angle between the last planned and the last driven heading",
+}
+UNITS = {"m": "metres", "wp": "waypoint units", "deg": "degrees"}
 
 
 def ate(path: ArrayLike, true: ArrayLike) -> Array:
@@ -76,14 +83,17 @@ def summarise(errors: Sequence[Mapping[str, float]], success_m: float) -> list[M
         values = np.array([error[name] for error in errors])
         values = values[np.isfinite(values)]
         if len(values):
-            results.append(_mean(name, values))
+            quantity, unit = name.rsplit("_", 1)
+            about = f"{ABOUT[quantity]}, in {UNITS[unit]}; mean over goals."
+            results.append(MetricResult(name, *_mean(values), better="lower", role="detail", about=about))
     reached = np.array([error["final_position_m"] <= success_m for error in errors], dtype=np.float64)
-    return [*results, _mean("success", reached, note=f"final position within {success_m:g} m")]
+    about = f"Share of goals that the plan ends within {success_m:g} m of."
+    return [*results, MetricResult("success", *_mean(reached), better="higher", role="headline", about=about)]
 
 
-def _mean(name: str, values: Array, note: str = "") -> MetricResult:
+def _mean(values: Array) -> tuple[float, int, float | None]:
     stderr = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-    return MetricResult(name, float(values.mean()), len(values), stderr, note)
+    return float(values.mean()), len(values), stderr
 
 
 def _pair(path: ArrayLike, true: ArrayLike) -> tuple[Array, Array]:

@@ -125,13 +125,22 @@ def geneval_results(file: Path, about: Mapping[str, Any]) -> list[MetricResult]:
     low, high = summary.interval
     whole = {(row.tag, row.prompt) for row in rows} == {(row.tag, row.prompt) for row in geneval_rows()}
     name = "geneval" if whole else "geneval_subset"
-    num, note = summary.num_images, f"mean over tags, 95 % interval {low:.3f} to {high:.3f}, prompts drawn again"
+    note = f"95 % interval {low:.3f} to {high:.3f}, prompts drawn again"
+    meaning = "Share of pictures that show what their prompt asks for by GenEval's own scorer, mean over its six tags."
+    details = [
+        *((tag, share, summary.images_per_tag[tag], "Share of correct pictures for prompts of this tag.")
+          for tag, share in summary.per_tag.items()),
+        ("micro", summary.micro, summary.num_images, "Share of correct pictures, whatever the tag."),
+        ("any", summary.any, summary.num_prompts, "Share of prompts with at least one correct picture."),
+    ]  # fmt: skip
     return [
-        MetricResult(name, summary.macro, num, (high - low) / (2 * 1.96), note),
-        *(MetricResult(f"{name}_{tag}", share, summary.images_per_tag[tag]) for tag, share in summary.per_tag.items()),
-        MetricResult(f"{name}_micro", summary.micro, num, note="correct pictures, whatever the tag"),
-        MetricResult(f"{name}_any", summary.any, summary.num_prompts, note="prompts with at least one correct picture"),
-    ]
+        MetricResult(
+            name, summary.macro, summary.num_images, (high - low) / (2 * 1.96), note,
+            better="higher", role="headline", about=meaning,
+        ),
+        *(MetricResult(f"{name}_{part}", value, num, better="higher", role="detail", about=text)
+          for part, value, num, text in details),
+    ]  # fmt: skip
 
 
 def dpg_results(file: Path, about: Mapping[str, Any]) -> list[MetricResult]:
@@ -150,10 +159,14 @@ def dpg_results(file: Path, about: Mapping[str, Any]) -> list[MetricResult]:
         raise _not_results(file, "the results file of DPG-Bench", None)
     _check_count(file, len(rows), about["num_prompts"], "The benchmark passes over pictures that fail; see its log.")
     values = list(rows.values())
-    note = "mean over prompts, a question counts only if those it depends on are right"
+    meaning = "100 x share of questions answered right by DPG-Bench's own scorer, each only if those it depends on are."
+    part = "Questions of this category by themselves, last tile of each prompt."
     return [
-        MetricResult("dpg", 100 * sum(values) / len(values), len(values), _stderr([100 * v for v in values]), note),
-        *(MetricResult(f"dpg_{name}", value, len(values), note="questions by themselves, last tile of each prompt")
+        MetricResult(
+            "dpg", 100 * sum(values) / len(values), len(values), _stderr([100 * v for v in values]),
+            better="higher", role="headline", about=meaning,
+        ),
+        *(MetricResult(f"dpg_{name}", value, len(values), better="higher", role="detail", about=part)
           for name, value in categories.items()),
     ]  # fmt: skip
 
@@ -167,7 +180,9 @@ def vqascore_results(file: Path, about: Mapping[str, Any]) -> list[MetricResult]
     except (ValueError, TypeError) as error:
         raise _not_results(file, "a JSON list of scores", error) from error
     _check_count(file, len(values), about["num_images"])
-    return [MetricResult("vqascore", sum(values) / len(values), len(values), _stderr(values), "mean P(yes)")]
+    numbers = sum(values) / len(values), len(values), _stderr(values)
+    meaning = "Probability that a model says yes when asked whether the picture shows its prompt."
+    return [MetricResult("vqascore", *numbers, better="higher", role="headline", about=meaning)]
 
 
 @dataclass(frozen=True)
@@ -251,7 +266,7 @@ def import_eval(argv: Sequence[str]) -> None:
     """Read the results that a benchmark's program wrote for an export, into RUN/eval/BENCHMARK.json."""
     import torch
 
-    from raev2.eval.protocols import write_result
+    from raev2.eval.protocols import check_results, write_result
     from raev2.spec import SamplingSpec
     from raev2.spec_io import load_spec
     from raev2.task import EvalContext
@@ -276,6 +291,7 @@ def import_eval(argv: Sequence[str]) -> None:
             hint="Scores of different models do not compare.",
         )  # fmt: skip
     results = benchmark.results(options.results, about)
+    check_results(f"benchmark {about['benchmark']}", results)
     spec = load_spec(options.run / "spec.yaml")
     spec = spec.replace(sampling=SamplingSpec.model_validate(about["sampling"]))
     context = EvalContext(

@@ -29,7 +29,7 @@ from torch.utils.data import get_worker_info
 from raev2.batch import Cond
 from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError, SpecError
-from raev2.files.images import IMAGE_ERRORS, centre_crop
+from raev2.files.images import CENTRE_CROP, IMAGE_ERRORS, centre_crop
 from raev2.files.manifest import read_manifest
 from raev2_tasks.t2i.shards.check import MAX_ASPECT
 from raev2_tasks.t2i.shards.files import collection_fingerprint, read_index, source_folders, source_manifest
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 SHARDS_PER_GROUP = 16  # what is permuted together
+PREPARATION = f"upright RGB, transparency on white; {CENTRE_CROP}"  # by `decode_image`
 MIN_SIDE = 0.9  # an image whose short side is less than this share of the wanted size is not enlarged but skipped
 RETRY_AFTER_S = (0.5, 2.0, 8.0)
 MAX_OPEN_SHARDS = 64  # of a source: open tars, and indices in memory
@@ -104,8 +105,13 @@ class TextImageDataset(ImageDataset):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def preparation(self) -> str:
+        """That of `decode_image`."""
+        return PREPARATION
+
     def image(self, index: int) -> Tensor:
-        """Image `index` as uint8 (3, H_px, W_px): short side resized (bicubic, antialiased), centre crop."""
+        """Image `index` as uint8 (3, H_px, W_px), prepared as `preparation` says."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         source, position = self._locate(index)

@@ -23,7 +23,7 @@ from raev2.batch import Cond
 from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError
 from raev2.training import dist
-from raev2_tasks.t2i.shards.reader import BadSamples, Tokenize, decode_image, permutation, uniforms
+from raev2_tasks.t2i.shards.reader import PREPARATION, BadSamples, Tokenize, decode_image, permutation, uniforms
 from raev2_tasks.t2i.shards.tar_scan import image_suffix
 from raev2_tasks.t2i.text.captions import UNLABELLED_KIND, BadSample, CaptionRule, parse_captions
 
@@ -82,6 +82,11 @@ class StreamedDataset(ImageDataset):
 
     def __len__(self) -> int:
         return self.num_samples
+
+    @property
+    def preparation(self) -> str:
+        """That of `decode_image`."""
+        return PREPARATION
 
     def image(self, index: int) -> Tensor:
         """Not possible: DataError."""
