@@ -233,16 +233,19 @@ def _print_results(run_dir: Path) -> None:
 
 
 def _print_metrics(protocol: str, results: Iterable[Mapping[str, Any]]) -> None:
-    from raev2.report.page import direction
+    from raev2.report.page import direction, glossary
 
+    results = list(results)
     print(f"\n{protocol}")
     rows = [
         (
             r["name"], f"{r['value']:.6g}", "" if r["stderr"] is None else f"{r['stderr']:.2g}", r["num_samples"],
-            direction(r), f"{r.get('about', '')} {r['note']}".strip(),
+            direction(r), r["note"],
         ) for r in results
     ]  # fmt: skip
-    _print_table(("metric", "value", "stderr", "n", "better", "meaning"), rows)
+    _print_table(("metric", "value", "stderr", "n", "better", "note"), rows)
+    for names, text in glossary(results):
+        print(f"  {names}: {text}")
 
 
 def _print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:

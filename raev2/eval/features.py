@@ -112,7 +112,9 @@ def frechet_about(extractor_name: str, sets: str) -> str:
     """What the Fréchet distance between two sets means, for a report."""
     if extractor_name == INCEPTION:
         return f"Fréchet Inception Distance between {sets}; only for the same reference, number and preparation."
-    return f"Fréchet distance between {sets} in the space of '{extractor_name}'. It is not FID, which uses Inception."
+    return (
+        f"Fréchet distance between {sets} in the features of '{extractor_name}'; it is not FID, which is of Inception."
+    )
 
 
 def load_encoder(name: str, device: torch.device) -> FrozenEncoder:

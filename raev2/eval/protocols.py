@@ -236,7 +236,7 @@ class GenerationEvaluator(Evaluator):
         near = f"in the space of '{net}' (manifolds of 3 nearest neighbours)"
         abouts = {
             "precision": f"Share of {what} near a reference picture {near}: do they look right?",
-            "recall": f"Share of reference pictures near one of {what} {near}: is the variety covered? Grows with n.",
+            "recall": f"Share of reference pictures near {what} {near}: is the variety covered? Grows with n.",
         }
         role: Role = "scale" if split else "headline"
         shares = precision_recall(reference, rows)

@@ -78,7 +78,7 @@ def write_report(run_dir: str | Path) -> Path:
         "history_charts": _history_charts(history, meanings), "ep_rows": ep_rows,
         "published": _published(spec), "stages": _stages(lines), "data": _flat(data),
         "events": [line for line in lines if line.get("kind") == "event"], "provenance": _provenance(provenance),
-        "spec_text": spec_text, "glossary": _glossary(meanings.values()), "version": __version__, "date": date,
+        "spec_text": spec_text, "glossary": glossary(meanings.values()), "version": __version__, "date": date,
     }  # fmt: skip
     template = (resources.files("raev2") / "assets" / "report.html.j2").read_text()
     html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(page)
@@ -395,12 +395,12 @@ def _sampler(sampling: Mapping) -> str:
     return f"{sampling.get('solver', '?')}, {sampling.get('steps', '?')} steps"
 
 
-def _glossary(entries: Iterable[Mapping]) -> list[tuple[str, str]]:
+def glossary(entries: Iterable[Mapping]) -> list[tuple[str, str]]:
     """(names, what they mean); names with one meaning together."""
     found: dict[str, dict[str, None]] = {}
     for entry in entries:
-        if entry["about"]:
-            better = "" if entry["of"] else f" {entry['better'].capitalize()} is better."
+        if entry.get("about"):
+            better = " A scale row." if entry["of"] else f" {entry['better'].capitalize()} is better."
             found.setdefault(entry["about"] + better, {})[entry["name"]] = None
     return [(", ".join(names), text) for text, names in found.items()]
 

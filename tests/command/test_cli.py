@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raev2 import __version__
+from raev2.batch import MetricResult
 from raev2.command import actions
 from raev2.command.cli import COMMANDS, RUN_COMMANDS, main, parser
 from raev2.errors import CheckpointError, DataError, RaeError, SpecError, TaskError
@@ -326,3 +327,15 @@ def test_no_error_class_is_without_a_message():
     error = SpecError("a.b", "wrong", got=3, expected="4", hint="Set\n 4.")
     assert str(error) == "a.b: wrong; got 3; expected 4. Set 4."
     assert str(RaeError("a", "b")) == "a: b"
+
+
+def test_results_are_printed_with_what_they_mean(capsys):
+    headline = MetricResult("woe", 3.5, 8, 0.25, "of 8", better="lower", role="headline", about="How sad.")
+    known = MetricResult("woe_real", 1.0, 8, better="lower", role="scale", of="woe", about="Real pictures.")
+    before = {"name": "fid", "value": 9.0, "num_samples": 8, "stderr": None, "note": "old"}
+    actions._print_metrics("moods", [vars(headline), vars(known), before])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["woe", "3.5", "0.25", "8", "lower", "of", "8"] in lines
+    assert ["woe_real", "1", "8", "scale", "of", "woe"] in lines and ["fid", "9", "8", "old"] in lines
+    assert ["woe:", "How", "sad.", "Lower", "is", "better."] in lines
+    assert ["woe_real:", "Real", "pictures.", "A", "scale", "row."] in lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -161,6 +162,10 @@ def install(project_file: Path) -> None:
     "page", [page for page in MANUAL if any(b.language == "python" for b in blocks(page))], ids=name
 )
 def test_python_blocks_run(page: Path, workplace: Path) -> None:
+    run_blocks(page, workplace)
+
+
+def run_blocks(page: Path, workplace: Path) -> None:
     namespace: dict[str, object] = {"__name__": "docs"}
     for block in blocks(page):
         files = [word.removeprefix("file=") for word in block.words if word.startswith("file=")]
@@ -172,6 +177,22 @@ def test_python_blocks_run(page: Path, workplace: Path) -> None:
             exec(compile("\n" * block.line + block.text, name(page), "exec"), namespace)
         elif block.language == "python":
             compile(block.text, name(page), "exec")
+
+
+def test_the_metric_of_the_how_to_page_is_in_the_report_with_its_sentence(workplace: Path) -> None:
+    run_blocks(ROOT / "docs" / "how_to" / "new_metric.md", workplace)
+    page = (workplace / "runs" / "imagenet" / "quickstart" / "report.html").read_text()
+    sentence = "How colourful generated pictures are: largest minus smallest channel, mean over pictures."
+    assert f"<dt>saturation</dt><dd>{sentence} Higher is better.</dd>" in page
+    assert '<div class="tile"><code>saturation</code>' in page
+    assert re.search(
+        r"Protocol saturation: saturation is [\d.]+, .* On the same scale: saturation_real [\d.]+ \(", page
+    )
+    report = [*(ROOT / "raev2" / "report").glob("*.py"), ROOT / "raev2" / "assets" / "report.html.j2"]
+    results = (workplace / "runs" / "imagenet" / "quickstart" / "eval").glob("*.json")
+    names = {row["name"] for file in results for row in json.loads(file.read_text())["results"]}
+    assert {"saturation", "psnr", "fd_micro", "fd_micro_shuffled"} <= names
+    assert not [metric for metric in names for file in report if metric in file.read_text()], "it knows no metric"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
