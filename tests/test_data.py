@@ -75,6 +75,7 @@ def test_samples_are_8_bit_rgb_with_their_label(dataset, folder):
     pixels = np.array(Image.open(folder / "train/000003.png"))
     assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), pixels)
     assert sample["cond"] == {"label": 3} and sample["key"] == 3
+    assert "bicubic" in dataset.preparation and "centre crop" in dataset.preparation
     assert len(dataset) == 10 and dataset.classes == ["cross", "disc", "ring", "square"]
 
 

@@ -111,10 +111,8 @@ def frechet_name(extractor_name: str) -> str:
 def frechet_about(extractor_name: str, sets: str) -> str:
     """What the Fréchet distance between two sets means, for a report."""
     if extractor_name == INCEPTION:
-        return f"Fréchet Inception Distance between {sets}; only for the same reference, number and preparation."
-    return (
-        f"Fréchet distance between {sets} in the features of '{extractor_name}'; it is not FID, which is of Inception."
-    )
+        return f"Fréchet Inception Distance of {sets}; compare at the same reference, number and preparation."
+    return f"Fréchet distance of {sets} in features of '{extractor_name}'; not FID, which uses Inception."
 
 
 def load_encoder(name: str, device: torch.device) -> FrozenEncoder:

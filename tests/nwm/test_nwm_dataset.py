@@ -172,7 +172,9 @@ def test_frames_keep_the_fit_they_were_stored_with(tmp_path):
     write(tmp_path / "data", walks, Storage(size=(32, 32), fit="crop", split="given"))
     with pytest.raises(DataError, match="stored with another fit; got crop; expected squeeze. Set task.fit=crop"):
         make(tmp_path / "data")
-    assert make(tmp_path / "data", fit="crop").image(0).shape == (3, 16, 16)
+    stored = make(tmp_path / "data", fit="crop")
+    assert stored.image(0).shape == (3, 16, 16)
+    assert stored.preparation.startswith("fit crop: ") and stored.preparation.endswith("from the stored size")
 
 
 def test_impossible_settings_are_refused(folder):
@@ -192,5 +194,8 @@ def test_frames_of_the_camera_are_fitted_when_read(tmp_path):
         for name, split in (("a-0", "train"), ("v-0", "val"))
     ]
     write(tmp_path / "data", walks, Storage(suffix=".png", split="given"))
-    assert make(tmp_path / "data", fit="squeeze").image(0).max() > 200
-    assert make(tmp_path / "data", fit="crop").image(0).max() < 30
+    found = {fit: make(tmp_path / "data", fit=fit) for fit in ("squeeze", "crop", "letterbox")}
+    assert found["squeeze"].image(0).max() > 200 and "4:3" in found["squeeze"].preparation
+    assert found["crop"].image(0).max() < 30 and "centre crop" in found["crop"].preparation
+    assert found["letterbox"].image(1)[:, 0].max() == 0 and "black around" in found["letterbox"].preparation
+    assert "crop" not in found["letterbox"].preparation, "a result file must not claim one"

@@ -75,6 +75,7 @@ def test_a_sample_is_its_picture_with_its_caption(both):
         assert np.array_equal(dataset.image(index).permute(1, 2, 0).numpy(), np.array(picture(number)))
         assert dataset.fields(index)["key"] == dataset.key_name(index)
     assert dataset.key_name(50) == "b_train_000000_00000"
+    assert "transparency on white" in dataset.preparation and "centre crop" in dataset.preparation
     assert dataset[3]["cond"] == {"caption": dataset.caption(3)} and dataset[3]["key"] == 3
     with pytest.raises(IndexError):
         dataset.image(73)
