@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 from raev2 import errors, spec
 from raev2.command import cli
+from raev2.files.plugins import GUIDANCE, PREDICTIONS, installed
 from raev2.report.published import published, published_encoders
 from raev2.spec_io import apply_overrides, load_spec
 from raev2.task import get_recipe, get_task, installed_tasks
@@ -117,7 +118,8 @@ def _usage(name: str, command: argparse.ArgumentParser) -> str:
 def _value(action: argparse.Action) -> str:
     if action.nargs == 0:
         return ""
-    one = "|".join(map(str, action.choices)) if action.choices else action.metavar or action.dest.upper()
+    choices = _shipped(GUIDANCE) if action.dest == "guidance" else action.choices
+    one = "|".join(map(str, choices)) if choices else action.metavar or action.dest.upper()
     if isinstance(one, tuple):
         return " ".join(one)
     return f"{one} [{one} ...]" if action.nargs == "+" else str(one)
@@ -167,6 +169,11 @@ def _parts() -> Iterator[type[BaseModel]]:
         yield from _with_parts(get_task(name).spec_type)
 
 
+def _shipped(group: str) -> list[str]:
+    """Names in an entry-point group that come with the package."""
+    return sorted(name for name, point in installed(group).items() if point.value.startswith("raev2."))
+
+
 def _with_parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     """A task's model, then the models of its fields."""
     yield model
@@ -177,7 +184,12 @@ def _with_parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 def _model_section(model: type[BaseModel]) -> str:
     base = next(
-        (b for b in model.__mro__[1:] if b not in (spec.Spec, spec.TaskSpec) and issubclass(b, spec.Spec)), None
+        (
+            b
+            for b in model.__mro__[1:]
+            if b not in (spec.Spec, spec.TaskSpec, spec.Guidance) and issubclass(b, spec.Spec)
+        ),
+        None,
     )
     text = f"\n## {model.__name__}\n\n{' '.join(inspect.cleandoc(model.__doc__ or '').split())}\n"
     if base:
@@ -189,6 +201,10 @@ def _model_section(model: type[BaseModel]) -> str:
 
 def _type(field: FieldInfo) -> str:
     """The type in words, links to sections, and the bounds."""
+    named = ((spec.Guidance, "kind", GUIDANCE), (spec.FlowSpec, "prediction", PREDICTIONS))
+    for owner, name, group in named:
+        if field is owner.model_fields[name]:
+            return f"{' or '.join(f'`{kind}`' for kind in _shipped(group))}, or one of a plugin"
     return ", ".join([_annotation(field.annotation), *_bounds(field.metadata)])
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from raev2.spec import FlowSpec
 
 Better = Literal["lower", "higher"]
 Role = Literal["headline", "scale", "detail"]
@@ -106,6 +108,62 @@ class ModelOutput:
     pred: Float[Tensor, "B C H W"]
     base_pred: Float[Tensor, "B C H W"] | None = None
     hidden: Float[Tensor, "B N D"] | None = None
+
+
+@runtime_checkable
+class CondRules(Protocol):
+    """What guidance asks of a condition module: part of `Conditioner`."""
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The tensors of the condition by name; none: unconditional."""
+
+    def check_parts(self, parts: Sequence[str]) -> None:
+        """Raise `SpecError` unless these are parts of the condition."""
+
+    def without(self, cond: Cond, parts: Sequence[str] = ()) -> Cond:
+        """The condition without these parts, by default without all."""
+
+    def is_prepared(self, cond: Cond) -> bool:
+        """Whether `cond` comes from `prepare_cond`."""
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """What can be sampled: a `Generator` or a double of it."""
+
+    @property
+    def conditioner(self) -> CondRules:
+        """The condition module."""
+
+    @property
+    def flow(self) -> FlowSpec:
+        """Kind of prediction, time shift and clamps."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, H, W."""
+
+    @property
+    def time_shift(self) -> float:
+        """s of t = s u / (1 + (s - 1) u)."""
+
+    @property
+    def has_base_head(self) -> bool:
+        """Whether outputs have `base_pred`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def __call__(self, z_t: Tensor, t: Tensor, cond: Cond) -> ModelOutput:
+        """Prediction at noisy latents, times (B,) and a raw or prepared condition."""
+
+    def prepare_cond(self, cond: Cond) -> Cond:
+        """The condition with everything computed that depends on it alone."""
+
+    def check_cond(self, cond: Cond) -> None:
+        """Raise `SpecError` unless the condition has the right names, shapes and values."""
 
 
 @dataclass(frozen=True)

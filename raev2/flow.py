@@ -8,7 +8,10 @@ sampler.py. Sources: RAE (arXiv 2510.11690), RAEv2 (arXiv 2605.18324); REPA (arX
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,8 +19,11 @@ from torch import Tensor
 
 from raev2.batch import ModelOutput, PathPoint
 from raev2.errors import SpecError
+from raev2.files.plugins import PREDICTIONS, load_kind
 from raev2.shapes import Latents, Times, Tokens
 from raev2.spec import FlowSpec
+
+Number = TypeVar("Number", Tensor, float)
 
 
 def interpolate(latents: Latents, noise: Latents, t: Times) -> PathPoint:
@@ -31,7 +37,7 @@ def interpolate(latents: Latents, noise: Latents, t: Times) -> PathPoint:
     return PathPoint((1 - t_map) * latents + t_map * noise, t, noise - latents)
 
 
-def shift_time(u: Tensor, time_shift: float) -> Tensor:
+def shift_time(u: Number, time_shift: float) -> Number:
     """t = s u / (1 + (s - 1) u), that is logit(t) = logit(u) + ln s. Keeps 0 and 1; s > 1 moves towards noise."""
     return time_shift * u / (1 + (time_shift - 1) * u)
 
@@ -44,22 +50,82 @@ def sample_t(
     return shift_time(torch.sigmoid(flow.time_mean + flow.time_std * normal), time_shift)
 
 
-def to_velocity(pred: Latents, z_t: Latents, t: Times | float, flow: FlowSpec) -> Latents:
-    """Velocity that a prediction means: (z_t - latents_pred) / t for x-prediction; t must be above 0.
+class Prediction(ABC):
+    """What a network predicts: a quantity from which, at a point z_t, velocity and clean latents follow.
 
-    `flow.reference_clamp` divides by max(t, min_t) instead.
+    A kind is a subclass, installed in the entry-point group `raev2.predictions`. Times come as (B, 1, 1, 1) or as one
+    number for all samples, and are above 0. How to write one: docs/how_to/new_prediction.md.
     """
-    if flow.prediction == "velocity":
+
+    @abstractmethod
+    def target(self, latents: Latents, noise: Latents, t: Tensor) -> Latents:
+        """The quantity: what a perfect network predicts."""
+
+    @abstractmethod
+    def velocity(self, pred: Latents, z_t: Latents, t: Tensor, flow: FlowSpec) -> Latents:
+        """The velocity that a prediction means."""
+
+    def latents(self, pred: Latents, z_t: Latents, t: Tensor, flow: FlowSpec) -> Latents:
+        """The clean latents that a prediction means."""
+        return z_t - t * self.velocity(pred, z_t, t, flow)
+
+    def error(self, pred: Latents, point: PathPoint, latents: Latents, t: Tensor, flow: FlowSpec) -> Latents:
+        """What the loss squares: the error of the velocity.
+
+        `flow.reference_clamp` scales the velocity target by t / max(t, min_t), as the RAEv2 code does.
+        """
+        target = point.velocity
+        if flow.reference_clamp:
+            target = target * (t / t.clamp(min=flow.min_t))
+        return self.velocity(pred, point.z_t, t, flow) - target
+
+
+class Velocity(Prediction):
+    """The velocity itself."""
+
+    def target(self, latents: Latents, noise: Latents, t: Tensor) -> Latents:
+        """noise - latents."""
+        return noise - latents
+
+    def velocity(self, pred: Latents, z_t: Latents, t: Tensor, flow: FlowSpec) -> Latents:
+        """The prediction as it is."""
         return pred
-    t_map = _as_map(t)
-    if flow.reference_clamp:
-        t_map = t_map.clamp(min=flow.min_t)
-    return (z_t - pred) / t_map
+
+
+class CleanLatents(Prediction):
+    """x-prediction: the clean latents."""
+
+    def target(self, latents: Latents, noise: Latents, t: Tensor) -> Latents:
+        """The latents."""
+        return latents
+
+    def velocity(self, pred: Latents, z_t: Latents, t: Tensor, flow: FlowSpec) -> Latents:
+        """(z_t - pred) / t; `flow.reference_clamp` divides by max(t, min_t) instead."""
+        return (z_t - pred) / (t.clamp(min=flow.min_t) if flow.reference_clamp else t)
+
+    def latents(self, pred: Latents, z_t: Latents, t: Tensor, flow: FlowSpec) -> Latents:
+        """The prediction as it is."""
+        return pred
+
+    def error(self, pred: Latents, point: PathPoint, latents: Latents, t: Tensor, flow: FlowSpec) -> Latents:
+        """(pred - latents) / max(t, min_t): the error of the velocity in terms of clean latents."""
+        return (pred - latents) / t.clamp(min=flow.min_t)
+
+
+@cache
+def prediction(name: str) -> Prediction:
+    """The kind of prediction of this name (`FlowSpec.prediction`)."""
+    return load_kind(PREDICTIONS, name, Prediction)()
+
+
+def to_velocity(pred: Latents, z_t: Latents, t: Times | float, flow: FlowSpec) -> Latents:
+    """Velocity that a prediction means; t must be above 0."""
+    return prediction(flow.prediction).velocity(pred, z_t, _as_map(t), flow)
 
 
 def to_latents(pred: Latents, z_t: Latents, t: Times | float, flow: FlowSpec) -> Latents:
-    """Clean latents that a prediction means: z_t - t * velocity_pred for velocity prediction."""
-    return pred if flow.prediction == "x" else z_t - _as_map(t) * pred
+    """Clean latents that a prediction means."""
+    return prediction(flow.prediction).latents(pred, z_t, _as_map(t), flow)
 
 
 def to_noise(pred: Latents, z_t: Latents, t: Times | float, flow: FlowSpec) -> Latents:
@@ -68,20 +134,8 @@ def to_noise(pred: Latents, z_t: Latents, t: Times | float, flow: FlowSpec) -> L
 
 
 def flow_error(pred: Latents, point: PathPoint, latents: Latents, flow: FlowSpec) -> Latents:
-    """Squared error of the velocity, per element, in float32.
-
-    velocity prediction   (pred - velocity)^2
-    x-prediction          (pred - latents)^2 / max(t, min_t)^2, the same in terms of clean latents
-
-    `flow.reference_clamp` scales the velocity target by t / max(t, min_t), as the RAEv2 code does.
-    """
-    t_map = _as_map(point.t)
-    if flow.prediction == "x":
-        return ((pred.float() - latents) / t_map.clamp(min=flow.min_t)).square()
-    target = point.velocity
-    if flow.reference_clamp:
-        target = target * (t_map / t_map.clamp(min=flow.min_t))
-    return (pred.float() - target).square()
+    """Squared error of the velocity, per element, in float32; see `Prediction.error`."""
+    return prediction(flow.prediction).error(pred.float(), point, latents, _as_map(point.t), flow).square()
 
 
 def repa_error(hidden: Tokens, target: Tokens) -> Tokens:

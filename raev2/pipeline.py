@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +26,11 @@ from raev2.files.artefact import load_artefact, write_json
 from raev2.files.grid import save_grid, save_pairs
 from raev2.files.images import centre_crop, opened_image
 from raev2.files.manifest import read_manifest
-from raev2.guidance import Guidance, build_guidance
+from raev2.flow import prediction
+from raev2.guidance import build_guidance
 from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
-from raev2.spec import AnyTokenizerSpec, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
+from raev2.spec import AnyTokenizerSpec, Guidance, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
 from raev2.spec_io import load_spec
 from raev2.task import EvalContext, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
 from raev2.tokenizer.base import Tokenizer
@@ -69,6 +69,7 @@ def train(
     task = get_task(spec.task.name)
     protocols = get_evaluators(task, spec, spec.evaluation.protocols)
     get_evaluators(task, spec, spec.evaluation.in_training)
+    prediction(spec.flow.prediction)  # it may come from a plugin, which may be broken
     make_accelerator(spec.precision)  # from here on the processes know each other
     prepare_data(spec)
     spec = with_tokenizer(spec)
@@ -266,14 +267,15 @@ def image_sampler(trained: TrainedRun, sampling: SamplingSpec, seed: int) -> Cal
 
 
 def _image_sampler(task: Task, context: EvalContext) -> Callable[[Cond, Sequence[int]], Tensor]:
-    spec, sampling = context.spec, context.spec.sampling
+    spec, sampling, generator = context.spec, context.spec.sampling, context.generator
+    assert generator is not None
     encode_cond = task.cond_encoder(spec, context.encode, context.device)
 
     def generate(raw: Cond, indices: Sequence[int]) -> Tensor:
         cond = encode_cond({name: value.to(context.device) for name, value in raw.items()})
         with context.autocast():
             images = sample(
-                context.generator, context.rae, cond, sampling.steps, sampling.guidance, spec.evaluation.seed, indices,
+                generator, context.rae, cond, sampling.steps, sampling.guidance, spec.evaluation.seed, indices,
                 solver=sampling.solver, batch_size=sampling.batch_size, weak=context.weak,
             )  # fmt: skip
         return to_uint8(images)
@@ -457,7 +459,6 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
     rows, latent_shape = _tokenizer_sizes(spec.tokenizer)
     condition = task.condition(spec, None)
     size = model_size(spec.generator, condition, latent_shape)
-    shift = spec.flow.time_shift or math.sqrt(math.prod(latent_shape) / 4096)
     # Training: weights, gradients, averages and two optimizer moments in float32; activations are not counted.
     state = (4 + len(spec.generator_training.ema_decays)) * 4 * size.num_parameters
     height, width = spec.tokenizer.image_size
@@ -469,7 +470,7 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
         ("images", f"{height} x {width} px"),
         ("latents", f"{latent_shape[0]} x {latent_shape[1]} x {latent_shape[2]}"),
         ("image tokens", str(latent_shape[1] * latent_shape[2] // spec.generator.patch_size**2)),
-        ("time shift", f"{shift:.4g}"),
+        ("time shift", f"{spec.flow.shift_for(latent_shape):.4g}"),
         ("generator parameters", f"{size.num_parameters / 1e6:.2f} M"),
         ("generator forward", f"{size.macs / 1e9:.2f} GMAC = {2 * size.macs / 1e9:.2f} GFLOPs an image"),
         ("sampling", f"{spec.sampling.steps} steps, {spec.sampling.guidance.kind}"),

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raev2.batch import Cond, cond_map
+from raev2.batch import Cond, Denoiser, cond_map
 from raev2.errors import SpecError
-from raev2.flow import to_latents, to_velocity
-from raev2.guidance import Guidance, Predictor, build_guidance
+from raev2.flow import shift_time, to_latents, to_velocity
+from raev2.guidance import Predictor, build_guidance
 from raev2.shapes import Images, Latents
-from raev2.spec import FlowSpec, NoGuidance, SamplingSpec
+from raev2.spec import FlowSpec, Guidance, NoGuidance, SamplingSpec
 
 CPU_CHUNK = 4
 
@@ -29,8 +29,7 @@ CPU_CHUNK = 4
 def time_grid(steps: int, time_shift: float) -> list[float]:
     """Times from 1 (noise) to exactly 0 (data): u_i = 1 - i / steps, shifted; in float64."""
     uniform = [1 - i / steps for i in range(steps + 1)]
-    inner = [time_shift * u / (1 + (time_shift - 1) * u) for u in uniform[1:-1]]
-    return [1.0, *inner, 0.0]
+    return [1.0, *(shift_time(u, time_shift) for u in uniform[1:-1]), 0.0]
 
 
 def euler_step(predict: Predictor, z_t: Latents, t: float, t_next: float, cond: Cond, flow: FlowSpec) -> Latents:
@@ -56,17 +55,16 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler_step, "heun": heun_s
 
 @torch.no_grad()
 def sample_latents(
-    generator: Any,
+    generator: Denoiser,
     cond: Cond,
     noise: Latents,
     sampling: SamplingSpec,
     *,
-    weak: Any = None,
+    weak: Denoiser | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Latents:
     """Integrate from the noise at t = 1 to latents at t = 0, the whole batch at once.
 
-    generator   `Generator`, or anything with its forward, prepare_cond, conditioner, flow, time_shift
     weak        second generator of auto guidance
     on_step     called with the number of finished steps
     """
@@ -96,7 +94,7 @@ def noise_for(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor
 
 @torch.no_grad()
 def sample(
-    generator: Any,
+    generator: Denoiser,
     rae: Any,
     cond: Cond,
     steps: int = 50,
@@ -106,7 +104,7 @@ def sample(
     *,
     solver: Literal["euler", "heun"] = "euler",
     batch_size: int = 64,
-    weak: Any = None,
+    weak: Denoiser | None = None,
 ) -> Images:
     """Generate one image per row of the condition, float RGB in [0, 1].
 

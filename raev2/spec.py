@@ -7,12 +7,33 @@ its base and then `replace`. Nothing changes a spec after it was built, derived 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    model_validator,
+)
+
+from raev2.errors import TaskError
+from raev2.files.plugins import GUIDANCE, PREDICTIONS, installed, load_kind, unknown
 
 AnySpec = TypeVar("AnySpec", bound="Spec")
+
+
+def _installed_name(group: str, name: object) -> str:
+    """`name`, if a package brings it."""
+    if name not in installed(group):
+        raise ValueError(unknown(group, name))
+    return str(name)
 
 
 class Spec(BaseModel):
@@ -315,7 +336,7 @@ NetworkSpec = Annotated[DDTSpec | DiTSpec, Field(discriminator="kind")]
 class FlowSpec(Spec):
     """Flow matching on latents; time runs from 0 (data) to 1 (noise). See docs/conventions.md#time."""
 
-    prediction: Literal["x", "velocity"] = "x"
+    prediction: Annotated[str, AfterValidator(partial(_installed_name, PREDICTIONS))] = "x"
     time_mean: float = Field(0.0, description="mean of the logit-normal time draw, before the shift")
     time_std: float = Field(1.0, gt=0)
     time_shift: float | None = Field(None, gt=0, description="null: sqrt(latent dimension / 4096)")
@@ -325,6 +346,10 @@ class FlowSpec(Spec):
         description="divide by max(t, min_t) in the velocity target and the sampler too, as the RAEv2 code does; "
         "it leaves residual noise when a step starts below min_t, so it is off unless parity is wanted",
     )
+
+    def shift_for(self, latent_shape: Sequence[int]) -> float:
+        """s of t = s u / (1 + (s - 1) u); by default sqrt(C H W / 4096), so that larger latents see more noise."""
+        return self.time_shift or math.sqrt(math.prod(latent_shape) / 4096)
 
 
 class RepaSpec(Spec):
@@ -349,36 +374,92 @@ class GeneratorTrainingSpec(LoopSpec):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling and evaluation
 
-Interval = tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]]
+
+def _not_empty(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] >= interval[1]:
+        raise ValueError(f"empty interval; got {list(interval)}; expected low < high in [0, 1]")
+    return interval
 
 
-class NoGuidance(Spec):
+Interval = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]], AfterValidator(_not_empty)
+]
+Drop = Annotated[
+    tuple[str, ...],
+    Field(description="parts of the condition that the weak branch lacks, for example action; none: all of it"),
+]
+
+
+# What a guidance may need. Parts of the condition are in its field `drop`, the artefact of a weak generator in `weak`.
+Need = Literal["base head", "condition", "weak generator"]
+
+
+class Guidance(Spec, ABC):
+    """How the predictions of a step are combined; the formulas are in raev2/guidance.py.
+
+    A new kind: docs/how_to/new_guidance.md.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    kind: str
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_kind(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
+        """A mapping is validated by the class that its `kind` names."""
+        if cls is not Guidance or not isinstance(value, Mapping):
+            return handler(value)
+        return _guidance_kind(_installed_name(GUIDANCE, value.get("kind"))).model_validate(value)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+        if cls is not Guidance:
+            return handler(schema)
+        return {"oneOf": [_guidance_kind(name).model_json_schema() for name in sorted(installed(GUIDANCE))]}
+
+
+def _guidance_kind(name: str) -> type[Guidance]:
+    kind = load_kind(GUIDANCE, name, Guidance)
+    if kind.model_fields["kind"].default != name:
+        raise TaskError(
+            f"guidance {name}", f"{installed(GUIDANCE)[name].value} says another kind",
+            got=repr(kind.model_fields["kind"].default), expected=repr(name),
+        )  # fmt: skip
+    return kind
+
+
+class NoGuidance(Guidance):
     """The conditional prediction as it is."""
 
     kind: Literal["none"] = "none"
 
 
-class CFG(Spec):
+class CFG(Guidance):
     """Classifier-free guidance: null + scale * (cond - null) for t inside the closed interval."""
+
+    needs = frozenset({"condition"})
 
     kind: Literal["cfg"] = "cfg"
     scale: float = Field(description="1 = off")
     interval: Interval = (0.0, 1.0)
-    drop: tuple[str, ...] = Field(
-        (), description="parts of the condition that the weak branch lacks, for example action; none: all of it"
-    )
+    drop: Drop = ()
 
 
-class InternalGuidance(Spec):
+class InternalGuidance(Guidance):
     """base + scale * (full - base), both from one forward of the generator."""
+
+    needs = frozenset({"base head"})
 
     kind: Literal["internal"] = "internal"
     scale: float = 1.78
     interval: Interval = (0.0, 1.0)
 
 
-class AutoGuidance(Spec):
+class AutoGuidance(Guidance):
     """weak + scale * (full - weak), where `weak` is a second, worse generator with the same condition."""
+
+    needs = frozenset({"weak generator"})
 
     kind: Literal["auto"] = "auto"
     scale: float = 1.42
@@ -386,20 +467,17 @@ class AutoGuidance(Spec):
     interval: Interval = (0.0, 1.0)
 
 
-class InternalCFG(Spec):
+class InternalCFG(Guidance):
     """Internal guidance on both branches, then classifier-free guidance between them."""
+
+    needs = frozenset({"base head", "condition"})
 
     kind: Literal["internal+cfg"] = "internal+cfg"
     internal_scale: float = 1.78
     internal_interval: Interval = (0.0, 1.0)
     scale: float = Field(description="scale of the classifier-free part; 1 = off")
     interval: Interval = (0.0, 1.0)
-    drop: tuple[str, ...] = Field(
-        (), description="parts of the condition that the weak branch lacks, for example action; none: all of it"
-    )
-
-
-GuidanceSpec = Annotated[NoGuidance | CFG | InternalGuidance | AutoGuidance | InternalCFG, Field(discriminator="kind")]
+    drop: Drop = ()
 
 
 class SamplingSpec(Spec):
@@ -407,7 +485,7 @@ class SamplingSpec(Spec):
 
     solver: Literal["euler", "heun"] = "euler"
     steps: int = Field(50, gt=0)
-    guidance: GuidanceSpec = NoGuidance()
+    guidance: SerializeAsAny[Guidance] = NoGuidance()
     batch_size: int = Field(64, gt=0)
 
 
@@ -419,7 +497,7 @@ class EvaluationSpec(Spec):
         (), description="protocols run every `eval_every_images`, without guidance (as EP_FID is defined)"
     )
     num_samples: int = Field(50_000, gt=0, description="generated images per evaluation")
-    compare_guidance: tuple[GuidanceSpec, ...] = Field(
+    compare_guidance: tuple[SerializeAsAny[Guidance], ...] = Field(
         (), description="settings compared after training: a grid and the generation protocols for each"
     )
     seed: int = 0
@@ -473,9 +551,9 @@ class RunSpec(Spec):
                 "data.horizontal_flip=true. Set one of them to false"
             )
         guidance = self.sampling.guidance
-        if isinstance(guidance, InternalGuidance | InternalCFG) and self.generator.base_head_depth is None:
+        if "base head" in guidance.needs and self.generator.base_head_depth is None:
             raise ValueError(
-                "internal guidance needs a base head; "
+                "this guidance needs a base head; "
                 f"got sampling.guidance.kind={guidance.kind} and generator.base_head_depth=null. "
                 "Set generator.base_head_depth, or sampling.guidance.kind=none"
             )

@@ -172,7 +172,7 @@ def _fields_at(error: ValidationError, model: type[BaseModel], path: list[str]) 
 
 def _resolve(node: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:
     if "$ref" in node:
-        return [definitions[node["$ref"].rsplit("/", 1)[-1]]]
+        return _resolve(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
     options = node.get("oneOf") or node.get("anyOf") or node.get("allOf") or []
     return [found for option in options for found in _resolve(option, definitions)] or [node]
 

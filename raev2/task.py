@@ -11,10 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
+from raev2.files.plugins import DATA_RECIPES, TASKS, installed, load
 from raev2.spec import RunSpec, TaskSpec
 
 if TYPE_CHECKING:  # light import: the command line lists tasks without torch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # light import: the command line lists tasks without torch
 
 logger = logging.getLogger(__name__)
 EncodeImages = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
-TASKS, DATA_RECIPES = "raev2.tasks", "raev2.data_recipes"  # entry-point groups
 
 
 @dataclass(frozen=True)
@@ -173,17 +173,17 @@ class Task(ABC):
 
 def installed_tasks() -> dict[str, EntryPoint]:
     """Entry points of tasks by name, not loaded."""
-    return _installed(TASKS, "task")
+    return installed(TASKS)
 
 
 def installed_data_recipes() -> dict[str, EntryPoint]:
     """Entry points of data recipes by name, not loaded."""
-    return _installed(DATA_RECIPES, "data recipe")
+    return installed(DATA_RECIPES)
 
 
 def get_task(name: str) -> Task:
     """Load a task by name."""
-    task = _load(installed_tasks(), name, "task", "--task")
+    task = load(TASKS, name, "--task")
     if not isinstance(task, Task):
         raise TaskError(f"task {name}", "its entry point is not a Task", got=type(task).__name__)
     return task
@@ -202,7 +202,7 @@ def usable_tasks() -> list[Task]:
 
 def get_data_recipe(name: str) -> Any:
     """Load a data recipe by name; its contract is `DatasetRecipe` in data_recipes/raev2_data_recipes/base.py."""
-    return _load(installed_data_recipes(), name, "data recipe", "data recipe")
+    return load(DATA_RECIPES, name, "data recipe")
 
 
 def get_recipe(task: Task, name: str) -> RunSpec:
@@ -213,7 +213,10 @@ def get_recipe(task: Task, name: str) -> RunSpec:
             "--recipe", f"unknown recipe of task {task.name}", got=repr(name), expected=f"one of {', '.join(recipes)}",
             hint=did_you_mean(name, recipes),
         )  # fmt: skip
-    return recipes[name]()
+    try:
+        return recipes[name]()
+    except (RaeError, ValueError) as error:
+        raise TaskError(f"task {task.name}", f"its recipe {name} is not valid", got=str(error)) from error
 
 
 def get_evaluators(task: Task, spec: RunSpec, protocols: Sequence[str]) -> list[Evaluator]:
@@ -226,30 +229,3 @@ def get_evaluators(task: Task, spec: RunSpec, protocols: Sequence[str]) -> list[
                 expected=f"one of {', '.join(known)}", hint=did_you_mean(protocol, known),
             )  # fmt: skip
     return [known[protocol] for protocol in protocols]
-
-
-def _installed(group: str, what: str) -> dict[str, EntryPoint]:
-    """Entry points of a group by name. Two packages with one name are an error that names both."""
-    found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=group):
-        if point.name in found and point.value != found[point.name].value:
-            raise TaskError(
-                f"{what} {point.name}", "installed twice", got=f"{found[point.name].value} and {point.value}",
-                expected="one entry point for each name", hint="Uninstall one of the two packages.",
-            )  # fmt: skip
-        found[point.name] = point
-    return found
-
-
-def _load(points: Mapping[str, EntryPoint], name: str, what: str, where: str) -> Any:
-    if name not in points:
-        raise TaskError(
-            where, f"unknown {what}", got=repr(name), expected=f"one of {', '.join(sorted(points))}",
-            hint=did_you_mean(name, points),
-        )  # fmt: skip
-    try:
-        return points[name].load()
-    except RaeError:
-        raise
-    except Exception as error:  # a plugin may fail in any way while importing
-        raise TaskError(f"{what} {name}", f"{points[name].value} cannot be loaded", got=repr(error)) from error

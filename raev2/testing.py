@@ -6,21 +6,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raev2.batch import Cond, ModelOutput
+from raev2.batch import Cond, Denoiser, ModelOutput
+from raev2.flow import prediction
 from raev2.model.condition import Conditioner, LabelCondition
 from raev2.shapes import Latents
-from raev2.spec import FlowSpec
+from raev2.spec import DiTSpec, FlowSpec
 
 
 class GaussianWorld(nn.Module):
     """A perfect generator for latents ~ N(mean, std^2), where everything is known in closed form.
 
         latents_pred = mean + (1 - t) std^2 / v * (z - (1 - t) mean)          v = (1 - t)^2 std^2 + t^2
-        velocity     = -mean + (t - (1 - t) std^2) / v * (z - (1 - t) mean)
+        noise_pred   = t / v * (z - (1 - t) mean)
 
-    The exact end point of noise e is mean + std * e. Label y has the mean `means[y]`; the last entry of `means` is the
-    unconditional one. Predictions are affine in the mean, so guidance with scale w between two labels is the world with
-    the extrapolated mean. `base_means` gives it a base head with other means.
+    The prediction is the target of its kind for these two. The exact end point of noise e is mean + std * e. Label y
+    has the mean `means[y]`; the last entry of `means` is the unconditional one. Predictions are affine in the mean, so
+    guidance with scale w between two labels is the world with the extrapolated mean. `base_means` gives it a base head
+    with other means.
     """
 
     means: Tensor
@@ -41,7 +43,8 @@ class GaussianWorld(nn.Module):
         self.flow = flow or FlowSpec(time_shift=1.0)
         self.register_buffer("means", torch.tensor(means, dtype=dtype))
         self.register_buffer("base_means", None if base_means is None else torch.tensor(base_means, dtype=dtype))
-        self.conditioner: Conditioner = LabelCondition(num_classes=len(means) - 1).build(8, latent_shape, "adaln")
+        network = DiTSpec(width=8, depth=1, num_heads=1, conditioning="adaln")
+        self.conditioner: Conditioner = LabelCondition(num_classes=len(means) - 1).build(network, latent_shape)
 
     def forward(self, z_t: Latents, t: Float[Tensor, " B"], cond: Cond) -> ModelOutput:
         """The exact prediction."""
@@ -81,8 +84,9 @@ class GaussianWorld(nn.Module):
 
     def _predict(self, z_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
         mean, t = mean.view(-1, 1, 1, 1), t.to(mean.dtype).view(-1, 1, 1, 1)
-        variance = (1 - t) ** 2 * self.std**2 + t**2
-        offset = (z_t - (1 - t) * mean) / variance
-        if self.flow.prediction == "x":
-            return mean + (1 - t) * self.std**2 * offset
-        return -mean + (t - (1 - t) * self.std**2) * offset
+        offset = (z_t - (1 - t) * mean) / ((1 - t) ** 2 * self.std**2 + t**2)
+        latents = mean + (1 - t) * self.std**2 * offset
+        return prediction(self.flow.prediction).target(latents, t * offset, t)
+
+
+_double: type[Denoiser] = GaussianWorld  # for mypy

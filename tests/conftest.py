@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import torch  # noqa: E402
 
+from raev2.files import plugins  # noqa: E402
 from raev2.spec import (  # noqa: E402
     AdversarialSpec,
     DDTSpec,
@@ -90,3 +93,14 @@ def tiny_recipe(tiny_spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
     """The tiny run under the name `tiny`, for the command line."""
     monkeypatch.setitem(get_task("imagenet").recipes(), "tiny", lambda: tiny_spec)
     return tiny_spec
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Registers entry points beside the installed ones: install(group, name, 'module:attribute')."""
+    added: list[EntryPoint] = []
+    real = importlib.metadata.entry_points
+    monkeypatch.setattr(
+        plugins, "entry_points", lambda group: [*real(group=group), *(p for p in added if p.group == group)]
+    )
+    return lambda group, name, value: added.append(EntryPoint(name, value, group))

@@ -8,7 +8,7 @@ from raev2.errors import SpecError
 from raev2.model.condition import LabelCondition, NoCondition
 from raev2.model.generator import Generator
 from raev2.sampler import map_rows, noise_for, sample, sample_latents, time_grid
-from raev2.spec import CFG, DDTSpec, FlowSpec, InternalGuidance, SamplingSpec
+from raev2.spec import CFG, DDTSpec, DiTSpec, FlowSpec, InternalGuidance, SamplingSpec
 from raev2.testing import GaussianWorld
 
 COND = {"label": torch.arange(8) % 4}
@@ -39,12 +39,17 @@ class Constant(torch.nn.Module):
     def __init__(self, latents, flow):
         super().__init__()
         self.latents, self.flow, self.time_shift = latents, flow, flow.time_shift
+        self.latent_shape, self.has_base_head, self.device = tuple(latents.shape[1:]), False, latents.device
+        self.conditioner = NoCondition().build(DiTSpec(width=8, depth=1, num_heads=2), self.latent_shape)
 
     def forward(self, z_t, t, cond):
         return ModelOutput(self.latents)
 
     def prepare_cond(self, cond):
         return cond
+
+    def check_cond(self, cond):
+        pass
 
 
 def test_time_grid_is_exact_at_both_ends():

@@ -1,19 +1,15 @@
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 import types
-from importlib.metadata import EntryPoint
 
 import pytest
 
-from raev2 import task as task_module
 from raev2.command.cli import main, parse
 from raev2.errors import SpecError, TaskError, did_you_mean
+from raev2.files.plugins import DATA_RECIPES, TASKS
 from raev2.spec import TaskSpec
 from raev2.task import (
-    DATA_RECIPES,
-    TASKS,
     Evaluator,
     Task,
     get_data_recipe,
@@ -66,17 +62,6 @@ class Count(Evaluator):
 
     def run(self, context):
         raise NotImplementedError
-
-
-@pytest.fixture
-def install(monkeypatch):
-    """Registers entry points beside the installed ones: install(group, name, 'module:attribute')."""
-    added: list[EntryPoint] = []
-    real = importlib.metadata.entry_points
-    monkeypatch.setattr(
-        task_module, "entry_points", lambda group: [*real(group=group), *(p for p in added if p.group == group)]
-    )
-    return lambda group, name, value: added.append(EntryPoint(name, value, group))
 
 
 @pytest.fixture

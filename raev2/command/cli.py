@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from raev2.spec import RunSpec, SamplingSpec
     from raev2.task import Task
 
+from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
+from raev2.files.plugins import GUIDANCE, TASKS, installed
+
 COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
     "import", "export", "analyse", "bench", "doctor",
@@ -64,7 +67,7 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     _run_options(sample)
     sample.add_argument("--n", type=int, default=16, help="number of images (default: 16)")
     sample.add_argument("--steps", type=int, help="solver steps")
-    sample.add_argument("--guidance", choices=("none", "cfg", "internal", "auto", "internal+cfg"))
+    sample.add_argument("--guidance", choices=sorted(installed(GUIDANCE)))
     sample.add_argument("--scale", type=float, help="guidance scale; 1 is off")
     sample.add_argument(
         "--interval", type=float, nargs=2, metavar=("T_MIN", "T_MAX"), help="guide for t in this interval"
@@ -166,8 +169,6 @@ def _run_options(command: argparse.ArgumentParser) -> None:
 
 def _add_conditions(sample: argparse.ArgumentParser, task: Task) -> None:
     """The options of a task that choose conditions; none may take the place of one of ours."""
-    from raev2.errors import TaskError
-
     ours = {action.dest for action in sample._actions}
     group = sample.add_argument_group(f"conditions of task {task.name}")
     names = []
@@ -184,8 +185,6 @@ def _add_conditions(sample: argparse.ArgumentParser, task: Task) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    from raev2.errors import RaeError
-
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
@@ -199,9 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    plugin_command = _plugin_command(argv[0]) if argv and not argv[0].startswith("-") else None
-    if plugin_command is not None:
-        return plugin_command(argv[1:])
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS and argv[0] in installed(TASKS):
+        return _plugin_command(argv[0], argv[1:])
     options = parse(argv)
     if options.version:
         from raev2 import __version__
@@ -225,8 +223,6 @@ def parse(argv: Sequence[str]) -> Namespace:
     root = parser(task)
     options, rest = root.parse_known_args(argv)
     if rest and task is not None:
-        from raev2.errors import SpecError
-
         own = ", ".join(task.sample_options())
         expected = f"one of {own}" if own else "none"
         raise SpecError(rest[0], f"no option of `raev2 sample` for task {task.name}", expected=expected)
@@ -252,29 +248,19 @@ def _sampled_task(argv: Sequence[str]) -> Task | None:
     return get_task(load_spec(find_run(found.run, found.task) / "spec.yaml").task.name)
 
 
-def _plugin_command(name: str) -> Callable[[Sequence[str]], int] | None:
-    """`raev2 TASK COMMAND ...`: a command that a task plugin adds, or None."""
-    if name in COMMANDS:
-        return None
-    from raev2.task import get_task, installed_tasks
+def _plugin_command(name: str, argv: list[str]) -> int:
+    """`raev2 TASK COMMAND ...`: a command that a task plugin adds."""
+    from raev2.task import get_task
 
-    if name not in installed_tasks():
-        return None
-
-    def action(argv: Sequence[str]) -> int:
-        from raev2.errors import TaskError, did_you_mean
-
-        commands = get_task(name).commands()
-        if not argv or argv[0] not in commands:
-            raise TaskError(
-                f"raev2 {name}", "unknown command" if argv else "which command?", got=repr(argv[0]) if argv else None,
-                expected=f"one of {', '.join(commands)}" if commands else "none, this task adds no commands",
-                hint=did_you_mean(argv[0], commands) if argv else "",
-            )  # fmt: skip
-        commands[argv[0]](argv[1:])
-        return 0
-
-    return action
+    commands = get_task(name).commands()
+    if not argv or argv[0] not in commands:
+        raise TaskError(
+            f"raev2 {name}", "unknown command" if argv else "which command?", got=repr(argv[0]) if argv else None,
+            expected=f"one of {', '.join(commands)}" if commands else "none, this task adds no commands",
+            hint=did_you_mean(argv[0], commands) if argv else "",
+        )  # fmt: skip
+    commands[argv[0]](argv[1:])
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,10 +357,9 @@ RUN_COMMANDS: dict[str, Callable[[Namespace], int]] = {
 
 def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
     """The run's sampling settings with the options of the command line in their place."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    from raev2.errors import SpecError
-    from raev2.spec import GuidanceSpec
+    from raev2.spec import Guidance
 
     guidance: dict[str, Any] = default.guidance.model_dump()
     if options.guidance is not None and options.guidance != guidance["kind"]:
@@ -382,20 +367,19 @@ def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
     given = {"scale": options.scale, "interval": options.interval, "weak": options.weak}
     guidance |= {name: value for name, value in given.items() if value is not None}
     try:
-        spec = TypeAdapter(GuidanceSpec).validate_python(guidance)
+        spec = Guidance.model_validate(guidance)
     except ValidationError as error:
         first = error.errors()[0]
-        field = str(first["loc"][1])  # kind, field, and for an interval which end
+        field = str(first["loc"][0])  # for an interval, which end follows
         if first["type"] == "extra_forbidden":
             raise SpecError(f"--{field}", f"has no effect with guidance {guidance['kind']}") from None
-        got = None if first["type"] == "missing" else guidance[field]
-        raise SpecError(f"--{field}", f"guidance {guidance['kind']}: {first['msg'].lower()}", got=got) from None
+        got = None if first["type"] in ("missing", "value_error") else guidance[field]
+        what = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"--{field}", f"guidance {guidance['kind']}: {what.lower()}", got=got) from None
     return default.replace(guidance=spec, steps=options.steps or default.steps)
 
 
 def _check_positive(option: str, value: int | None) -> None:
-    from raev2.errors import SpecError
-
     if value is not None and value < 1:
         raise SpecError(option, "not usable", got=value, expected="a number >= 1")
 

@@ -1,1 +1,1 @@
-"""What lies on disk: artefact folders, manifests of datasets, hashes, pictures."""
+"""What lies on disk: artefact folders, manifests of datasets, hashes, pictures; and what is installed."""

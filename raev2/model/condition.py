@@ -10,20 +10,33 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
-from raev2.batch import Cond, CondTokens, drop_cond
+from raev2.batch import Cond, CondTokens, FrameCache, drop_cond
 from raev2.errors import SpecError
 from raev2.nn import RMSNorm
-from raev2.spec import Spec
+from raev2.spec import Spec, TrunkSpec
 
 LatentShape = tuple[int, int, int]  # C, H, W
-Conditioning = Literal["in_context", "adaln"]
+
+
+@runtime_checkable
+class FrameTrunk(Protocol):
+    """What a trunk does with past frames: part of `Trunk`."""
+
+    def encode_frames(self, tokens: Float[Tensor, "U N D"]) -> FrameCache:
+        """Keys and values of frames in every block."""
+
+    def place_frames(
+        self, frames: FrameCache, index: Int[Tensor, "B K"], age: Float[Tensor, "B K"]
+    ) -> tuple[Float[Tensor, "B L heads M d"], Float[Tensor, "B L heads M d"]]:
+        """Keys and values of the frames `index` at their age."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,20 @@ class Conditioner(nn.Module, ABC):
         """`cond` with the defaults of absent optional tensors."""
         return dict(cond)
 
+    def prepare(self, cond: Cond, trunk: FrameTrunk, frames: FrameCache | None = None) -> dict[str, Tensor]:
+        """`complete(cond)` with all that depends on it and on the trunk alone: `Generator.prepare_cond`."""
+        return self.complete(cond)
+
     def is_prepared(self, cond: Cond) -> bool:
-        """Whether a generator has already computed its part of `cond` (`Generator.prepare_cond`)."""
+        """Whether `prepare` has already computed its part of `cond`."""
         return False
+
+    def encode_frames(self, latents: Float[Tensor, "U C H W"], trunk: FrameTrunk) -> FrameCache:
+        """Past frames as every block of the trunk sees them, for `prepare`: `Generator.encode_frames`."""
+        raise SpecError(
+            "encode_frames", "this condition has no frames that can be cached", got=type(self).__name__,
+            expected="FramesCondition(form='block_causal')",
+        )  # fmt: skip
 
     def without(self, cond: Cond, parts: Sequence[str] = ()) -> dict[str, Tensor]:
         """`complete(cond)` without some of its `parts`; by default without all: `null_cond`."""
@@ -133,8 +157,16 @@ class ConditionSpec(Spec, ABC):
     kind: str
 
     @abstractmethod
-    def build(self, width: int, latent_shape: LatentShape, conditioning: Conditioning) -> Conditioner:
-        """The module for a trunk of this width and kind of conditioning."""
+    def build(self, network: TrunkSpec, latent_shape: LatentShape) -> Conditioner:
+        """The module for this network; raises `SpecError` when they do not fit."""
+
+
+def need_tokens(network: TrunkSpec, what: str) -> None:
+    """Raise `SpecError` for a network that takes its condition as a vector."""
+    if network.conditioning != "in_context":
+        raise SpecError(
+            "generator.conditioning", f"{what} needs tokens", got=network.conditioning, expected="in_context"
+        )
 
 
 def tokens_parameter(count: int, width: int) -> nn.Parameter:
@@ -151,24 +183,24 @@ class NoCondition(ConditionSpec):
 
     kind: Literal["none"] = "none"
 
-    def build(self, width: int, latent_shape: LatentShape, conditioning: Conditioning) -> Conditioner:
-        """See `ConditionSpec.build`."""
+    @override
+    def build(self, network: TrunkSpec, latent_shape: LatentShape) -> Conditioner:
         return NoConditioner({}, num_tokens=0)
 
 
 class NoConditioner(Conditioner):
     """Adds nothing."""
 
+    @override
     def forward(self, cond: Cond) -> None:
-        """See `Conditioner.forward`."""
         return None
 
+    @override
     def vector(self, cond: Cond) -> None:
-        """See `Conditioner.vector`."""
         return None
 
+    @override
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
-        """See `Conditioner.null_cond`."""
         return {}
 
 
@@ -183,36 +215,37 @@ class LabelCondition(ConditionSpec):
     num_classes: int = Field(gt=0)
     num_tokens: int = Field(8, ge=1, description="condition tokens of an in-context trunk")
 
-    def build(self, width: int, latent_shape: LatentShape, conditioning: Conditioning) -> Conditioner:
-        """See `ConditionSpec.build`."""
-        return LabelConditioner(self, width, conditioning)
+    @override
+    def build(self, network: TrunkSpec, latent_shape: LatentShape) -> Conditioner:
+        return LabelConditioner(self, network)
 
 
 class LabelConditioner(Conditioner):
     """Token j is table[label] + tokens[j]; the vector is table[label]. Table N(0, 0.02), tokens N(0, 1/sqrt(width))."""
 
-    def __init__(self, spec: LabelCondition, width: int, conditioning: Conditioning) -> None:
+    def __init__(self, spec: LabelCondition, network: TrunkSpec) -> None:
         super().__init__({"label": CondField((), torch.int64)}, spec.num_tokens)
         self.num_classes = spec.num_classes
-        self.table = nn.Embedding(spec.num_classes + 1, width)
+        self.table = nn.Embedding(spec.num_classes + 1, network.width)
         nn.init.normal_(self.table.weight, std=0.02)
-        self.tokens = tokens_parameter(spec.num_tokens, width) if conditioning == "in_context" else None
+        in_context = network.conditioning == "in_context"
+        self.tokens = tokens_parameter(spec.num_tokens, network.width) if in_context else None
 
+    @override
     def forward(self, cond: Cond) -> CondTokens:
-        """See `Conditioner.forward`."""
         assert self.tokens is not None
         return CondTokens(self.table(cond["label"])[:, None] + self.tokens)
 
+    @override
     def vector(self, cond: Cond) -> Float[Tensor, "B D"]:
-        """See `Conditioner.vector`."""
         return self.table(cond["label"])
 
+    @override
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
-        """See `Conditioner.null_cond`."""
         return {"label": torch.full_like(cond["label"], self.num_classes)}
 
+    @override
     def check(self, cond: Cond) -> None:
-        """See `Conditioner.check`."""
         super().check(cond)
         label = cond["label"]
         bad = label[(label < 0) | (label > self.num_classes)]
@@ -252,11 +285,10 @@ class TextCondition(ConditionSpec):
     adapter: Literal["none", "mlp"] = Field("none", description="mlp: two layers with GELU in place of one")
     null_tokens: Any = Field(None, exclude=True, repr=False)
 
-    def build(self, width: int, latent_shape: LatentShape, conditioning: Conditioning) -> Conditioner:
-        """See `ConditionSpec.build`."""
-        if conditioning != "in_context":
-            raise SpecError("generator.conditioning", "text needs tokens", got=conditioning, expected="in_context")
-        return TextConditioner(self, width)
+    @override
+    def build(self, network: TrunkSpec, latent_shape: LatentShape) -> Conditioner:
+        need_tokens(network, "text")
+        return TextConditioner(self, network.width)
 
 
 class TextConditioner(Conditioner):
@@ -278,14 +310,15 @@ class TextConditioner(Conditioner):
         if spec.null_tokens is not None:
             self.null_tokens.copy_(spec.null_tokens)
 
+    @override
     def forward(self, cond: Cond) -> CondTokens:
-        """See `Conditioner.forward`. What stands in padding has no influence, not even NaN."""
+        """What stands in padding has no influence, not even NaN."""
         present = cond["text_mask"].bool()
         tokens = cond["text_tokens"].masked_fill(~present[..., None], 0)
         return CondTokens(self.proj(self.norm(tokens)), visible(present))
 
+    @override
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
-        """See `Conditioner.null_cond`."""
         tokens, mask = torch.zeros_like(cond["text_tokens"]), torch.zeros_like(cond["text_mask"])
         count = len(self.null_tokens)
         if count > tokens.shape[1]:

@@ -13,11 +13,21 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from raev2.batch import Cond, CondTokens, PastFrames, drop_cond
+from raev2.batch import Cond, CondTokens, FrameCache, PastFrames, drop_cond
 from raev2.errors import SpecError
-from raev2.model.condition import CondField, Conditioner, Conditioning, ConditionSpec, LatentShape, tokens_parameter
+from raev2.model.condition import (
+    CondField,
+    Conditioner,
+    ConditionSpec,
+    FrameTrunk,
+    LatentShape,
+    need_tokens,
+    tokens_parameter,
+)
 from raev2.nn import FourierEmbed, PatchEmbed, WaveEmbed, patchify, sincos_2d, waves
+from raev2.spec import TrunkSpec
 
 _FRAME_FIELDS = ("context_latents", "context_age", "context_valid", "context_id")
 
@@ -75,16 +85,26 @@ class FramesCondition(ConditionSpec):
             raise ValueError(f"max_time is below frame_period; got {self.max_time} and {self.frame_period}")
         return self
 
-    def build(self, width: int, latent_shape: LatentShape, conditioning: Conditioning) -> Conditioner:
-        """See `ConditionSpec.build`."""
-        if conditioning != "in_context":
-            raise SpecError("generator.conditioning", "frames need tokens", got=conditioning, expected="in_context")
-        conditioner = BlockCausalFrames if self.form == "block_causal" else InContextFrames
-        return conditioner(self, width, latent_shape)
+    @override
+    def build(self, network: TrunkSpec, latent_shape: LatentShape) -> Conditioner:
+        need_tokens(network, "a condition of frames")
+        if self.form == "in_context":
+            return InContextFrames(self, network.width, latent_shape)
+        if self.patch_size != network.patch_size:  # frames share the trunk's positions
+            raise SpecError(
+                "condition.patch_size", "frames and noisy latents need the same patches", got=self.patch_size,
+                expected=str(network.patch_size),
+            )  # fmt: skip
+        if network.width // network.num_heads < 8:  # their age needs some of its rotary angles
+            raise SpecError(
+                "generator.num_heads", "too few channels per head for rows, columns and the age of frames",
+                got=f"{network.width // network.num_heads} channels", expected="at least 8",
+            )  # fmt: skip
+        return BlockCausalFrames(self, network.width, latent_shape)
 
 
 class BlockCausalFrames(Conditioner):
-    """Action tokens and a time token; past frames come as keys and values (`Generator.prepare_cond` makes them).
+    """Action tokens and a time token; past frames come as keys and values (`prepare` makes them).
 
     action   action_tokens[j] + MLP_j(normalised motion), or null_action
     time     time_token + MLP(rel_time), or null_time;  + null_context where no frame is there
@@ -171,6 +191,29 @@ class BlockCausalFrames(Conditioner):
         """Tokens of frames."""
         return self.context_embed(patchify(latents, self.spec.patch_size))
 
+    @override
+    def prepare(self, cond: Cond, trunk: FrameTrunk, frames: FrameCache | None = None) -> dict[str, Tensor]:
+        """Past frames become keys and values; with `frames`, "context_id" are its rows."""
+        cond = self.complete(cond)
+        if self.is_prepared(cond):
+            return cond
+        if frames is None:
+            latents, index = self.distinct_frames(cond)
+            frames = self.encode_frames(latents, trunk)
+        else:
+            index = cond["context_id"]
+        keys, values = trunk.place_frames(frames, index, self.in_frames(cond["context_age"]))
+        raw = ("context_latents", "context_age", "context_id")
+        kept = {name: value for name, value in cond.items() if name not in raw}
+        kept |= {"context_keys": keys, "context_values": values}
+        return kept | ({"context_newest": frames.tokens[index[:, -1]]} if self.spec.at_image else {})
+
+    @override
+    def encode_frames(self, latents: Float[Tensor, "U C H W"], trunk: FrameTrunk) -> FrameCache:
+        alone = latents.device.type == "cpu" and not torch.is_grad_enabled()
+        parts = latents.split(1) if alone else [latents]
+        return FrameCache.cat([trunk.encode_frames(self.embed_frames(part)) for part in parts])
+
     def distinct_frames(self, cond: Cond) -> tuple[Float[Tensor, "U C H W"], Int[Tensor, "B K"]]:
         """The frames to compute, and which of them each context frame is. Without ids every frame is its own.
 
@@ -188,8 +231,9 @@ class BlockCausalFrames(Conditioner):
         first = order.new_full((len(distinct),), 2 * len(number)).scatter_reduce(0, index, order, "amin")
         return latents.flatten(0, 1)[first % len(number)], index.view(latents.shape[:2])
 
+    @override
     def complete(self, cond: Cond) -> dict[str, Tensor]:
-        """See `Conditioner.complete`; `context_id` has no default."""
+        """`context_id` has no default."""
         cond, action = dict(cond), cond["action"]
         for name in ("has_action", "has_time"):
             cond.setdefault(name, action.new_ones(len(action), dtype=torch.bool))
@@ -201,23 +245,24 @@ class BlockCausalFrames(Conditioner):
             cond.setdefault("context_valid", action.new_ones(batch_size, num_frames, dtype=torch.bool))
         return cond
 
+    @override
     def is_prepared(self, cond: Cond) -> bool:
-        """See `Conditioner.is_prepared`."""
         return "context_keys" in cond
 
+    @override
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
-        """See `Conditioner.null_cond`."""
         return self.without(cond)
 
+    @override
     def without(self, cond: Cond, parts: Sequence[str] = ()) -> dict[str, Tensor]:
-        """See `Conditioner.without`. What is flagged as absent is not looked at."""
+        """What is flagged as absent is not looked at."""
         self.check_parts(parts)
         cond = self.complete(cond)
         flags = {"context": "context_valid", "action": "has_action", "time": "has_time"}
         return cond | {flags[part]: torch.zeros_like(cond[flags[part]]) for part in parts or self.parts}
 
+    @override
     def check(self, cond: Cond) -> None:
-        """See `Conditioner.check`."""
         if self.is_prepared(cond):
             self._check_fields(cond, self._prepared_fields, {})
         else:
@@ -232,8 +277,9 @@ class BlockCausalFrames(Conditioner):
                 expected=f"at most {self.spec.max_time:g} s", hint="Go there in several steps.",
             )  # fmt: skip
 
+    @override
     def example_cond(self, batch_size: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """See `Conditioner.example_cond`; every frame and the motion are there."""
+        """Every frame and the motion are there."""
         latent_shape = [size or 0 for size in self.fields["context_latents"].shape[1:]]
         return self.complete({
             "context_latents": torch.zeros(batch_size, self.spec.num_frames, *latent_shape, device=device),
@@ -241,8 +287,9 @@ class BlockCausalFrames(Conditioner):
             "rel_time": torch.zeros(batch_size, 1, device=device),
         })  # fmt: skip
 
+    @override
     def drop(self, cond: Cond, uniform: Float[Tensor, " B"], prob: float) -> dict[str, Tensor]:
-        """See `Conditioner.drop`; a further share `action_drop_prob` of the samples loses its motion alone."""
+        """A further share `action_drop_prob` of the samples loses its motion alone."""
         cond = super().drop(cond, uniform, prob)
         action_only = (uniform >= prob) & (uniform < prob + self.spec.action_drop_prob)
         return drop_cond(cond, self.without(cond, ("action",)), action_only)
@@ -278,8 +325,8 @@ class InContextFrames(Conditioner):
         positions = sincos_2d(width, height // spec.patch_size, cols // spec.patch_size)
         self.register_buffer("positions", positions if spec.frame_positions else None, persistent=False)
 
+    @override
     def forward(self, cond: Cond) -> CondTokens:
-        """See `Conditioner.forward`."""
         frames = cond["context_latents"]
         context = self.context_embed(patchify(frames.flatten(0, 1), self.patch_size))  # (B * K, N, D)
         context = context.unflatten(0, frames.shape[:2])
@@ -289,6 +336,6 @@ class InContextFrames(Conditioner):
         time = self.time_embed(cond["rel_time"][:, 0])[:, None] + self.time_token
         return CondTokens(torch.cat([context.flatten(1, 2), action, time], dim=1))
 
+    @override
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
-        """See `Conditioner.null_cond`."""
         return {name: torch.zeros_like(value) for name, value in cond.items()}

@@ -8,7 +8,6 @@ generator = Generator.from_pretrained("my_generator")
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_artefact, load_strict, save_artefact
 from raev2.model.condition import ConditionSpec, LabelCondition, LatentShape, NoCondition, TextCondition
 from raev2.model.dit import DDT, DiT
-from raev2.model.frames import BlockCausalFrames, FramesCondition
+from raev2.model.frames import FramesCondition
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec, NetworkSpec
 
 
@@ -52,13 +51,11 @@ class Generator(nn.Module):
         self.latent_shape = latent_shape
         self.extra = dict(extra or {})
         self.network = DDT(network, latent_shape) if isinstance(network, DDTSpec) else DiT(network, latent_shape)
-        self.conditioner = condition.build(network.width, latent_shape, network.conditioning)
-        if isinstance(self.conditioner, BlockCausalFrames):
-            _check_frames(network, self.conditioner.spec)
+        self.conditioner = condition.build(network, latent_shape)
 
     def forward(self, z_t: Float[Tensor, "B C H W"], t: Float[Tensor, " B"], cond: Cond) -> ModelOutput:
         """Prediction at the noisy latents `z_t`, time `t` in [0, 1] (1 = noise), raw or prepared condition `cond`."""
-        cond = self.prepare_cond(cond)
+        cond = self.conditioner.prepare(cond, self.network.trunk)
         if self.network_spec.conditioning == "in_context":
             return self.network(z_t, t, self.conditioner(cond), None)
         return self.network(z_t, t, None, self.conditioner.vector(cond))
@@ -72,34 +69,14 @@ class Generator(nn.Module):
 
         frames   from `encode_frames`: then "context_id" (B, K) are its rows, and "context_latents" is not needed
         """
-        cond, conditioner = self.conditioner.complete(cond), self.conditioner
-        if not isinstance(conditioner, BlockCausalFrames) or conditioner.is_prepared(cond):
-            return cond
-        if frames is None:
-            latents, index = conditioner.distinct_frames(cond)
-            frames = self.encode_frames(latents)
-        else:
-            index = cond["context_id"]
-        keys, values = self.network.trunk.place_frames(frames, index, conditioner.in_frames(cond["context_age"]))
-        raw = ("context_latents", "context_age", "context_id")
-        kept = {name: value for name, value in cond.items() if name not in raw}
-        kept |= {"context_keys": keys, "context_values": values}
-        return kept | ({"context_newest": frames.tokens[index[:, -1]]} if conditioner.spec.at_image else {})
+        return self.conditioner.prepare(cond, self.network.trunk, frames)
 
     def encode_frames(self, latents: Float[Tensor, "U C H W"]) -> FrameCache:
         """Past frames as every block sees them, for `prepare_cond`: encode a frame once, use it wherever it occurs.
 
         Without gradients on a CPU each frame is computed on its own, so that its bits depend on nothing else.
         """
-        conditioner, trunk = self.conditioner, self.network.trunk
-        if not isinstance(conditioner, BlockCausalFrames):
-            raise SpecError(
-                "encode_frames", "this generator has no frames that can be cached", got=self.condition_spec.kind,
-                expected="FramesCondition(form='block_causal')",
-            )  # fmt: skip
-        alone = latents.device.type == "cpu" and not torch.is_grad_enabled()
-        parts = latents.split(1) if alone else [latents]
-        return FrameCache.cat([trunk.encode_frames(conditioner.embed_frames(part)) for part in parts])
+        return self.conditioner.encode_frames(latents, self.network.trunk)
 
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional condition in the shapes of `cond`, whose optional tensors get their defaults."""
@@ -111,8 +88,8 @@ class Generator(nn.Module):
 
     @property
     def time_shift(self) -> float:
-        """s of t = s u / (1 + (s - 1) u); by default sqrt(C H W / 4096), so that larger latents see more noise."""
-        return self.flow.time_shift or math.sqrt(math.prod(self.latent_shape) / 4096)
+        """s of t = s u / (1 + (s - 1) u), how far times are moved towards noise."""
+        return self.flow.shift_for(self.latent_shape)
 
     @property
     def has_base_head(self) -> bool:
@@ -167,20 +144,6 @@ class Generator(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "generator", card=card)
             return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "generator"))
-
-
-def _check_frames(network: DDTSpec | DiTSpec, condition: FramesCondition) -> None:
-    """Frames share the trunk's positions, and their age needs some of its rotary angles."""
-    if condition.patch_size != network.patch_size:
-        raise SpecError(
-            "condition.patch_size", "frames and noisy latents need the same patches", got=condition.patch_size,
-            expected=str(network.patch_size),
-        )  # fmt: skip
-    if network.width // network.num_heads < 8:
-        raise SpecError(
-            "generator.num_heads", "too few channels per head for rows, columns and the age of frames",
-            got=f"{network.width // network.num_heads} channels", expected="at least 8",
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def test_a_setting_that_cannot_be(refused, setting, message):
         (["--guidance", "cfg"], "--scale: guidance cfg: field required"),
         (["--guidance", "auto"], "--weak: guidance auto: field required"),
         (["--interval", "0", "2"], "--interval: guidance internal: input should be less than or equal to 1; got [0."),
-        (["--interval", "0.5", "0.5"], "guidance.interval: empty interval"),
+        (["--interval", "0.5", "0.5"], "--interval: guidance internal: empty interval; got [0.5, 0.5]; expected low"),
         (["--steps", "0"], "--steps: not usable; got 0; expected a number >= 1"),
         (["--n", "0"], "--n: not usable; got 0; expected a number >= 1"),
         (["--prompt", "a cat"], "--prompt: no option of `raev2 sample` for task imagenet; expected one of --label"),

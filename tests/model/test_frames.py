@@ -12,7 +12,7 @@ from raev2.batch import FrameCache
 from raev2.errors import SpecError
 from raev2.guidance import build_guidance
 from raev2.model.condition import LabelCondition
-from raev2.model.frames import FramesCondition
+from raev2.model.frames import BlockCausalFrames, FramesCondition
 from raev2.model.generator import Generator
 from raev2.nn import AgeRope, Rope2D, rotate
 from raev2.sampler import sample, sample_latents
@@ -226,8 +226,10 @@ def test_keys_of_the_past_depend_on_the_past_alone():
 
 def test_prepared_once_for_a_whole_sampling(monkeypatch):
     calls = []
-    encode_frames = Generator.encode_frames
-    monkeypatch.setattr(Generator, "encode_frames", lambda self, x: calls.append(len(x)) or encode_frames(self, x))
+    encode = BlockCausalFrames.encode_frames
+    monkeypatch.setattr(
+        BlockCausalFrames, "encode_frames", lambda self, x, trunk: calls.append(len(x)) or encode(self, x, trunk)
+    )
     noise = torch.randn(4, *SHAPE)
     for guidance in (NoGuidance(), CFG(scale=2.0), InternalCFG(scale=2.0, interval=(0.2, 0.8))):
         calls.clear()
@@ -237,25 +239,11 @@ def test_prepared_once_for_a_whole_sampling(monkeypatch):
 
 @pytest.mark.parametrize("guidance", [NoGuidance(), CFG(scale=2.0), CFG(scale=2.0, drop=("action",))])
 @torch.no_grad()
-def test_sampling_with_cached_frames_equals_sampling_without(guidance):
-    class Uncached:
-        """Computes the past again at every step."""
-
-        def __init__(self, generator):
-            self.generator = generator
-
-        def __getattr__(self, name):
-            return getattr(self.generator, name)
-
-        def __call__(self, z_t, t, cond):
-            return self.generator(z_t, t, cond)
-
-        def prepare_cond(self, cond):
-            return self.conditioner.complete(cond)
-
+def test_sampling_with_cached_frames_equals_sampling_without(guidance, monkeypatch):
     noise, sampling = torch.randn(4, *SHAPE), SamplingSpec(steps=10, guidance=guidance)
     latents = sample_latents(GENERATOR, COND, noise, sampling)
-    assert_same(latents, sample_latents(Uncached(GENERATOR), COND, noise, sampling))
+    monkeypatch.setattr(Generator, "prepare_cond", lambda self, cond: self.conditioner.complete(cond))
+    assert_same(latents, sample_latents(GENERATOR, COND, noise, sampling))
 
 
 @torch.no_grad()
@@ -471,7 +459,7 @@ def test_networks_that_cannot_place_frames_are_named():
         FramesCondition(action_dim=4)
     with pytest.raises(ValueError, match="max_time is below frame_period"):
         FramesCondition(max_time=0.1)
-    with pytest.raises(SpecError, match="no frames that can be cached; got frames"):
+    with pytest.raises(SpecError, match="no frames that can be cached; got InContextFrames"):
         build(FramesCondition(form="in_context")).encode_frames(torch.zeros(1, *SHAPE))
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +10,11 @@ import torch
 from raev2.batch import ModelOutput
 from raev2.data import derived_seed
 from raev2.errors import SpecError
+from raev2.model.condition import NoCondition
 from raev2.model.frames import FramesCondition
 from raev2.model.generator import Generator
 from raev2.sampler import noise_for, sample_latents
-from raev2.spec import DDTSpec, FlowSpec, SamplingSpec
+from raev2.spec import DDTSpec, DiTSpec, FlowSpec, SamplingSpec
 from raev2_tasks.nwm.cond import model_cond
 from raev2_tasks.nwm.pose import accumulate, compose, relative, steps, wrap
 from raev2_tasks.nwm.rollout import History, RolloutSession
@@ -32,11 +32,15 @@ class Counter:
 
     def __init__(self, form="block_causal") -> None:
         self.condition_spec = FramesCondition(num_frames=3, max_time=2.0, form=form)
-        self.conditioner = SimpleNamespace(optional_fields={"has_action": None} if form == "block_causal" else {})
+        self.conditioner = NoCondition().build(DiTSpec(width=8, depth=1, num_heads=2), SHAPE)
+        self.conditioner.optional_fields = {"has_action": None} if form == "block_causal" else {}
         self.seen = []
 
     def prepare_cond(self, cond):
         return cond
+
+    def check_cond(self, cond):
+        pass
 
     def __call__(self, z_t, t, cond):
         self.seen.append(cond)

@@ -112,7 +112,7 @@ def test_a_frozen_encoder_is_run_on_the_tokens_that_are_there(t2i_spec, encoder_
     cond = encode(padded)
     assert cond["text_tokens"].shape == (2, 5, 16) and cond["text_mask"].sum(1).tolist() == [5, 3]
     assert (cond["text_tokens"][1, 3:] == 0).all()
-    condition.build(32, (4, 2, 2), "in_context").check(cond)
+    condition.build(spec.generator, (4, 2, 2)).check(cond)
 
 
 def test_evaluation_data_alternates_between_sources(tmp_path):

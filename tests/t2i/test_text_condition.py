@@ -15,7 +15,7 @@ from raev2.guidance import build_guidance
 from raev2.model.condition import TextCondition
 from raev2.model.generator import Generator
 from raev2.sampler import noise_for, sample_latents
-from raev2.spec import CFG, DDTSpec, EncoderSpec, FlowSpec, MuonSpec, SamplingSpec
+from raev2.spec import CFG, DDTSpec, DiTSpec, EncoderSpec, FlowSpec, MuonSpec, SamplingSpec
 from raev2.tokenizer.encoders import build_encoder
 from raev2.training.optim import build_optimizer, muon_routing, set_learning_rate
 from raev2_tasks.t2i.benchmark import s12
@@ -157,9 +157,9 @@ def test_the_empty_prompt_is_saved_with_the_generator(tmp_path):
 
 
 def test_the_adapter_is_a_second_layer():
-    widths = [module.out_features for module in TextCondition(dim=12, adapter="mlp").build(8, SHAPE, "in_context").proj
-              if isinstance(module, torch.nn.Linear)]  # fmt: skip
-    assert widths == [16, 8]
+    conditioner = TextCondition(dim=12, adapter="mlp").build(DiTSpec(width=8, depth=1, num_heads=2), SHAPE)
+    layers = [module for module in conditioner.proj if isinstance(module, torch.nn.Linear)]
+    assert [layer.out_features for layer in layers] == [16, 8]
 
 
 def test_the_trained_encoder_knows_the_order_of_words():
@@ -192,7 +192,7 @@ def test_wrong_captions_are_refused():
         generator.check_cond({**cond, "token_ids": ids})
     for condition in (TextCondition(dim=8), ScratchTextCondition(vocab_size=9)):
         with pytest.raises(SpecError, match="text needs tokens; got adaln; expected in_context"):
-            condition.build(32, SHAPE, "adaln")
+            condition.build(DiTSpec(width=32, depth=1, num_heads=2, conditioning="adaln"), SHAPE)
 
 
 def test_sixteen_captioned_pictures_are_learnt():

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raev2.batch import Measurement
 from raev2.command.bench import timed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raev2.batch import Cond, Denoiser, ModelOutput
+    from raev2.model.generator import Generator
 
 LATENT_SHAPE = (192, 8, 8)
 STEPS = 50
@@ -27,7 +33,7 @@ def bench_rollout_frame() -> list[Measurement]:
     """
     import torch
 
-    from raev2.batch import Cond, FrameCache
+    from raev2.batch import FrameCache
     from raev2.model.frames import FramesCondition
     from raev2.model.generator import Generator
     from raev2.sampler import map_rows, noise_for, sample_latents
@@ -53,7 +59,7 @@ def bench_rollout_frame() -> list[Measurement]:
     with torch.no_grad():
         known = generator.encode_frames(frames[:, :3].flatten(0, 1))
 
-    def rollout(network: Any, num: int, prepare: Callable[[Cond, list[int]], Cond]) -> torch.Tensor:
+    def rollout(network: Denoiser, num: int, prepare: Callable[[Cond, list[int]], Cond]) -> torch.Tensor:
         noise = noise_for(0, range(num), LATENT_SHAPE)
 
         @torch.no_grad()
@@ -94,18 +100,21 @@ def bench_rollout_frame() -> list[Measurement]:
 class _Recomputing:
     """A generator whose forward encodes the past frames, all of them at once, at every step."""
 
-    def __init__(self, generator: Any) -> None:
-        self._generator = generator
+    def __init__(self, generator: Generator) -> None:
+        from raev2.model.frames import BlockCausalFrames
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._generator, name)
+        assert isinstance(generator.conditioner, BlockCausalFrames)
+        self._generator, self.conditioner = generator, generator.conditioner
+        self.flow, self.latent_shape = generator.flow, generator.latent_shape
+        self.time_shift, self.has_base_head = generator.time_shift, generator.has_base_head
+        self.device, self.check_cond = generator.device, generator.check_cond
 
-    def __call__(self, z_t: Any, t: Any, cond: Any) -> Any:
+    def __call__(self, z_t: Tensor, t: Tensor, cond: Cond) -> ModelOutput:
         latents, index = self.conditioner.distinct_frames(cond)
-        trunk = self.network.trunk
+        trunk = self._generator.network.trunk
         frames = trunk.encode_frames(self.conditioner.embed_frames(latents))
         return self._generator(z_t, t, self._generator.prepare_cond({**cond, "context_id": index}, frames))
 
-    def prepare_cond(self, cond: Any) -> Any:
+    def prepare_cond(self, cond: Cond) -> Cond:
         """Nothing ahead of the steps."""
         return self.conditioner.complete(cond)

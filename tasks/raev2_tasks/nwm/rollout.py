@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raev2.batch import Cond, FrameCache
+from raev2.batch import Cond, Denoiser, FrameCache
 from raev2.data import derived_seed
 from raev2.errors import SpecError
-from raev2.model.frames import BlockCausalFrames
+from raev2.model.frames import BlockCausalFrames, FramesCondition
+from raev2.model.generator import Generator
 from raev2.sampler import map_rows, noise_for, sample_latents
 from raev2.spec import SamplingSpec
 from raev2_tasks.nwm.cond import model_cond
@@ -105,13 +106,13 @@ class RolloutSession:
 
     def __init__(
         self,
-        generator: Any,
+        generator: Generator,
         sampling: SamplingSpec,
         history: History,
         *,
         seed: int = 0,
         ids: Sequence[int] | None = None,
-        weak: Any = None,
+        weak: Denoiser | None = None,
         use_action: bool = True,
     ) -> None:
         self.generator, self.sampling, self.seed, self.weak = generator, sampling, seed, weak
@@ -255,10 +256,12 @@ class RolloutSession:
 
     def _sample(self, cond: dict[str, Tensor], noise: Tensor) -> Tensor:
         frames = FrameCache.cat(self.state.caches) if self.caching else None
+        condition = self.generator.condition_spec
+        assert isinstance(condition, FramesCondition)
 
         @torch.no_grad()
         def rows(numbers: list[int]) -> Tensor:
-            part = model_cond(self.generator.condition_spec, {name: value[numbers] for name, value in cond.items()})
+            part = model_cond(condition, {name: value[numbers] for name, value in cond.items()})
             if frames is not None:
                 del part["context_latents"]
                 part = self.generator.prepare_cond(part, frames)
@@ -271,10 +274,11 @@ class RolloutSession:
     @torch.no_grad()
     def _cached(self, history: History) -> tuple[History, tuple[FrameCache, ...]]:
         """A history with its distinct frames computed."""
-        if not self.caching:
+        conditioner = self.generator.conditioner
+        if not (self.caching and isinstance(conditioner, BlockCausalFrames)):
             return history, ()
         cond = {"context_latents": history.latents, "context_id": history.id, "context_valid": history.valid}
-        latents, rows = self.generator.conditioner.distinct_frames(cond)
+        latents, rows = conditioner.distinct_frames(cond)
         return replace(history, id=rows), (self.generator.encode_frames(latents),)
 
     @torch.no_grad()

@@ -10,11 +10,13 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
 from raev2.batch import Cond, CondTokens
 from raev2.errors import SpecError
-from raev2.model.condition import CondField, Conditioner, Conditioning, ConditionSpec, LatentShape, visible
+from raev2.model.condition import CondField, Conditioner, ConditionSpec, LatentShape, need_tokens, visible
 from raev2.nn import Block, RMSNorm, Rope
+from raev2.spec import TrunkSpec
 
 
 class ScratchTextCondition(ConditionSpec):
@@ -30,11 +32,10 @@ class ScratchTextCondition(ConditionSpec):
     depth: int = Field(3, ge=1)
     num_heads: int = Field(3, gt=0)
 
-    def build(self, width: int, latent_shape: LatentShape, conditioning: Conditioning) -> Conditioner:
-        """See `ConditionSpec.build`."""
-        if conditioning != "in_context":
-            raise SpecError("generator.conditioning", "text needs tokens", got=conditioning, expected="in_context")
-        return ScratchTextConditioner(self, width)
+    @override
+    def build(self, network: TrunkSpec, latent_shape: LatentShape) -> Conditioner:
+        need_tokens(network, "text")
+        return ScratchTextConditioner(self, network.width)
 
 
 class ScratchTextConditioner(Conditioner):
@@ -56,8 +57,9 @@ class ScratchTextConditioner(Conditioner):
         self.norm = RMSNorm(spec.width)
         self.proj = nn.Linear(spec.width, width)
 
+    @override
     def forward(self, cond: Cond) -> CondTokens:
-        """See `Conditioner.forward`. What stands in padding has no influence."""
+        """What stands in padding has no influence."""
         present = cond["token_mask"].bool()
         mask = visible(present)
         x = self.table(cond["token_ids"].masked_fill(~present, 0))
@@ -67,19 +69,20 @@ class ScratchTextConditioner(Conditioner):
             x = block(x, rope, attended)
         return CondTokens(self.proj(self.norm(x)), mask)
 
+    @override
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
-        """See `Conditioner.null_cond`."""
         ids, mask = torch.zeros_like(cond["token_ids"]), torch.zeros_like(cond["token_mask"])
         ids[:, 0], mask[:, 0] = self.null_id, 1
         return {"token_ids": ids, "token_mask": mask}
 
+    @override
     def example_cond(self, batch_size: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """See `Conditioner.example_cond`; every token is there."""
+        """Every token is there."""
         cond = super().example_cond(batch_size, device)
         return cond | {"token_mask": torch.ones_like(cond["token_mask"])}
 
+    @override
     def check(self, cond: Cond) -> None:
-        """See `Conditioner.check`."""
         super().check(cond)
         if not bool(cond["token_mask"].any(1).all()):
             raise SpecError("cond.token_mask", "a caption without tokens", hint="Use the null condition for it.")
