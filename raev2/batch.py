@@ -132,17 +132,12 @@ class CondRules(Protocol):
 class Denoiser(Protocol):
     """What can be sampled: a `Generator` or a double of it."""
 
+    flow: FlowSpec
+    latent_shape: tuple[int, int, int]
+
     @property
     def conditioner(self) -> CondRules:
         """The condition module."""
-
-    @property
-    def flow(self) -> FlowSpec:
-        """Kind of prediction, time shift and clamps."""
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """C, H, W."""
 
     @property
     def time_shift(self) -> float:

@@ -128,11 +128,6 @@ def to_latents(pred: Latents, z_t: Latents, t: Times | float, flow: FlowSpec) ->
     return prediction(flow.prediction).latents(pred, z_t, _as_map(t), flow)
 
 
-def to_noise(pred: Latents, z_t: Latents, t: Times | float, flow: FlowSpec) -> Latents:
-    """Noise that a prediction means: latents_pred + velocity_pred = z_t + (1 - t) * velocity_pred."""
-    return z_t + (1 - _as_map(t)) * to_velocity(pred, z_t, t, flow)
-
-
 def flow_error(pred: Latents, point: PathPoint, latents: Latents, flow: FlowSpec) -> Latents:
     """Squared error of the velocity, per element, in float32; see `Prediction.error`."""
     return prediction(flow.prediction).error(pred.float(), point, latents, _as_map(point.t), flow).square()

@@ -154,27 +154,20 @@ def _check(spec: Guidance, generator: Denoiser, weak: Denoiser | None) -> None:
             f"guidance {spec.kind}", f"{type(spec).__module__}.{type(spec).__qualname__} has no formula",
             expected="a function with @guided.register",
         )  # fmt: skip
-    if "base head" in spec.needs and not generator.has_base_head:
-        raise SpecError(
-            "guidance", "this guidance needs a base head, this generator has none", got=spec.kind,
-            hint="Use another kind, or train with generator.base_head_depth set.",
-        )  # fmt: skip
+    found = {
+        "base head": generator.has_base_head,
+        "condition": bool(generator.conditioner.fields),
+        "weak generator": weak is not None,
+    }
+    for need in sorted(spec.needs):
+        if not found.get(need):
+            raise SpecError(f"guidance {spec.kind}", f"needs a {need}, there is none", hint="Use another kind.")
     if "condition" in spec.needs:
-        if not generator.conditioner.fields:
-            raise SpecError(
-                "guidance", "this guidance needs a condition, this generator is unconditional", got=spec.kind,
-                hint="Use another kind.",
-            )  # fmt: skip
         generator.conditioner.check_parts(getattr(spec, "drop", ()))
-    if "weak generator" not in spec.needs and weak is not None:
-        raise SpecError("guidance", "a weak generator has no effect here", got=spec.kind, expected="no weak generator")
-    if "weak generator" in spec.needs:
-        _check_weak(generator, weak)
-
-
-def _check_weak(generator: Denoiser, weak: Denoiser | None) -> None:
     if weak is None:
-        raise SpecError("guidance.weak", "this guidance needs a weak generator", hint="Pass `weak=Generator`.")
+        return
+    if "weak generator" not in spec.needs:
+        raise SpecError(f"guidance {spec.kind}", "a weak generator has no effect here")
     got, expected = (f"{model.flow.prediction} {model.latent_shape}" for model in (weak, generator))
     if got != expected:
         raise SpecError("guidance.weak", "the weak generator predicts something else", got=got, expected=expected)

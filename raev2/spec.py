@@ -12,16 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    SerializeAsAny,
-    Tag,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, model_validator
 
 from raev2.errors import TaskError
 from raev2.files.plugins import GUIDANCE, PREDICTIONS, installed, load_kind, unknown
@@ -421,11 +412,9 @@ class Guidance(Spec, ABC):
 
 def _guidance_kind(name: str) -> type[Guidance]:
     kind = load_kind(GUIDANCE, name, Guidance)
-    if kind.model_fields["kind"].default != name:
-        raise TaskError(
-            f"guidance {name}", f"{installed(GUIDANCE)[name].value} says another kind",
-            got=repr(kind.model_fields["kind"].default), expected=repr(name),
-        )  # fmt: skip
+    if (own := kind.model_fields["kind"].default) != name:
+        owner = installed(GUIDANCE)[name].value
+        raise TaskError(f"guidance {name}", f"{owner} says another kind", got=repr(own), expected=repr(name))
     return kind
 
 

@@ -41,6 +41,8 @@ class GaussianWorld(nn.Module):
         self.std = std
         self.latent_shape = latent_shape
         self.flow = flow or FlowSpec(time_shift=1.0)
+        self.time_shift = self.flow.time_shift or 1.0
+        self.has_base_head = base_means is not None
         self.register_buffer("means", torch.tensor(means, dtype=dtype))
         self.register_buffer("base_means", None if base_means is None else torch.tensor(base_means, dtype=dtype))
         network = DiTSpec(width=8, depth=1, num_heads=1, conditioning="adaln")
@@ -55,31 +57,17 @@ class GaussianWorld(nn.Module):
         """Where the exact flow takes this noise."""
         return self.means[cond["label"]].view(-1, 1, 1, 1) + self.std * noise
 
-    def null_cond(self, cond: Cond) -> dict[str, Tensor]:
-        """See `Generator.null_cond`."""
-        return self.conditioner.null_cond(cond)
-
     def prepare_cond(self, cond: Cond) -> Cond:
-        """See `Generator.prepare_cond`."""
+        """Nothing to prepare."""
         return cond
 
     def check_cond(self, cond: Cond) -> None:
-        """See `Generator.check_cond`."""
+        """Raise `SpecError` unless these are labels of this world."""
         self.conditioner.check(cond)
 
     @property
-    def time_shift(self) -> float:
-        """See `Generator.time_shift`."""
-        return self.flow.time_shift or 1.0
-
-    @property
-    def has_base_head(self) -> bool:
-        """See `Generator.has_base_head`."""
-        return self.base_means is not None
-
-    @property
     def device(self) -> torch.device:
-        """See `Generator.device`."""
+        """Device of the means."""
         return self.means.device
 
     def _predict(self, z_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:

@@ -112,11 +112,16 @@ def test_guiding_velocity_equals_guiding_clean_latents():
 @pytest.mark.parametrize(
     ("spec", "weak", "generator", "message"),
     [
-        (InternalGuidance(), None, build(base_head_depth=None), "needs a base head.*base_head_depth"),
-        (InternalCFG(scale=2.0), None, build(base_head_depth=None), "needs a base head"),
-        (CFG(scale=2.0), None, build(condition=NoCondition()), "this generator is unconditional"),
-        (AutoGuidance(weak="-"), None, GENERATOR, "needs a weak generator"),
-        (CFG(scale=2.0), WEAK, GENERATOR, "a weak generator has no effect here; got cfg; expected no weak generator"),
+        (
+            InternalGuidance(),
+            None,
+            build(base_head_depth=None),
+            "guidance internal: needs a base head, there is none. Use another kind.",
+        ),
+        (InternalCFG(scale=2.0), None, build(base_head_depth=None), "guidance internal.cfg: needs a base head"),
+        (CFG(scale=2.0), None, build(condition=NoCondition()), "guidance cfg: needs a condition, there is none"),
+        (AutoGuidance(weak="-"), None, GENERATOR, "guidance auto: needs a weak generator, there is none"),
+        (CFG(scale=2.0), WEAK, GENERATOR, "guidance cfg: a weak generator has no effect here"),
         (AutoGuidance(weak="-"), build(flow=FlowSpec(prediction="velocity")), GENERATOR, "predicts something else"),
     ],
 )

@@ -104,11 +104,8 @@ def generator_config(generator: Generator) -> dict[str, Any]:
         raise CheckpointError(
             "reference config", "has no place for this grid", got=f"{rows} x {cols}", expected="square"
         )
-    if generator.flow.prediction not in ("x", "velocity"):
-        raise CheckpointError(
-            "reference config", "has no word for this prediction", got=generator.flow.prediction,
-            expected="x or velocity",
-        )  # fmt: skip
+    if (prediction := generator.flow.prediction) not in ("x", "velocity"):
+        raise CheckpointError("reference config", "has no word for this prediction", got=prediction)
     is_v1, is_ddt = spec.conditioning == "adaln", isinstance(spec, DDTSpec)
     config: dict[str, Any] = {
         "model": ("DiTwDDTHead" if is_ddt else "LightningDiT") + ("IG" if spec.base_head_depth else ""),
@@ -119,7 +116,7 @@ def generator_config(generator: Generator) -> dict[str, Any]:
         "depth": spec.depth,
         "num_heads": spec.num_heads,
         "mlp_ratio": spec.mlp_ratio,
-        "prediction": generator.flow.prediction,
+        "prediction": prediction,
     }
     if isinstance(spec, DDTSpec):
         config |= {
@@ -386,11 +383,6 @@ def _condition_spec(config: Mapping[str, Any], is_v1: bool, tensors: Mapping[str
 def _reference_names(generator: Generator) -> dict[str, list[str]]:
     """Our parameter -> the reference tensors that make it up, joined along the first axis."""
     spec = generator.network_spec
-    if generator.flow.prediction not in ("x", "velocity"):
-        raise CheckpointError(
-            "reference config", "has no word for this prediction", got=generator.flow.prediction,
-            expected="x or velocity",
-        )  # fmt: skip
     is_v1, is_ddt = spec.conditioning == "adaln", isinstance(spec, DDTSpec)
     norm_final = "norm" if is_ddt and not is_v1 else "norm_final"
     adaln = "adaLN_modulation.1" if is_v1 else "adaln_modulation.1"

@@ -10,33 +10,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
 from raev2.batch import Cond, CondTokens, FrameCache, drop_cond
 from raev2.errors import SpecError
+from raev2.model.dit import Trunk
 from raev2.nn import RMSNorm
 from raev2.spec import Spec, TrunkSpec
 
 LatentShape = tuple[int, int, int]  # C, H, W
-
-
-@runtime_checkable
-class FrameTrunk(Protocol):
-    """What a trunk does with past frames: part of `Trunk`."""
-
-    def encode_frames(self, tokens: Float[Tensor, "U N D"]) -> FrameCache:
-        """Keys and values of frames in every block."""
-
-    def place_frames(
-        self, frames: FrameCache, index: Int[Tensor, "B K"], age: Float[Tensor, "B K"]
-    ) -> tuple[Float[Tensor, "B L heads M d"], Float[Tensor, "B L heads M d"]]:
-        """Keys and values of the frames `index` at their age."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +70,7 @@ class Conditioner(nn.Module, ABC):
         """`cond` with the defaults of absent optional tensors."""
         return dict(cond)
 
-    def prepare(self, cond: Cond, trunk: FrameTrunk, frames: FrameCache | None = None) -> dict[str, Tensor]:
+    def prepare(self, cond: Cond, trunk: Trunk, frames: FrameCache | None = None) -> dict[str, Tensor]:
         """`complete(cond)` with all that depends on it and on the trunk alone: `Generator.prepare_cond`."""
         return self.complete(cond)
 
@@ -90,7 +78,7 @@ class Conditioner(nn.Module, ABC):
         """Whether `prepare` has already computed its part of `cond`."""
         return False
 
-    def encode_frames(self, latents: Float[Tensor, "U C H W"], trunk: FrameTrunk) -> FrameCache:
+    def encode_frames(self, latents: Float[Tensor, "U C H W"], trunk: Trunk) -> FrameCache:
         """Past frames as every block of the trunk sees them, for `prepare`: `Generator.encode_frames`."""
         raise SpecError(
             "encode_frames", "this condition has no frames that can be cached", got=type(self).__name__,

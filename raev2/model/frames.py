@@ -17,15 +17,8 @@ from typing_extensions import override
 
 from raev2.batch import Cond, CondTokens, FrameCache, PastFrames, drop_cond
 from raev2.errors import SpecError
-from raev2.model.condition import (
-    CondField,
-    Conditioner,
-    ConditionSpec,
-    FrameTrunk,
-    LatentShape,
-    need_tokens,
-    tokens_parameter,
-)
+from raev2.model.condition import CondField, Conditioner, ConditionSpec, LatentShape, need_tokens, tokens_parameter
+from raev2.model.dit import Trunk
 from raev2.nn import FourierEmbed, PatchEmbed, WaveEmbed, patchify, sincos_2d, waves
 from raev2.spec import TrunkSpec
 
@@ -192,7 +185,7 @@ class BlockCausalFrames(Conditioner):
         return self.context_embed(patchify(latents, self.spec.patch_size))
 
     @override
-    def prepare(self, cond: Cond, trunk: FrameTrunk, frames: FrameCache | None = None) -> dict[str, Tensor]:
+    def prepare(self, cond: Cond, trunk: Trunk, frames: FrameCache | None = None) -> dict[str, Tensor]:
         """Past frames become keys and values; with `frames`, "context_id" are its rows."""
         cond = self.complete(cond)
         if self.is_prepared(cond):
@@ -209,7 +202,7 @@ class BlockCausalFrames(Conditioner):
         return kept | ({"context_newest": frames.tokens[index[:, -1]]} if self.spec.at_image else {})
 
     @override
-    def encode_frames(self, latents: Float[Tensor, "U C H W"], trunk: FrameTrunk) -> FrameCache:
+    def encode_frames(self, latents: Float[Tensor, "U C H W"], trunk: Trunk) -> FrameCache:
         alone = latents.device.type == "cpu" and not torch.is_grad_enabled()
         parts = latents.split(1) if alone else [latents]
         return FrameCache.cat([trunk.encode_frames(self.embed_frames(part)) for part in parts])

@@ -27,7 +27,7 @@ ORDER = """
     flow guidance sampler nn data
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
     tokenizer.baselines tokenizer.losses tokenizer.discriminator
-    model.condition model.frames model.dit model.generator
+    model.dit model.condition model.frames model.generator
     task spec_io testing
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files

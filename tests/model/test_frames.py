@@ -455,6 +455,8 @@ def test_networks_that_cannot_place_frames_are_named():
         Generator(network(), SPEC.replace(patch_size=2), FlowSpec(), (6, 4, 4))
     with pytest.raises(SpecError, match="too few channels per head.*got 4 channels; expected at least 8"):
         Generator(network(num_heads=12), SPEC, FlowSpec(), SHAPE)
+    with pytest.raises(SpecError, match="a condition of frames needs tokens; got adaln; expected in_context"):
+        Generator(network(conditioning="adaln"), SPEC, FlowSpec(), SHAPE)
     with pytest.raises(ValueError, match="3 numbers; got action_dim=4"):
         FramesCondition(action_dim=4)
     with pytest.raises(ValueError, match="max_time is below frame_period"):
