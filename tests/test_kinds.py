@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from raev2.batch import CondRules, Denoiser, ModelOutput
 from raev2.command.cli import main
 from raev2.errors import CheckpointError, SpecError, TaskError
+from raev2.files import plugins
 from raev2.files.plugins import GUIDANCE, PREDICTIONS, installed
 from raev2.flow import (
     Prediction,
@@ -191,6 +192,13 @@ def test_a_recipe_with_an_unknown_kind_names_its_task(monkeypatch):
     for name, text in (("magic", "unknown guidance; got 'magic'"), ("odd", "unknown prediction; got 'odd'")):
         with pytest.raises(TaskError, match=f"task imagenet: its recipe {name} is not valid; got .*{text}"):
             get_recipe(task, name)
+
+
+def test_an_installation_without_entry_points_says_so(monkeypatch):
+    monkeypatch.setattr(plugins, "entry_points", lambda group: ())
+    text = "unknown guidance; got 'cfg'; expected one of none. Install raev2 again, its entry points are missing."
+    with pytest.raises(ValidationError, match=text):
+        SamplingSpec(guidance={"kind": "cfg", "scale": 2.0})
 
 
 # Predictions.

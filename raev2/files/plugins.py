@@ -35,7 +35,9 @@ def unknown(group: str, name: object) -> str:
     """What to say about a name that is not installed."""
     known = sorted(installed(group))
     hint = did_you_mean(str(name), known) or "Install the package that brings it."
-    return f"unknown {GROUPS[group]}; got {name!r}; expected one of {', '.join(known)}. {hint}"
+    if not known:  # an installation from before this group
+        hint = "Install raev2 again, its entry points are missing."
+    return f"unknown {GROUPS[group]}; got {name!r}; expected one of {', '.join(known) or 'none'}. {hint}"
 
 
 def load(group: str, name: str, where: str) -> Any:
