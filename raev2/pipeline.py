@@ -25,7 +25,7 @@ from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, s
 from raev2.eval.protocols import run_protocol
 from raev2.files.artefact import load_artefact, write_json
 from raev2.files.grid import save_grid, save_pairs
-from raev2.files.images import centre_crop, opened_image
+from raev2.files.images import centre_crop, is_picture, read_rgb
 from raev2.files.manifest import read_manifest
 from raev2.guidance import Guidance
 from raev2.model.generator import Generator, model_size
@@ -48,7 +48,6 @@ from raev2.training.run import Run, add_provenance, make_accelerator, newest_run
 logger = logging.getLogger(__name__)
 TOKENIZER, GENERATOR, EVAL = "tokenizer", "generator", "eval"  # folders of a run
 NUM_GRID_IMAGES = 32
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,19 +377,19 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
             raise DataError(str(path), "no such file or folder")
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in inside:
-            if path.is_file() or file.suffix.lower() in IMAGE_SUFFIXES:
+            if path.is_file() or (file.is_file() and is_picture(file)):
                 found = True
                 yield file
     if not found:
-        raise DataError(", ".join(map(str, paths)), "no images here", expected=f"files {sorted(IMAGE_SUFFIXES)}")
+        raise DataError(", ".join(map(str, paths)), "no images here")
 
 
 def read_image(file: Path, size: tuple[int, int]) -> Tensor:
     """One image file as uint8 (3, H_px, W_px), resized to cover `size` and centre-cropped."""
     import numpy as np
 
-    with opened_image(file, str(file)) as image:
-        return torch.from_numpy(np.array(centre_crop(image.convert("RGB"), size))).permute(2, 0, 1).contiguous()
+    rgb = centre_crop(read_rgb(file, str(file)), size)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from typing import Any
 from PIL import Image
 
 from raev2.errors import DataError, SpecError, did_you_mean
-from raev2.files.images import IMAGE_ERRORS
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest, verify_dataset
 
 SPLITS = ("train", "val")
@@ -275,7 +274,7 @@ def _result(sample: Sample, future: Future[Picture]) -> tuple[Sample, Picture | 
     """A picture that cannot be read is a result; any other exception is a defect and stops the build."""
     try:
         return sample, future.result()
-    except IMAGE_ERRORS as error:
+    except (DataError, OSError, ValueError) as error:
         return sample, error
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from raev2.errors import DataError, SpecError
+from raev2.files.images import is_picture, read_rgb
 from raev2_data_recipes.base import SPLITS, Option, Picture, Recipe, Sample, encode_png
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def resize_and_crop(image: Image.Image, size_px: int) -> Image.Image:
@@ -98,8 +97,7 @@ class ImageFolder(Recipe):
             raise SpecError(f"data {self.name}: val_fraction", "not usable", got=fraction, expected=expected)
         layout = _find_layout(src, val_fraction)
         if not any(split == "train" for split, _, _ in layout.files):
-            expected = "files ending in " + ", ".join(sorted(SUFFIXES))
-            raise DataError(where, "no pictures found", got=src, expected=expected)
+            raise DataError(where, "no pictures found", got=src, expected="files of a format that Pillow reads")
         return layout
 
 
@@ -144,7 +142,7 @@ def _pictures(folder: Path) -> list[tuple[str, Path]]:
     """
     found = []
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."):
+        if path.is_file() and not path.name.startswith(".") and is_picture(path):
             parts = path.relative_to(folder).parts
             found.append((parts[0] if len(parts) > 1 else "", path))
     return [item for item in found if item[0]] or found
@@ -152,14 +150,10 @@ def _pictures(folder: Path) -> list[tuple[str, Path]]:
 
 def _read(path: Path, size_px: int | None) -> Picture:
     data = path.read_bytes()
-    with Image.open(path) as image:
-        image.load()  # raises for a truncated file
-        if size_px is None:
-            return Picture(data, path.suffix.lower(), image.size)
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba)
-        return encode_png(resize_and_crop(image.convert("RGB"), size_px))
+    rgb = read_rgb(data, str(path))
+    return (
+        Picture(data, path.suffix.lower(), rgb.size) if size_px is None else encode_png(resize_and_crop(rgb, size_px))
+    )
 
 
 RECIPE = ImageFolder()
