@@ -115,7 +115,7 @@ class FolderDataset(ImageDataset):
         if not index_file.is_file():
             raise DataError(f"data {self.dir}", f"index {index_file.name} is missing", hint=_rebuild(self.manifest))
         try:
-            self.index = [json.loads(line) for line in index_file.read_text().splitlines()]
+            self.index = [json.loads(line) for line in index_file.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
             raise DataError(
                 f"data {index_file}", "damaged, a line is not JSON", got=str(error), hint=_rebuild(self.manifest)

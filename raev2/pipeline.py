@@ -25,8 +25,9 @@ from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, s
 from raev2.eval.protocols import run_protocol
 from raev2.files.artefact import load_artefact, write_json
 from raev2.files.grid import save_grid, save_pairs
-from raev2.files.images import centre_crop, is_picture, read_rgb
+from raev2.files.images import centre_crop, read_rgb
 from raev2.files.manifest import read_manifest
+from raev2.files.picture_folder import scan_folder, told
 from raev2.guidance import Guidance
 from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
@@ -129,8 +130,11 @@ def prepare_data(spec: RunSpec) -> None:
     """Build the dataset folder of a spec if it is missing and the spec names a data recipe."""
     folder = Path(spec.data.dir)
     if not (folder / "manifest.json").is_file() and spec.data.recipe and dist.is_main():
-        logger.info("building %s with the data recipe %s", folder, spec.data.recipe)
-        get_data_recipe(spec.data.recipe).build(folder, spec.data.options)
+        recipe = get_data_recipe(spec.data.recipe)
+        logger.info("building %s with the data recipe %s", folder, recipe.name)
+        for line in recipe.plan(recipe.resolve(spec.data.options)):
+            logger.info("%s", line)
+        recipe.build(folder, spec.data.options)
     dist.barrier()
     read_manifest(folder)
 
@@ -370,16 +374,18 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
 
 
 def image_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """Image files among paths, folders searched to any depth, in name order."""
+    """Image files among paths, folders searched to any depth, in name order; the log says what is left out there."""
     found = False
     for path in paths:
         if not path.exists():
             raise DataError(str(path), "no such file or folder")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in inside:
-            if path.is_file() or (file.is_file() and is_picture(file)):
-                found = True
-                yield file
+        files = [path]
+        if path.is_dir():
+            folder = scan_folder(path)
+            files = folder.all_pictures()
+            logger.info("%s: %s", path, told(folder.all_ignored()))
+        found = found or bool(files)
+        yield from files
     if not found:
         raise DataError(", ".join(map(str, paths)), "no images here")
 

@@ -56,7 +56,7 @@ def test_manifest_has_the_documented_fields(shapes_dir: Path) -> None:
     manifest = json.loads((shapes_dir / "manifest.json").read_text())
     assert list(manifest) == [
         "format_version", "name", "recipe", "options", "licence", "attribution",
-        "image_size_px", "classes", "splits", "fingerprint", "rejected",
+        "image_size_px", "classes", "splits", "fingerprint", "rejected", "duplicates",
     ]  # fmt: skip
     assert manifest["format_version"] == 1
     assert manifest["name"] == "shapes"

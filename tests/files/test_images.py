@@ -192,7 +192,7 @@ def test_floats_are_scaled_from_0_to_1(format: str) -> None:
     [
         (np.array([[0, 70000]], np.int32), r"grey integer values outside their range; got 0 to 70000; expected 0 \(bl"),
         (np.array([[-5, 9]], np.int32), r"got -5 to 9; expected 0 \(black\) to 65535 \(white\)\. Scale them, or save"),
-        (np.array([[0, 255]], np.float32), "grey float values outside their range; got 0 to 255; expected 0 .black. to 1"),
+        (np.array([[0, 255]], np.float32), "grey float values outside their range; got 0 to 255; expected 0 .black."),
         (np.array([[np.nan, 1]], np.float32), "got nan to nan; expected 0 .black. to 1 .white."),
     ],
 )  # fmt: skip
