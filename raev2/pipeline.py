@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from raev2.files.artefact import load_artefact, write_json
 from raev2.files.grid import save_grid, save_pairs
 from raev2.files.images import centre_crop, read_rgb
 from raev2.files.manifest import read_manifest
-from raev2.files.picture_folder import scan_folder, told
+from raev2.files.picture_folder import PictureFolder, scan_folder, told
 from raev2.guidance import Guidance
 from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
@@ -354,7 +355,7 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     """
     device = make_accelerator("fp32").device
     rae = _load_tokenizer(source).to(device)
-    files = list(image_files(paths))
+    files = image_files(paths)
     name = "lpips_vgg" if lpips_available("vgg") else "feature_distance_micro"
     distance = build_pair_distance(name, device)
     rows: list[Reconstruction] = []
@@ -373,21 +374,23 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     return rows
 
 
-def image_files(paths: Sequence[Path]) -> Iterator[Path]:
+def image_files(paths: Sequence[Path]) -> list[Path]:
     """Image files among paths, folders searched to any depth, in name order; the log says what is left out there."""
-    found = False
+    found, left_out = [], Counter[str]()
     for path in paths:
         if not path.exists():
             raise DataError(str(path), "no such file or folder")
-        files = [path]
-        if path.is_dir():
-            folder = scan_folder(path)
-            files = folder.all_pictures()
-            logger.info("%s: %s", path, told(folder.all_ignored()))
-        found = found or bool(files)
-        yield from files
+        folder = scan_folder(path) if path.is_dir() else PictureFolder(path.parent, [path])
+        found += folder.all_pictures()
+        left_out += folder.all_ignored()
     if not found:
-        raise DataError(", ".join(map(str, paths)), "no images here")
+        raise DataError(
+            ", ".join(map(str, paths)), "no images here", got=told(left_out) or None,
+            expected="files of a format that Pillow reads",
+        )  # fmt: skip
+    if left_out:
+        logger.info("left out: %s", told(left_out))
+    return found
 
 
 def read_image(file: Path, size: tuple[int, int]) -> Tensor:

@@ -81,9 +81,8 @@ def scan_folder(path: Path, above: frozenset[str] = frozenset()) -> PictureFolde
 
 
 def told(left_out: Mapping[str, int]) -> str:
-    """How many files were left out, by kind, in words."""
-    kinds = ", ".join(f"{kind}: {number:,}" for kind, number in sorted(left_out.items()))
-    return f"Left out: {kinds}." if kinds else "No file is left out."
+    """How many files were left out, by kind, in words; '' for none."""
+    return ", ".join(f"{kind}: {number:,}" for kind, number in sorted(left_out.items()))
 
 
 def _of_a_tool(entry: os.DirEntry[str]) -> tuple[str, int]:

@@ -423,3 +423,21 @@ def test_plan_and_build_print_what_was_understood(tmp_path: Path, capsys: pytest
         f"{tmp_path}/out: train 3, val 1, 2 classes, 0 rejected", "in val and in train: 1"
     ]  # fmt: skip
     assert read_manifest(tmp_path / "out")["understood"] == planned.splitlines()[:8]
+
+
+def test_the_manual_shows_a_real_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = make(tmp_path / "photos", "train/cat/*6", "train/dog/*5", "train/owl/*3", "test/cat/*2", "test/dog/*1")
+    make(src, "train/loose.jpg", "train/.thumbnails/*2")
+    (src / "train/cat/Thumbs.db").write_bytes(b"")
+    (src / "labels.csv").write_text("")
+    (src / "test/dog/0.png").write_bytes((src / "train/dog/0.png").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "own_data.md").read_text()
+    plan, refusal = re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S)
+    assert main(["data", "plan", "image-folder", "--set", "src=photos"]) == 0
+    assert capsys.readouterr().out == plan
+    make(tmp_path / "flat", "train/*3", "test/*2")
+    assert main(["data", "plan", "image-folder", "--set", "src=flat"]) == 3
+    assert capsys.readouterr().err == refusal

@@ -341,7 +341,10 @@ def test_missing_or_empty_source_is_named(tmp_path: Path) -> None:
         DataError, match="data image-folder: src: no such folder; got .*/nowhere. Give it with --set src=PATH"
     ):
         image_folder.RECIPE.plan({"src": str(tmp_path / "nowhere")})
-    with pytest.raises(DataError, match="src: no pictures found; got .*; expected files of a format that Pillow reads"):
+    (tmp_path / "phone.heic").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"no pictures found; got .*no picture \(.heic\): 1\); expected files of a format"
+    ):
         image_folder.RECIPE.build(tmp_path / "out", {"src": str(tmp_path)})
 
 

@@ -76,7 +76,7 @@ class Layout:
             *self._split_lines(),
             *(self._class_lines() if self.classes else []),
             *self.notes,
-            told(self.left_out),
+            f"Left out: {told(self.left_out)}." if self.left_out else "No file is left out.",
         ]
 
     def _split_lines(self) -> list[str]:
@@ -115,7 +115,8 @@ def read_layout(src: Path, val_fraction: float, choice: Choice) -> Layout:
     top = scan_folder(src)
     layout = Layout(src, left_out=top.all_ignored())
     if not any(top.all_pictures()):
-        raise DataError(WHERE, "no pictures found", got=src, expected="files of a format that Pillow reads")
+        got = f"{src} ({told(layout.left_out)})" if layout.left_out else src
+        raise DataError(WHERE, "no pictures found", got=got, expected="files of a format that Pillow reads")
     inner = _inside_wrapper(top)
     has_splits = choice.splits is not False and any(map(_split_of, inner.filled()))
     root = inner if choice.class_level is None or has_splits else top
