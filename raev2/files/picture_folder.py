@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -48,9 +49,13 @@ class PictureFolder:
         """What was passed over, at any depth."""
         return sum((folder.ignored for folder in self.walk()), Counter[str]())
 
+    def has_pictures(self) -> bool:
+        """Whether there are pictures in it, at any depth."""
+        return any(folder.pictures for folder in self.walk())
+
     def filled(self) -> list[PictureFolder]:
         """Its sub-folders that hold pictures at any depth."""
-        return [folder for folder in self.folders if any(inside.pictures for inside in folder.walk())]
+        return [folder for folder in self.folders if folder.has_pictures()]
 
 
 def scan_folder(path: Path, above: frozenset[str] = frozenset()) -> PictureFolder:
@@ -76,8 +81,14 @@ def scan_folder(path: Path, above: frozenset[str] = frozenset()) -> PictureFolde
         elif is_picture(path / entry.name):
             found.pictures.append(path / entry.name)
         else:
-            found.ignored[f"no picture ({Path(entry.name).suffix.lower() or 'no suffix'})"] += 1
+            found.ignored[f"no picture ({text_of(Path(entry.name).suffix.lower()) or 'no suffix'})"] += 1
     return found
+
+
+def text_of(name: str) -> str:
+    """A file name as one line of text in Unicode form C; bytes that are no UTF-8 become replacement characters."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return unicodedata.normalize("NFC", " ".join(text.splitlines()))
 
 
 def told(left_out: Mapping[str, int]) -> str:
@@ -88,5 +99,5 @@ def told(left_out: Mapping[str, int]) -> str:
 def _of_a_tool(entry: os.DirEntry[str]) -> tuple[str, int]:
     """Kind of a file or folder of a tool, and how many files that are."""
     if entry.is_dir():
-        return f"folder {entry.name}", sum(len(files) for _, _, files in os.walk(entry))
+        return f"folder {text_of(entry.name)}", sum(len(files) for _, _, files in os.walk(entry))
     return entry.name.strip() if entry.name.lower() in TOOL_NAMES else "hidden file", 1

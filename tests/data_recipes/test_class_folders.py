@@ -141,6 +141,18 @@ def test_a_wrapper_with_splits_in_it(tmp_path: Path) -> None:
     assert "val: 2 pictures, from Data/Test/." in said(tmp_path)
 
 
+def test_pictures_beside_a_wrapper_or_splits_are_counted(tmp_path: Path) -> None:
+    make(tmp_path, "cover.png", "Data/cover.png", "Data/x/train/cat/*2", "Data/x/train/dog/*2", "Data/x/train.png")
+    assert counts(tmp_path) == {"train": {"cat": 2, "dog": 2}}
+    assert layout(tmp_path).left_out == {"picture beside the splits": 3}
+
+
+def test_a_level_without_pictures_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "cat/*2", "dog/*2")
+    with pytest.raises(DataError, match="src: no pictures for training at this level of folders; got class_level=2"):
+        layout(tmp_path, class_level=2)
+
+
 def test_links_to_class_folders_and_to_the_source_are_followed(tmp_path: Path) -> None:
     make(tmp_path / "else", "cat/*2", "dog/*3")
     make(tmp_path / "src", "owl/*1")
@@ -165,19 +177,21 @@ def test_unicode_forms_of_one_name_are_one_class(tmp_path: Path) -> None:
 
 def test_names_that_are_no_utf8_are_read_and_written(tmp_path: Path) -> None:
     src = os.fsencode(tmp_path / "src")
-    for name in (b"caf\xe9", b"tea"):
+    for name in (b"caf\xe9", b"tea", b".\xe9", b"x"):
         os.makedirs(src + b"/" + name)
         with open(src + b"/" + name + b"/l\xe4nge\xe2\x80\xa8.png", "wb") as file:
             file.write(picture())
+    open(src + b"/x.\xe9", "w").close()
+    assert "folder .\ufffd: 1, no picture (.\ufffd): 1." in said(tmp_path / "src")
     RECIPE.build(tmp_path / "out", {"src": str(tmp_path / "src"), "val_fraction": "0"})
     manifest = verify_dataset(tmp_path / "out")
-    assert manifest["classes"] == ["caf\ufffd", "tea"] and manifest["splits"]["train"]["num_samples"] == 2
+    assert manifest["classes"] == ["caf\ufffd", "tea", "x"] and manifest["splits"]["train"]["num_samples"] == 3
 
 
 def test_one_class_is_one_class_and_a_flat_folder_has_none(tmp_path: Path) -> None:
     make(tmp_path / "one", "cat/*3")
     assert counts(tmp_path / "one") == {"train": {"cat": 3}}
-    assert "1 class: cat." in said(tmp_path / "one", val_fraction="0")
+    assert "1 class: cat; for pictures without labels: --set class_level=0." in said(tmp_path / "one", val_fraction="0")
     make(tmp_path / "flat", "*3")
     assert counts(tmp_path / "flat") == {"train": {"": 3}} and "flat: no labels." in said(tmp_path / "flat")
 

@@ -7,14 +7,13 @@ without being counted.
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from raev2.errors import DataError
-from raev2.files.picture_folder import PictureFolder, scan_folder, told
+from raev2.files.picture_folder import PictureFolder, scan_folder, text_of, told
 
 SPLIT_WORDS = {
     "train": "train", "training": "train",
@@ -22,6 +21,7 @@ SPLIT_WORDS = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 WHERE = "data image-folder: src"
+BESIDE = "picture beside the splits"
 MAX_HASHED = 20_000  # pictures; a plan compares no more
 
 Labelled = list[tuple[str, Path]]
@@ -72,7 +72,7 @@ class Layout:
         if self.split_folders:
             kind = f"folders {' and '.join(self.split_folders.values())} with {kind}"
         return [
-            f"Read {self.src}: {kind}.",
+            f"Read {text_of(str(self.src))}: {kind}.",
             *self._split_lines(),
             *(self._class_lines() if self.classes else []),
             *self.notes,
@@ -95,7 +95,7 @@ class Layout:
             f"smallest {small} ({train[small]:,} for training), largest {large} ({train[large]:,})."
         ]
         if len(self.classes) == 1:
-            lines = [f"1 class: {large}."]
+            lines = [f"1 class: {large}; for pictures without labels: --set class_level=0."]
         for split, other in (("train", "val"), ("val", "train")):
             only = [name for name in self.classes if sizes[split][name] and not sizes[other][name]]
             if only and sizes[other]:
@@ -114,7 +114,7 @@ def read_layout(src: Path, val_fraction: float, choice: Choice) -> Layout:
     """
     top = scan_folder(src)
     layout = Layout(src, left_out=top.all_ignored())
-    if not any(top.all_pictures()):
+    if not top.has_pictures():
         got = f"{src} ({told(layout.left_out)})" if layout.left_out else src
         raise DataError(WHERE, "no pictures found", got=got, expected="files of a format that Pillow reads")
     inner = _inside_wrapper(top)
@@ -122,11 +122,14 @@ def read_layout(src: Path, val_fraction: float, choice: Choice) -> Layout:
     root = inner if choice.class_level is None or has_splits else top
     if root is not top:
         layout.notes.append(_looked_through(src, root))
+        layout.left_out += Counter({BESIDE: len(top.all_pictures()) - len(root.all_pictures())})
     parts = _parts(root, choice, layout)
     level = choice.class_level
     if level is None:
         level = _class_level(parts, 0 if "train" in layout.split_folders else len(root.path.relative_to(src).parts))
     taken = {split: _labelled(part, level, layout) for split, part in parts.items()}
+    if not taken["train"]:
+        raise DataError(WHERE, "no pictures for training at this level of folders", got=f"class_level={level}")
     if "val" not in taken:
         taken = _divided(src, taken["train"], val_fraction)
     layout.classes = sorted({name for found in taken.values() for name, _ in found if name})
@@ -157,12 +160,6 @@ def source_name(src: Path, path: Path) -> str:
     return text_of(path.relative_to(src).as_posix())
 
 
-def text_of(name: str) -> str:
-    """A file name as one line of text in Unicode form C; bytes that are no UTF-8 become replacement characters."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return unicodedata.normalize("NFC", " ".join(text.splitlines()))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of `read_layout`
 
@@ -173,14 +170,14 @@ def _split_of(folder: PictureFolder) -> str | None:
 
 def _inside_wrapper(folder: PictureFolder) -> PictureFolder:
     """The innermost folder that is alone around everything; `folder` itself where there is none."""
-    if folder.pictures or len(folder.filled()) != 1 or _split_of(folder.filled()[0]):
+    if len(folder.filled()) != 1 or _split_of(folder.filled()[0]):
         return folder
     (only,) = folder.filled()
-    deeper = _inside_wrapper(only)
-    if deeper is not only:
-        return deeper
-    around_many = len(only.filled()) > 1 or any(map(_split_of, only.filled()))
-    return only if around_many and not only.pictures else folder
+    inner = _inside_wrapper(only)
+    if any(map(_split_of, inner.filled())):
+        return inner
+    around_many = inner is not only or (len(only.filled()) > 1 and not only.pictures)
+    return inner if around_many and not folder.pictures else folder
 
 
 def _looked_through(src: Path, root: PictureFolder) -> str:
@@ -218,8 +215,8 @@ def _parts(root: PictureFolder, choice: Choice, layout: Layout) -> dict[str, Pic
             ("splits of pictures without labels", "class_level=0"), ("these are the classes", "splits=no"),
         )  # fmt: skip
     for folder in others:
-        layout.left_out[f"picture in {folder.path.name}/"] += len(folder.all_pictures())
-    layout.left_out += Counter({"picture beside the splits": len(root.pictures)})
+        layout.left_out[f"picture in {text_of(folder.path.name)}/"] += len(folder.all_pictures())
+    layout.left_out += Counter({BESIDE: len(root.pictures)})
     parts = _with_held_out(folders, choice, layout)
     layout.split_folders = {split: f"{source_name(layout.src, part.path)}/" for split, part in parts.items()}
     return parts
@@ -278,8 +275,8 @@ def _labelled(part: PictureFolder, level: int, layout: Layout) -> Labelled:
         layout.left_out["picture outside the class folders"] += len(outside)
         layout.notes.append(f"Outside the class folders: {_few([source_name(layout.src, path) for path in outside])}.")
     found = [(text_of(folder.path.name), picture) for folder in folders for picture in folder.all_pictures()]
-    filled = Counter(text_of(folder.path.name) for folder in folders if any(folder.all_pictures()))
-    empty = [source_name(layout.src, folder.path) for folder in folders if not folder.all_pictures()]
+    filled = Counter(text_of(folder.path.name) for folder in folders if folder.has_pictures())
+    empty = [source_name(layout.src, folder.path) for folder in folders if not folder.has_pictures()]
     if empty:
         layout.notes.append(f"Class folders without pictures: {_few(empty)}.")
     if joined := [name for name, number in filled.items() if number > 1]:

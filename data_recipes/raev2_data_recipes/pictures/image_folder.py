@@ -12,6 +12,7 @@ from PIL import Image
 
 from raev2.errors import DataError, SpecError
 from raev2.files.images import read_picture
+from raev2.files.picture_folder import text_of
 from raev2_data_recipes.base import Option, Picture, Recipe, Sample, encode_png
 from raev2_data_recipes.pictures.class_folders import (
     MAX_HASHED,
@@ -21,7 +22,6 @@ from raev2_data_recipes.pictures.class_folders import (
     num_pictures,
     read_layout,
     source_name,
-    text_of,
 )
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # of the others: the name of the format
