@@ -17,8 +17,9 @@ from PIL import Image
 from raev2.command.cli import main
 from raev2.errors import DataError, SpecError
 from raev2.files.manifest import read_manifest, verify_dataset
-from raev2_data_recipes.pictures.class_folders import MAX_HASHED, Choice, count_duplicates, read_layout
+from raev2_data_recipes.pictures.class_folders import Choice, read_layout
 from raev2_data_recipes.pictures.image_folder import RECIPE
+from raev2_data_recipes.pictures.layout import MAX_HASHED, count_duplicates
 
 made = iter(range(10**9))
 
@@ -290,7 +291,7 @@ def test_a_plan_compares_no_more_than_it_can(tmp_path: Path, monkeypatch: pytest
     make(tmp_path, "cat/*3")
     files = layout(tmp_path).files
     assert count_duplicates(files) == 0 and count_duplicates(files * (MAX_HASHED // 3 + 1)) is None
-    monkeypatch.setattr("raev2_data_recipes.pictures.class_folders.MAX_HASHED", 2)
+    monkeypatch.setattr("raev2_data_recipes.pictures.layout.MAX_HASHED", 2)
     assert "`build` counts those that are in both splits." in said(tmp_path)
 
 

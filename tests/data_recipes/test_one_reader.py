@@ -133,3 +133,10 @@ def test_a_build_with_a_size_resizes_what_the_file_shows(tmp_path: Path, name: s
     folder = built(tmp_path / "src" / name, tmp_path / "out", "16")
     read = FolderDataset(folder, "train", (16, 16)).image(0).permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(read, np.asarray(centre_crop(Image.fromarray(expected), (16, 16))))
+
+
+def test_nothing_else_opens_picture_files() -> None:
+    root = Path(__file__).parents[2]
+    sources = [file for top in ("raev2", "tasks", "data_recipes") for file in (root / top).rglob("*.py")]
+    openers = {file.name for file in sources if "Image.open(" in file.read_text(encoding="utf-8")}
+    assert openers == {"images.py", "sprites.py", "micro_encoder.py"}  # the last two need the transparency of emoji

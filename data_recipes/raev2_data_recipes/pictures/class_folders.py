@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from raev2.errors import DataError
 from raev2.files.picture_folder import PictureFolder, scan_folder, text_of, told
+from raev2_data_recipes.pictures.layout import File, Layout, few, num_pictures, source_name
 
 SPLIT_WORDS = {
     "train": "train", "training": "train",
@@ -22,7 +23,6 @@ SPLIT_WORDS = {
 }  # fmt: skip
 WHERE = "data image-folder: src"
 BESIDE = "picture beside the splits"
-MAX_HASHED = 20_000  # pictures; a plan compares no more
 
 Labelled = list[tuple[str, Path]]
 """(class name or "", picture)"""
@@ -40,69 +40,6 @@ class Choice:
     splits: bool | None = None
 
 
-@dataclass(frozen=True)
-class File:
-    """One picture and its place in the data; split is "train" or "val", class_name "" where there are no classes."""
-
-    split: str
-    class_name: str
-    path: Path
-
-
-@dataclass
-class Layout:
-    """What was understood.
-
-    src             the folder that was read
-    split_folders   split -> its folder below `src`; empty where there are none
-    left_out        how many files take no part, by kind; with `files` they are all the files below `src`
-    notes           what else to say, one sentence each
-    """
-
-    src: Path
-    split_folders: dict[str, str] = field(default_factory=dict)
-    classes: list[str] = field(default_factory=list)
-    files: list[File] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """All of it in words."""
-        kind = "class folders" if self.classes else "no labels"
-        if self.split_folders:
-            kind = f"folders {' and '.join(self.split_folders.values())} with {kind}"
-        return [
-            f"Read {text_of(str(self.src))}: {kind}.",
-            *self._split_lines(),
-            *(self._class_lines() if self.classes else []),
-            *self.notes,
-            f"Left out: {told(self.left_out)}." if self.left_out else "No file is left out.",
-        ]
-
-    def _split_lines(self) -> list[str]:
-        counts = Counter(file.split for file in self.files)
-        origins = {split: f", from {folder}" for split, folder in self.split_folders.items()}
-        if counts["val"]:
-            origins.setdefault("val", ", a share of every class" if self.classes else ", a share of all")
-        return [f"{split}: {num_pictures(counts[split])}{origins.get(split, '')}." for split in ("train", "val")]
-
-    def _class_lines(self) -> list[str]:
-        sizes = {split: Counter(f.class_name for f in self.files if f.split == split) for split in ("train", "val")}
-        train = sizes["train"]
-        small, large = min(self.classes, key=train.__getitem__), max(self.classes, key=train.__getitem__)
-        lines = [
-            f"{len(self.classes):,} classes, first {self.classes[0]}, last {self.classes[-1]}; "
-            f"smallest {small} ({train[small]:,} for training), largest {large} ({train[large]:,})."
-        ]
-        if len(self.classes) == 1:
-            lines = [f"1 class: {large}; for pictures without labels: --set class_level=0."]
-        for split, other in (("train", "val"), ("val", "train")):
-            only = [name for name in self.classes if sizes[split][name] and not sizes[other][name]]
-            if only and sizes[other]:
-                lines.append(f"Only in {split}{' (never trained)' * (split == 'val')}: {_few(only)}.")
-        return lines
-
-
 def read_layout(src: Path, val_fraction: float, choice: Choice) -> Layout:
     """Splits, classes and pictures of a folder.
 
@@ -117,12 +54,7 @@ def read_layout(src: Path, val_fraction: float, choice: Choice) -> Layout:
     if not top.has_pictures():
         got = f"{src} ({told(layout.left_out)})" if layout.left_out else src
         raise DataError(WHERE, "no pictures found", got=got, expected="files of a format that Pillow reads")
-    inner = _inside_wrapper(top)
-    has_splits = choice.splits is not False and any(map(_split_of, inner.filled()))
-    root = inner if choice.class_level is None or has_splits else top
-    if root is not top:
-        layout.notes.append(_looked_through(src, root))
-        layout.left_out += Counter({BESIDE: len(top.all_pictures()) - len(root.all_pictures())})
+    root = _root(top, choice, layout)
     parts = _parts(root, choice, layout)
     level = choice.class_level
     if level is None:
@@ -136,28 +68,6 @@ def read_layout(src: Path, val_fraction: float, choice: Choice) -> Layout:
     files = [File(split, name, path) for split, found in taken.items() for name, path in found]
     layout.files = sorted(files, key=lambda file: (file.split, file.class_name, str(file.path)))
     return layout
-
-
-def count_duplicates(files: Iterable[File]) -> int | None:
-    """How many pictures for validation have the bytes of one for training; None where they are too many to compare."""
-    paths = defaultdict[str, list[Path]](list)
-    for file in files:
-        paths[file.split].append(file.path)
-    if len(paths["train"]) + len(paths["val"]) > MAX_HASHED:
-        return None
-    sizes = {path.stat().st_size for path in paths["val"]}
-    known = {_sha256(path) for path in paths["train"] if path.stat().st_size in sizes}
-    return sum(_sha256(path) in known for path in paths["val"])
-
-
-def num_pictures(number: int) -> str:
-    """'1 picture', '2 pictures'."""
-    return f"{number:,} picture{'s' * (number != 1)}"
-
-
-def source_name(src: Path, path: Path) -> str:
-    """A path below `src` as text, with '/' and in one Unicode form."""
-    return text_of(path.relative_to(src).as_posix())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,36 +90,31 @@ def _inside_wrapper(folder: PictureFolder) -> PictureFolder:
     return inner if around_many and not folder.pictures else folder
 
 
-def _looked_through(src: Path, root: PictureFolder) -> str:
-    name = f"{source_name(src, root.path)}/"
-    return f"{name} is around everything and was looked through; if it is the one class: --set class_level=1."
+def _root(top: PictureFolder, choice: Choice, layout: Layout) -> PictureFolder:
+    """The folder with the splits or classes in it: `top`, or what a folder around everything holds."""
+    inner = _inside_wrapper(top)
+    has_splits = choice.splits is not False and any(map(_split_of, inner.filled()))
+    if inner is top or (choice.class_level is not None and not has_splits):
+        return top
+    name = f"{source_name(layout.src, inner.path)}/"
+    layout.notes.append(
+        f"{name} is around everything and was looked through; if it is the one class: --set class_level=1."
+    )
+    layout.left_out += Counter({BESIDE: len(top.all_pictures()) - len(inner.all_pictures())})
+    return inner
 
 
 def _parts(root: PictureFolder, choice: Choice, layout: Layout) -> dict[str, PictureFolder]:
     """The folder of train, and that of val where there is one."""
     named = [folder for folder in root.filled() if _split_of(folder)]
     others = [folder for folder in root.filled() if not _split_of(folder)]
-    if choice.splits is False or (choice.splits is None and not named):
+    if not _are_splits(named, others, choice, layout):
         return {"train": root}
-    if choice.splits is None and others:
-        if len(named) == 1 and _split_of(named[0]) == "train" and not named[0].filled():
-            layout.notes.append(f"{named[0].path.name}/ is read as a class; if it is a split: --set splits=yes.")
-            return {"train": root}
-        raise _doubt(
-            f"{_names(named)} beside {_names(others)}",
-            ("splits, and the others take no part", "splits=yes"), ("all of them are classes", "splits=no"),
-        )  # fmt: skip
-    folders: dict[str, PictureFolder] = {}
-    for folder in named:
-        first = folders.setdefault(str(_split_of(folder)), folder)
-        if first is not folder:
-            raise DataError(
-                WHERE, f"two folders for {_split_of(folder)}", got=_names([first, folder]), hint="Move one away."
-            )
+    folders = _by_split(named)
     if "train" not in folders:
         hint = f"To train on it: --set src={named[0].path}. If it is a class: --set splits=no." if named else ""
         raise DataError(WHERE, "no folder for train", got=_names(root.folders) or root.path, hint=hint)
-    if choice.splits is None and choice.class_level is None and not any(part.filled() for part in folders.values()):
+    if choice == Choice() and not any(part.filled() for part in folders.values()):
         raise _doubt(
             f"pictures directly in {_names(named)}",
             ("splits of pictures without labels", "class_level=0"), ("these are the classes", "splits=no"),
@@ -220,6 +125,34 @@ def _parts(root: PictureFolder, choice: Choice, layout: Layout) -> dict[str, Pic
     parts = _with_held_out(folders, choice, layout)
     layout.split_folders = {split: f"{source_name(layout.src, part.path)}/" for split, part in parts.items()}
     return parts
+
+
+def _are_splits(
+    named: Sequence[PictureFolder], others: Sequence[PictureFolder], choice: Choice, layout: Layout
+) -> bool:
+    """Whether the folders with names of splits are splits; `others` lie beside them."""
+    if choice.splits is not None:
+        return choice.splits
+    if not named or not others:
+        return bool(named)
+    if len(named) == 1 and _split_of(named[0]) == "train" and not named[0].filled():
+        layout.notes.append(f"{named[0].path.name}/ is read as a class; if it is a split: --set splits=yes.")
+        return False
+    raise _doubt(
+        f"{_names(named)} beside {_names(others)}",
+        ("splits, and the others take no part", "splits=yes"), ("all of them are classes", "splits=no"),
+    )  # fmt: skip
+
+
+def _by_split(named: Sequence[PictureFolder]) -> dict[str, PictureFolder]:
+    """Split -> its folder; two folders for one are refused."""
+    folders: dict[str, PictureFolder] = {}
+    for folder in named:
+        first = folders.setdefault(str(_split_of(folder)), folder)
+        if first is not folder:
+            what = f"two folders for {_split_of(folder)}"
+            raise DataError(WHERE, what, got=_names([first, folder]), hint="Move one away.")
+    return folders
 
 
 def _with_held_out(folders: Mapping[str, PictureFolder], choice: Choice, layout: Layout) -> dict[str, PictureFolder]:
@@ -256,7 +189,7 @@ def _class_level(parts: Mapping[str, PictureFolder], above: int) -> int:
                      ("the folders in it are the classes", f"class_level={above + 2}"))  # fmt: skip
     if num_outside >= num_inside or (num_outside and len(names) == 1):
         raise _doubt(
-            f"{num_pictures(num_outside)} beside {_few([f'{name}/' for name in names])}",
+            f"{num_pictures(num_outside)} beside {few([f'{name}/' for name in names])}",
             ("no classes, and all the pictures are taken", "class_level=0"),
             ("the folders are the classes, and the pictures beside them are left out", f"class_level={above + 1}"),
         )  # fmt: skip
@@ -273,14 +206,14 @@ def _labelled(part: PictureFolder, level: int, layout: Layout) -> Labelled:
         folders = [inside for folder in folders for inside in folder.folders]
     if outside:
         layout.left_out["picture outside the class folders"] += len(outside)
-        layout.notes.append(f"Outside the class folders: {_few([source_name(layout.src, path) for path in outside])}.")
+        layout.notes.append(f"Outside the class folders: {few([source_name(layout.src, path) for path in outside])}.")
     found = [(text_of(folder.path.name), picture) for folder in folders for picture in folder.all_pictures()]
     filled = Counter(text_of(folder.path.name) for folder in folders if folder.has_pictures())
     empty = [source_name(layout.src, folder.path) for folder in folders if not folder.has_pictures()]
     if empty:
-        layout.notes.append(f"Class folders without pictures: {_few(empty)}.")
+        layout.notes.append(f"Class folders without pictures: {few(empty)}.")
     if joined := [name for name, number in filled.items() if number > 1]:
-        layout.notes.append(f"Several folders are one class, as their names are the same text: {_few(joined)}.")
+        layout.notes.append(f"Several folders are one class, as their names are the same text: {few(joined)}.")
     return found
 
 
@@ -309,14 +242,4 @@ def _doubt(what: str, *readings: tuple[str, str]) -> DataError:
 
 
 def _names(folders: Sequence[PictureFolder]) -> str:
-    return _few([f"{text_of(folder.path.name)}/" for folder in folders])
-
-
-def _few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
-def _sha256(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+    return few([f"{text_of(folder.path.name)}/" for folder in folders])

@@ -14,15 +14,8 @@ from raev2.errors import DataError, SpecError
 from raev2.files.images import read_picture
 from raev2.files.picture_folder import text_of
 from raev2_data_recipes.base import Option, Picture, Recipe, Sample, encode_png
-from raev2_data_recipes.pictures.class_folders import (
-    MAX_HASHED,
-    Choice,
-    Layout,
-    count_duplicates,
-    num_pictures,
-    read_layout,
-    source_name,
-)
+from raev2_data_recipes.pictures.class_folders import Choice, read_layout
+from raev2_data_recipes.pictures.layout import MAX_HASHED, Layout, count_duplicates, num_pictures, source_name
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # of the others: the name of the format
 
