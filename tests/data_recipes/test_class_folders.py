@@ -130,8 +130,9 @@ def test_two_folders_for_a_split_and_a_missing_train_folder_are_refused(tmp_path
 def test_a_folder_around_everything_is_looked_through_and_named(tmp_path: Path, wrapper: str, inside: str) -> None:
     make(tmp_path, f"{wrapper}/{inside}cat/*2", f"{wrapper}/{inside}dog/*2", f"{wrapper}/{inside}owl/*2")
     assert counts(tmp_path) == {"train": {"cat": 2, "dog": 2, "owl": 2}}
-    note = f"{wrapper}/ is around everything and was looked through; if it is the one class: --set class_level=1."
-    assert note in said(tmp_path)
+    note = f"{wrapper}/ is around everything and was looked through"
+    assert note + ("." if inside else "; if it is the one class: --set class_level=1.") in said(tmp_path)
+    assert "3 classes, first cat, last owl; each with 1 for training." in said(tmp_path)
     if not inside:
         assert counts(tmp_path, class_level=1) == {"train": {wrapper.partition("/")[0]: 6}}
 
@@ -428,7 +429,7 @@ def test_plan_and_build_print_what_was_understood(tmp_path: Path, capsys: pytest
         "val: 1 picture, from Photos/test/.",
         "2 classes, first cat, last dog; smallest dog (1 for training), largest cat (2).",
         "Only in train: dog.",
-        "Photos/ is around everything and was looked through; if it is the one class: --set class_level=1.",
+        "Photos/ is around everything and was looked through.",
         "test/ is the held-out split, as there is no folder for val; it is never trained on.",
         "Left out: no picture (.md): 1.",
         "In val and in train, byte for byte: 1 picture.",

@@ -96,10 +96,8 @@ def _root(top: PictureFolder, choice: Choice, layout: Layout) -> PictureFolder:
     has_splits = choice.splits is not False and any(map(_split_of, inner.filled()))
     if inner is top or (choice.class_level is not None and not has_splits):
         return top
-    name = f"{source_name(layout.src, inner.path)}/"
-    layout.notes.append(
-        f"{name} is around everything and was looked through; if it is the one class: --set class_level=1."
-    )
+    note = f"{source_name(layout.src, inner.path)}/ is around everything and was looked through"
+    layout.notes.append(note + ("." if has_splits else "; if it is the one class: --set class_level=1."))
     layout.left_out += Counter({BESIDE: len(top.all_pictures()) - len(inner.all_pictures())})
     return inner
 

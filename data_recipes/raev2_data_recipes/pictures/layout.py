@@ -63,10 +63,10 @@ class Layout:
         sizes = {split: Counter(f.class_name for f in self.files if f.split == split) for split in ("train", "val")}
         train = sizes["train"]
         small, large = min(self.classes, key=train.__getitem__), max(self.classes, key=train.__getitem__)
-        lines = [
-            f"{len(self.classes):,} classes, first {self.classes[0]}, last {self.classes[-1]}; "
-            f"smallest {small} ({train[small]:,} for training), largest {large} ({train[large]:,})."
-        ]
+        span = f"smallest {small} ({train[small]:,} for training), largest {large} ({train[large]:,})"
+        if train[small] == train[large]:
+            span = f"each with {train[small]:,} for training"
+        lines = [f"{len(self.classes):,} classes, first {self.classes[0]}, last {self.classes[-1]}; {span}."]
         if len(self.classes) == 1:
             lines = [f"1 class: {large}; for pictures without labels: --set class_level=0."]
         for split, other in (("train", "val"), ("val", "train")):
