@@ -114,6 +114,8 @@ def data(options: Namespace) -> int:
         counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
         classes = f", {len(manifest['classes'])} classes" if manifest["classes"] else ""
         print(f"{out}: {counts}{classes}, {manifest['rejected']} rejected")
+        if manifest.get("duplicates"):
+            print(f"in val and in train: {manifest['duplicates']:,}")
     return OK
 
 

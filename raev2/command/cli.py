@@ -53,6 +53,9 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="quickstart", help="see `raev2 recipes` (default: quickstart)")
     train.add_argument("--stage", choices=("tokenizer", "generator"), default="generator", help="last stage to train")
     train.add_argument("--run", metavar="DIR", help="run folder (default: runs/TASK/RECIPE)")
+    train.add_argument(
+        "--data", metavar="DIR", help="train on this dataset folder: sets data.dir, and data.recipe=null"
+    )
     train.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     train.add_argument(
         "--resume",
@@ -270,11 +273,16 @@ def _plugin_command(name: str, argv: list[str]) -> int:
 def train(options: Namespace) -> int:
     """`raev2 train`."""
     from raev2.command import actions
+    from raev2.files.manifest import read_manifest
     from raev2.spec_io import apply_overrides
     from raev2.task import get_recipe, get_task
 
     task = get_task(options.task)
-    spec = apply_overrides(get_recipe(task, options.recipe), options.overrides)
+    spec = get_recipe(task, options.recipe)
+    if options.data:
+        read_manifest(options.data)  # raises where it is no dataset folder
+        spec = spec.replace(data=spec.data.replace(dir=options.data, recipe=None, options={}))
+    spec = apply_overrides(spec, options.overrides)
     run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
     if options.dry_run:
         actions._print_sizes(task, spec)

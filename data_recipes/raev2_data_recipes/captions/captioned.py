@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.files.images import is_picture
 from raev2_data_recipes.base import SPLITS, Option
 from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
-from raev2_data_recipes.pictures.image_folder import SUFFIXES
 from raev2_tasks.t2i.shards.files import least_val
 from raev2_tasks.t2i.text.captions import BadSample, Caption
 
@@ -66,8 +66,9 @@ class CaptionedFolder(ShardRecipe):
         else:
             files = _divide(_pictures(src), fraction, lambda path: str(path.relative_to(src)))
         if not files["train"]:
-            expected = "files ending in " + ", ".join(sorted(SUFFIXES))
-            raise DataError(f"data {self.name}: src", "no pictures found", got=src, expected=expected)
+            raise DataError(
+                f"data {self.name}: src", "no pictures found", got=src, expected="files of a format that Pillow reads"
+            )
         return files
 
 
@@ -238,7 +239,7 @@ def _read_pair(path: Path, src: Path, kind: str, size_px: int | None, image_form
 def _pictures(folder: Path) -> list[Path]:
     return sorted(
         path for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() != ".txt" and path.is_file() and not path.name.startswith(".") and is_picture(path)
     )  # fmt: skip
 
 

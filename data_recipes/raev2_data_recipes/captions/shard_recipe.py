@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from raev2.errors import DataError, SpecError
 from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_data_recipes.pictures.image_folder import resize_and_crop
 from raev2_tasks.t2i.shards.files import Deferred, Example, verify_shards, write_shards
-from raev2_tasks.t2i.shards.pixels import encode_image, is_plain_rgb, to_rgb
+from raev2_tasks.t2i.shards.pixels import KEPT_FORMATS, encode_image, read_sample_picture
 from raev2_tasks.t2i.text.captions import KINDS
 
 SMALLEST = 0.9  # an image is not enlarged by more than 1 / 0.9
@@ -86,14 +83,13 @@ class ShardRecipe(DatasetRecipe):
 def prepared(data: bytes, size_px: int | None, image_format: str) -> bytes:
     """An image file as it goes into a shard: plain RGB, and ``size_px`` square unless that is None.
 
-    A file that is so already is kept byte for byte. Raises ValueError for an image that would have to be enlarged.
+    A file that is so already is kept byte for byte. Raises BadSample for one that
+    cannot be read, ValueError for an image that would have to be enlarged.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()  # raises for a truncated file
-        wanted = size_px is None or image.size == (size_px, size_px)
-        if wanted and is_plain_rgb(image) and image.format in ("JPEG", "PNG", "WEBP"):
-            return data
-        rgb = to_rgb(image)
+    picture = read_sample_picture(data, "picture")
+    rgb = picture.rgb
+    if (size_px is None or rgb.size == (size_px, size_px)) and picture.plain and picture.format in KEPT_FORMATS:
+        return data
     if size_px is not None:
         if min(rgb.size) < SMALLEST * size_px:
             raise ValueError(f"image too small for {size_px} px: {rgb.width} x {rgb.height}")

@@ -36,9 +36,9 @@ from PIL import Image
 
 from raev2.errors import DataError, SpecError
 from raev2.files.hashes import file_sha256
-from raev2.files.images import IMAGE_ERRORS
+from raev2.files.images import to_rgb
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
-from raev2_tasks.t2i.shards.pixels import encode_image, is_plain_rgb, to_rgb
+from raev2_tasks.t2i.shards.pixels import KEPT_FORMATS, encode_image, read_sample_picture
 from raev2_tasks.t2i.shards.tar_scan import INDEX_ROW, Members, Scan, groups, read_sample, scan_shard
 from raev2_tasks.t2i.text.captions import KINDS, UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
 
@@ -415,7 +415,7 @@ def _packed(
         source, future = waiting.popleft()
         try:
             yield future.result()
-        except (*IMAGE_ERRORS, DataError) as error:
+        except (DataError, OSError, ValueError) as error:
             kind = error.kind if isinstance(error, BadSample) else type(error).__name__
             rejects.append(_json_line({"path": source, "reason": f"{kind}: {error}"}))
 
@@ -443,7 +443,7 @@ def _pack(place: int, example: Example | Deferred, *, source: str, image_format:
     reserved = RESERVED & set(example.extra)
     if reserved:
         raise DataError(where, "extra field has a reserved name", got=sorted(reserved)[0])
-    suffix, data, (width, height) = _image_of(example.image, image_format)
+    suffix, data, (width, height) = _image_of(example.image, image_format, where)
     fields = {
         "v": SCHEMA_VERSION, "source": source, "source_id": example.key_hint, "width": width, "height": height,
         "captions": [caption.as_json() for caption in captions if caption.text], "default": 0,
@@ -452,17 +452,15 @@ def _pack(place: int, example: Example | Deferred, *, source: str, image_format:
     return _Packed(place, suffix, data, fields)
 
 
-def _image_of(image: bytes | Image.Image, image_format: str) -> tuple[str, bytes, tuple[int, int]]:
+def _image_of(image: bytes | Image.Image, image_format: str, where: str) -> tuple[str, bytes, tuple[int, int]]:
     """Suffix, file and size of an image; a file that is plain RGB is kept as it is."""
     if isinstance(image, bytes):
-        with Image.open(io.BytesIO(image)) as opened:
-            opened.load()  # raises for a truncated file
-            suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(opened.format or "")
-            if suffix and is_plain_rgb(opened):
-                return suffix, image, opened.size
-            rgb = to_rgb(opened)
+        picture = read_sample_picture(image, where)
+        if picture.plain and picture.format in KEPT_FORMATS:
+            return KEPT_FORMATS[picture.format], image, picture.rgb.size
+        rgb = picture.rgb
     else:
-        rgb = to_rgb(image)
+        rgb = to_rgb(image, where)
     return image_format, encode_image(rgb, image_format), rgb.size
 
 

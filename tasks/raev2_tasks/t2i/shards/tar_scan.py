@@ -5,7 +5,6 @@ Works for any uncompressed tar of images and captions, ours or not. Read `scan_s
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 from collections import Counter
@@ -15,9 +14,8 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
 
-from raev2.files.images import IMAGE_ERRORS
+from raev2_tasks.t2i.shards.pixels import sample_picture_size
 from raev2_tasks.t2i.text.captions import UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
 
 BLOCK = 512  # bytes; a tar ends with two blocks of zeros
@@ -161,13 +159,7 @@ def _row(
 
     sample = read_sample(data, f"sample {key}", members)
     captions = parse_captions(sample.text, sample.json, caption_kind)
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            width, height = image.size
-            if decode:
-                image.load()
-    except IMAGE_ERRORS as error:
-        raise BadSample("bad_image", f"sample {key}", "cannot be read as an image", got=type(error).__name__) from error
+    width, height = sample_picture_size(sample.image, f"sample {key}", decode)
     limit = 2**16 - 1  # of the two-byte fields
     if max(width, height) > limit:
         raise BadSample("bad_geometry", f"sample {key}", "image too large", got=f"{width} x {height} px")
