@@ -9,7 +9,7 @@ import argparse
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ COMMANDS = (
 )  # fmt: skip
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
+    " Tasks add commands: `raev2 TASK --help` lists them."
 )
 
 
@@ -265,6 +266,11 @@ def _plugin_command(name: str) -> Callable[[Sequence[str]], int] | None:
         from raev2.errors import TaskError, did_you_mean
 
         commands = get_task(name).commands()
+        if argv and argv[0] in ("-h", "--help"):
+            print(f"usage: raev2 {name} COMMAND ...\n")
+            for command, sentence in command_sentences(commands):
+                print(f"  {command:<{max(map(len, commands))}}  {sentence}")
+            return 0
         if not argv or argv[0] not in commands:
             raise TaskError(
                 f"raev2 {name}", "unknown command" if argv else "which command?", got=repr(argv[0]) if argv else None,
@@ -275,6 +281,11 @@ def _plugin_command(name: str) -> Callable[[Sequence[str]], int] | None:
         return 0
 
     return action
+
+
+def command_sentences(commands: Mapping[str, Callable[..., Any]]) -> list[tuple[str, str]]:
+    """Commands of a task, each with the first line of its docstring."""
+    return [(name, (command.__doc__ or "").strip().partition("\n")[0]) for name, command in commands.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
