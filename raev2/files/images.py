@@ -11,6 +11,7 @@ from PIL import Image
 from raev2.errors import DataError
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a bad file
+MAX_PIXELS = 50_000_000  # of a picture that is decoded; Pillow itself stops at 179 million
 
 
 @contextmanager
@@ -18,6 +19,9 @@ def opened_image(file: Path, where: str, hint: str = "") -> Iterator[Image.Image
     """An image file, opened; DataError at `where` when it, or what is done with it inside, fails to read it."""
     try:
         with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width} x {image.height} pixels"
+                raise DataError(where, "too large a picture", got=size, expected=f"at most {MAX_PIXELS:,} pixels")
             yield image
     except IMAGE_ERRORS as error:
         raise DataError(where, "cannot be read as an image", got=type(error).__name__, hint=hint) from error
