@@ -70,6 +70,11 @@ def cli_page() -> str:
         options = [_option_row(action) for action in _actions(command)]
         text += f"\n{table(('option', 'value', 'default', 'meaning'), options)}" if options else ""
         text += _conditions() if name == "sample" else ""
+    text += "\n## Commands of tasks\n\nThe options of each: `raev2 TASK COMMAND --help`.\n\n"
+    tasks = [(name, cli.command_sentences(get_task(name).commands())) for name in _own_tasks()]
+    text += table(
+        ("command", "does"), [(f"`raev2 {task} {name}`", does) for task, rows in tasks for name, does in rows]
+    )
     text += "\n## Options of `raev2` itself\n\nGiven before the command.\n\n"
     text += table(("option", "value", "default", "meaning"), [_option_row(action) for action in _actions(root)])
     return text

@@ -137,6 +137,19 @@ def test_a_plugin_adds_commands(plugin, capsys):
     )
 
 
+def test_the_commands_of_a_plugin_are_listed_with_a_sentence_each(plugin, monkeypatch, capsys):
+    def wave(argv):
+        """Wave a hand.
+
+        More about it.
+        """
+
+    monkeypatch.setattr(Throwaway, "commands", lambda self: {"greet": lambda argv: None, "wave": wave})
+    for option in ("--help", "-h"):
+        assert main(["throwaway", option]) == 0
+        assert capsys.readouterr().out == "usage: raev2 throwaway COMMAND ...\n\n  greet  \n  wave   Wave a hand.\n"
+
+
 def test_a_plugin_adds_options_to_sample(plugin, monkeypatch, capsys):
     monkeypatch.setattr(Throwaway, "sample_options", lambda self: {"--mood": {"nargs": "+", "help": "moods"}})
     options = parse(["sample", "--task", "throwaway", "--mood", "calm", "wild", "--n", "3"])

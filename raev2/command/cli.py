@@ -9,7 +9,7 @@ import argparse
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ COMMANDS = (
 )  # fmt: skip
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
+    " Tasks add commands: `raev2 TASK --help` lists them."
 )
 
 
@@ -256,6 +257,11 @@ def _plugin_command(name: str, argv: list[str]) -> int:
     from raev2.task import get_task
 
     commands = get_task(name).commands()
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: raev2 {name} COMMAND ...\n")
+        for command, sentence in command_sentences(commands):
+            print(f"  {command:<{max(map(len, commands))}}  {sentence}")
+        return 0
     if not argv or argv[0] not in commands:
         raise TaskError(
             f"raev2 {name}", "unknown command" if argv else "which command?", got=repr(argv[0]) if argv else None,
@@ -264,6 +270,11 @@ def _plugin_command(name: str, argv: list[str]) -> int:
         )  # fmt: skip
     commands[argv[0]](argv[1:])
     return 0
+
+
+def command_sentences(commands: Mapping[str, Callable[..., Any]]) -> list[tuple[str, str]]:
+    """Commands of a task, each with the first line of its docstring."""
+    return [(name, (command.__doc__ or "").strip().partition("\n")[0]) for name, command in commands.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

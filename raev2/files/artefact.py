@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,10 @@ def save_artefact(
 
 
 def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
-    """Read config and tensors of an artefact folder, or of a Hugging Face hub repository with the same layout."""
+    """Read config and tensors of an artefact folder, or of a Hugging Face hub repository with the same layout.
+
+    A hub id may name a branch, tag or commit: OWNER/NAME@REVISION. The folder returned is then named by its commit.
+    """
     path = Path(path_or_hub_id)
     if not path.exists():
         path = _download(str(path_or_hub_id))
@@ -90,6 +94,8 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
         config = json.loads(config_file.read_text())
     except ValueError as error:
         raise CheckpointError(str(config_file), "damaged, not JSON", got=str(error)) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(str(config_file), "not a config", got=type(config).__name__, expected="a JSON object")
     if config.get("kind") != kind:
         raise CheckpointError(
             str(path), "wrong kind of artefact", got=config.get("kind", "a config.json of another program"),
@@ -106,6 +112,15 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
         raise CheckpointError(
             str(weights_file), "truncated or not a safetensors file", got=str(error), hint="Copy or download it again."
         ) from error
+
+
+@contextmanager
+def built_from_config(path: Path, kind: str) -> Iterator[None]:
+    """What is built inside from a config that others wrote; CheckpointError where its values cannot be used."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}/config.json", f"not a valid {kind}", got=str(error)) from error
 
 
 def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -138,10 +153,10 @@ def write_json(path: Path, value: Any) -> None:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    repository, _, revision = hub_id.partition("@")
+    files = ["config.json", "model.safetensors", "README.md", f"{ENCODER}/*.json", f"{ENCODER}/*.safetensors"]
     try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors", "README.md", f"{ENCODER}/*"])
-        )
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except Exception as error:  # the hub client has many error types; all mean that we have no folder
         raise CheckpointError(
             hub_id, "neither a local folder nor a hub repository that can be reached", got=type(error).__name__

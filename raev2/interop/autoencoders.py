@@ -149,7 +149,7 @@ def _write_encoder(
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}, indent=2))
 
     # Loading fills what is missing with random values, and says so only in its report.
-    _, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    _, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing or unexpected:
         raise CheckpointError(

@@ -388,11 +388,13 @@ def _from_transformers(
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(model_id)
+        config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0  # ViT-MAE: the encoder sees every patch
         if pretrained:
-            model = transformers.AutoModel.from_pretrained(model_id, config=config, dtype=torch.float32)
+            model = transformers.AutoModel.from_pretrained(
+                model_id, config=config, dtype=torch.float32, trust_remote_code=False
+            )
         else:
             model = transformers.AutoModel.from_config(config)
     except Exception as error:  # network, access and file errors of several libraries

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raev2 import RAE, Generator
-from raev2.errors import CheckpointError
+from raev2.errors import CheckpointError, DataError
 from raev2.files import artefact
 from raev2.files.artefact import load_artefact, load_strict, save_artefact, write_json
+from raev2.files.images import opened_image
 from raev2.model.condition import LabelCondition
 from raev2.spec import DiTSpec, FlowSpec
 
@@ -203,3 +208,78 @@ def test_weights_of_another_precision_are_cast(tmp_path):
     save_file({name: value.half() if value.is_floating_point() else value for name, value in load_file(file).items()},
               file)  # fmt: skip
     assert all(value.dtype == torch.float32 for value in Generator.from_pretrained(path).parameters())
+
+
+# What others wrote.
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("network", None), ("network", []), ("network", {"kind": "dit", "width": "wide"}), ("latent_shape", 5),
+     ("latent_shape", [4, -2, 2]), ("latent_shape", []), ("condition", 7),
+     ("flow", []), ("latent_shape", ["a", "b", "c"])],
+)  # fmt: skip
+def test_a_generator_with_a_malformed_config_is_one_line(tmp_path, field, value):
+    path = small_generator().save_pretrained(tmp_path / "a")
+    config = json.loads((path / "config.json").read_text())
+    write_json(path / "config.json", {**config, field: value})
+    with pytest.raises(CheckpointError) as caught:
+        Generator.from_pretrained(path)
+    assert "config.json: not a valid generator; got " in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [None, [], "rae", {"kind": "rae", "encoder": 3}, {"kind": "rae", "no_such_field": 3}]
+)
+def test_a_tokenizer_with_a_malformed_config_is_one_line(tmp_path, tokenizer):
+    path = save(tmp_path / "a", tokenizer=tokenizer, stats=None)
+    with pytest.raises(CheckpointError) as caught:
+        RAE.from_pretrained(path)
+    assert "config.json: not a valid tokenizer; got " in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "name"), [("[]", "list"), ("3", "int"), ("null", "NoneType")])
+def test_a_config_that_is_no_object_is_one_line(tmp_path, text, name):
+    path = save(tmp_path / "a")
+    (path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"config.json: not a config; got {name}; expected a JSON object"):
+        load_artefact(path, kind="tokenizer")
+
+
+def test_only_json_and_safetensors_come_from_the_hub_at_the_revision_asked_for(tmp_path, monkeypatch):
+    repository = save(tmp_path / "repository")
+    for name in ("encoder/config.json", "encoder/model.safetensors", "encoder/model.py", "encoder/weights.bin",
+                 "pytorch_model.bin", "modeling.py", "extra.safetensors"):  # fmt: skip
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_bytes(b"")
+    asked = []
+
+    def snapshot_download(repo_id, *, revision, allow_patterns):
+        asked.append((repo_id, revision))
+        names = [str(file.relative_to(repository)) for file in repository.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / name, tmp_path / "snapshot" / name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    _, _, found = load_artefact("owner/name", kind="tokenizer")
+    load_artefact("owner/name@v1.2", kind="tokenizer")
+    assert asked == [("owner/name", None), ("owner/name", "v1.2")]
+    assert {str(file.relative_to(found)) for file in found.rglob("*") if file.is_file()} == {
+        "config.json", "model.safetensors", "README.md", "encoder/config.json", "encoder/model.safetensors",
+    }  # fmt: skip
+
+
+def test_a_picture_beyond_our_limit_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (10_001, 5_000)).save(tmp_path / "large.png")
+    Image.new("1", (10_000, 5_000)).save(tmp_path / "fits.png")
+    with (
+        pytest.raises(
+            DataError, match="here: too large a picture; got 10001 x 5000 pixels; expected at most 50,000,000 pixels"
+        ),
+        opened_image(tmp_path / "large.png", "here"),
+    ):
+        pytest.fail("it was opened")
+    with opened_image(tmp_path / "fits.png", "here") as image:
+        assert image.size == (10_000, 5_000)

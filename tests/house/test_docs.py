@@ -24,7 +24,7 @@ from raev2.task import Task, get_data_recipe, get_evaluators, get_recipe, get_ta
 
 ROOT = Path(__file__).parents[2]
 MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [*MANUAL, ROOT / "CHANGELOG.md", ROOT / "data_recipes" / "README.md"]
+PAGES = [*MANUAL, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", ROOT / "data_recipes" / "README.md"]
 SOURCES = [file for folder in ("raev2", "tasks", "data_recipes") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 

@@ -5,6 +5,7 @@ Rides start at places of the validation split: frames that have a full context b
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from raev2_tasks.nwm.pose import relative, velocities
 from raev2_tasks.nwm.rollout import RolloutSession, State
 from raev2_tasks.nwm.spec import task_spec
 from raev2_tasks.nwm.worlds.engine import MazeWorld, require_vizdoom
-from raev2_tasks.nwm.worlds.worlds import Frame, MotionRange, Poses, World
+from raev2_tasks.nwm.worlds.worlds import UNDO_STEPS, Frame, MotionRange, Poses, World
 
 if TYPE_CHECKING:  # the training loops come with it
     from raev2.pipeline import TrainedRun
@@ -76,7 +77,7 @@ class ModelWorld:
             longest_s,
         )
         self.sampler_steps: int | None = spec.sampling.steps
-        self._states: list[State] = []
+        self._states: deque[State] = deque(maxlen=UNDO_STEPS)  # they hold the caches of their frames
         self.reset(0)
 
     @property
@@ -89,7 +90,7 @@ class ModelWorld:
         place = seed % len(self.places)
         self.session: RolloutSession = self.predictor.session([place])
         self.session.seed = seed
-        self._states = []
+        self._states.clear()
         return as_frame(self.places.images([place], 0.0))
 
     def step(self, command: Poses, seconds: float) -> Frame:

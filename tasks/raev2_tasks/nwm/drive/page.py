@@ -4,8 +4,8 @@
     make_app     the web application: JSON in, JSON with PNG pictures out, one ride per browser tab
     serve        run it until Ctrl-C
 
-The page itself is in drive_page/ and loads nothing from elsewhere. The page, the server and the recording speak metres,
-degrees and seconds.
+The page itself is in drive_page/ and loads nothing from elsewhere; who may use it is said in access.py. The page, the
+server and the recording speak metres, degrees and seconds.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import socket
 import threading
 import time
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,9 @@ from pydantic import Field, ValidationError
 
 from raev2.errors import DataError, RaeError, SpecError, TaskError
 from raev2.spec import Spec
+from raev2_tasks.nwm.drive.access import HEADERS, MAX_BODY_BYTES, THIS_MACHINE, Access, Refused, in_address
 from raev2_tasks.nwm.pose import exp
-from raev2_tasks.nwm.worlds.worlds import Frame, Poses, ToyWorld, World
+from raev2_tasks.nwm.worlds.worlds import UNDO_STEPS, Frame, Poses, ToyWorld, World
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -43,7 +45,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "drive_page"
 RECORD_FORMAT_VERSION = 1
-MAX_RIDES = 16  # the longest unused one is dropped for a new one
+MAX_RIDES = 8  # the longest unused one is dropped for a new one
+MAX_STEPS = 1000  # of a ride; all its frames are kept for the recording
+MAX_SAMPLER_STEPS = 50  # for a frame, or as many as the run itself takes
+MAX_REQUESTS = 2  # of a ride at a time: one at work and one behind it
 PORT = 8321
 
 
@@ -53,7 +58,7 @@ class StepRequest(Spec):
     speed_m_s: float = Field(0, ge=-50, le=50)
     turn_deg_s: float = Field(0, ge=-720, le=720)
     seconds: float = Field(gt=0, le=60)
-    sampler_steps: int | None = Field(None, ge=1, le=1000)
+    sampler_steps: int | None = Field(None, ge=1)
 
     @property
     def command(self) -> Poses:
@@ -64,7 +69,7 @@ class StepRequest(Spec):
 class StartRequest(Spec):
     """Where to start."""
 
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, strict=True)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Drive:
     def __init__(self, world: World, engine: World | None = None, seed: int = 0) -> None:
         self.id = secrets.token_urlsafe(9)
         self.world, self.engine = world, engine
+        self.max_sampler_steps = max(MAX_SAMPLER_STEPS, world.sampler_steps or 0)
         self.reset(seed)
 
     def reset(self, seed: int) -> None:
@@ -101,9 +107,16 @@ class Drive:
         frame = self.world.reset(seed)
         engine_frame = self.engine.reset(seed) if self.engine else None
         self.shown = [self._shown(frame, engine_frame)]
+        self._undoable = 0
 
     def step(self, request: StepRequest) -> None:
         """Carry out a command. Nothing has happened if it raises."""
+        if len(self.shown) > MAX_STEPS:
+            raise SpecError("ride", "it cannot get longer", got=f"{MAX_STEPS} steps", hint="Download it, then reset.")
+        if request.sampler_steps is not None and request.sampler_steps > self.max_sampler_steps:
+            raise SpecError(
+                "sampler_steps", "too many", got=request.sampler_steps, expected=f"at most {self.max_sampler_steps}"
+            )
         complaint = self.world.motion.complaint(request.command, request.seconds) if self.world.motion else ""
         if request.sampler_steps is not None and self.world.sampler_steps is not None:
             self.world.sampler_steps = request.sampler_steps
@@ -112,13 +125,18 @@ class Drive:
         latency_s = time.perf_counter() - begin
         engine_frame = self.engine.step(request.command, request.seconds) if self.engine else None
         self.shown.append(self._shown(frame, engine_frame, request, latency_s, complaint))
+        self._undoable = min(self._undoable + 1, UNDO_STEPS)
 
     def undo(self) -> None:
-        """Back to before the last step; nothing at the start."""
-        if len(self.shown) > 1:
-            for world in filter(None, (self.world, self.engine)):
-                world.undo()
-            self.shown.pop()
+        """Back to before the last step; nothing at the start. SpecError beyond `UNDO_STEPS`."""
+        if len(self.shown) == 1:
+            return
+        if not self._undoable:
+            raise SpecError("undo", "earlier steps are not kept", got=f"{UNDO_STEPS} undone")
+        for world in filter(None, (self.world, self.engine)):
+            world.undo()
+        self.shown.pop()
+        self._undoable -= 1
 
     def state(self) -> dict[str, Any]:
         """What the page needs, in JSON types."""
@@ -140,6 +158,7 @@ class Drive:
             "complaint": last.complaint,
             "durations_s": list(self.world.durations_s),
             "sampler_steps": self.world.sampler_steps,
+            "max_sampler_steps": self.max_sampler_steps,
             "motion": None
             if motion is None
             else {
@@ -224,97 +243,143 @@ MakeWorlds = Callable[[], tuple[World, World | None]]
 """Called for every browser tab: a world, and the engine beside it or None."""
 
 
-def make_app(make_worlds: MakeWorlds) -> Starlette:
-    """The application. Worlds may share a model: only one of them works at any time."""
-    Starlette = _web("starlette.applications").Starlette
-    routing, responses = _web("starlette.routing"), _web("starlette.responses")
-    static, concurrency = _web("starlette.staticfiles"), _web("starlette.concurrency")
-    rides: OrderedDict[str, Drive] = OrderedDict()
-    lock = threading.Lock()
+class Rides:
+    """The rides of all tabs. Worlds may share a model: only one of them works at any time."""
 
-    def ride(request: Any) -> Drive:
-        found = rides.get(request.path_params["id"])
-        if found is None:
-            raise DataError("drive", "this ride is no longer there", hint="Reload the page to start a new one.")
-        rides.move_to_end(found.id)
-        return found
+    def __init__(self, make_worlds: MakeWorlds) -> None:
+        self._make_worlds = make_worlds
+        self._rides: OrderedDict[str, Drive] = OrderedDict()  # the longest unused one first
+        self._requests: Counter[str] = Counter()  # at work or waiting, by ride; "": of rides to be
+        self._lock = threading.Lock()
 
-    def start(request: Any, body: Any) -> dict[str, Any]:
-        drive = Drive(*make_worlds(), StartRequest.model_validate(body).seed)
-        rides[drive.id] = drive
-        while len(rides) > MAX_RIDES:
-            rides.popitem(last=False)
-        return drive.state()
+    @contextmanager
+    def queue(self, id: str) -> Iterator[None]:
+        """A place among the requests of a ride; Refused where there is none."""
+        if id and id not in self._rides:
+            raise _gone()
+        if self._requests[id] >= (MAX_REQUESTS if id else MAX_RIDES):
+            raise Refused(429, "drive: busy with earlier requests. Wait for their answers.")
+        self._requests[id] += 1
+        try:
+            yield
+        finally:
+            self._requests -= Counter([id])  # forgets what is zero
 
-    def state(request: Any, body: Any) -> dict[str, Any]:
-        return ride(request).state()
+    def start(self, id: str, body: bytes) -> dict[str, Any]:
+        """A new ride, whatever `id`."""
+        seed = StartRequest.model_validate_json(body).seed
+        with self._lock:
+            drive = Drive(*self._make_worlds(), seed)
+            self._rides[drive.id] = drive
+            while len(self._rides) > MAX_RIDES:
+                self._rides.popitem(last=False)
+            return drive.state()
 
-    def step(request: Any, body: Any) -> dict[str, Any]:
-        drive = ride(request)
-        drive.step(StepRequest.model_validate(body))
-        return drive.state()
+    def acting(self, action: Callable[[Drive, bytes], Any]) -> Callable[[str, bytes], Any]:
+        """Like `start`: does something with the ride `id` and tells its state, or what the action returns."""
 
-    def reset(request: Any, body: Any) -> dict[str, Any]:
-        drive = ride(request)
-        drive.reset(StartRequest.model_validate(body).seed)
-        return drive.state()
+        def act(id: str, body: bytes) -> Any:
+            with self._lock:
+                if id not in self._rides:
+                    raise _gone()
+                self._rides.move_to_end(id)
+                drive = self._rides[id]
+                return action(drive, body) or drive.state()
 
-    def undo(request: Any, body: Any) -> dict[str, Any]:
-        drive = ride(request)
-        drive.undo()
-        return drive.state()
+        return act
 
-    def recording(request: Any, body: Any) -> bytes:
-        return ride(request).recording()
 
-    def endpoint(action: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
-        """Run an action beside the event loop, one at a time; errors of the user become one line of JSON."""
+def _gone() -> Refused:
+    return Refused(404, "drive: this ride is no longer there. Reload the page to start a new one.")
 
-        def guarded(request: Any, text: bytes) -> Any:
-            try:
-                with lock:
-                    result = action(request, json.loads(text or b"{}"))
-            except ValidationError as error:
-                first = error.errors()[0]
-                return responses.JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
-            except json.JSONDecodeError:
-                return responses.JSONResponse({"error": "the request is not JSON"}, 400)
-            except RaeError as error:
-                return responses.JSONResponse({"error": str(error)}, 404 if isinstance(error, DataError) else 400)
-            if isinstance(result, bytes):
-                headers = {"Content-Disposition": "attachment; filename=ride.zip"}
-                return responses.Response(result, media_type="application/zip", headers=headers)
-            return responses.JSONResponse(result, headers={"Cache-Control": "no-store"})
+
+ACTIONS: dict[str, Callable[[Drive, bytes], None]] = {
+    "step": lambda drive, body: drive.step(StepRequest.model_validate_json(body)),
+    "reset": lambda drive, body: drive.reset(StartRequest.model_validate_json(body).seed),
+    "undo": lambda drive, body: drive.undo(),
+}
+
+
+def make_app(make_worlds: MakeWorlds, access: Access = THIS_MACHINE) -> Starlette:
+    """The application."""
+    Starlette, routing = _web("starlette.applications").Starlette, _web("starlette.routing")
+    concurrency, responses = _web("starlette.concurrency"), _web("starlette.responses")
+    Middleware, Around = _web("starlette.middleware").Middleware, _web("starlette.middleware.base").BaseHTTPMiddleware
+    TrustedHost, static = _web("starlette.middleware.trustedhost").TrustedHostMiddleware, _web("starlette.staticfiles")
+    rides = Rides(make_worlds)
+
+    def endpoint(action: Callable[[str, bytes], Any]) -> Callable[[Any], Any]:
+        """Run an action beside the event loop; errors of the user become one line of JSON."""
 
         async def run(request: Any) -> Any:
-            return await concurrency.run_in_threadpool(guarded, request, await request.body())
+            try:
+                access.check(request.method, request.headers)
+                body, id = await request.body(), request.path_params.get("id", "")
+                with rides.queue(id):
+                    result = await concurrency.run_in_threadpool(action, id, body)
+            except (Refused, ValidationError, RaeError) as error:
+                text, status = _reason(error)
+                return responses.JSONResponse({"error": text}, status)
+            if isinstance(result, bytes):
+                return responses.Response(result, media_type="application/zip")
+            return responses.JSONResponse(result)
 
         return run
 
-    one = "/api/rides/{id}"
+    async def with_headers(request: Any, answer: Any) -> Any:
+        response = await answer(request)
+        response.headers.update(HEADERS)
+        return response
+
+    api = [
+        routing.Route("/rides", endpoint(rides.start), methods=["POST"]),
+        routing.Route("/rides/{id}", endpoint(rides.acting(lambda drive, body: None))),
+        routing.Route("/rides/{id}/recording", endpoint(rides.acting(lambda drive, body: drive.recording()))),
+    ]
+    for name, action in ACTIONS.items():
+        api.append(routing.Route(f"/rides/{{id}}/{name}", endpoint(rides.acting(action)), methods=["POST"]))
     return Starlette(
         routes=[
-            routing.Route("/api/rides", endpoint(start), methods=["POST"]),
-            routing.Route(one, endpoint(state)),
-            routing.Route(f"{one}/step", endpoint(step), methods=["POST"]),
-            routing.Route(f"{one}/reset", endpoint(reset), methods=["POST"]),
-            routing.Route(f"{one}/undo", endpoint(undo), methods=["POST"]),
-            routing.Route(f"{one}/recording", endpoint(recording)),
+            routing.Mount("/api", routes=api, max_body_size=MAX_BODY_BYTES),
             routing.Mount("/", static.StaticFiles(directory=PAGE, html=True)),
-        ]
+        ],
+        middleware=[
+            Middleware(Around, dispatch=with_headers),
+            Middleware(TrustedHost, allowed_hosts=access.hosts, www_redirect=False),
+        ],
     )
 
 
-def serve(make_worlds: MakeWorlds, host: str = "127.0.0.1", port: int = PORT) -> None:
-    """Serve the page until Ctrl-C. Port 0 takes any free port; the address is logged."""
+def _reason(error: Exception) -> tuple[str, int]:
+    """Why a request was not carried out, in one line, and the HTTP status."""
+    if not isinstance(error, ValidationError):
+        return str(error), error.status if isinstance(error, Refused) else 400
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return "the request is not JSON", 400
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))), 422
+
+
+def serve(make_worlds: MakeWorlds, host: str = "127.0.0.1", port: int = PORT, names: Sequence[str] = ()) -> None:
+    """Serve the page until Ctrl-C. Port 0 takes any free port; the address is logged, with the token if there is one.
+
+    names   that this machine is known by, besides `host`
+    """
     uvicorn = _web("uvicorn")
-    app = make_app(make_worlds)
     with open_socket(host, port) as listener:
-        logger.info("drive at http://%s:%d   (Ctrl-C stops)", host, listener.getsockname()[1])
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+        bound, port = listener.getsockname()[:2]
+        access = Access.of(host, bound, names)
+        config = uvicorn.Config(make_app(make_worlds, access), log_level="warning", timeout_graceful_shutdown=3)
+        logger.info("drive at %s   (Ctrl-C stops)", page_address(host, bound, port, access.token))
         with suppress(KeyboardInterrupt):  # raised again after an orderly end; here it is the ordinary way to stop
             uvicorn.Server(config).run(sockets=[listener])
     logger.info("stopped")
+
+
+def page_address(host: str, bound: str, port: int, token: str | None) -> str:
+    """The address to open, with the token."""
+    reachable = socket.gethostname() if ip_address(bound).is_unspecified else host
+    return f"http://{in_address(reachable)}:{port}" + (f"/#{token}" if token else "")
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -344,17 +409,18 @@ def _web(module: str) -> Any:
 
 
 def drive(argv: Sequence[str]) -> None:
-    """`raev2 nwm drive`."""
-    parser = argparse.ArgumentParser(
-        prog="raev2 nwm drive", description="Drive a trained model, or the toy world, from a web page."
-    )
+    """Drive a trained model, or the toy world, from a web page."""
+    parser = argparse.ArgumentParser(prog="raev2 nwm drive", description=drive.__doc__)
     parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
     parser.add_argument("--toy", action="store_true", help="drive the built-in toy world; needs no run")
     parser.add_argument("--engine", action="store_true", help="show the simulator that made the data beside the model")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, reachable from this machine only")
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                        help="another name or address that this machine is reached by, with --host")  # fmt: skip
     parser.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one (default: {PORT})")
     options = parser.parse_args(argv)
-    serve(open_worlds(options.run, toy=options.toy, engine=options.engine), options.host, options.port)
+    make_worlds = open_worlds(options.run, toy=options.toy, engine=options.engine)
+    serve(make_worlds, options.host, options.port, options.allow_host)
 
 
 def open_worlds(run: str | None = None, *, toy: bool = False, engine: bool = False) -> MakeWorlds:

@@ -32,7 +32,7 @@ Commands = list[tuple[float, np.ndarray]]  # seconds and motion (3,) of each ste
 
 
 def rollout_command(argv: Sequence[str]) -> None:
-    """`raev2 nwm rollout`."""
+    """Drive a trained model along a recorded path, by commands, or by a record; write what it sees."""
     parser = argparse.ArgumentParser(
         prog="raev2 nwm rollout",
         description="Predict a video from the first frames of a trajectory and motions. Writes rollout.mp4 and "

@@ -175,7 +175,7 @@ class ToyGoals:
 
 
 def plan_command(argv: Sequence[str]) -> None:
-    """`raev2 nwm plan`."""
+    """Plan to goals of recorded trajectories, and measure how far the plans are from what was driven."""
     parser = argparse.ArgumentParser(
         prog="raev2 nwm plan",
         description="Plan to goal frames of the validation data, and measure the plans against what was driven.",

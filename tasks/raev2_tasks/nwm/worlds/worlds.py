@@ -21,6 +21,7 @@ from raev2_tasks.nwm.pose import compose, log
 
 Frame = NDArray[np.uint8]  # (Hpx, Wpx, 3) RGB
 Poses = NDArray[np.float64]  # (..., 3)
+UNDO_STEPS = 20  # as many steps can be undone at least
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class World(Protocol):
         """Move by `command` (3,) within `seconds` and show what is seen then."""
 
     def undo(self) -> None:
-        """Forget the last step. Equal commands then give equal frames again."""
+        """Forget the last step, at least `UNDO_STEPS` times. Equal commands then give equal frames again."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def shards(argv: Sequence[str]) -> None:
-    """`raev2 t2i shards check|index|stats|rewrite|collect DIR`."""
+    """Check, index, count, rewrite and collect folders of image-text shards."""
     parser = argparse.ArgumentParser(prog="raev2 t2i shards", description="Folders of image-text shards.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 

@@ -45,7 +45,7 @@ class CaptionCache:
         self.num_hits = self.num_misses = 0
         try:
             about = json.loads((dir / "cache.json").read_text())
-            index = np.load(dir / "index.npz")
+            index = np.load(dir / "index.npz", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"caption cache {dir}", "cannot be read", got=str(error),

@@ -10,47 +10,70 @@ let ride = null; // the last state that the server sent
 // --------------------------------------------------------------------------------------------------------------------
 // Server
 
-async function ask(path, body) {
-  const options = body === undefined ? {} :
-    { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  const response = await fetch(`api/rides${path}`, options);
-  const answer = await response.json();
-  if (!response.ok) throw new Error(answer.error);
-  return answer;
+const token = location.hash.slice(1); // of the address that was printed; asked for beyond loopback
+addEventListener("hashchange", () => location.reload());
+
+async function request(path, body) {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const options = body === undefined ? { headers } :
+    { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  const response = await fetch(`api/rides${path}`, options)
+    .catch(() => { throw new Error("The server does not answer."); });
+  if (response.ok) return response;
+  const answer = await response.json().catch(() => ({}));
+  throw new Error(answer.error || `The server answered ${response.status}; its terminal says why.`);
 }
+
+const ask = async (path, body) => (await request(path, body)).json();
 
 // One request at a time, in order; an error is shown and the ride stays as it was.
 let queue = Promise.resolve();
 function inOrder(action) {
-  queue = queue.then(action).then(show, (error) => {
+  queue = queue.then(action).catch((error) => {
     held.clear();
-    warn(error instanceof TypeError ? "The server does not answer." : error.message, "error");
+    warn(error.message, "error");
   });
   return queue;
 }
 
+const MAX_SEED = 2 ** 32 - 1;
 function seed() {
-  const value = Number(element("seed").value);
-  return Number.isInteger(value) && value >= 0 ? value : 0;
+  const field = element("seed"), text = field.value.trim();
+  const fits = /^[0-9]+$/.test(text) && Number(text) <= MAX_SEED;
+  field.setAttribute("aria-invalid", !fits);
+  if (!fits) throw new Error(`seed: not usable; got ${text || "nothing"}; expected a whole number, 0 to ${MAX_SEED}.`);
+  return Number(text);
 }
 
-// The ride of this tab survives a reload.
-const start = () => inOrder(() => {
-  const id = sessionStorage.getItem("ride");
-  const fresh = () => ask("", { seed: seed() });
-  return id ? ask(`/${id}`).catch(fresh) : fresh();
+// The ride of this tab survives a reload. Its name is stored only from one page to the next, so that a copy of the tab
+// does not find it and starts a ride of its own.
+const stored = sessionStorage.getItem("ride");
+sessionStorage.removeItem("ride");
+addEventListener("pagehide", () => { if (ride) sessionStorage.setItem("ride", ride.id); });
+
+const fresh = async () => show(await ask("", { seed: seed() }));
+const start = () => inOrder(async () => {
+  const old = stored && await ask(`/${stored}`).catch(() => null);
+  return old ? show(old) : fresh();
 });
-const reset = () => inOrder(() => ask(`/${ride.id}/reset`, { seed: seed() }));
-const undo = () => inOrder(() => ask(`/${ride.id}/undo`, {}));
+const reset = () => inOrder(async () => ride ? show(await ask(`/${ride.id}/reset`, { seed: seed() })) : fresh());
+const undo = () => inOrder(async () => show(await ask(`/${ride.id}/undo`, {})));
+const download = () => inOrder(async () => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await (await request(`/${ride.id}/recording`)).blob());
+  link.download = "ride.zip";
+  link.click();
+  URL.revokeObjectURL(link.href);
+});
 
 function step(directions) {
   const sign = (plus, minus) => directions.has(plus) - directions.has(minus);
-  return inOrder(() => ask(`/${ride.id}/step`, {
+  return inOrder(async () => show(await ask(`/${ride.id}/step`, {
     speed_m_s: sign("forward", "back") * Number(element("speed").value),
     turn_deg_s: sign("left", "right") * Number(element("turn").value),
     seconds: Number(element("seconds").value),
     sampler_steps: ride.sampler_steps === null ? null : Number(element("sampler-steps").value),
-  }));
+  })));
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -84,20 +107,27 @@ function press(directions, on) {
   if (on) drive();
 }
 
-function typing(event) {
-  return event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input[type=number], select");
+// Keys that a control in focus needs itself: W, A, S, D drive while a slider is in focus, the arrows move it.
+function kept({ target, key, ctrlKey, metaKey, altKey }) {
+  if (ctrlKey || metaKey || altKey) return true;
+  if (target.matches("input[type=range]")) return key.startsWith("Arrow");
+  return target.matches("input, select") || (target.matches("button") && key === " ");
 }
 
+let pointed = false; // the last thing that was used: a pointer, or a key
+addEventListener("pointerdown", () => { pointed = true; }, true);
 addEventListener("keydown", (event) => {
-  if (typing(event)) return;
+  pointed = false;
   const key = event.key.toLowerCase();
+  if (key === "escape") document.activeElement.blur();
+  if (kept(event)) return;
   if (key in KEYS) {
     event.preventDefault();
     if (!event.repeat) press([KEYS[key]], true);
   } else if (key === "u" || key === "backspace") {
     event.preventDefault();
     if (ride) undo();
-  } else if (key === "r" && ride) reset();
+  } else if (key === "r") reset();
 });
 addEventListener("keyup", (event) => {
   const key = event.key.toLowerCase();
@@ -105,22 +135,33 @@ addEventListener("keyup", (event) => {
 });
 addEventListener("blur", () => held.clear());
 
+// After the mouse or a finger, all keys drive again; who came to a control by key stays there.
+const leave = (event) => { if (pointed) event.currentTarget.blur(); };
+
 for (const button of document.querySelectorAll("[data-drive]")) {
   const directions = button.dataset.drive.split(" ");
   button.addEventListener("pointerdown", () => { button.classList.add("on"); press(directions, true); });
   for (const end of ["pointerup", "pointerleave", "pointercancel"]) {
     button.addEventListener(end, () => { button.classList.remove("on"); press(directions, false); });
   }
+  button.addEventListener("click", (event) => { // by key: a tap
+    if (!pointed) { press(directions, true); press(directions, false); }
+    leave(event);
+  });
 }
 
-element("reset").addEventListener("click", (event) => { event.target.blur(); reset(); });
-element("undo").addEventListener("click", (event) => { event.target.blur(); undo(); });
+const BUTTONS = { reset, undo: () => ride && undo(), recording: () => ride && download() };
+for (const [id, action] of Object.entries(BUTTONS)) {
+  element(id).addEventListener("click", (event) => { leave(event); action(); });
+}
 element("seed").addEventListener("keydown", (event) => {
-  if (event.key === "Enter") { event.target.blur(); reset(); }
+  if (event.key !== "Enter") return;
+  event.target.blur();
+  reset();
 });
 for (const id of ["speed", "turn", "sampler-steps", "seconds"]) {
   element(id).addEventListener("input", labels);
-  element(id).addEventListener("change", (event) => event.target.blur()); // the arrow keys drive again
+  element(id).addEventListener("change", leave);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -129,7 +170,6 @@ for (const id of ["speed", "turn", "sampler-steps", "seconds"]) {
 function show(state) {
   const first = ride === null || ride.id !== state.id;
   ride = state;
-  sessionStorage.setItem("ride", state.id);
   if (first) controls(state);
   element("world").textContent = state.world;
   element("frame").src = state.frame;
@@ -145,7 +185,6 @@ function show(state) {
     `${state.latency_ms.toFixed(state.latency_ms < 10 ? 1 : 0)} ms`;
   element("position").textContent = `${state.pose.x_m.toFixed(2)}, ${state.pose.y_m.toFixed(2)} m`;
   element("heading").textContent = `${state.pose.yaw_deg.toFixed(0)}°`;
-  element("recording").href = `api/rides/${state.id}/recording`;
   warn(state.complaint ? `Outside of what the model has seen: ${state.complaint}.` : "", "warn");
   draw();
   document.body.dataset.steps = state.steps;
@@ -157,7 +196,7 @@ function controls(state) {
   seconds.replaceChildren(...state.durations_s.map((value) => new Option(`${value} s`, value)));
   for (const part of document.querySelectorAll("[data-sampler]")) part.hidden = state.sampler_steps === null;
   if (state.sampler_steps !== null) {
-    element("sampler-steps").max = Math.max(50, state.sampler_steps);
+    element("sampler-steps").max = state.max_sampler_steps;
     element("sampler-steps").value = state.sampler_steps;
   }
   if (state.motion) { // begin inside the data, and let the sliders leave it a little
@@ -172,13 +211,16 @@ function controls(state) {
 
 function labels() {
   const motion = ride && ride.motion;
-  const range = (low, high, unit) => motion ? ` (data: ${low} to ${high} ${unit})` : "";
-  const digits = (values, count) => values.map((value) => value.toFixed(count));
-  element("speed-text").textContent = `${Number(element("speed").value).toFixed(2)} m/s` +
-    (motion ? range(...digits(motion.speed_m_s, 2), "m/s") : "");
-  element("turn-text").textContent = `${element("turn").value} °/s` +
-    (motion ? range(...digits(motion.turn_deg_s, 0), "°/s") : "");
-  element("sampler-steps-text").textContent = element("sampler-steps").value;
+  const data = (values, count, unit) => motion ?
+    ` (data: ${values.map((value) => value.toFixed(count)).join(" to ")} ${unit})` : "";
+  label("speed", `${Number(element("speed").value).toFixed(2)} m/s${motion ? data(motion.speed_m_s, 2, "m/s") : ""}`);
+  label("turn", `${element("turn").value} °/s${motion ? data(motion.turn_deg_s, 0, "°/s") : ""}`);
+  label("sampler-steps", element("sampler-steps").value);
+}
+
+function label(id, text) {
+  element(`${id}-text`).textContent = text;
+  element(id).setAttribute("aria-valuetext", text);
 }
 
 function warn(text, kind) {
