@@ -15,7 +15,7 @@ from raev2.errors import DataError, SpecError, did_you_mean
 from raev2_data_recipes.base import SPLITS, Option
 from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
 from raev2_data_recipes.pictures.image_folder import SUFFIXES
-from raev2_tasks.t2i.shards.files import least_val
+from raev2_tasks.t2i.shards.index import least_val
 from raev2_tasks.t2i.text.captions import BadSample, Caption
 
 IMAGE_COLUMNS = ("file_name", "image", "path", "file", "filename", "image_path")

@@ -12,13 +12,17 @@ from typing import Any
 from PIL import Image
 
 from raev2.errors import DataError, SpecError
+from raev2.files.images import IMAGE_ERRORS
 from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_data_recipes.pictures.image_folder import resize_and_crop
 from raev2_tasks.t2i.shards.files import Deferred, Example, verify_shards, write_shards
 from raev2_tasks.t2i.shards.pixels import encode_image, is_plain_rgb, to_rgb
-from raev2_tasks.t2i.text.captions import KINDS
+from raev2_tasks.t2i.shards.tar_scan import MAX_ASPECT, ShapeRule
+from raev2_tasks.t2i.text.captions import KINDS, BadSample
 
-SMALLEST = 0.9  # an image is not enlarged by more than 1 / 0.9
+MAX_ASPECT_OPTION = Option(
+    f"{MAX_ASPECT}", "leave out pictures whose longer side is more than this many times the shorter one"
+)
 
 
 class ShardRecipe(DatasetRecipe):
@@ -57,6 +61,10 @@ class ShardRecipe(DatasetRecipe):
         """The option ``size``; None where files are kept."""
         return self.whole_number(options, "size", 8) if options["size"] else None
 
+    def max_aspect(self, options: Mapping[str, str]) -> float:
+        """The option ``max_aspect``."""
+        return self.number(options, "max_aspect", 1)
+
     def share(self, options: Mapping[str, str], name: str) -> float:
         """An option as a share from 0 to 0.5."""
         try:
@@ -83,22 +91,24 @@ class ShardRecipe(DatasetRecipe):
         return src
 
 
-def prepared(data: bytes, size_px: int | None, image_format: str) -> bytes:
+def prepared(data: bytes, size_px: int | None, image_format: str, max_aspect: float = MAX_ASPECT) -> bytes:
     """An image file as it goes into a shard: plain RGB, and ``size_px`` square unless that is None.
 
-    A file that is so already is kept byte for byte. Raises ValueError for an image that would have to be enlarged.
+    A file that is so already is kept byte for byte. Raises BadSample for an image that cannot be read, that would have
+    to be enlarged, or that is too long: what training would leave out.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()  # raises for a truncated file
-        wanted = size_px is None or image.size == (size_px, size_px)
-        if wanted and is_plain_rgb(image) and image.format in ("JPEG", "PNG", "WEBP"):
-            return data
-        rgb = to_rgb(image)
-    if size_px is not None:
-        if min(rgb.size) < SMALLEST * size_px:
-            raise ValueError(f"image too small for {size_px} px: {rgb.width} x {rgb.height}")
-        rgb = resize_and_crop(rgb, size_px)
-    return encode_image(rgb, image_format)
+    shape = ShapeRule.of((size_px or 0, size_px or 0), max_aspect=max_aspect)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            shape.check("image", *image.size)
+            image.load()  # raises for a truncated file
+            wanted = size_px is None or image.size == (size_px, size_px)
+            if wanted and is_plain_rgb(image) and image.format in ("JPEG", "PNG", "WEBP"):
+                return data
+            rgb = to_rgb(image)
+    except IMAGE_ERRORS as error:
+        raise BadSample("bad_image", "image", "cannot be read as an image", got=type(error).__name__) from error
+    return encode_image(rgb if size_px is None else resize_and_crop(rgb, size_px), image_format)
 
 
-__all__ = ["Deferred", "Example", "ShardRecipe", "prepared"]
+__all__ = ["MAX_ASPECT_OPTION", "Deferred", "Example", "ShardRecipe", "prepared"]

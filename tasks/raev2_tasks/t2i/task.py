@@ -40,11 +40,12 @@ class TextToImage(Task):
 
         task = task_spec(spec)
         fields = task.captions.model_dump()
-        rule = CaptionRule(**{**fields, "mix": fields["mix"] or None})
+        rule = CaptionRule(**{**fields, "mix": fields["mix"] or None, "fields": fields["fields"] or None})
         return TextImageDataset(
             spec.data.dir, split, spec.tokenizer.image_size, weights=task.weights or None,
             batch_size=spec.generator_training.batch_size, caption_mix=rule,
             tokenize=build_text_tokenizer(task.text_encoder), seed=spec.seed, cache=spec.data.cache,
+            **task.samples.model_dump(),
         )  # fmt: skip
 
     def condition(self, spec: RunSpec, dataset: ImageDataset | None) -> ConditionSpec:

@@ -24,7 +24,7 @@ from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError
 from raev2.training import dist
 from raev2_tasks.t2i.shards.reader import BadSamples, Tokenize, decode_image, permutation, uniforms
-from raev2_tasks.t2i.shards.tar_scan import image_suffix
+from raev2_tasks.t2i.shards.tar_scan import MAX_ASPECT, MIN_SIDE, ShapeRule, image_suffix
 from raev2_tasks.t2i.text.captions import UNLABELLED_KIND, BadSample, CaptionRule, parse_captions
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class StreamedDataset(ImageDataset):
         tokenize: Tokenize | None = None,
         seed: int = 0,
         shuffle_buffer: int = 10_000,
+        min_side: float = MIN_SIDE,
+        max_aspect: float = MAX_ASPECT,
         max_bad_share: float = 0.01,
         rank: int | None = None,
         world_size: int | None = None,
@@ -72,6 +74,7 @@ class StreamedDataset(ImageDataset):
         self.batch_size = batch_size
         self.rule = caption_mix if isinstance(caption_mix, CaptionRule) else CaptionRule(caption_mix)
         self.shuffle_buffer = shuffle_buffer
+        self.shape = ShapeRule.of(image_size, min_side, max_aspect)
         self.bad = BadSamples(self.dir, max_bad_share)
         self.manifest = {
             "name": "stream", "licence": licence, "attribution": attribution, "classes": [],
@@ -106,7 +109,7 @@ class StreamedDataset(ImageDataset):
         where = f"data {sample['__url__']}: {sample['__key__']}"
         try:
             members = {name: (0, 0) for name in sample if not name.startswith("__")}
-            pixels, converted = decode_image(sample[image_suffix(where, members)], self.image_size, where)
+            pixels, converted = decode_image(sample[image_suffix(where, members)], self.image_size, where, self.shape)
             captions = parse_captions(sample.get("txt"), sample.get("json"), self.caption_kind)
             caption = self.rule.choose(captions, uniforms(4, "caption", self.seed, number), where)
         except BadSample as error:
