@@ -199,7 +199,7 @@ def test_tables_of_paths(photos, tmp_path, suffix):
          "title": f"t{n}" if n else "", "split": "val" if n == 8 else "train", "license": "MIT"}
         for n in (0, 1, 2, 8)
     ] + [{"path": "missing.png", "long": "gone", "title": "", "split": "train", "license": "MIT"},
-         {"path": "part0/06.png", "long": "", "title": "t6", "split": "train", "license": "MIT"}]  # fmt: skip
+         {"path": "part0/06.png", "long": "", "title": "", "split": "train", "license": "MIT"}]  # fmt: skip
     table = photos / f"table{suffix}"
     if suffix == ".jsonl":
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -208,12 +208,13 @@ def test_tables_of_paths(photos, tmp_path, suffix):
     out = tmp_path / "out"
     manifest = TABLE.build(out, {"src": str(table), "captions": "long:long,title:short", "size": "16"})
     assert manifest["splits"]["train"]["num_samples"] == 3 and manifest["rejected"] == 2
+    assert manifest["rejected_kinds"] == {"FileNotFoundError": 1, "bad_caption": 1}
     assert captions(out, "val") == {"part0/08.png": [("A long text, with a comma, about 8.", "long"), ("t8", "short")]}
     assert captions(out)["part0/00.png"] == [("A long text, with a comma, about 0.", "long")]
     assert TextImageDataset(out, "train", (16, 16)).fields(0)["license"] == "MIT"
     reasons = rejects(out)
     assert any("No such file" in reason for reason in reasons.values())
-    assert any("no caption in column long" in reason for reason in reasons.values())
+    assert any("no caption in column long, title" in reason for reason in reasons.values())
 
 
 def test_a_parquet_folder_with_pictures_inside(tmp_path):

@@ -43,7 +43,6 @@ SHARD_OPTIONS = {
     **ShardRecipe.SHARD_OPTIONS,
     "captions": CAPTIONS,
     "size": Option("256", "resize the short side and crop the centre to this many pixels; empty = keep the files"),
-    "max_aspect": MAX_ASPECT_OPTION,
     "val_samples": VAL_SAMPLES,
     "skip": SKIP,
 }

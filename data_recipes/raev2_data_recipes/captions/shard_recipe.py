@@ -31,6 +31,7 @@ class ShardRecipe(DatasetRecipe):
     SHARD_OPTIONS: Mapping[str, Option] = {
         "size": Option("", "resize the short side and crop the centre to this many pixels; empty = keep the files"),
         "format": Option("jpg", "file format of images that are resized or converted: jpg (quality 95) or png"),
+        "max_aspect": MAX_ASPECT_OPTION,
         "per_shard": Option("5000", "samples in a tar"),
     }
 

@@ -187,8 +187,7 @@ def parse_captions(
     """Captions of a sample, the default one first.
 
     text     the txt member
-    data     the json member: text, list or object in any form that `_texts` reads. Where it has no caption that can be
-             used, the txt serves
+    data     the json member, in any form that `texts_of` reads. Where no caption in it can be used, the txt serves
     kind     of captions for which the files do not say it
     fields   which fields to read, all of them; none: `captions` or `conversations` of the json, else the txt, else the
              first of `KNOWN_FIELDS` in the json
@@ -278,10 +277,10 @@ def _draw(weights: Sequence[float], uniform: float) -> int:
 def _found(value: Any, text: bytes | None, kind: str) -> list[Caption]:
     """Captions of a sample for which nobody named the fields."""
     if not isinstance(value, Mapping):
-        return _texts(value, kind, "json")
-    if captions := _texts(value.get("captions"), kind, "captions"):
+        return texts_of(value, kind, "json")
+    if captions := texts_of(value.get("captions"), kind, "captions"):
         return _default_first(captions, value.get("default", 0))
-    if captions := _texts(value.get("conversations"), kind, "conversations"):
+    if captions := texts_of(value.get("conversations"), kind, "conversations"):
         return captions
     if text is not None and text.strip():
         return _from_text(text, kind)
@@ -289,7 +288,7 @@ def _found(value: Any, text: bytes | None, kind: str) -> list[Caption]:
     unusable: BadSample | None = None
     for field, its_kind in KNOWN_FIELDS.items():
         try:
-            captions = _texts(value[names[field]], its_kind or kind, names[field]) if field in names else []
+            captions = texts_of(value[names[field]], its_kind or kind, names[field]) if field in names else []
         except BadSample as error:
             unusable = unusable or error
             continue
@@ -303,18 +302,18 @@ def _found(value: Any, text: bytes | None, kind: str) -> list[Caption]:
 def _listed(value: Any, text: bytes | None, fields: CaptionFields) -> list[Caption]:
     """Captions of these fields, in their order. In a json of this project a caption says from which field it came."""
     captions: list[Caption] = []
-    ours = _texts(value["captions"], UNLABELLED_KIND, "") if isinstance(value, Mapping) and "v" in value else []
+    ours = texts_of(value["captions"], UNLABELLED_KIND, "") if isinstance(value, Mapping) and "v" in value else []
     for name, kind in fields:
         if named := [caption for caption in ours if caption.field == name]:
             captions += named
         elif name == TXT:
             captions += _from_text(text, kind)
         elif isinstance(value, Mapping):
-            captions += _texts(value.get(name), kind, name)
+            captions += texts_of(value.get(name), kind, name)
     return captions
 
 
-def _texts(value: Any, kind: str, field: str) -> list[Caption]:
+def texts_of(value: Any, kind: str, field: str) -> list[Caption]:
     """Captions in a value: a text, an object with a text, a conversation, a list of these, or an object of these.
 
     Names of an object that are kinds are the kinds of what they hold. Raises BadSample for anything else.
@@ -329,14 +328,14 @@ def _texts(value: Any, kind: str, field: str) -> list[Caption]:
         return [caption for entry in value for caption in _from_entry(entry, kind, field)]
     if isinstance(value, Mapping) and not any(name in value for name in TEXT_KEYS):
         if "annotations" in value:  # COCO, which keeps its images beside them
-            return _texts(value["annotations"], kind, field)
-        return [c for name, part in value.items() for c in _texts(part, name if name in KINDS else kind, field)]
+            return texts_of(value["annotations"], kind, field)
+        return [c for name, part in value.items() for c in texts_of(part, name if name in KINDS else kind, field)]
     return _from_entry(value, kind, field)
 
 
 def _from_entry(entry: Any, kind: str, field: str) -> list[Caption]:
     if isinstance(entry, str | list):
-        return _texts(entry, kind, field)
+        return texts_of(entry, kind, field)
     if isinstance(entry, Mapping) and any(name in entry for name in TEXT_KEYS):
         return _from_object(entry, kind, field)
     raise BadSample("bad_caption", "caption", "its json has other fields than expected", got=f"{field}: {entry!r:.60}")
@@ -346,7 +345,7 @@ def _from_object(entry: Mapping[str, Any], kind: str, field: str) -> list[Captio
     text = next(entry[name] for name in TEXT_KEYS if name in entry)
     kind, score = entry.get("kind", kind), entry.get("score")
     if isinstance(text, list):
-        return _texts(text, kind, field)
+        return texts_of(text, kind, field)
     right_types = (text is None or isinstance(text, str)) and kind in KINDS
     if not right_types or not (score is None or isinstance(score, int | float)):
         raise BadSample(
