@@ -315,6 +315,6 @@ def test_a_captioned_folder_counts_what_it_leaves_out(pictures, capsys):
     assert "train 3, val 1, test 2, 2 rejected" in plan
     picture(9).save(pictures / "stray.png")
     with pytest.raises(
-        DataError, match="not all pictures are in such folders; got train, val, test and 1 pictures elsewhere"
+        DataError, match="not all pictures are in such folders; got train, test, val and 1 pictures elsewhere"
     ):
         FOLDER.plan(FOLDER.resolve({"src": str(pictures)}))
