@@ -105,6 +105,24 @@ class SampleSpec(Spec):
     )
 
 
+class StreamSpec(Spec):
+    """Training shards that are read from front to back over the network; validation still reads `data.dir`."""
+
+    urls: tuple[str, ...] = Field(
+        min_length=1,
+        description="addresses at http(s):// or s3://, or paths; with braces: 'https://host/{000..127}.tar'",
+    )
+    num_samples: int = Field(gt=0, description="samples in all shards; says where a resumed run goes on")
+    licence: str = "unstated"
+    attribution: str = ""
+    kind: str = Field("alt", description="kind of captions whose files do not say it")
+    captions: str = Field("", description="txt and json fields with captions: recaption:long,caption:alt,txt")
+    shuffle_buffer: int = Field(10_000, gt=0, description="encoded samples that each worker mixes")
+    allow_pipe: bool = Field(
+        False, description="take addresses that begin with 'pipe:', which are commands of the shell"
+    )
+
+
 class TextToImageSpec(TaskSpec):
     """Text-conditional image generation."""
 
@@ -125,10 +143,13 @@ class TextToImageSpec(TaskSpec):
         default_factory=dict, description="share of each source in every batch; empty: by its number of images"
     )
     captions: CaptionSpec = Field(CaptionSpec(), description="which caption of an image is drawn")
+    stream: StreamSpec | None = Field(None, description="train on a stream of shards instead of `data.dir`")
     samples: SampleSpec = Field(SampleSpec(), description="which samples are left out")
 
     @model_validator(mode="after")
     def _belongs_together(self) -> TextToImageSpec:
         if self.text_encoder.kind == SCRATCH:
             _refuse_changed(self, ("null", "adapter", "caption_cache"), "text_encoder.name=scratch")
+        if self.stream is not None and self.weights:
+            raise ValueError(f"weights has no effect with a stream; got weights={self.weights}")
         return self

@@ -11,7 +11,7 @@ from raev2.errors import SpecError
 from raev2.spec import RunSpec
 from raev2.task import EncodeImages, Evaluator, Task
 from raev2_tasks.t2i.recipes import RECIPES
-from raev2_tasks.t2i.spec import TextToImageSpec
+from raev2_tasks.t2i.spec import StreamSpec, TextToImageSpec
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from raev2.command.bench import Measurement
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
+    from raev2_tasks.t2i.shards.reader import Tokenize
+    from raev2_tasks.t2i.text.captions import CaptionRule
 
 logger = logging.getLogger(__name__)
 NUM_DEFAULT_PROMPTS = 32
@@ -33,7 +35,7 @@ class TextToImage(Task):
     spec_type = TextToImageSpec
 
     def dataset(self, spec: RunSpec, split: str) -> ImageDataset:
-        """Captioned images; every training batch holds each source in its exact share."""
+        """Captioned images; every training batch holds each source in its exact share, but for a stream."""
         from raev2_tasks.t2i.shards.reader import TextImageDataset
         from raev2_tasks.t2i.text.captions import CaptionRule
         from raev2_tasks.t2i.text.encoder import build_text_tokenizer
@@ -41,11 +43,12 @@ class TextToImage(Task):
         task = task_spec(spec)
         fields = task.captions.model_dump()
         rule = CaptionRule(**{**fields, "mix": fields["mix"] or None, "fields": fields["fields"] or None})
+        tokenize, batch_size = build_text_tokenizer(task.text_encoder), spec.generator_training.batch_size
+        if split == "train" and task.stream is not None:
+            return _stream(spec, task.stream, rule, tokenize)
         return TextImageDataset(
-            spec.data.dir, split, spec.tokenizer.image_size, weights=task.weights or None,
-            batch_size=spec.generator_training.batch_size, caption_mix=rule,
-            tokenize=build_text_tokenizer(task.text_encoder), seed=spec.seed, cache=spec.data.cache,
-            **task.samples.model_dump(),
+            spec.data.dir, split, spec.tokenizer.image_size, weights=task.weights or None, batch_size=batch_size,
+            caption_mix=rule, tokenize=tokenize, seed=spec.seed, cache=spec.data.cache, **task.samples.model_dump(),
         )  # fmt: skip
 
     def condition(self, spec: RunSpec, dataset: ImageDataset | None) -> ConditionSpec:
@@ -154,6 +157,26 @@ class TextToImage(Task):
         from raev2_tasks.t2i.bench import BENCHMARKS
 
         return BENCHMARKS
+
+
+def _stream(spec: RunSpec, stream: StreamSpec, rule: CaptionRule, tokenize: Tokenize) -> ImageDataset:
+    """The training split of a run that streams it; SpecError for settings that read it by number."""
+    from raev2_tasks.t2i.shards.stream import StreamedDataset
+    from raev2_tasks.t2i.text.captions import caption_fields
+
+    for wrong, field, hint in (
+        (spec.tokenizer_from is None, "tokenizer_from", "Train the tokenizer on a folder, and name it here."),
+        (spec.generator_training.latent_cache, "generator_training.latent_cache", "Set it to false."),
+    ):
+        if wrong:
+            raise SpecError(f"spec.{field}", "does not go with task.stream, which cannot be read by number", hint=hint)
+    return StreamedDataset(
+        stream.urls, spec.tokenizer.image_size, num_samples=stream.num_samples,
+        batch_size=spec.generator_training.batch_size, licence=stream.licence, attribution=stream.attribution,
+        caption_mix=rule, caption_kind=stream.kind, caption_fields=caption_fields(stream.captions, stream.kind),
+        allow_pipe=stream.allow_pipe, tokenize=tokenize, seed=spec.seed, shuffle_buffer=stream.shuffle_buffer,
+        **task_spec(spec).samples.model_dump(),
+    )  # fmt: skip
 
 
 def task_spec(spec: RunSpec) -> TextToImageSpec:
