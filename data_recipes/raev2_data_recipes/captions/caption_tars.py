@@ -17,7 +17,7 @@ from typing import Any
 from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_data_recipes.captions.shard_recipe import MAX_ASPECT_OPTION, Deferred, Example, ShardRecipe, prepared
 from raev2_tasks.t2i.shards.files import verify_shards
-from raev2_tasks.t2i.shards.index import Survey, index_shards, num_processes, place_of, survey
+from raev2_tasks.t2i.shards.index import Survey, index_shards, place_of, survey
 from raev2_tasks.t2i.shards.tar_scan import (
     Members,
     Problem,
@@ -103,7 +103,7 @@ class TarRecipe(ShardRecipe):
 
     def _survey(self, options: Mapping[str, str]) -> Survey:
         src, num_val = self.folder(options), self.whole_number(options, "val_samples", 0)
-        return survey(src, skip=options["skip"], val_samples=num_val, num_workers=num_processes(src))
+        return survey(src, skip=options["skip"], val_samples=num_val, num_workers=0)
 
 
 class Blip3o(TarRecipe):
@@ -209,7 +209,7 @@ class TarShards(DatasetRecipe):
         """What ``build`` will do; reads the headers of the tars."""
         src = Path(options["src"]).expanduser()
         num_val = self.whole_number(options, "val_samples", 0)
-        found = survey(src, skip=options["skip"], val_samples=num_val, num_workers=num_processes(src))
+        found = survey(src, skip=options["skip"], val_samples=num_val, num_workers=0)
         return [_headline(found, options), *found.lines(), "Write an index of the usable samples. Copy nothing."]
 
     def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class TarShards(DatasetRecipe):
             src, folder, source=dataset_name, skip=options["skip"], rule=rule,
             val_samples=self.whole_number(options, "val_samples", 0), options=options, licence=self.licence,
             max_bad_share=self.number(options, "max_bad_share", 0), attribution=self.attribution,
-            num_workers=num_processes(src),
+            num_workers=0,
         )  # fmt: skip
 
     def check_files(self, data_dir: Path) -> dict[str, Any]:

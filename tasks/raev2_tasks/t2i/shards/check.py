@@ -17,7 +17,7 @@ from raev2_tasks.t2i.shards.files import (
     source_manifest,
     verify_shards,
 )
-from raev2_tasks.t2i.shards.index import find_tars
+from raev2_tasks.t2i.shards.index import find_tars, in_processes, num_processes
 from raev2_tasks.t2i.shards.tar_scan import ANY, TRAINING_SHAPE, Problem, ScanRule, ShapeRule, scan_shard
 
 MAX_WORDS = 1000  # of a caption, above which the check mentions it
@@ -48,24 +48,19 @@ def caption_lengths(dir: str | Path, split: str) -> dict[str, CaptionLengths]:
     return found
 
 
-def check_shards(dir: str | Path, shape: ShapeRule = TRAINING_SHAPE) -> dict[Path, list[Problem]]:
+def check_shards(dir: str | Path, shape: ShapeRule = TRAINING_SHAPE, num_workers: int = 1) -> dict[Path, list[Problem]]:
     """Decode everything and list what is wrong or odd, by tar. Reads every byte.
 
-    dir     a source, a collection, or any folder with tars
-    shape   pictures that a training with this rule leaves out are listed as wrong
+    dir          a source, a collection, or any folder with tars
+    shape        pictures that a training with this rule leaves out are listed as wrong
+    num_workers  processes that read the tars; 0: as many as are worth it
     """
     found: dict[Path, list[Problem]] = {}
     images = Counter[bytes]()
-    for file, rule in _rules(Path(dir)).items():
-        scan = scan_shard(file, replace(rule, shape=shape), decode=True)
-        problems = [*scan.problems]
-        for key, words in zip(scan.keys, scan.rows["num_words"], strict=True):
-            if words > MAX_WORDS:
-                problems.append(Problem(key, "long_caption", f"{words} words", fatal=False))
-        with file.open("rb") as data:
-            for row in scan.rows:
-                data.seek(int(row["image_offset"]))
-                images[hashlib.sha256(data.read(int(row["image_bytes"]))).digest()[:8]] += 1
+    rules = {file: replace(rule, shape=shape) for file, rule in _rules(Path(dir)).items()}
+    checks = in_processes(_check_tar, rules.items(), num_processes(rules) if num_workers == 0 else num_workers)
+    for file, (problems, digests) in zip(rules, checks, strict=True):
+        images.update(digests)
         if problems:
             found[file] = problems
     num_duplicates = images.total() - len(images)
@@ -73,6 +68,22 @@ def check_shards(dir: str | Path, shape: ShapeRule = TRAINING_SHAPE) -> dict[Pat
         text = f"{num_duplicates:,} of {images.total():,} images occur before with equal bytes"
         found.setdefault(file, []).append(Problem("", "duplicates", text, fatal=False))
     return found
+
+
+def _check_tar(item: tuple[Path, ScanRule]) -> tuple[list[Problem], list[bytes]]:
+    """What is wrong with a tar, and a hash of each usable picture."""
+    file, rule = item
+    scan = scan_shard(file, rule, decode=True)
+    problems = [*scan.problems]
+    for key, words in zip(scan.keys, scan.rows["num_words"], strict=True):
+        if words > MAX_WORDS:
+            problems.append(Problem(key, "long_caption", f"{words} words", fatal=False))
+    digests = []
+    with file.open("rb") as data:
+        for row in scan.rows:
+            data.seek(int(row["image_offset"]))
+            digests.append(hashlib.sha256(data.read(int(row["image_bytes"]))).digest()[:8])
+    return problems, digests
 
 
 def _rules(dir: Path) -> dict[Path, ScanRule]:

@@ -61,7 +61,7 @@ def _check(options: argparse.Namespace) -> None:
     from raev2.errors import DataError
     from raev2_tasks.t2i.shards.check import check_shards
 
-    found = check_shards(options.dir, _shape(options))
+    found = check_shards(options.dir, _shape(options), num_workers=0)
     num_fatal = 0
     for file, problems in found.items():
         for problem in problems:
@@ -76,14 +76,14 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _index(options: argparse.Namespace) -> None:
-    from raev2_tasks.t2i.shards.index import index_shards, num_processes
+    from raev2_tasks.t2i.shards.index import index_shards
     from raev2_tasks.t2i.text.captions import caption_fields
 
     rule = ScanRule(options.kind, caption_fields(options.captions, options.kind), _shape(options))
     manifest = index_shards(
         options.dir, options.out, source=options.name, skip=options.skip, val_samples=options.val_samples, rule=rule,
         max_bad_share=options.max_bad_share, licence=options.licence, attribution=options.attribution,
-        num_workers=num_processes(options.dir),
+        num_workers=0,
     )  # fmt: skip
     _print_counts(options.out or options.dir, manifest)
 

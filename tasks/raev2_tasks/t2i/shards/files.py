@@ -199,13 +199,9 @@ def verify_shards(dir: str | Path) -> dict[str, Any]:
         raise DataError(where, "changed after it was written", got=got, expected=manifest["fingerprint"], hint=rebuild)
     if "sources" in manifest:
         return manifest
+    _verify_files(dir, [shard for entry in manifest["splits"].values() for shard in entry["shards"]], rebuild)
     for entry in manifest["splits"].values():
         for shard in entry["shards"]:
-            for file, expected in ((shard["file"], shard["sha256"]), (shard["index"], shard["index_sha256"])):
-                if not (dir / file).is_file():
-                    raise DataError(f"data {dir / file}", "file is missing", hint=rebuild)
-                if (got := file_sha256(dir / file)) != expected:
-                    raise DataError(f"data {dir / file}", "SHA-256 differs", got=got, expected=expected, hint=rebuild)
             num_rows = (dir / shard["index"]).stat().st_size // INDEX_ROW.itemsize
             if num_rows != shard["num_samples"]:
                 raise DataError(
@@ -494,6 +490,23 @@ def write_manifest(
     }
     write_text(out / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
+
+
+def _verify_files(dir: Path, shards: Sequence[Mapping[str, Any]], hint: str) -> None:
+    """DataError for the first tar or index that is missing or has another SHA-256; hashed in several threads."""
+    expected = [(s["file"], s["sha256"]) for s in shards] + [(s["index"], s["index_sha256"]) for s in shards]
+    files = list(dict(expected))
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # hashing holds no lock of the interpreter
+    try:
+        found = pool.map(lambda name: file_sha256(dir / name) if (dir / name).is_file() else "", files)
+        digests = dict(zip(files, found, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for name, digest in expected:
+        if not digests[name]:
+            raise DataError(f"data {dir / name}", "file is missing", hint=hint)
+        if digests[name] != digest:
+            raise DataError(f"data {dir / name}", "SHA-256 differs", got=digests[name], expected=digest, hint=hint)
 
 
 def _num_long(dir: Path, shard: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -112,14 +112,15 @@ def survey(folder: str | Path, *, skip: str = "", val_samples: int = 1000, num_w
     A word of a tar's path below `folder` names its split (`split_in_name`). Where none is named for validation,
     `val_samples` samples of all training tars are, at most a tenth of them, but up to 8 (`least_val`).
 
-    skip   leave out tars whose path matches one of these patterns, separated by commas
+    skip         leave out tars whose path matches one of these patterns, separated by commas
+    num_workers  processes that read the tars; 0: as many as are worth it
 
     Raises DataError when there is no tar, when one is compressed, or when none is left for training.
     """
     folder = Path(folder)
     files, ignored = find_tars(folder, skip)
     stamps = tuple((file, (about := file.stat()).st_size, about.st_mtime_ns) for file in files)
-    tars = _read_headers(folder, stamps, num_workers)
+    tars = _read_headers(folder, stamps, num_workers or num_processes(files))
     training = [tar for tar in tars if tar.split == "train"]
     if not training:
         got = ", ".join(f"{tar.name} ({tar.split})" for tar in tars[:3])
@@ -198,7 +199,7 @@ def index_shards(
 
     rule           which samples are usable, and how their captions are read
     max_bad_share  DataError when a larger share of the samples is unusable
-    num_workers    processes that read the tars
+    num_workers    processes that read the tars; 0: as many as are worth it
     """
     if rule.caption_kind not in KINDS:
         expected = f"one of {', '.join(KINDS)}"
@@ -208,6 +209,7 @@ def index_shards(
     found = survey(folder, skip=skip, val_samples=val_samples, num_workers=num_workers)
     read = partial(_index_tar, out=out, rule=rule)
     scans = []
+    num_workers = num_workers or num_processes([tar.file for tar in found.tars])
     for scan in in_processes(read, found.tars, num_workers):
         scans.append(scan)
         logger.info("%s", scan.line())
@@ -231,10 +233,10 @@ def index_shards(
     )  # fmt: skip
 
 
-def num_processes(folder: str | Path) -> int:
-    """How many processes are worth reading the tars of a folder: one for small ones."""
-    sizes = [file.stat().st_size for file in _files(Path(folder)) if ".tar" in file.name.lower()]
-    return max(1, min(os.cpu_count() or 1, len(sizes), sum(sizes) // BYTES_A_PROCESS))
+def num_processes(files: Collection[Path]) -> int:
+    """How many processes are worth starting to read files: one for small ones."""
+    num_bytes = sum(file.stat().st_size for file in files)
+    return max(1, min(os.cpu_count() or 1, len(files), num_bytes // BYTES_A_PROCESS))
 
 
 def in_processes(work: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
