@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from raev2.batch import Batch, Cond
 from raev2.errors import DataError
-from raev2.files.images import centre_crop, opened_image
+from raev2.files.images import centre_crop, read_rgb
 from raev2.files.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class FolderDataset(ImageDataset):
         if not index_file.is_file():
             raise DataError(f"data {self.dir}", f"index {index_file.name} is missing", hint=_rebuild(self.manifest))
         try:
-            self.index = [json.loads(line) for line in index_file.read_text().splitlines()]
+            self.index = [json.loads(line) for line in index_file.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
             raise DataError(
                 f"data {index_file}", "damaged, a line is not JSON", got=str(error), hint=_rebuild(self.manifest)
@@ -138,9 +138,8 @@ class FolderDataset(ImageDataset):
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         file = self.dir / self.index[index]["file"]
-        with opened_image(file, f"data {file}", f"Run `raev2 data verify {self.dir}`.") as opened:
-            image = centre_crop(opened.convert("RGB"), self.image_size)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        rgb = read_rgb(file, f"data {file}", f"Run `raev2 data verify {self.dir}`.")
+        pixels = torch.from_numpy(np.array(centre_crop(rgb, self.image_size))).permute(2, 0, 1).contiguous()
         if self._cache is not None:
             self._cache[index] = pixels
         return pixels

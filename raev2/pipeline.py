@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, s
 from raev2.eval.protocols import run_protocol
 from raev2.files.artefact import load_artefact, write_json
 from raev2.files.grid import save_grid, save_pairs
-from raev2.files.images import centre_crop, opened_image
+from raev2.files.images import centre_crop, read_rgb
 from raev2.files.manifest import read_manifest
+from raev2.files.picture_folder import PictureFolder, scan_folder, told
 from raev2.guidance import Guidance
 from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
@@ -48,7 +50,6 @@ from raev2.training.run import Run, add_provenance, make_accelerator, newest_run
 logger = logging.getLogger(__name__)
 TOKENIZER, GENERATOR, EVAL = "tokenizer", "generator", "eval"  # folders of a run
 NUM_GRID_IMAGES = 32
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,8 +131,11 @@ def prepare_data(spec: RunSpec) -> None:
     """Build the dataset folder of a spec if it is missing and the spec names a data recipe."""
     folder = Path(spec.data.dir)
     if not (folder / "manifest.json").is_file() and spec.data.recipe and dist.is_main():
-        logger.info("building %s with the data recipe %s", folder, spec.data.recipe)
-        get_data_recipe(spec.data.recipe).build(folder, spec.data.options)
+        recipe = get_data_recipe(spec.data.recipe)
+        logger.info("building %s with the data recipe %s", folder, recipe.name)
+        for line in recipe.plan(recipe.resolve(spec.data.options)):
+            logger.info("%s", line)
+        recipe.build(folder, spec.data.options)
     dist.barrier()
     read_manifest(folder)
 
@@ -351,7 +355,7 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     """
     device = make_accelerator("fp32").device
     rae = _load_tokenizer(source).to(device)
-    files = list(image_files(paths))
+    files = image_files(paths)
     name = "lpips_vgg" if lpips_available("vgg") else "feature_distance_micro"
     distance = build_pair_distance(name, device)
     rows: list[Reconstruction] = []
@@ -370,27 +374,31 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     return rows
 
 
-def image_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """Image files among paths, folders searched to any depth, in name order."""
-    found = False
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Image files among paths, folders searched to any depth, in name order; the log says what is left out there."""
+    found, left_out = [], Counter[str]()
     for path in paths:
         if not path.exists():
             raise DataError(str(path), "no such file or folder")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in inside:
-            if path.is_file() or file.suffix.lower() in IMAGE_SUFFIXES:
-                found = True
-                yield file
+        folder = scan_folder(path) if path.is_dir() else PictureFolder(path.parent, [path])
+        found += folder.all_pictures()
+        left_out += folder.all_ignored()
     if not found:
-        raise DataError(", ".join(map(str, paths)), "no images here", expected=f"files {sorted(IMAGE_SUFFIXES)}")
+        raise DataError(
+            ", ".join(map(str, paths)), "no images here", got=told(left_out) or None,
+            expected="files of a format that Pillow reads",
+        )  # fmt: skip
+    if left_out:
+        logger.info("left out: %s", told(left_out))
+    return found
 
 
 def read_image(file: Path, size: tuple[int, int]) -> Tensor:
     """One image file as uint8 (3, H_px, W_px), resized to cover `size` and centre-cropped."""
     import numpy as np
 
-    with opened_image(file, str(file)) as image:
-        return torch.from_numpy(np.array(centre_crop(image.convert("RGB"), size))).permute(2, 0, 1).contiguous()
+    rgb = centre_crop(read_rgb(file, str(file)), size)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

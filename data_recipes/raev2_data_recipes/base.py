@@ -30,7 +30,6 @@ from typing import Any
 from PIL import Image
 
 from raev2.errors import DataError, SpecError, did_you_mean
-from raev2.files.images import IMAGE_ERRORS
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest, verify_dataset
 
 SPLITS = ("train", "val")
@@ -183,13 +182,26 @@ class Recipe(DatasetRecipe):
         return verify_dataset(data_dir)
 
     def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
-        """Write pictures, indices, rejects and manifest into the empty ``folder``."""
+        """``write_pictures`` of all that the recipe offers."""
+        return self.write_pictures(folder, dataset_name, options, self.classes(options), self.samples(options), {})
+
+    def write_pictures(
+        self,
+        folder: Path,
+        dataset_name: str,
+        options: Mapping[str, str],
+        classes: list[str],
+        samples: Iterator[Sample],
+        facts: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Write pictures, indices, rejects and manifest, with ``facts`` in it, into the empty ``folder``."""
         for split in SPLITS:
             (folder / split).mkdir()
         index_lines: dict[str, list[str]] = {split: [] for split in SPLITS}
         rejects: list[str] = []
+        digests: dict[str, list[str]] = {split: [] for split in SPLITS}
         sizes_px: set[tuple[int, int]] = set()
-        for sample, picture in _read_in_order(self.samples(options)):
+        for sample, picture in _read_in_order(samples):
             if isinstance(picture, Exception):
                 rejects.append(_json_line({"path": sample.source, "reason": f"{type(picture).__name__}: {picture}"}))
                 continue
@@ -200,7 +212,8 @@ class Recipe(DatasetRecipe):
             line: dict[str, Any] = {"file": file}
             if sample.label is not None:
                 line["label"] = sample.label
-            line |= {"name": sample.name, "sha256": hashlib.sha256(picture.data).hexdigest(), **sample.extra}
+            digests[sample.split].append(hashlib.sha256(picture.data).hexdigest())
+            line |= {"name": sample.name, "sha256": digests[sample.split][-1], **sample.extra}
             lines.append(_json_line(line))
         if not index_lines["train"]:
             hint = f"First of them: {rejects[0].strip()}" if rejects else ""
@@ -211,9 +224,10 @@ class Recipe(DatasetRecipe):
             (folder / f"{split}.jsonl").write_bytes(data)
             sha256 = hashlib.sha256(data).hexdigest()
             splits[split] = {"num_samples": len(lines), "index": f"{split}.jsonl", "sha256": sha256}
+        in_train = set(digests["train"])
+        duplicates = sum(digest in in_train for digest in digests["val"])
         if rejects:
             (folder / REJECTS).write_text("".join(rejects), encoding="utf-8")
-        classes = self.classes(options)
         manifest = {
             "format_version": FORMAT_VERSION,
             "name": dataset_name,
@@ -226,6 +240,8 @@ class Recipe(DatasetRecipe):
             "splits": splits,
             "fingerprint": fingerprint(splits, classes),
             "rejected": len(rejects),
+            "duplicates": duplicates,
+            **facts,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return manifest
@@ -286,7 +302,7 @@ def _result(sample: Sample, future: Future[Picture]) -> tuple[Sample, Picture | 
     """A picture that cannot be read is a result; any other exception is a defect and stops the build."""
     try:
         return sample, future.result()
-    except IMAGE_ERRORS as error:
+    except (DataError, OSError, ValueError) as error:
         return sample, error
 
 

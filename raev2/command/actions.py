@@ -34,7 +34,11 @@ OK, FAILED = 0, 1
 def train(options: Namespace) -> int:
     """`raev2 train`."""
     task = get_task(options.task)
-    spec = apply_overrides(get_recipe(task, options.recipe), options.overrides)
+    spec = get_recipe(task, options.recipe)
+    if options.data:
+        read_manifest(options.data)  # raises where it is no dataset folder
+        spec = spec.replace(data=spec.data.replace(dir=options.data, recipe=None, options={}))
+    spec = apply_overrides(spec, options.overrides)
     run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
     if options.dry_run:
         _print_sizes(task, spec)
@@ -195,6 +199,8 @@ def data(options: Namespace) -> int:
         counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
         classes = f", {len(manifest['classes'])} classes" if manifest["classes"] else ""
         print(f"{out}: {counts}{classes}, {manifest['rejected']} rejected")
+        if manifest.get("duplicates"):
+            print(f"in val and in train: {manifest['duplicates']:,}")
     return OK
 
 

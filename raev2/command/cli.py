@@ -37,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="quickstart", help="see `raev2 recipes` (default: quickstart)")
     train.add_argument("--stage", choices=("tokenizer", "generator"), default="generator", help="last stage to train")
     train.add_argument("--run", metavar="DIR", help="run folder (default: runs/TASK/RECIPE)")
+    train.add_argument(
+        "--data", metavar="DIR", help="train on this dataset folder: sets data.dir, and data.recipe=null"
+    )
     train.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     train.add_argument(
         "--resume",

@@ -152,11 +152,14 @@ def test_what_stage_2_cannot_do_is_found_before_stage_1(refused, tiny_recipe):
 
 
 def test_missing_data(refused, tiny_recipe):
-    message = refused(3, *TRAIN, "--recipe", "tiny", "--set", "data.dir=nowhere", "--set", "data.recipe=null")
-    assert message == (
+    messages = [
+        refused(3, *TRAIN, "--recipe", "tiny", "--set", "data.dir=nowhere", "--set", "data.recipe=null"),
+        refused(3, *TRAIN, "--recipe", "tiny", "--data", "nowhere"),
+    ]
+    assert set(messages) == {
         "data nowhere: no dataset folder here; expected a folder with manifest.json. "
         "Build it with `raev2 data build RECIPE --out DIR`; `raev2 data list` shows the recipes."
-    )
+    }
 
 
 def test_damaged_data(refused, synthetic_data, tmp_path):
@@ -171,7 +174,11 @@ def test_missing_pictures(refused, run_copy, tmp_path):
     message = refused(3, "reconstruct", "--run", run_copy, "notes.txt")
     assert message == "notes.txt: cannot be read as an image; got UnidentifiedImageError"
     (tmp_path / "empty").mkdir()
-    assert refused(3, "reconstruct", "--run", run_copy, "empty").startswith("empty: no images here; expected files ")
+    expected = "empty: no images here; expected files of a format that Pillow reads"
+    assert refused(3, "reconstruct", "--run", run_copy, "empty") == expected
+    (tmp_path / "empty" / "notes.txt").write_text("x")
+    message = refused(3, "reconstruct", "--run", run_copy, "empty")
+    assert message.startswith("empty: no images here; got no picture (.txt): 1; expected files")
 
 
 # 4: checkpoints and runs.
@@ -314,6 +321,19 @@ def test_data_is_built_verified_and_not_overwritten(cli, tmp_path):
     assert code == 3 and "exists already. Choose another folder or pass --overwrite." in err
     assert cli(*build, "--overwrite")[0] == 0
     assert json.loads((tmp_path / "shapes" / "manifest.json").read_text())["options"]["num_train"] == "3"
+
+
+def test_one_option_trains_on_a_dataset_folder(cli, tiny_recipe, monkeypatch):
+    cli("data", "build", "synthetic", "--out", "my shapes", "--set", "num_train=3", "--set", "num_val=2")
+    train = [*TRAIN, "--recipe", "tiny", "--data", "my shapes"]
+    code, out, _ = cli(*train, "--dry-run")
+    assert code == 0 and "data my shapes: 4 classes" in out
+    given = []
+    monkeypatch.setattr("raev2.pipeline.train", lambda spec, *_, **__: given.append(spec) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        cli(*train, "--set", "data.num_workers=1")
+    (data,) = [spec.data for spec in given]
+    assert (data.dir, data.recipe, data.options, data.num_workers) == ("my shapes", None, {}, 1)
 
 
 def test_data_commands_need_a_name(refused):

@@ -56,7 +56,7 @@ def test_manifest_has_the_documented_fields(shapes_dir: Path) -> None:
     manifest = json.loads((shapes_dir / "manifest.json").read_text())
     assert list(manifest) == [
         "format_version", "name", "recipe", "options", "licence", "attribution",
-        "image_size_px", "classes", "splits", "fingerprint", "rejected",
+        "image_size_px", "classes", "splits", "fingerprint", "rejected", "duplicates",
     ]  # fmt: skip
     assert manifest["format_version"] == 1
     assert manifest["name"] == "shapes"
@@ -341,7 +341,10 @@ def test_missing_or_empty_source_is_named(tmp_path: Path) -> None:
         DataError, match="data image-folder: src: no such folder; got .*/nowhere. Give it with --set src=PATH"
     ):
         image_folder.RECIPE.plan({"src": str(tmp_path / "nowhere")})
-    with pytest.raises(DataError, match="src: no pictures found; .* files ending in .bmp"):
+    (tmp_path / "phone.heic").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"no pictures found; got .*no picture \(.heic\): 1\); expected files of a format"
+    ):
         image_folder.RECIPE.build(tmp_path / "out", {"src": str(tmp_path)})
 
 

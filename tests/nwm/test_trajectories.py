@@ -84,7 +84,7 @@ BAD = {
     "size": (
         walk("x", 6, frames=[frame(0)] * 5 + [frame(0, (10, 10))]), "frame 5 has another size; got 10x10; expected 32",
     ),
-    "corrupt": (walk("x", 5, frames=[b"no picture"] * 5), "frame 0 cannot be read as an image; got UnidentifiedImage"),
+    "corrupt": (walk("x", 5, frames=[b"no picture"] * 5), "frame 0: cannot be read as an image; got UnidentifiedImage"),
     "name": (walk("b-0", 9), "its name is empty or taken; got b-0"),
     "commands": (walk("x", 9, command=np.zeros((8, 2))), "different numbers of commands and poses; got 8"),
 }  # fmt: skip

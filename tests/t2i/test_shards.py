@@ -15,6 +15,7 @@ from shard_examples import examples, file_of, pair, picture, write_source, write
 
 from raev2.command.cli import main
 from raev2.errors import DataError, SpecError
+from raev2.files.images import to_rgb
 from raev2.files.manifest import read_manifest, verify_dataset
 from raev2_tasks.t2i.shards import files as shards
 from raev2_tasks.t2i.shards.check import caption_lengths, check_shards
@@ -29,7 +30,6 @@ from raev2_tasks.t2i.shards.files import (
     write_shards,
 )
 from raev2_tasks.t2i.shards.index import index_shards
-from raev2_tasks.t2i.shards.pixels import to_rgb
 from raev2_tasks.t2i.shards.tar_scan import INDEX_ROW, ScanRule, ShapeRule, scan_shard
 
 TEXTS = {"licence": "CC0-1.0", "attribution": "Tests.", "recipe": "tar-shards", "options": {}}

@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 
 from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.files.images import is_picture
 from raev2.files.splits import split_word
 from raev2_data_recipes.base import Option
 from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
 from raev2_data_recipes.captions.tables import Row, Table, open_table
-from raev2_data_recipes.pictures.image_folder import SUFFIXES
 from raev2_tasks.t2i.shards.index import least_val
 from raev2_tasks.t2i.text.captions import (
     KNOWN_FIELDS,
@@ -88,8 +88,9 @@ class CaptionedFolder(ShardRecipe):
         if "val" not in files:
             files |= _divide(files["train"], fraction, lambda path: str(path.relative_to(src)))
         if not files["train"]:
-            expected = "files ending in " + ", ".join(sorted(SUFFIXES))
-            raise DataError(f"data {self.name}: src", "no pictures found", got=src, expected=expected)
+            raise DataError(
+                f"data {self.name}: src", "no pictures found", got=src, expected="files of a format that Pillow reads"
+            )
         return {split: files[split] for split in ("train", "val", "test") if split in files}
 
 
@@ -269,7 +270,7 @@ def _text_state(path: Path) -> str:
 def _pictures(folder: Path) -> list[Path]:
     return sorted(
         path for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() != ".txt" and path.is_file() and not path.name.startswith(".") and is_picture(path)
     )  # fmt: skip
 
 
@@ -294,10 +295,11 @@ def _by_folder(src: Path, where: str) -> dict[str, list[Path]]:
 
 def _other_files(src: Path) -> str:
     """A sentence about files that are neither pictures nor their captions."""
-    texts = {path.with_suffix(".txt") for path in _pictures(src)}
+    pictures = set(_pictures(src))
+    texts = {path.with_suffix(".txt") for path in pictures}
     others = Counter(
         path.suffix.lower() or "without suffix" for path in src.rglob("*")
-        if path.is_file() and (path.suffix.lower() not in SUFFIXES or path.name.startswith(".")) and path not in texts
+        if path.is_file() and path not in pictures and path not in texts
     )  # fmt: skip
     found = ", ".join(f"{num} {suffix}" for suffix, num in sorted(others.items()))
     return f"Other files, not read: {found}." if found else ""

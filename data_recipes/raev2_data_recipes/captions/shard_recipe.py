@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from raev2.errors import DataError, SpecError
-from raev2.files.images import IMAGE_ERRORS
 from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_data_recipes.pictures.image_folder import resize_and_crop
 from raev2_tasks.t2i.shards.files import Deferred, Example, verify_shards, write_shards
-from raev2_tasks.t2i.shards.pixels import encode_image, is_plain_rgb, to_rgb
+from raev2_tasks.t2i.shards.pixels import KEPT_FORMATS, encode_image, read_sample_picture
 from raev2_tasks.t2i.shards.tar_scan import MAX_ASPECT, ShapeRule
-from raev2_tasks.t2i.text.captions import KINDS, BadSample
+from raev2_tasks.t2i.text.captions import KINDS
 
 MAX_ASPECT_OPTION = Option(
     f"{MAX_ASPECT}", "leave out pictures whose longer side is more than this many times the shorter one"
@@ -98,17 +94,11 @@ def prepared(data: bytes, size_px: int | None, image_format: str, max_aspect: fl
     A file that is so already is kept byte for byte. Raises BadSample for an image that cannot be read, that would have
     to be enlarged, or that is too long: what training would leave out.
     """
-    shape = ShapeRule.of((size_px or 0, size_px or 0), max_aspect=max_aspect)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            shape.check("image", *image.size)
-            image.load()  # raises for a truncated file
-            wanted = size_px is None or image.size == (size_px, size_px)
-            if wanted and is_plain_rgb(image) and image.format in ("JPEG", "PNG", "WEBP"):
-                return data
-            rgb = to_rgb(image)
-    except IMAGE_ERRORS as error:
-        raise BadSample("bad_image", "image", "cannot be read as an image", got=type(error).__name__) from error
+    picture = read_sample_picture(data, "picture")
+    rgb = picture.rgb
+    ShapeRule.of((size_px or 0, size_px or 0), max_aspect=max_aspect).check("picture", *rgb.size)
+    if (size_px is None or rgb.size == (size_px, size_px)) and picture.plain and picture.format in KEPT_FORMATS:
+        return data
     return encode_image(rgb if size_px is None else resize_and_crop(rgb, size_px), image_format)
 
 

@@ -45,6 +45,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from raev2.errors import DataError
+from raev2.files.images import read_rgb
 from raev2_data_recipes.base import verify_dataset
 from raev2_data_recipes.pictures.emoji import picture_dir
 
@@ -78,8 +79,8 @@ def read_images(data_dir: Path, lines: Sequence[Mapping[str, Any]]) -> Float[Ten
     """The pictures of ``lines`` in [0, 1], resized from 72 to 64 px (antialiased bicubic)."""
     pixels = []
     for line in lines:
-        with Image.open(data_dir / line["file"]) as image:
-            pixels.append(np.asarray(image.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC)))
+        image = read_rgb(data_dir / line["file"], f"data {data_dir / line['file']}")
+        pixels.append(np.asarray(image.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC)))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 

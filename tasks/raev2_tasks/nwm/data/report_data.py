@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raev2.files.images import opened_image
+from raev2.files.images import read_rgb
 from raev2.files.manifest import read_manifest
 from raev2_tasks.nwm.data.index import PROTOCOLS
 from raev2_tasks.nwm.data.trajectories import SPLITS, check_kind, is_black, num_frozen, read_trajectories
@@ -53,5 +53,4 @@ def describe(dir: str | Path, open_frames: bool = True) -> list[str]:
 
 
 def _is_black(file: Path) -> bool:
-    with opened_image(file, f"data {file}") as image:
-        return is_black(image)
+    return is_black(read_rgb(file, f"data {file}"))

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raev2.errors import DataError
-from raev2.files.images import IMAGE_ERRORS
+from raev2.files.images import PictureFile, read_picture
 from raev2.files.manifest import FORMAT_VERSION, checked_bytes, fingerprint, read_manifest
 from raev2_tasks.nwm.data.frames import Fit, encode_frame, fit_image
 from raev2_tasks.nwm.data.validate import BLACK, check_frames, check_trajectory, frame_warnings, warnings
@@ -261,20 +261,16 @@ class _StoredFrame:
 
 
 def _write_frame(where: str, frames_dir: Path, index: int, frame: Frame, storage: Storage) -> _StoredFrame:
-    try:
-        image = Image.open(io.BytesIO(frame)) if isinstance(frame, bytes) else Image.fromarray(frame)
-        image.load()
-    except IMAGE_ERRORS as error:
-        raise DataError(where, f"frame {index} cannot be read as an image", got=type(error).__name__) from error
-    suffix = storage.suffix
-    if storage.size is not None:
-        image = fit_image(image, storage.size, storage.fit)
-        data = encode_frame(image, suffix)
-    elif isinstance(frame, bytes):
-        data, suffix = frame, {"JPEG": ".jpg", "PNG": ".png"}.get(str(image.format), "")
-        if not suffix:
-            raise DataError(where, f"frame {index} has another format", got=image.format, expected="JPEG or PNG")
+    if isinstance(frame, bytes):
+        picture = read_picture(frame, f"{where}, frame {index}")
     else:
+        picture = PictureFile(Image.fromarray(frame), "", plain=True)
+    image, suffix = picture.rgb, storage.suffix
+    kept_suffix = {"JPEG": ".jpg", "PNG": ".png"}.get(picture.format)
+    if storage.size is None and isinstance(frame, bytes) and kept_suffix:
+        data, suffix = frame, kept_suffix  # as it is: whoever reads it makes it upright RGB
+    else:
+        image = image if storage.size is None else fit_image(image, storage.size, storage.fit)
         data = encode_frame(image, suffix)
     (frames_dir / f"{index:06d}{suffix}").write_bytes(data)
     digest = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)

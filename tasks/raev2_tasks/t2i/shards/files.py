@@ -37,9 +37,9 @@ from PIL import Image
 
 from raev2.errors import DataError
 from raev2.files.hashes import file_sha256
-from raev2.files.images import IMAGE_ERRORS
+from raev2.files.images import to_rgb
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
-from raev2_tasks.t2i.shards.pixels import encode_image, is_plain_rgb, to_rgb
+from raev2_tasks.t2i.shards.pixels import KEPT_FORMATS, encode_image, read_sample_picture, sample_picture_size
 from raev2_tasks.t2i.shards.tar_scan import (
     ANY,
     INDEX_ROW,
@@ -237,8 +237,7 @@ def rewrite_shards(
     def read(file: Path, key: str, members: Members) -> Example:
         with file.open("rb") as data:
             sample = read_sample(data, key, members)
-        with Image.open(io.BytesIO(sample.image)) as image:
-            shape.check(f"sample {key}", *image.size)
+        shape.check(f"sample {key}", *sample_picture_size(sample.image, f"sample {key}"))
         fields = json_fields(sample.json)
         extra = {name: value for name, value in fields.items() if name not in RESERVED}
         return Example(str(fields.get("source_id", key)), sample.image, rule.captions(sample), extra)
@@ -363,7 +362,7 @@ def _packed(
         source, future = waiting.popleft()
         try:
             yield future.result()
-        except (*IMAGE_ERRORS, DataError) as error:
+        except (DataError, OSError, ValueError) as error:
             kind = error.kind if isinstance(error, BadSample) else type(error).__name__
             rejects.append(json_line({"path": source, "reason": f"{kind}: {error}"}))
 
@@ -391,7 +390,7 @@ def _pack(place: int, example: Example | Deferred, *, source: str, image_format:
     reserved = RESERVED & set(example.extra)
     if reserved:
         raise DataError(where, "extra field has a reserved name", got=sorted(reserved)[0])
-    suffix, data, (width, height) = _image_of(example.image, image_format)
+    suffix, data, (width, height) = _image_of(example.image, image_format, where)
     fields = {
         "v": SCHEMA_VERSION, "source": source, "source_id": example.key_hint, "width": width, "height": height,
         "captions": [caption.as_json() for caption in captions if caption.text], "default": 0,
@@ -400,17 +399,15 @@ def _pack(place: int, example: Example | Deferred, *, source: str, image_format:
     return _Packed(place, suffix, data, fields)
 
 
-def _image_of(image: bytes | Image.Image, image_format: str) -> tuple[str, bytes, tuple[int, int]]:
+def _image_of(image: bytes | Image.Image, image_format: str, where: str) -> tuple[str, bytes, tuple[int, int]]:
     """Suffix, file and size of an image; a file that is plain RGB is kept as it is."""
     if isinstance(image, bytes):
-        with Image.open(io.BytesIO(image)) as opened:
-            opened.load()  # raises for a truncated file
-            suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(opened.format or "")
-            if suffix and is_plain_rgb(opened):
-                return suffix, image, opened.size
-            rgb = to_rgb(opened)
+        picture = read_sample_picture(image, where)
+        if picture.plain and picture.format in KEPT_FORMATS:
+            return KEPT_FORMATS[picture.format], image, picture.rgb.size
+        rgb = picture.rgb
     else:
-        rgb = to_rgb(image)
+        rgb = to_rgb(image, where)
     return image_format, encode_image(rgb, image_format), rgb.size
 
 

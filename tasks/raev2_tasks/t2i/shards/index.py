@@ -22,6 +22,7 @@ import numpy as np
 
 from raev2.errors import DataError, SpecError
 from raev2.files.hashes import file_sha256
+from raev2.files.picture_folder import TOOL_NAMES
 from raev2.files.splits import split_in_name
 from raev2_tasks.t2i.shards.files import (
     json_line,
@@ -38,7 +39,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TAR_NAMES = ("*.tar", "*.tar.*", "*.tgz", "*.tbz2", "*.txz", "*.tzst")
-TOOL_NAMES = ("__MACOSX", "@eaDir")  # folders of tools, like all that begin with a dot
 OWN_SUFFIXES = (".idx", ".jsonl", ".json")
 BYTES_A_PROCESS = 64 * 2**20  # smaller work is not worth another process
 
@@ -139,7 +139,7 @@ def find_tars(folder: Path, skip: str = "") -> tuple[list[Path], str]:
     tars, ignored = list[Path](), Counter[str]()
     for file in _files(folder):
         name = file.relative_to(folder)
-        if any(part.startswith(".") or part in TOOL_NAMES for part in name.parts):
+        if any(part.startswith(".") or part.lower() in TOOL_NAMES for part in name.parts):
             ignored["hidden or of tools"] += 1
         elif not any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in TAR_NAMES):
             if file.suffix not in OWN_SUFFIXES:

@@ -1,32 +1,40 @@
-"""Images of any kind -> RGB, and RGB -> files. No torch."""
+"""Pictures of samples: read them, write them. No torch."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from raev2.errors import DataError
+from raev2.files.images import PictureFile, picture_size, read_picture
+from raev2_tasks.t2i.text.captions import BadSample
 
 JPEG_QUALITY = 95
-ORIENTATION = 0x0112  # EXIF tag
+KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Files that go into a shard as they are when they hold upright RGB -> their suffix. An MPO begins as a JPEG."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: the EXIF orientation applied, transparency on white, 16 bits scaled to 8, CMYK converted."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # 16-bit grey; Pillow would clip it at 255
-        pixels = np.asarray(image, dtype=np.float64)
-        scale = 1.0 if pixels.size and pixels.max() <= 1.0 and image.mode == "F" else 1 / 65535
-        return Image.fromarray(np.rint(np.clip(pixels * scale, 0, 1) * 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
+def read_sample_picture(data: bytes, where: str) -> PictureFile:
+    """`read_picture` of a sample; BadSample where it cannot be used."""
+    with _bad_sample(where):
+        return read_picture(data, where)
 
 
-def is_plain_rgb(image: Image.Image) -> bool:
-    """Whether an opened image is what shards should hold: RGB without transparency, nothing to rotate."""
-    return image.mode == "RGB" and not image.has_transparency_data and image.getexif().get(ORIENTATION, 1) == 1
+def sample_picture_size(data: bytes, where: str, decode: bool = False) -> tuple[int, int]:
+    """Upright width and height in pixels of the picture of a sample; with `decode` it is read completely for that."""
+    with _bad_sample(where):
+        return read_picture(data, where).rgb.size if decode else picture_size(data, where)
+
+
+@contextmanager
+def _bad_sample(where: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise BadSample("bad_image", where, str(error).removeprefix(f"{where}: ")) from error
 
 
 def encode_image(image: Image.Image, format: str) -> bytes:

@@ -9,7 +9,6 @@ reads the same batches.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import time
@@ -22,14 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from raev2.batch import Cond
 from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError, SpecError
-from raev2.files.images import IMAGE_ERRORS, centre_crop
+from raev2.files.images import centre_crop
 from raev2.files.manifest import read_manifest
 from raev2_tasks.t2i.shards.files import (
     collection_fingerprint,
@@ -38,7 +36,7 @@ from raev2_tasks.t2i.shards.files import (
     source_folders,
     source_manifest,
 )
-from raev2_tasks.t2i.shards.pixels import is_plain_rgb, to_rgb
+from raev2_tasks.t2i.shards.pixels import read_sample_picture
 from raev2_tasks.t2i.shards.tar_scan import MAX_ASPECT, MIN_SIDE, ShapeRule
 from raev2_tasks.t2i.text.captions import BadSample, Caption, CaptionRule, json_fields, parse_captions
 
@@ -442,15 +440,10 @@ def decode_image(data: bytes, size: tuple[int, int], where: str, shape: ShapeRul
     BadSample for a damaged or truncated file (there is no switch to take what can be read of it), and for one that
     `shape` leaves out.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            shape.check(where, *opened.size)
-            opened.load()
-            plain = is_plain_rgb(opened)
-            image = centre_crop(opened.copy() if plain else to_rgb(opened), size)
-    except IMAGE_ERRORS as error:
-        raise BadSample("bad_image", where, "cannot be read as an image", got=type(error).__name__) from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), not plain
+    picture = read_sample_picture(data, where)
+    shape.check(where, *picture.rgb.size)
+    image = centre_crop(picture.rgb, size)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), not picture.plain
 
 
 def permutation(n: int, *parts: object) -> np.ndarray:

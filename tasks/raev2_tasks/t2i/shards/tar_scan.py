@@ -5,7 +5,6 @@ Works for any uncompressed tar of images and captions, ours or not. Read `scan_s
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import tarfile
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
 
-from raev2.files.images import IMAGE_ERRORS
+from raev2_tasks.t2i.shards.pixels import sample_picture_size
 from raev2_tasks.t2i.text.captions import (
     TXT,
     UNLABELLED_KIND,
@@ -256,13 +254,7 @@ def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, Memb
 
 def _row(sample: TarSample, members: Members, captions: list[Caption], rule: ScanRule, decode: bool) -> tuple[int, ...]:
     """Index row of a sample; BadSample when it cannot be used."""
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            width, height = image.size
-            if decode:
-                image.load()
-    except IMAGE_ERRORS as error:
-        raise BadSample("bad_image", sample.name, "cannot be read as an image", got=type(error).__name__) from error
+    width, height = sample_picture_size(sample.image, sample.name, decode)
     limit = 2**16 - 1  # of the two-byte fields
     if max(width, height) > limit:
         raise BadSample("bad_geometry", sample.name, "image too large", got=f"{width} x {height} px")
