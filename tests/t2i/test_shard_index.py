@@ -271,6 +271,16 @@ def test_an_index_with_mostly_bad_samples_stops(tmp_path):
     assert counts(index_shards(tmp_path, val_samples=0, max_bad_share=1))["train"] == 1
 
 
+def test_names_of_any_bytes_are_read_and_reported(tmp_path):
+    members = [*pair("caf\udce9", 0), *pair("b", 1), ("bad\udce9.png", b"x"), ("bad\udce9.txt", b"x")]
+    write_tar(tmp_path / "src" / "0.tar", members)
+    assert counts(index_shards(tmp_path / "src", tmp_path / "out", val_samples=0))["train"] == 2
+    BLIP3O.build(tmp_path / "new", {"src": str(tmp_path / "src"), "size": "16", "val_samples": "0"})
+    assert rejected(tmp_path / "out") == rejected(tmp_path / "new") == {"bad_image": 1}
+    dataset = TextImageDataset(tmp_path / "new", "train", SIZE)
+    assert {dataset.fields(i)["source_id"] for i in range(2)} == {"0.tar: caf?", "0.tar: b"}
+
+
 # Several processes.
 
 

@@ -420,8 +420,8 @@ def _write_tar(file: Path, prefix: str, samples: Iterator[_Packed]) -> int:
                 key = f"{prefix}_{row:05d}"
                 members = {
                     sample.suffix: sample.image,
-                    "txt": sample.fields["captions"][0]["text"].encode(),
-                    "json": json.dumps({"key": key, **sample.fields}, ensure_ascii=False).encode(),
+                    "txt": sample.fields["captions"][0]["text"].encode(errors="replace"),
+                    "json": json.dumps({"key": key, **sample.fields}, ensure_ascii=False).encode(errors="replace"),
                 }
                 for suffix, data in sorted(members.items()):
                     info = tarfile.TarInfo(f"{key}.{suffix}")
@@ -533,5 +533,5 @@ def write_text(file: Path, text: str) -> None:
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """A line of a JSON-lines file."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    """A line of a JSON-lines file; bytes of names that are no UTF-8 become question marks."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode() + "\n"
