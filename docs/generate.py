@@ -183,8 +183,9 @@ def _with_parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     """A task's model, then the models of its fields."""
     yield model
     for field in model.model_fields.values():
-        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
-            yield from _with_parts(field.annotation)
+        for part in (field.annotation, *typing.get_args(field.annotation)):
+            if inspect.isclass(part) and issubclass(part, BaseModel):
+                yield from _with_parts(part)
 
 
 def _model_section(model: type[BaseModel]) -> str:

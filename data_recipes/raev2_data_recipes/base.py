@@ -125,6 +125,17 @@ class DatasetRecipe(ABC):
             raise SpecError(f"data {self.name}: {name}", "not usable", got=text, expected=expected)
         return int(text)
 
+    def number(self, options: Mapping[str, str], name: str, least: float) -> float:
+        """An option as a number; SpecError when it is none or too small."""
+        try:
+            value = float(options[name])
+        except ValueError:
+            value = float("nan")
+        if not value >= least:
+            expected = f"a number >= {least:g}"
+            raise SpecError(f"data {self.name}: {name}", "not usable", got=options[name], expected=expected)
+        return value
+
     def build(self, out_dir: Path, options: Mapping[str, str] | None = None, overwrite: bool = False) -> dict[str, Any]:
         """Write the dataset folder ``out_dir`` and return its manifest.
 

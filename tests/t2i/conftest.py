@@ -10,9 +10,9 @@ from raev2.spec import DDTSpec, DecoderSpec, EvaluationSpec, FeatureLoss, RunSpe
 from raev2.task import get_recipe, get_task
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "red", "cat", "photo", "of", "the", "big", "dog"]
-FAMILIES = ("t5", "clip", "bert", "gemma2", "qwen3", "t5gemma")
 SPECIALS = {"t5": (False, True), "clip": (True, True), "bert": (True, True), "gemma2": (True, False)}
-SPECIALS |= {"qwen3": (False, False), "t5gemma": (True, False)}  # begin token, end token
+SPECIALS |= {"qwen3": (False, False), "t5gemma": (True, False), "t5gemma2": (True, False), "gemma3": (True, False)}
+SPECIALS |= {"siglip": (False, True), "siglip2": (False, True)}  # begin token, end token
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +93,9 @@ def make_encoder(family: str, folder: Path) -> None:
 
     small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": len(WORDS)}
     causal = {**small, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 3}
+    sees = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sees |= {"image_size": 32, "patch_size": 16}
+    siglip_vision = {**sees, "model_type": "siglip_vision_model"}
     torch.manual_seed(0)
     if family == "t5":
         config = hf.T5Config(
@@ -103,10 +106,7 @@ def make_encoder(family: str, folder: Path) -> None:
         text = hf.CLIPTextConfig(
             **small, num_hidden_layers=3, max_position_embeddings=20, bos_token_id=2, eos_token_id=3, pad_token_id=0
         ).to_dict()
-        vision = hf.CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, image_size=32,
-            patch_size=16,
-        ).to_dict()  # fmt: skip
+        vision = hf.CLIPVisionConfig(**sees).to_dict()
         model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
         hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     elif family == "bert":
@@ -115,6 +115,27 @@ def make_encoder(family: str, folder: Path) -> None:
         model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**causal))
     elif family == "qwen3":
         model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**causal))
+    elif family in ("siglip", "siglip2"):
+        config_class, model_class = (
+            (hf.SiglipConfig, hf.SiglipModel) if family == "siglip" else (hf.Siglip2Config, hf.Siglip2Model)
+        )
+        text = {**small, "num_hidden_layers": 3, "max_position_embeddings": 20, "projection_size": 16}
+        text |= {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+        vision = sees if family == "siglip" else {k: v for k, v in sees.items() if k != "image_size"}
+        model = model_class(config_class(text_config=text, vision_config=vision))
+    elif family == "gemma3":  # a model of text and images, as gemma-3-4b
+        model = hf.Gemma3ForConditionalGeneration(
+            hf.Gemma3Config(
+                text_config=causal, vision_config=siglip_vision, mm_tokens_per_image=4, image_token_index=len(WORDS) - 1
+            )
+        )
+    elif family == "t5gemma2":
+        part = {**causal, "vocab_size": len(WORDS) + 1}  # the last one stands for images
+        encoder = {"text_config": part, "vision_config": siglip_vision, "mm_tokens_per_image": 4}
+        ids = {"eoi_token_index": len(WORDS), "image_token_index": len(WORDS)}
+        model = hf.T5Gemma2ForConditionalGeneration(
+            hf.T5Gemma2Config(encoder={**encoder, **ids}, decoder=dict(part), **ids)
+        )
     else:
         part = dict(causal)
         model = hf.T5GemmaForConditionalGeneration(

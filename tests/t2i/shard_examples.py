@@ -30,10 +30,10 @@ def file_of(image: Image.Image, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def examples(source: str, count: int, first: int = 0) -> list[Example]:
+def examples(source: str, count: int, first: int = 0, size: tuple[int, int] = (16, 16)) -> list[Example]:
     return [
         Example(
-            f"{source}-{n}", picture(n),
+            f"{source}-{n}", picture(n, size),
             [Caption(f"{source} {n}", "short"), Caption(f"{source} {n} at length. It has noise.", "long", "test", 0.5)],
             {"scene": {"number": n}, "license": "CC0-1.0"},
         )
@@ -41,8 +41,10 @@ def examples(source: str, count: int, first: int = 0) -> list[Example]:
     ]  # fmt: skip
 
 
-def write_source(out: Path, source: str, num_train: int, num_val: int = 4, per_shard: int = 7, **options) -> dict:
-    splits = {"train": examples(source, num_train), "val": examples(source, num_val, first=10_000)}
+def write_source(
+    out: Path, source: str, num_train: int, num_val: int = 4, per_shard: int = 7, size=(16, 16), **options
+) -> dict:
+    splits = {"train": examples(source, num_train, size=size), "val": examples(source, num_val, first=10_000)}
     options = {"licence": "CC0-1.0", "attribution": "Tests.", "recipe": "tar-shards", "options": {}, **options}
     return write_shards(out, source, splits, per_shard=per_shard, **options)
 

@@ -20,8 +20,9 @@ from raev2_data_recipes.captions.caption_tars import BLIP3O, RENDERED_TEXT, SCAL
 from raev2_data_recipes.captions.captioned import FOLDER, TABLE
 from raev2_data_recipes.captions.shard_recipe import prepared
 from raev2_tasks.t2i.shards import files as shards
-from raev2_tasks.t2i.shards.files import least_val, val_keys
+from raev2_tasks.t2i.shards.index import least_val, place_of, val_below
 from raev2_tasks.t2i.shards.reader import TextImageDataset
+from raev2_tasks.t2i.text.captions import BadSample
 
 RECIPES = [FOLDER, TABLE, BLIP3O, RENDERED_TEXT, SCALE_RAE, TAR_SHARDS]
 
@@ -122,9 +123,13 @@ def test_a_new_picture_moves_no_other_between_the_splits(photos, tmp_path):
 
 def test_a_few_samples_validate_however_few_there_are():
     assert [least_val(n) for n in (1, 3, 4, 20, 32, 10**6)] == [0, 0, 1, 5, 8, 8]
-    keys = [f"{n}" for n in range(64)]
-    assert [len(val_keys(keys[:n], 1000)) for n in (3, 20, 64)] == [0, 5, 8] and len(val_keys(keys, 2)) == 2
-    assert len(val_keys([f"{n}" for n in range(10_000)], 600)) == 600
+    places = np.array([place_of("a.tar", f"{n}") for n in range(10_000)], dtype=np.uint64)
+
+    def num_val(num: int, wanted: int) -> int:
+        return int((places[:num] < val_below(places[:num], wanted)).sum())
+
+    assert [num_val(n, 1000) for n in (3, 20, 64, 10_000)] == [0, 5, 8, 1000]
+    assert num_val(64, 2) == 2 and num_val(10_000, 600) == 600
 
 
 def test_what_cannot_be_built_is_said(photos, tmp_path):
@@ -137,7 +142,9 @@ def test_what_cannot_be_built_is_said(photos, tmp_path):
         build(tmp_path / "o", {"src": str(photos), "format": "gif"})
     with pytest.raises(SpecError, match="size: not usable; got 4; expected a number >= 8"):
         build(tmp_path / "o", {"src": str(photos), "size": "4"})
-    with pytest.raises(DataError, match=r"no training samples; 12 rejected\. First of them: .*too small for 64 px"):
+    with pytest.raises(
+        DataError, match=r"no training samples; 12 rejected\. First of them: .*too small; got 30 x 20 px"
+    ):
         build(tmp_path / "o", {"src": str(photos), "size": "64", "val_fraction": "0"})
     assert not (tmp_path / "o.partial").exists()
 
@@ -171,7 +178,7 @@ def test_a_stored_picture_is_resized_once_and_never_enlarged():
     assert prepared(small, 16, "jpg") == small and prepared(small, None, "jpg") == small
     with Image.open(io.BytesIO(prepared(file_of(picture(0, (64, 32))), 16, "jpg"))) as image:
         assert (image.size, image.format, image.mode) == ((16, 16), "JPEG", "RGB")
-    with pytest.raises(ValueError, match="too small for 32 px: 16 x 16"):
+    with pytest.raises(BadSample, match="image too small; got 16 x 16 px. At least 28.8 x 28.8 px are wanted"):
         prepared(small, 32, "jpg")
 
 
@@ -192,7 +199,7 @@ def test_tables_of_paths(photos, tmp_path, suffix):
          "title": f"t{n}" if n else "", "split": "val" if n == 8 else "train", "license": "MIT"}
         for n in (0, 1, 2, 8)
     ] + [{"path": "missing.png", "long": "gone", "title": "", "split": "train", "license": "MIT"},
-         {"path": "part0/06.png", "long": "", "title": "t6", "split": "train", "license": "MIT"}]  # fmt: skip
+         {"path": "part0/06.png", "long": "", "title": "", "split": "train", "license": "MIT"}]  # fmt: skip
     table = photos / f"table{suffix}"
     if suffix == ".jsonl":
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -201,12 +208,13 @@ def test_tables_of_paths(photos, tmp_path, suffix):
     out = tmp_path / "out"
     manifest = TABLE.build(out, {"src": str(table), "captions": "long:long,title:short", "size": "16"})
     assert manifest["splits"]["train"]["num_samples"] == 3 and manifest["rejected"] == 2
+    assert manifest["rejected_kinds"] == {"FileNotFoundError": 1, "bad_caption": 1}
     assert captions(out, "val") == {"part0/08.png": [("A long text, with a comma, about 8.", "long"), ("t8", "short")]}
     assert captions(out)["part0/00.png"] == [("A long text, with a comma, about 0.", "long")]
     assert TextImageDataset(out, "train", (16, 16)).fields(0)["license"] == "MIT"
     reasons = rejects(out)
     assert any("No such file" in reason for reason in reasons.values())
-    assert any("no caption in column long" in reason for reason in reasons.values())
+    assert any("no caption in column long, title" in reason for reason in reasons.values())
 
 
 def test_a_parquet_folder_with_pictures_inside(tmp_path):

@@ -88,12 +88,15 @@ def test_other_layouts(text, data, expected):
     [
         (None, None, "missing or empty"),
         (b"  ", None, "the txt is empty"),
-        (b"\xff", None, "not UTF-8"),
-        (b"x", b"{", "json: cannot be read"),
-        (b"x", b"[1]", "json: not an object; got list"),
-        (b"x", b'{"captions": [{"kind": "long"}]}', "its json has other fields than expected; got KeyError"),
-        (b"x", b'{"captions": [{"text": "t", "kind": "poem"}]}', "its json has other fields than expected"),
-        (b"x", b'{"captions": []}', "missing or empty|other fields"),
+        (b"\x81", None, "the txt cannot be read; got neither UTF-8, UTF-16 nor cp1252; save it as UTF-8"),
+        (None, b"{", "json: cannot be read"),
+        (None, b"[1]", "its json has other fields than expected; got json: 1"),
+        (None, b'{"captions": [{"kind": "long"}]}', "its json has other fields than expected; got captions: {'kind'"),
+        (None, b'{"captions": [{"text": "t", "kind": "poem"}]}', "other fields than expected.*A kind is one of short"),
+        (None, b'{"captions": ["a"], "default": 3}', "no caption of its default number; got 3"),
+        (None, b'{"conversations": [{"from": "human", "value": 3}]}', "a turn of its conversation is no text; got 3"),
+        (b" ", b"{", "the txt is empty; json: cannot be read"),
+        (None, b'{"captions": []}', "missing or empty"),
     ],
 )
 def test_captions_that_cannot_be_read(text, data, message):

@@ -29,8 +29,9 @@ from shard_examples import (
 from raev2.data import ordered_batches, train_batches
 from raev2.errors import DataError, SpecError
 from raev2_tasks.t2i.shards import reader
-from raev2_tasks.t2i.shards.files import index_shards
+from raev2_tasks.t2i.shards.index import index_shards
 from raev2_tasks.t2i.shards.reader import Mix, TextImageDataset, permutation, uniforms
+from raev2_tasks.t2i.shards.tar_scan import ScanRule
 from raev2_tasks.t2i.text.captions import CaptionRule
 
 B = 8
@@ -288,15 +289,15 @@ def damaged(tmp_path):
 
 
 def test_bad_samples_are_replaced_counted_and_named(damaged, caplog):
-    dataset = TextImageDataset(damaged, "train", SIZE, tokenize=tokenize, batch_size=50)
-    assert len(dataset) == 40 + 6 + 4 and dataset.manifest["rejected"] == 3  # c_empty, i_json and j.dot
+    dataset = TextImageDataset(damaged, "train", SIZE, tokenize=tokenize, batch_size=51)
+    assert len(dataset) == 40 + 7 + 4 and dataset.manifest["rejected"] == 2  # c_empty and j.dot; i_json has a txt
     with caplog.at_level(logging.WARNING):
-        batch, num_skipped = next(train_batches(dataset, batch_size=50, seed=0))
+        batch, num_skipped = next(train_batches(dataset, batch_size=51, seed=0))
     assert dataset.bad.counts == {"bad_tar": 1, "bad_image": 1, "bad_geometry": 2, "converted": 3}
     keys = Counter(batch.key.tolist())
     names = {dataset.key_name(index) for index in keys}
     assert not names & {"b_cut", "d_small", "e_wide", "t3"} and num_skipped == 4
-    assert len(names) == 46 and keys.total() == 50  # every good sample, and a substitute for each bad one
+    assert len(names) == 47 and keys.total() == 51  # every good sample, and a substitute for each bad one
     assert "" not in texts(batch.cond)
     named = [record.message for record in caplog.records if "skipped (" in record.message]
     assert {name.split("(")[1].split(")")[0].split(",")[0] for name in named} == {
@@ -386,7 +387,7 @@ def test_an_index_of_other_shards_is_refused(tmp_path):
 def test_foreign_captions_get_their_kind_from_the_manifest(tmp_path):
     talk = json.dumps({"conversations": [{"from": "human", "value": "Can you generate an image of a red fox?"}]})
     write_tar(tmp_path / "d" / "0.tar", [("s0.json", talk.encode()), ("s0.png", file_of(picture(0))), *pair("s1", 1)])
-    index_shards(tmp_path / "d", val_samples=0, caption_kind="long")
+    index_shards(tmp_path / "d", val_samples=0, rule=ScanRule("long"))
     dataset = TextImageDataset(tmp_path / "d", "train", SIZE)
     assert [(c.text, c.kind) for c in dataset.captions(0)] == [
         ("a red fox", "long"), ("Can you generate an image of a red fox?", "prompt"),

@@ -24,13 +24,13 @@ from raev2_tasks.t2i.shards.files import (
     Caption,
     Deferred,
     Example,
-    index_shards,
     read_index,
     rewrite_shards,
     verify_shards,
     write_shards,
 )
-from raev2_tasks.t2i.shards.tar_scan import INDEX_ROW, scan_shard
+from raev2_tasks.t2i.shards.index import index_shards
+from raev2_tasks.t2i.shards.tar_scan import INDEX_ROW, ScanRule, ShapeRule, scan_shard
 
 TEXTS = {"licence": "CC0-1.0", "attribution": "Tests.", "recipe": "tar-shards", "options": {}}
 
@@ -253,13 +253,13 @@ def damaged_members() -> list[tuple[str, bytes]]:
 
 def test_scan_names_every_problem(tmp_path):
     scan = scan_shard(write_tar(tmp_path / "t.tar", damaged_members()))
-    assert scan.keys == ["00_good", "01_again", "10_listed", "11_good"]
+    assert scan.keys == ["00_good", "01_again", "04_bad_json", "08_latin", "10_listed", "11_good"]
     assert {(problem.key, problem.kind) for problem in scan.problems} == {
-        ("02_no_txt", "bad_caption"), ("03_empty_txt", "bad_caption"), ("04_bad_json", "bad_caption"),
-        ("05_only_txt", "bad_image"), ("06", "dotted_key"), ("07_no_image", "bad_image"), ("08_latin", "bad_caption"),
+        ("02_no_txt", "bad_caption"), ("03_empty_txt", "bad_caption"), ("04_bad_json", "json_unused"),
+        ("05_only_txt", "bad_image"), ("06", "dotted_key"), ("07_no_image", "bad_image"), ("08_latin", "encoding"),
         ("09_two", "bad_image"), ("01_again", "duplicate_key"),
     }  # fmt: skip
-    assert scan.caption_kinds == {"alt": 3, "long": 1}
+    assert scan.caption_kinds == {"alt": 5, "long": 1}
 
 
 def test_scan_stops_where_a_tar_is_cut_and_takes_one_without_an_end_mark(tmp_path):
@@ -289,7 +289,7 @@ def test_index_makes_foreign_shards_readable_without_touching_them(tmp_path):
     assert [tar.read_bytes() for tar in tars] == before
     assert sorted(p.name for p in (tmp_path / "far").rglob("*") if p.is_file()) == ["0.tar", "1.tar"]
     counts = {split: entry["num_samples"] for split, entry in manifest["splits"].items()}
-    assert counts == {"train": 35, "val": 5}
+    assert counts == {"train": 32, "val": 8}
     assert verify_shards(tmp_path / "near") == manifest
     assert manifest["licence"] == "MIT" and manifest["caption_kinds"] == {"alt": 40}
     inside = index_shards(tmp_path / "far")
@@ -305,7 +305,7 @@ def test_index_takes_tars_named_val_for_validation(tmp_path):
     with pytest.raises(DataError, match="no tar files here"):
         index_shards(tmp_path / "t" / "nothing")
     with pytest.raises(SpecError, match="unknown kind of caption; got poem; expected one of short, long"):
-        index_shards(tmp_path / "t", caption_kind="poem")
+        index_shards(tmp_path / "t", rule=ScanRule("poem"))
 
 
 # The commands.
@@ -318,13 +318,14 @@ def test_check_lists_problems_and_rewrite_leaves_them_out(tmp_path, capsys):
     members += [("3.png", wide), ("3.txt", b"wide")]
     write_tar(tmp_path / "t" / "0.tar", members)
     index_shards(tmp_path / "t", val_samples=0)
-    kinds = Counter(p.kind for problems in check_shards(tmp_path / "t", size_px=32).values() for p in problems)
-    assert kinds == {"bad_image": 1, "aspect": 1, "small": 3, "duplicates": 1}
-    with pytest.raises(DataError, match=r"unusable samples; got 1\. `raev2 t2i shards rewrite"):
+    found = check_shards(tmp_path / "t", ShapeRule.of((18, 18)))
+    kinds = Counter(problem.kind for problems in found.values() for problem in problems)
+    assert kinds == {"bad_image": 1, "bad_geometry": 3}
+    with pytest.raises(DataError, match=r"unusable samples; got 2\. `raev2 t2i shards rewrite"):
         COMMANDS["shards"](["check", str(tmp_path / "t")])
     assert "1_cut: bad_image" in capsys.readouterr().out
     manifest = rewrite_shards(tmp_path / "t", tmp_path / "new")
-    assert (manifest["splits"]["train"]["num_samples"], manifest["rejected"]) == (3, 1)
+    assert (manifest["splits"]["train"]["num_samples"], manifest["rejected"]) == (2, 2)
     assert all(not p.fatal for problems in check_shards(tmp_path / "new").values() for p in problems)
     COMMANDS["shards"](["check", str(tmp_path / "new")])
 

@@ -6,13 +6,17 @@ import gc
 import json
 import shlex
 from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from threading import Thread
 
 import pytest
 from shard_examples import SIZE, file_of, pair, picture, stream, texts, tokenize, write_source, write_tar
 
 from raev2.data import ordered_batches, train_batches
-from raev2.errors import DataError
+from raev2.errors import DataError, SpecError
+from raev2.task import get_task
 from raev2_tasks.t2i.shards.stream import StreamedDataset
 
 B = 8
@@ -73,9 +77,100 @@ def test_processes_and_workers_share_each_pass_and_none_runs_dry(source):
 
 def test_pipes_are_read_and_s3_becomes_one(source):
     urls = [f"pipe:cat {shlex.quote(str(source / f's-train-{n:06d}.tar'))}" for n in range(3)]
-    assert len(captions(open_stream(urls), 2)) == 16
+    with pytest.raises(
+        DataError, match="an address that is a command of the shell; got pipe:cat .*task.stream.allow_pipe"
+    ):
+        open_stream(urls)
+    assert len(captions(open_stream(urls, allow_pipe=True), 2)) == 16
     assert open_stream(["s3://bucket/a b.tar"]).urls == ["pipe:aws s3 cp 's3://bucket/a b.tar' -"]
     assert open_stream("https://host/{00..02}.tar").urls == [f"https://host/0{n}.tar" for n in range(3)]
+
+
+def test_addresses_that_cannot_be_read_are_refused(monkeypatch):
+    for url, message in (
+        (
+            "gs://bucket/0.tar",
+            "unknown kind of address; got gs://bucket/0.tar; expected http, https, s3 or a path. Other",
+        ),
+        ("https://host/it's.tar", "an address with spaces or quotes; got https://host/it's.tar. Write them as %20"),
+        (
+            "https://host/test-0.tar",
+            "no shard is left for training; got https://host/test-0.tar; expected names without",
+        ),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_stream(url)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    dataset = open_stream("s3://bucket/0.tar")
+    with pytest.raises(DataError, match="s3 addresses are read by the command aws, which is not installed"):
+        captions(dataset, 1)
+
+
+def test_shards_named_for_validation_are_left_out(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        urls = open_stream(["https://test.host/x-{train,validation,test}-{0..1}.tar"]).urls
+    assert urls == ["https://test.host/x-train-0.tar", "https://test.host/x-train-1.tar"]
+    assert "4 shards named for validation or test are left out" in caplog.text
+
+
+def test_a_resumed_run_goes_on_at_the_shard_that_was_reached(tmp_path):
+    for number in range(6):
+        write_tar(tmp_path / f"{number}.tar", [m for n in range(8) for m in pair(f"{n}", 8 * number + n)])
+    options = {"num_samples": 48, "shuffle_buffer": 1}
+    whole = captions(open_stream(str(tmp_path / "{0..5}.tar"), **options), 12)
+    assert (
+        Counter(whole[:48]) == Counter(f"picture {n}" for n in range(48)) == Counter(whole[48:])
+        and whole[:48] != whole[48:]
+    )
+    for seen in (16, 40, 56):
+        resumed = captions(open_stream(str(tmp_path / "{0..5}.tar"), **options), 4, start_images=seen)
+        assert resumed == whole[seen : seen + 32]
+    assert [open_stream(str(tmp_path / "{0..5}.tar"), **options).first_shard(n) for n in (0, 7, 8, 100)] == [
+        0,
+        0,
+        1,
+        12,
+    ]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server for the files in tmp_path."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as http:
+        thread = Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def test_a_run_trains_on_shards_from_a_web_server(t2i_spec, t2i_run, tmp_path, server):
+    from raev2 import pipeline
+    from raev2.spec_io import apply_overrides
+
+    write_source(tmp_path / "s", "s", 50, size=(64, 64))
+    spec = apply_overrides(t2i_spec, [
+        f"task.stream.urls=['{server}/s/s-train-{{000000..000007}}.tar']", "task.stream.num_samples=50",
+        "task.stream.licence=CC0-1.0", "task.stream.captions=captions", "generator_training.latent_cache=false",
+        f"tokenizer_from={t2i_run / 'tokenizer'}",
+    ])  # fmt: skip
+    run = pipeline.train(spec, tmp_path / "run")
+    assert (run / "generator").is_dir() and "127.0.0.1" in (run / "spec.yaml").read_text()
+    for wrong, message in (
+        (
+            "tokenizer_from=null",
+            "tokenizer_from: does not go with task.stream, which cannot be read by number. Train the",
+        ),
+        ("generator_training.latent_cache=true", "latent_cache: does not go with task.stream.*Set it to false"),
+        ("task.weights={s12: 1}", "weights has no effect with a stream"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            get_task("t2i").dataset(apply_overrides(spec, [wrong]), "train")
 
 
 def test_batches_carry_pictures_captions_and_numbers(source):

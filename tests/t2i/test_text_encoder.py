@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 import logging
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from raev2.task import get_recipe, get_task
 from raev2_tasks.t2i.spec import TextEncoderSpec
 from raev2_tasks.t2i.text.cache import CaptionCache, write_cache
 from raev2_tasks.t2i.text.encoder import (
+    ENCODE_ROWS,
     KNOWN_ENCODERS,
     VOCAB_SIZE,
     FrozenTextEncoder,
+    _unreachable,
     build_text_encoder,
     build_text_tokenizer,
     text_sizes,
@@ -22,10 +26,13 @@ from raev2_tasks.t2i.text.encoder import (
 )
 
 CPU = torch.device("cpu")
-FAMILIES = ("t5", "clip", "bert", "gemma2", "qwen3", "t5gemma")
+FAMILIES = ("t5", "clip", "bert", "gemma2", "gemma3", "qwen3", "t5gemma", "t5gemma2", "siglip", "siglip2")
 NUM_NULL = {"t5": 1, "clip": 2, "bert": 2, "gemma2": 1, "qwen3": 0, "t5gemma": 1}
+NUM_NULL |= {"gemma3": 1, "t5gemma2": 1, "siglip": 1, "siglip2": 1}
 CLASSES = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "bert": "BertModel"}
 CLASSES |= {"gemma2": "Gemma2Model", "qwen3": "Qwen3Model", "t5gemma": "T5GemmaEncoderModel"}
+CLASSES |= {"gemma3": "Gemma3TextModel", "t5gemma2": "T5Gemma2TextEncoder"}
+CLASSES |= {"siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
 CAPTIONS = ["a red cat", "a photo of the big dog", "dog", ""]
 
 
@@ -86,8 +93,8 @@ def test_padding_changes_nothing_and_is_exactly_zero(encoder):
     together = encoder(**raw)
     longer = {name: torch.nn.functional.pad(value, (0, 200)) for name, value in raw.items()}
     longer["token_ids"][~longer["token_mask"]] = 3  # garbage in the padding
-    if encoder.spec.name.endswith(("clip", "bert")):
-        longer = {name: value[:, :16] for name, value in longer.items()}  # positions of these two end at 20
+    if encoder.spec.name.endswith(("clip", "bert", "siglip", "siglip2")):
+        longer = {name: value[:, :16] for name, value in longer.items()}  # positions of these end at 20
     padded = encoder(**longer)
     length = together.shape[1]
     assert torch.allclose(padded[:, :length], together, atol=1e-5)
@@ -112,7 +119,9 @@ def test_the_output_is_that_of_the_final_norm(encoder):
     found = encoder(**raw)
     hook.remove()
     module, inputs, output = seen[-1]
-    assert torch.allclose(found, output, atol=1e-6) and torch.allclose(found, module(inputs), atol=1e-6)
+    num = found.shape[1]
+    assert torch.allclose(found, output[:1, :num], atol=1e-6)
+    assert torch.allclose(found, module(inputs)[:1, :num], atol=1e-6)
 
 
 def test_an_inner_layer_is_the_output_of_that_block(encoder_folder):
@@ -124,7 +133,7 @@ def test_an_inner_layer_is_the_output_of_that_block(encoder_folder):
         lambda module, inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
     )
     found = encoder(**raw)
-    assert torch.allclose(found, seen[0])
+    assert torch.allclose(found, seen[0][:1, : found.shape[1]])
     hook.remove()
     assert not torch.allclose(encoder(**raw), load(folder)(**raw))
     with pytest.raises(SpecError, match="hidden: no such inner layer; got layer:2; expected layer:0 to layer:1"):
@@ -140,7 +149,7 @@ def test_the_encoder_never_sees_a_caption_without_tokens(encoder_folder):
     found = encoder(**encoder.tokenizer(["", "a cat", ""]))
     assert encoder.null_tokens().shape == (0, 16)
     hook.remove()
-    assert [length.tolist() for length in lengths] == [[2]]
+    assert [length.tolist() for length in lengths] == [[2, *[1] * (ENCODE_ROWS - 1)]]
     assert (found[[0, 2]] == 0).all() and found[1].abs().sum() > 0
 
 
@@ -169,10 +178,58 @@ def test_half_precision_is_close(encoder_folder):
     assert (fast(**raw) - exact(**raw)).norm() < 2e-2 * exact(**raw).norm()
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_features_of_a_caption_do_not_depend_on_its_neighbours(encoder_folder, family, dtype):
+    """Bit for bit: alone, among short and long ones, in another place, and padded further."""
+    encoder = load(encoder_folder(family), dtype=dtype)
+    words = ["a", "red", "cat", "photo", "of", "the", "big", "dog"]
+    captions = [" ".join(words[(i + k) % 8] for k in range(1 + i % 14)) for i in range(40)]
+    alone = [encoder(**encoder.tokenizer([caption]))[0] for caption in captions]
+    for order in (list(range(40)), list(reversed(range(40)))):
+        together = encoder(**encoder.tokenizer([captions[i] for i in order]))
+        for row, i in enumerate(order):
+            assert torch.equal(together[row, : len(alone[i])], alone[i])
+    trimmed, padded = encoder.tokenizer(captions[:3]), encoder.tokenizer(captions[:3] + captions[13:14])
+    assert torch.equal(encoder(**trimmed)[2], encoder(**padded)[2, : trimmed["token_ids"].shape[1]])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_features_do_not_depend_on_the_neighbours_either(encoder_folder):
+    spec = TextEncoderSpec(name=str(encoder_folder("qwen3")), max_tokens=16)
+    encoder = build_text_encoder(spec, torch.device("cuda"))
+    raw = {name: value.cuda() for name, value in encoder.tokenizer(CAPTIONS[:3] * 20).items()}
+    together = encoder(**raw)
+    for row in range(3):
+        one = {name: value[row : row + 1] for name, value in raw.items()}
+        assert torch.equal(encoder(**one)[0], together[row])
+
+
+def test_the_text_part_of_larger_models_computes_what_the_whole_does(encoder_folder):
+    """By transformers' own whole models, in float32."""
+    import transformers as hf
+
+    ids = torch.tensor([[2, 4, 5, 6]])
+    gemma = hf.Gemma3ForConditionalGeneration.from_pretrained(encoder_folder("gemma3")).eval()
+    t5gemma2 = hf.T5Gemma2ForConditionalGeneration.from_pretrained(encoder_folder("t5gemma2")).eval().get_encoder()
+    for family, whole in (("gemma3", gemma.model), ("t5gemma2", t5gemma2)):
+        encoder = load(encoder_folder(family))
+        found = encoder(**encoder.tokenizer(["a red cat"]))
+        assert torch.allclose(found, whole(input_ids=ids).last_hidden_state, atol=1e-6), family
+    for family, class_ in (("siglip", hf.SiglipModel), ("siglip2", hf.Siglip2Model)):
+        encoder, whole = load(encoder_folder(family)), class_.from_pretrained(encoder_folder(family)).eval()
+        raw = encoder.tokenizer(["a red cat"])
+        num = raw["token_ids"].shape[1]
+        full = torch.nn.functional.pad(raw["token_ids"], (0, 20 - num))  # as in their training, without a mask
+        expected = whole.text_model(input_ids=full).last_hidden_state[:, :num]
+        assert torch.allclose(encoder(**raw), expected, atol=1e-6), family
+
+
 # Tokens.
 
 
-@every_family
+@pytest.mark.parametrize("encoder", [f for f in FAMILIES if f != "siglip2"], indirect=True)  # it splits our words away
 def test_long_captions_are_cut_and_keep_their_special_tokens(encoder):
     tokenizer = build_text_tokenizer(encoder.spec.replace(max_tokens=5))
     ids = tokenizer.ids("a photo of the big dog")
@@ -244,6 +301,42 @@ def test_a_folder_without_tokenizer_or_config_says_so(encoder_folder, tmp_path):
         build_text_encoder(TextEncoderSpec(name=str(tmp_path)), CPU)
 
 
+def test_a_missing_package_is_named(encoder_folder, tmp_path, monkeypatch):
+    import sentencepiece
+
+    (tmp_path / "corpus.txt").write_text("\n".join(f"a red cat and a big dog, photo {n}" for n in range(300)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=45, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_bytes((encoder_folder("t5") / "config.json").read_bytes())
+    spec = TextEncoderSpec(name=str(tmp_path))
+    assert build_text_tokenizer(spec)(["a red cat"])["token_mask"].all(), "read through protobuf"
+    original = importlib.util.find_spec
+    for package, module in (("protobuf", "google.protobuf"), ("sentencepiece", "sentencepiece")):
+        missing = lambda name, *rest, module=module: None if name == module else original(name, *rest)  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", missing)
+        message = (
+            rf"reading spiece\.model needs the package {package}, which is not installed; .*`pip install {package}`"
+        )
+        with pytest.raises(SpecError, match=message):
+            build_text_tokenizer(spec)
+    for text, package in (("X requires the protobuf library but", "protobuf"), ("`pip install einops`", "einops")):
+        error = _unreachable(spec, ImportError(text))
+        assert f"it needs the package {package}, which is not installed" in str(error)
+
+
+def test_files_that_lack_weights_are_refused(encoder_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(encoder_folder("gemma3"), tmp_path / "part")
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layers.1.mlp" not in name}
+    save_file(kept, tmp_path / "part" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SpecError, match=r"its files lack weights of the text encoder; got 3, first layers\.1\.mlp"):
+        load(tmp_path / "part")
+
+
 def test_t5_refuses_float16(encoder_folder):
     with pytest.raises(SpecError, match="T5 overflows in float16; got fp16; expected bf16 or fp32"):
         load(encoder_folder("t5"), dtype="fp16")
@@ -262,7 +355,7 @@ def test_cached_captions_are_the_encoded_ones(encoder_folder, tmp_path):
     assert about["num_captions"] == 3 and (tmp_path / "cache" / "rows.bin").stat().st_size == 10 * 16 * 4
     cache = CaptionCache(tmp_path / "cache", encoder)
     raw = encoder.tokenizer(["dog", "a big dog", "a photo", "", "a red cat"])
-    assert torch.allclose(cache(**raw), encoder(**raw), atol=1e-6)
+    assert torch.equal(cache(**raw), encoder(**raw))
     assert (cache.num_hits, cache.num_misses) == (3, 2)
     with pytest.raises(DataError, match="exists already"):
         write_cache(iter(["dog"]), encoder, tmp_path / "cache")

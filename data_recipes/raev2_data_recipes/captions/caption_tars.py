@@ -7,28 +7,44 @@ beside the tars or in the folder that is built. None of them downloads anything:
 
 from __future__ import annotations
 
-import fnmatch
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from raev2.errors import DataError
 from raev2_data_recipes.base import DatasetRecipe, Option
-from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
-from raev2_tasks.t2i.shards.files import index_shards, val_keys, verify_shards
-from raev2_tasks.t2i.shards.tar_scan import Members, Problem, TarSample, groups, read_sample
-from raev2_tasks.t2i.text.captions import BadSample, Caption, parse_captions, parse_json
+from raev2_data_recipes.captions.shard_recipe import MAX_ASPECT_OPTION, Deferred, Example, ShardRecipe, prepared
+from raev2_tasks.t2i.shards.files import verify_shards
+from raev2_tasks.t2i.shards.index import Survey, index_shards, place_of, survey
+from raev2_tasks.t2i.shards.tar_scan import (
+    Members,
+    Problem,
+    ScanRule,
+    ShapeRule,
+    TarSample,
+    read_sample,
+    tar_samples,
+)
+from raev2_tasks.t2i.text.captions import BadSample, Caption, caption_fields, json_fields, parse_captions
 
 logger = logging.getLogger(__name__)
 
+VAL_SAMPLES = Option(
+    "1000", "how many samples validate where no tar is named val; at most a tenth of the training samples, but up to 8"
+)
+SKIP = Option("", "leave out tars whose path matches one of these patterns, separated by commas")
+CAPTIONS = Option(
+    "", "txt and json fields with captions, the default one first, with a kind each: recaption:long,caption:alt,txt; "
+    "empty = `captions` or `conversations` of the json, else the txt, else the first known field of the json"
+)  # fmt: skip
 SHARD_OPTIONS = {
     **ShardRecipe.SHARD_OPTIONS,
+    "captions": CAPTIONS,
     "size": Option("256", "resize the short side and crop the centre to this many pixels; empty = keep the files"),
-    "val_samples": Option("1000", "how many samples of the first tar validate; at most a tenth of it"),
-    "skip": Option("", "leave out tars whose path matches one of these patterns, separated by commas"),
+    "val_samples": VAL_SAMPLES,
+    "skip": SKIP,
 }
 
 
@@ -36,14 +52,13 @@ class TarRecipe(ShardRecipe):
     """Captioned images in tars. Subclasses set the texts and may refine ``example``."""
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
-        """What ``build`` will do; lists the tars."""
-        files = self._files(options)
-        gib = sum(file.stat().st_size for file in files) / 2**30
+        """What ``build`` will do; reads the headers of the tars."""
+        found = self._survey(options)
         size = f"Resize and crop to {options['size']} px" if options["size"] else "Keep the files"
-        num_val = f"up to {options['val_samples']} samples of {files[0].name}"
         return [
-            f"Read {len(files)} tars ({gib:.1f} GiB) in {options['src']}.",
-            f"{size}, save as {options['format']}; {num_val} for validation.",
+            _headline(found, options),
+            *found.lines(),
+            f"{size}, save as {options['format']}.",
             *self.notes(options),
         ]
 
@@ -54,47 +69,41 @@ class TarRecipe(ShardRecipe):
     def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
         """Streams in the order of the tars."""
         self.size_px(options)
-        files, num_val = self._files(options), self.whole_number(options, "val_samples", 0)
-        keys = [key for key, members in _members(files[0]) if isinstance(members, Mapping)]
-        in_val = val_keys(keys, num_val)
-        return {
-            "train": self._examples(files, options, lambda file, key: file != files[0] or key not in in_val),
-            "val": self._examples(files[:1], options, lambda _, key: key in in_val),
-        }
+        found = self._survey(options)
+        return {split: self._examples(found, split, options) for split in found.counts()}
 
     def example(self, sample: TarSample, options: Mapping[str, str]) -> Example:
         """The example of a sample's files. Raises what ``Deferred.read`` may raise."""
-        captions = parse_captions(sample.text, sample.json, self.kind(options.get("kind", "long")))
-        return Example(sample.name, prepared(sample.image, self.size_px(options), options["format"]), captions)
+        return Example(sample.name, self.image(sample, options), self.captions(sample, options))
 
-    def _examples(
-        self, files: list[Path], options: Mapping[str, str], wanted: Callable[[Path, str], bool]
-    ) -> Iterator[Deferred]:
-        src = self.folder(options)
-        for file in files:
-            for key, members in _members(file):
-                name = f"{file.relative_to(src)}: {key}"
-                if not wanted(file, key):
-                    continue
+    def captions(self, sample: TarSample, options: Mapping[str, str]) -> list[Caption]:
+        """Captions of a sample by the options ``kind`` and ``captions``."""
+        kind = self.kind(options.get("kind", "long"))
+        return parse_captions(sample.text, sample.json, kind, caption_fields(options["captions"], kind))
+
+    def image(self, sample: TarSample, options: Mapping[str, str]) -> bytes:
+        """The picture of a sample as it is stored."""
+        return prepared(sample.image, self.size_px(options), options["format"], self.max_aspect(options))
+
+    def _examples(self, found: Survey, split: str, options: Mapping[str, str]) -> Iterator[Deferred]:
+        for tar in found.tars:
+            if split not in found.shares(tar):
+                continue
+            for key, members in _members(tar.file):
+                name = f"{tar.name}: {key}"
                 if isinstance(members, Problem):
-                    yield Deferred(name, partial(_fail, members))
-                else:
-                    yield Deferred(name, partial(self._read, name, file, members, options))
+                    if split == tar.split:
+                        yield Deferred(name, partial(_fail, members))
+                elif found.split(tar, place_of(tar.name, key)) == split:
+                    yield Deferred(name, partial(self._read, name, tar.file, members, options))
 
     def _read(self, name: str, file: Path, members: Members, options: Mapping[str, str]) -> Example:
         with file.open("rb") as data:
             return self.example(read_sample(data, name, members), options)
 
-    def _files(self, options: Mapping[str, str]) -> list[Path]:
-        src = self.folder(options)
-        patterns = [pattern.strip() for pattern in options["skip"].split(",") if pattern.strip()]
-        files = [
-            file for file in sorted(src.rglob("*.tar"))
-            if not any(fnmatch.fnmatch(str(file.relative_to(src)), pattern) for pattern in patterns)
-        ]  # fmt: skip
-        if not files:
-            raise DataError(f"data {self.name}: src", "no tar files found", got=src, expected="uncompressed .tar files")
-        return files
+    def _survey(self, options: Mapping[str, str]) -> Survey:
+        src, num_val = self.folder(options), self.whole_number(options, "val_samples", 0)
+        return survey(src, skip=options["skip"], val_samples=num_val, num_workers=0)
 
 
 class Blip3o(TarRecipe):
@@ -122,7 +131,7 @@ class Blip3o(TarRecipe):
         return f"{self.attribution} {_geneval_note(names)}" if names else self.attribution
 
     def _geneval(self, options: Mapping[str, str]) -> list[str]:
-        return [file.name for file in self._files(options) if "geneval" in file.name.lower()]
+        return [tar.file.name for tar in self._survey(options).tars if "geneval" in tar.file.name.lower()]
 
 
 class ScaleRae(TarRecipe):
@@ -156,8 +165,8 @@ class RenderedText(TarRecipe):
 
     def example(self, sample: TarSample, options: Mapping[str, str]) -> Example:
         """The caption, and the writing itself as a second caption of kind ``ocr``."""
-        captions = parse_captions(sample.text, sample.json, "long")
-        annotation = parse_json(sample.json).get("ocr_annotation")
+        captions = self.captions(sample, options)
+        annotation = json_fields(sample.json).get("ocr_annotation")
         annotation = annotation if isinstance(annotation, Mapping) else {}
         least_px = self.whole_number(options, "min_text_px", 0)
         if least_px:
@@ -174,8 +183,7 @@ class RenderedText(TarRecipe):
         if words:
             captions.append(Caption(" ".join(map(str, words)), "ocr"))
         extra = {"license": self.licence, "ocr": dict(annotation)} if annotation else {"license": self.licence}
-        image = prepared(sample.image, self.size_px(options), options["format"])
-        return Example(sample.name, image, captions, extra)
+        return Example(sample.name, self.image(sample, options), captions, extra)
 
 
 class TarShards(DatasetRecipe):
@@ -189,23 +197,32 @@ class TarShards(DatasetRecipe):
     options = {
         "src": Option(None, "folder with uncompressed tars, at any depth"),
         "kind": Option("alt", "kind of captions whose files do not say it: short, long, alt, prompt, ocr or template"),
-        "val_samples": Option(
-            "1000", "how many samples of the first tar validate; unused where tars have 'val' in their name"
-        ),
+        "captions": CAPTIONS,
+        "min_side": Option("0", "leave out pictures with a shorter side of less than this many pixels"),
+        "max_aspect": MAX_ASPECT_OPTION,
+        "max_bad_share": Option("0.5", "stop when a larger share of the samples is unusable"),
+        "val_samples": VAL_SAMPLES,
+        "skip": SKIP,
     }
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
-        """What ``build`` will do; lists the tars."""
-        files = sorted(Path(options["src"]).expanduser().rglob("*.tar"))
-        gib = sum(file.stat().st_size for file in files) / 2**30
-        return [f"Read {len(files)} tars ({gib:.1f} GiB) in {options['src']} once, and write an index. Copy nothing."]
+        """What ``build`` will do; reads the headers of the tars."""
+        src = Path(options["src"]).expanduser()
+        num_val = self.whole_number(options, "val_samples", 0)
+        found = survey(src, skip=options["skip"], val_samples=num_val, num_workers=0)
+        return [_headline(found, options), *found.lines(), "Write an index of the usable samples. Copy nothing."]
 
     def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
         """Write indices and manifest."""
+        src = Path(options["src"]).expanduser()
+        least_px = self.whole_number(options, "min_side", 0)
+        shape = ShapeRule((least_px, least_px), self.number(options, "max_aspect", 1))
+        rule = ScanRule(options["kind"], caption_fields(options["captions"], options["kind"]), shape)
         return index_shards(
-            Path(options["src"]).expanduser(), folder, source=dataset_name, caption_kind=options["kind"],
-            val_samples=self.whole_number(options, "val_samples", 0), options=options,
-            licence=self.licence, attribution=self.attribution,
+            src, folder, source=dataset_name, skip=options["skip"], rule=rule,
+            val_samples=self.whole_number(options, "val_samples", 0), options=options, licence=self.licence,
+            max_bad_share=self.number(options, "max_bad_share", 0), attribution=self.attribution,
+            num_workers=0,
         )  # fmt: skip
 
     def check_files(self, data_dir: Path) -> dict[str, Any]:
@@ -217,12 +234,18 @@ def _members(file: Path) -> Iterator[tuple[str, Members | Problem]]:
     """Samples of a tar by key, and at the end what is wrong with others."""
     problems: list[Problem] = []
     with file.open("rb") as data:
-        yield from groups(data, problems)
+        yield from tar_samples(data, problems).items()
     for problem in problems:
         if problem.fatal:
             yield problem.key, problem
         else:
             logger.warning("%s: %s: %s", file, problem.key, problem.text)
+
+
+def _headline(found: Survey, options: Mapping[str, str]) -> str:
+    gib = sum(tar.file.stat().st_size for tar in found.tars) / 2**30
+    captions = options["captions"] or "those of the json or txt"
+    return f"Read {len(found.tars)} tars ({gib:.1f} GiB) in {options['src']}; captions: {captions}."
 
 
 def _geneval_note(names: list[str]) -> str:

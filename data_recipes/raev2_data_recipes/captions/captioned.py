@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from raev2.errors import DataError, SpecError, did_you_mean
 from raev2.files.images import is_picture
-from raev2_data_recipes.base import SPLITS, Option
+from raev2.files.splits import split_word
+from raev2_data_recipes.base import Option
 from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
-from raev2_tasks.t2i.shards.files import least_val
-from raev2_tasks.t2i.text.captions import BadSample, Caption
+from raev2_data_recipes.captions.tables import Row, Table, open_table
+from raev2_tasks.t2i.shards.index import least_val
+from raev2_tasks.t2i.text.captions import (
+    KNOWN_FIELDS,
+    BadSample,
+    caption_fields,
+    clean,
+    parse_captions,
+    texts_of,
+)
+from raev2_tasks.t2i.text.encodings import decode_text
 
-IMAGE_COLUMNS = ("file_name", "image", "path", "file", "filename", "image_path")
-CAPTION_COLUMNS = ("caption", "text", "prompt")
+IMAGE_COLUMNS = ("file_name", "image", "path", "file", "filename", "image_path", "filepath", "img")
+CAPTION_COLUMNS = tuple(dict.fromkeys(("caption", "text", "prompt", *KNOWN_FIELDS)))
 VAL_FRACTION = Option(
     "0.05", "share for validation, 0 to 0.5, but at least 8 samples; unused where the source has splits"
 )
@@ -34,206 +43,228 @@ class CaptionedFolder(ShardRecipe):
     attribution = "The source folder named in `options`."
     size = "as the source"
     options = {
-        "src": Option(None, "a folder of pictures and captions, at any depth; train/ and val/ in it are the splits"),
+        "src": Option(
+            None, "a folder of pictures and captions, at any depth; train/, val/ and test/ in it are the splits, also "
+            "spelled training, valid, validation, dev, testing",
+        ),
         "kind": Option("alt", "kind of the captions: short, long, alt, prompt, ocr or template"),
         "val_fraction": VAL_FRACTION,
         **ShardRecipe.SHARD_OPTIONS,
-    }
+    }  # fmt: skip
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
-        """What ``build`` will do; lists the source folder."""
+        """What ``build`` will do; reads the captions."""
         files = self._files(options)
-        missing = [path for paths in files.values() for path in paths if not path.with_suffix(".txt").is_file()]
-        steps = [f"Read {options['src']}: {len(files['train'])} training and {len(files['val'])} validation pictures."]
+        texts = Counter(_text_state(path) for paths in files.values() for path in paths)
+        missing = [path for paths in files.values() for path in paths if _text_state(path) == "missing"]
+        steps = [f"Read {options['src']}: {_counts({split: len(paths) for split, paths in files.items()})}."]
         if missing:
             steps.append(f"Leave out {len(missing)} pictures without a .txt, such as {missing[0]}.")
+        for state in ("empty", "unreadable"):
+            if texts[state]:
+                steps.append(f"Leave out {texts[state]} pictures whose .txt is {state}.")
+        found = {state: num for state, num in texts.items() if state not in ("missing", "empty", "unreadable")}
+        if found:
+            steps.append("Captions in " + ", ".join(f"{name} {num}" for name, num in sorted(found.items())) + ".")
+        if ignored := _other_files(self.folder(options)):
+            steps.append(ignored)
         return [*steps, _image_step(self.size_px(options), options)]
 
     def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
         """One example a picture; one without caption is rejected when it is read."""
         src, kind, size_px = self.folder(options), self.kind(options["kind"]), self.size_px(options)
+        max_aspect = self.max_aspect(options)
+        prepare = partial(prepared, size_px=size_px, image_format=options["format"], max_aspect=max_aspect)
+        read = partial(_read_pair, src=src, kind=kind, prepare=prepare)
         return {
-            split: [
-                Deferred(str(path), partial(_read_pair, path, src, kind, size_px, options["format"])) for path in paths
-            ]
+            split: [Deferred(str(path), partial(read, path)) for path in paths]
             for split, paths in self._files(options).items()
         }
 
     def _files(self, options: Mapping[str, str]) -> dict[str, list[Path]]:
         src, fraction = self.folder(options), self.share(options, "val_fraction")
-        if all((src / split).is_dir() for split in SPLITS):
-            files = {split: _pictures(src / split) for split in SPLITS}
-        else:
-            files = _divide(_pictures(src), fraction, lambda path: str(path.relative_to(src)))
+        named = any(split_word(folder.name) for folder in src.iterdir() if folder.is_dir())
+        files = _by_folder(src, f"data {self.name}: src") if named else {"train": _pictures(src)}
+        if "val" not in files:
+            files |= _divide(files["train"], fraction, lambda path: str(path.relative_to(src)))
         if not files["train"]:
             raise DataError(
                 f"data {self.name}: src", "no pictures found", got=src, expected="files of a format that Pillow reads"
             )
-        return files
+        return {split: files[split] for split in ("train", "val", "test") if split in files}
 
 
 class CaptionTable(ShardRecipe):
-    """Rows of a CSV, TSV, JSON-lines or Parquet table, with a path or an embedded picture and one or more captions."""
+    """Rows of a table, with a path or an embedded picture and one or more captions."""
 
     name = "caption-table"
-    summary = "a CSV, TSV, JSONL or Parquet table with pictures and captions (also Hugging Face datasets)"
+    summary = (
+        "a CSV, TSV, JSONL, JSON or Parquet table with pictures and captions (also COCO and Hugging Face datasets)"
+    )
     licence = "that of your pictures"
     attribution = "The table named in `options`."
     size = "as the source"
     options = {
-        "src": Option(None, "a .csv, .tsv, .jsonl or .parquet file, or a folder of .parquet files"),
+        "src": Option(None, "a .csv, .tsv, .jsonl, .json or .parquet file, or a folder of .parquet files"),
         "image": Option("", "column with a path or an embedded picture; empty = " + ", ".join(IMAGE_COLUMNS)),
         "captions": Option(
             "", "caption columns, the default one first, with a kind each: long_text:long,title:short; "
-            "empty = " + ", ".join(CAPTION_COLUMNS),
+            "empty = the first of " + ", ".join(CAPTION_COLUMNS),
         ),
+        "kind": Option("alt", "kind of captions for which `captions` does not say it"),
+        "encoding": Option("", "encoding of a text table; empty = UTF-8, UTF-16 or cp1252, whichever it is"),
         "root": Option("", "folder that paths are relative to; empty = that of the table"),
         "val_fraction": VAL_FRACTION,
         **ShardRecipe.SHARD_OPTIONS,
     }  # fmt: skip
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
-        """What ``build`` will do; reads the head of the table."""
+        """What ``build`` will do; reads the columns that say which captions and splits there are."""
         table = self._table(options)
         columns = ", ".join(f"{column} ({kind})" for column, kind in table.captions)
-        return [
-            f"Read {options['src']}: pictures from column {table.image}, captions from {columns}.",
-            "Rows whose column `split` is train or val go there; "
-            f"of the others, {self.share(options, 'val_fraction'):.0%} (at least 8) go to validation.",
-            _image_step(self.size_px(options), options),
+        steps = [
+            f"Read {options['src']} ({table.table.about}): pictures from column {table.image}, "
+            f"captions from {columns}.",
+            f"Rows: {_counts(table.counts())}.",
         ]
+        if others := table.unknown_splits():
+            steps.append(f"Rows whose split is {others} are divided as those without a split.")
+        used = {column for column, _ in table.captions}
+        if more := [name for name in table.table.columns if name.lower() in CAPTION_COLUMNS and name not in used]:
+            steps.append(f"Not read: {', '.join(more)}; to use them too: --set captions={','.join([*used, *more])}")
+        if sample := table.first_caption():
+            steps.append(f"A caption: {sample}")
+        return [*steps, _image_step(self.size_px(options), options)]
 
     def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
         """Rows with paths as lists, which are shuffled; rows with pictures inside as streams."""
-        table, fraction, size_px = self._table(options), self.share(options, "val_fraction"), self.size_px(options)
-        if fraction:
-            num_rows = table.num_rows()
-            fraction = max(fraction, least_val(num_rows) / max(num_rows, 1))
+        table = self._table(options)
+        prepare = partial(
+            prepared, size_px=self.size_px(options), image_format=options["format"], max_aspect=self.max_aspect(options)
+        )
 
         def rows(split: str) -> Iterator[Deferred]:
-            for number, row in enumerate(table.rows()):
-                if table.split_of(row, number, fraction) == split:
-                    name = f"{table.file}: row {number + 1}"
-                    yield Deferred(name, partial(table.example, row, number, size_px, options["format"]))
+            for number, row in enumerate(table.table.rows(())):
+                if table.splits[number] == split:
+                    yield Deferred(f"{table.file}: row {number + 1}", partial(table.example, row, number, prepare))
 
-        if table.embedded:
-            return {split: rows(split) for split in SPLITS}
-        return {split: list(rows(split)) for split in SPLITS}
+        if table.table.embedded:
+            return {split: rows(split) for split in table.counts()}
+        return {split: list(rows(split)) for split in table.counts()}
 
-    def _table(self, options: Mapping[str, str]) -> _Table:
-        src = Path(options["src"]).expanduser()
-        where = f"data {self.name}"
-        rows, num_rows, columns = _open_table(src, where)
-        image = options["image"] or next((name for name in IMAGE_COLUMNS if name in columns), "image")
-        wanted = options["captions"] or next((name for name in CAPTION_COLUMNS if name in columns), "caption")
-        captions = []
-        for item in wanted.split(","):
-            column, _, kind = item.strip().partition(":")
-            captions.append((column, self.kind(kind or "alt")))
+    def _table(self, options: Mapping[str, str]) -> CaptionRows:
+        src, where = Path(options["src"]).expanduser(), f"data {self.name}"
+        table = open_table(src, where, options["encoding"])
+        by_name = {name.lower(): name for name in reversed(table.columns)}
+        image = options["image"] or next((by_name[name] for name in IMAGE_COLUMNS if name in by_name), "image")
+        wanted = options["captions"] or next((by_name[name] for name in CAPTION_COLUMNS if name in by_name), "caption")
+        captions = caption_fields(wanted, self.kind(options["kind"]))
         for column in (image, *(column for column, _ in captions)):
-            if column not in columns:
+            if column not in table.columns:
                 raise SpecError(
-                    where, "no such column", got=column, expected=f"one of {', '.join(columns)}",
-                    hint=did_you_mean(column, columns) or "Name the columns with --set image=... --set captions=...",
+                    where, "no such column", got=column, expected=f"one of {', '.join(table.columns)}",
+                    hint=did_you_mean(column, table.columns)
+                    or f"Name them with --set image=... --set captions=...; the table was read as {table.about}.",
                 )  # fmt: skip
         root = Path(options["root"]).expanduser() if options["root"] else src if src.is_dir() else src.parent
-        return _Table(src, rows, num_rows, image, captions, root, embedded=src.is_dir() or src.suffix == ".parquet")
+        return CaptionRows(src, table, image, captions, root, self.share(options, "val_fraction"))
 
 
-@dataclass(frozen=True)
-class _Table:
-    """An open table. ``embedded``: cells may hold whole pictures, so that its rows do not fit into memory."""
+@dataclass
+class CaptionRows:
+    """The rows of a table as examples, and their splits."""
 
     file: Path
-    rows: Callable[[], Iterator[Mapping[str, Any]]]
-    num_rows: Callable[[], int]
+    table: Table
     image: str
     captions: list[tuple[str, str]]
     root: Path
-    embedded: bool
+    val_fraction: float
 
-    def split_of(self, row: Mapping[str, Any], number: int, val_fraction: float) -> str:
-        """The column ``split`` where it names one of ours; else by the hash of path or row number."""
-        if row.get("split") in SPLITS:
-            return str(row["split"])
-        cell = row[self.image]
-        name = cell if isinstance(cell, str) else str(number)
-        return "val" if _fraction(name) < val_fraction else "train"
+    @cached_property
+    def _named(self) -> list[tuple[str, float]]:
+        """What the column ``split`` says about each row, and a number that is a function of its path or number."""
+        columns = ["split"] if self.table.embedded else ["split", self.image]
+        columns = [name for name in columns if name in self.table.columns] or [self.captions[0][0]]
+        rows = enumerate(self.table.rows(columns))
+        return [(str(row.get("split") or ""), _fraction(self._name(row, number))) for number, row in rows]
 
-    def example(self, row: Mapping[str, Any], number: int, size_px: int | None, image_format: str) -> Example:
+    @cached_property
+    def splits(self) -> list[str]:
+        """The split of each row: what it says in any spelling. Where no row is for validation, some of train are."""
+        named = [split_word(said) or "train" for said, _ in self._named]
+        places = sorted(place for split, (_, place) in zip(named, self._named, strict=True) if split == "train")
+        num_val = 0 if "val" in named else _num_val(len(places), self.val_fraction)
+        bound = places[num_val] if num_val else 0.0
+        return [
+            "val" if split == "train" and place < bound else split
+            for split, (_, place) in zip(named, self._named, strict=True)
+        ]
+
+    def counts(self) -> dict[str, int]:
+        """Rows by split, with those that will turn out unusable."""
+        found = Counter(self.splits)
+        return {split: found[split] for split in ("train", "val", "test") if found[split] or split != "test"}
+
+    def unknown_splits(self) -> str:
+        """Values of the column ``split`` that are no word for one, with their counts."""
+        values = Counter(said for said, _ in self._named if said and not split_word(said))
+        return ", ".join(f"{value!r} ({num})" for value, num in values.items())
+
+    def first_caption(self) -> str:
+        """A caption to look at: the first with letters beyond ASCII among the first thousand, else the first."""
+        column = self.captions[0][0]
+        rows = islice(self.table.rows([column]), 1000)
+        texts = [text for row in rows if isinstance(text := row.get(column), str) and text]
+        return next((text for text in texts if not text.isascii()), texts[0] if texts else "")[:80]
+
+    def example(self, row: Row, number: int, prepare: Callable[[bytes], bytes]) -> Example:
         """The example of a row; reads the picture."""
-        cell = row[self.image]
+        where = f"row {number + 1}"
+        if None in row:
+            raise BadSample(
+                "bad_row", where, "more cells than columns", got=f"{row[None]!r:.60}",
+                hint="Quote texts that have the delimiter in them.",
+            )  # fmt: skip
+        cell = row.get(self.image)
         if isinstance(cell, Mapping):  # an image of a Hugging Face dataset
             cell = cell.get("bytes") or cell.get("path")
-        if isinstance(cell, str) and cell:
-            name, data = cell, (self.root / cell).read_bytes()
+        if isinstance(cell, str) and cell.strip():
+            name, data = cell, (self.root / cell.strip()).read_bytes()
         elif isinstance(cell, bytes):
             name, data = f"{self.file.stem}:{number + 1}", cell
         else:
-            raise BadSample("bad_image", f"row {number + 1}", f"no picture in column {self.image}")
-        texts = [(str(row[column] or "").strip(), kind) for column, kind in self.captions]
-        if not texts[0][0]:
-            raise BadSample("bad_caption", f"row {number + 1}", f"no caption in column {self.captions[0][0]}")
+            raise BadSample("bad_image", where, f"no picture in column {self.image}")
+        captions = [c for column, kind in self.captions for c in texts_of(row.get(column), kind, column) if c.text]
+        if not captions:
+            columns = ", ".join(column for column, _ in self.captions)
+            raise BadSample("bad_caption", where, f"no caption in column {columns}")
         licence = row.get("license") or row.get("licence")
-        extra = {"license": str(licence)} if licence else {}
-        captions = [Caption(text, kind) for text, kind in texts if text]
-        return Example(name, prepared(data, size_px, image_format), captions, extra)
+        return Example(name, prepare(data), captions, {"license": str(licence)} if licence else {})
+
+    def _name(self, row: Row, number: int) -> str:
+        cell = row.get(self.image)
+        return cell if isinstance(cell, str) else str(number)
 
 
-def _open_table(
-    src: Path, where: str
-) -> tuple[Callable[[], Iterator[Mapping[str, Any]]], Callable[[], int], list[str]]:
-    """Functions that read the rows of a table and count them, and its column names."""
-    if src.is_dir() or src.suffix == ".parquet":
-        files = sorted(src.rglob("*.parquet")) if src.is_dir() else [src]
-        if not files or not files[0].is_file():
-            raise DataError(f"{where}: src", "no .parquet files", got=src)
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            hint = "Install it: pip install 'raev2[t2i]'"
-            raise DataError(where, "reading Parquet needs the package pyarrow", hint=hint) from error
-
-        def parquet_rows() -> Iterator[Mapping[str, Any]]:
-            for file in files:
-                for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
-                    yield from batch.to_pylist()
-
-        def num_parquet_rows() -> int:
-            return sum(parquet.read_metadata(file).num_rows for file in files)
-
-        return parquet_rows, num_parquet_rows, parquet.read_schema(files[0]).names
-    if not src.is_file():
-        raise DataError(f"{where}: src", "no such table", got=src, hint="Give it with --set src=FILE.")
-    if src.suffix == ".jsonl":
-
-        def json_rows() -> Iterator[Mapping[str, Any]]:
-            with src.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    try:
-                        yield json.loads(line)
-                    except ValueError as error:
-                        raise DataError(f"data {src}", f"line {number} is not JSON", got=str(error)) from error
-
-        return json_rows, lambda: sum(1 for _ in json_rows()), list(next(json_rows(), {}))
-    if src.suffix in (".csv", ".tsv"):
-
-        def text_rows() -> Iterator[Mapping[str, Any]]:
-            with src.open(encoding="utf-8-sig", newline="") as lines:
-                yield from csv.DictReader(lines, delimiter="\t" if src.suffix == ".tsv" else ",")
-
-        return text_rows, lambda: sum(1 for _ in text_rows()), list(next(text_rows(), {}))
-    expected = ".csv, .tsv, .jsonl or .parquet"
-    raise DataError(f"{where}: src", "unknown kind of table", got=src.name, expected=expected)
+def _read_pair(path: Path, src: Path, kind: str, prepare: Callable[[bytes], bytes]) -> Example:
+    text_file, where = path.with_suffix(".txt"), str(path.relative_to(src))
+    if not text_file.is_file():
+        raise BadSample("bad_caption", where, f"no {text_file.name} beside it")
+    captions = parse_captions(text_file.read_bytes(), None, kind)
+    return Example(str(path.relative_to(src).with_suffix("")), prepare(path.read_bytes()), captions)
 
 
-def _read_pair(path: Path, src: Path, kind: str, size_px: int | None, image_format: str) -> Example:
+def _text_state(path: Path) -> str:
+    """Encoding of the caption of a picture, or 'missing', 'empty' or 'unreadable'."""
     text_file = path.with_suffix(".txt")
     if not text_file.is_file():
-        raise BadSample("bad_caption", str(path.relative_to(src)), f"no {text_file.name} beside it")
-    text = text_file.read_text(encoding="utf-8")
-    name = str(path.relative_to(src).with_suffix(""))
-    return Example(name, prepared(path.read_bytes(), size_px, image_format), [Caption(text, kind)])
+        return "missing"
+    try:
+        text, encoding = decode_text(text_file.read_bytes())
+    except (ValueError, OSError):
+        return "unreadable"
+    return encoding if clean(text) else "empty"
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -243,19 +274,59 @@ def _pictures(folder: Path) -> list[Path]:
     )  # fmt: skip
 
 
+def _by_folder(src: Path, where: str) -> dict[str, list[Path]]:
+    """Pictures by the split that their first folder names; DataError where that leaves a doubt."""
+    files: dict[str, list[Path]] = {}
+    outside = list[Path]()
+    for path in _pictures(src):
+        split = split_word(path.relative_to(src).parts[0])
+        (files.setdefault(split, []) if split else outside).append(path)
+    if "train" not in files or outside:
+        got = f"{', '.join(files)} and {len(outside)} pictures elsewhere" + (
+            f", such as {outside[0]}" if outside else ""
+        )
+        raise DataError(
+            where, "some folders are named after splits, but not all pictures are in such folders", got=got,
+            expected="all pictures in train/, val/ and test/, or none",
+            hint="Move the others into train/, or rename the folders.",
+        )  # fmt: skip
+    return files
+
+
+def _other_files(src: Path) -> str:
+    """A sentence about files that are neither pictures nor their captions."""
+    pictures = set(_pictures(src))
+    texts = {path.with_suffix(".txt") for path in pictures}
+    others = Counter(
+        path.suffix.lower() or "without suffix" for path in src.rglob("*")
+        if path.is_file() and path not in pictures and path not in texts
+    )  # fmt: skip
+    found = ", ".join(f"{num} {suffix}" for suffix, num in sorted(others.items()))
+    return f"Other files, not read: {found}." if found else ""
+
+
 def _divide(paths: list[Path], val_fraction: float, name: Callable[[Path], str]) -> dict[str, list[Path]]:
     """In the order of the hashes of their names, so that a new picture moves hardly any other one."""
-    num_val = max(round(len(paths) * val_fraction), least_val(len(paths))) if val_fraction else 0
-    in_val = set(sorted(paths, key=lambda path: _fraction(name(path)))[:num_val])
+    in_val = set(sorted(paths, key=lambda path: _fraction(name(path)))[: _num_val(len(paths), val_fraction)])
     return {
         "train": [path for path in paths if path not in in_val],
         "val": [path for path in paths if path in in_val],
     }
 
 
+def _num_val(num: int, fraction: float) -> int:
+    return max(round(num * fraction), least_val(num)) if fraction else 0
+
+
 def _fraction(text: str) -> float:
     """A number in [0, 1) that is a function of the text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
+    return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "little") / 2**64
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """'train 7, val 1, test 2 (kept apart)'."""
+    notes = {"test": " (kept apart)"}
+    return ", ".join(f"{split} {num:,}{notes.get(split, '')}" for split, num in counts.items())
 
 
 def _image_step(size_px: int | None, options: Mapping[str, str]) -> str:

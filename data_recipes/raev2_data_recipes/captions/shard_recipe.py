@@ -13,9 +13,12 @@ from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_data_recipes.pictures.image_folder import resize_and_crop
 from raev2_tasks.t2i.shards.files import Deferred, Example, verify_shards, write_shards
 from raev2_tasks.t2i.shards.pixels import KEPT_FORMATS, encode_image, read_sample_picture
+from raev2_tasks.t2i.shards.tar_scan import MAX_ASPECT, ShapeRule
 from raev2_tasks.t2i.text.captions import KINDS
 
-SMALLEST = 0.9  # an image is not enlarged by more than 1 / 0.9
+MAX_ASPECT_OPTION = Option(
+    f"{MAX_ASPECT}", "leave out pictures whose longer side is more than this many times the shorter one"
+)
 
 
 class ShardRecipe(DatasetRecipe):
@@ -24,6 +27,7 @@ class ShardRecipe(DatasetRecipe):
     SHARD_OPTIONS: Mapping[str, Option] = {
         "size": Option("", "resize the short side and crop the centre to this many pixels; empty = keep the files"),
         "format": Option("jpg", "file format of images that are resized or converted: jpg (quality 95) or png"),
+        "max_aspect": MAX_ASPECT_OPTION,
         "per_shard": Option("5000", "samples in a tar"),
     }
 
@@ -54,6 +58,10 @@ class ShardRecipe(DatasetRecipe):
         """The option ``size``; None where files are kept."""
         return self.whole_number(options, "size", 8) if options["size"] else None
 
+    def max_aspect(self, options: Mapping[str, str]) -> float:
+        """The option ``max_aspect``."""
+        return self.number(options, "max_aspect", 1)
+
     def share(self, options: Mapping[str, str], name: str) -> float:
         """An option as a share from 0 to 0.5."""
         try:
@@ -80,21 +88,18 @@ class ShardRecipe(DatasetRecipe):
         return src
 
 
-def prepared(data: bytes, size_px: int | None, image_format: str) -> bytes:
+def prepared(data: bytes, size_px: int | None, image_format: str, max_aspect: float = MAX_ASPECT) -> bytes:
     """An image file as it goes into a shard: plain RGB, and ``size_px`` square unless that is None.
 
-    A file that is so already is kept byte for byte. Raises BadSample for one that
-    cannot be read, ValueError for an image that would have to be enlarged.
+    A file that is so already is kept byte for byte. Raises BadSample for an image that cannot be read, that would have
+    to be enlarged, or that is too long: what training would leave out.
     """
     picture = read_sample_picture(data, "picture")
     rgb = picture.rgb
+    ShapeRule.of((size_px or 0, size_px or 0), max_aspect=max_aspect).check("picture", *rgb.size)
     if (size_px is None or rgb.size == (size_px, size_px)) and picture.plain and picture.format in KEPT_FORMATS:
         return data
-    if size_px is not None:
-        if min(rgb.size) < SMALLEST * size_px:
-            raise ValueError(f"image too small for {size_px} px: {rgb.width} x {rgb.height}")
-        rgb = resize_and_crop(rgb, size_px)
-    return encode_image(rgb, image_format)
+    return encode_image(rgb if size_px is None else resize_and_crop(rgb, size_px), image_format)
 
 
-__all__ = ["Deferred", "Example", "ShardRecipe", "prepared"]
+__all__ = ["MAX_ASPECT_OPTION", "Deferred", "Example", "ShardRecipe", "prepared"]

@@ -14,13 +14,9 @@ from pathlib import Path
 
 from raev2.errors import DataError
 from raev2.files.picture_folder import PictureFolder, scan_folder, text_of, told
+from raev2.files.splits import SPLIT_WORDS
 from raev2_data_recipes.pictures.layout import File, Layout, few, num_pictures, source_name
 
-SPLIT_WORDS = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 WHERE = "data image-folder: src"
 BESIDE = "picture beside the splits"
 

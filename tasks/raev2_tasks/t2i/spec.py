@@ -77,11 +77,50 @@ class CaptionSpec(Spec):
         description="probability of each kind (short, long, alt, prompt, ocr, template), renormalised over the kinds "
         "that an image has; empty: always the default caption",
     )
+    fields: dict[str, float] = Field(
+        default_factory=dict,
+        description="instead of mix: probability of each caption field ('txt', or a name in the json), in the order in "
+        "which they serve as the default caption",
+    )
     min_score: float | None = Field(None, description="leave out captions with a lower score, where they have one")
     score_temperature: float | None = Field(
         None, gt=0, description="inside a kind, weight exp(score / temperature); null: equal weights"
     )
     shorten_prob: float = Field(0.0, ge=0, le=1, description="share of captions cut to their first k sentences")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> CaptionSpec:
+        if self.mix and self.fields:
+            raise ValueError("give probabilities by kind (mix) or by field (fields), not both")
+        return self
+
+
+class SampleSpec(Spec):
+    """Which samples training leaves out, and when there are too many of them."""
+
+    min_side: float = Field(0.9, ge=0, description="least shorter side of a picture, as a share of the image size")
+    max_aspect: float = Field(2.5, ge=1, description="longest side of a picture over its shorter one")
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="training stops when more of the last 10,000 samples of a worker are unusable"
+    )
+
+
+class StreamSpec(Spec):
+    """Training shards that are read from front to back over the network; validation still reads `data.dir`."""
+
+    urls: tuple[str, ...] = Field(
+        min_length=1,
+        description="addresses at http(s):// or s3://, or paths; with braces: 'https://host/{000..127}.tar'",
+    )
+    num_samples: int = Field(gt=0, description="samples in all shards; says where a resumed run goes on")
+    licence: str = "unstated"
+    attribution: str = ""
+    kind: str = Field("alt", description="kind of captions whose files do not say it")
+    captions: str = Field("", description="txt and json fields with captions: recaption:long,caption:alt,txt")
+    shuffle_buffer: int = Field(10_000, gt=0, description="encoded samples that each worker mixes")
+    allow_pipe: bool = Field(
+        False, description="take addresses that begin with 'pipe:', which are commands of the shell"
+    )
 
 
 class TextToImageSpec(TaskSpec):
@@ -104,11 +143,15 @@ class TextToImageSpec(TaskSpec):
         default_factory=dict, description="share of each source in every batch; empty: by its number of images"
     )
     captions: CaptionSpec = Field(CaptionSpec(), description="which caption of an image is drawn")
+    stream: StreamSpec | None = Field(None, description="train on a stream of shards instead of `data.dir`")
+    samples: SampleSpec = Field(SampleSpec(), description="which samples are left out")
 
     @model_validator(mode="after")
     def _belongs_together(self) -> TextToImageSpec:
         if self.text_encoder.kind == SCRATCH:
             _refuse_changed(self, ("null", "adapter", "caption_cache"), "text_encoder.name=scratch")
+        if self.stream is not None and self.weights:
+            raise ValueError(f"weights has no effect with a stream; got weights={self.weights}")
         return self
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raev2.errors import SpecError
 from raev2.spec import RunSpec
 from raev2.task import EncodeImages, Evaluator, Task
 from raev2_tasks.t2i.recipes import RECIPES
-from raev2_tasks.t2i.spec import TextToImageSpec, task_spec
+from raev2_tasks.t2i.spec import StreamSpec, TextToImageSpec, task_spec
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from raev2.data import ImageDataset
     from raev2.model.condition import ConditionSpec
     from raev2_tasks.t2i.shards.reader import TextImageDataset
+    from raev2_tasks.t2i.text.captions import CaptionRule
 
 logger = logging.getLogger(__name__)
 NUM_DEFAULT_PROMPTS = 32
@@ -31,19 +33,24 @@ class TextToImage(Task):
     summary = "caption -> image (captioned shards, embedded scenes with exact scores)"
     spec_type = TextToImageSpec
 
-    def dataset(self, spec: RunSpec, split: str) -> TextImageDataset:
-        """Captioned images; every training batch holds each source in its exact share."""
+    def dataset(self, spec: RunSpec, split: str) -> ImageDataset:
+        """Captioned images; every training batch holds each source in its exact share, but for a stream."""
+        stream = task_spec(spec).stream
+        if split == "train" and stream is not None:
+            return _stream(spec, stream)
+        return self.captioned(spec, split)
+
+    def captioned(self, spec: RunSpec, split: str) -> TextImageDataset:
+        """A split of the dataset folder."""
         from raev2_tasks.t2i.shards.reader import TextImageDataset
-        from raev2_tasks.t2i.text.captions import CaptionRule
         from raev2_tasks.t2i.text.encoder import build_text_tokenizer
 
         task = task_spec(spec)
-        fields = task.captions.model_dump()
-        rule = CaptionRule(**{**fields, "mix": fields["mix"] or None})
         return TextImageDataset(
             spec.data.dir, split, spec.tokenizer.image_size, weights=task.weights or None,
-            batch_size=spec.generator_training.batch_size, caption_mix=rule,
+            batch_size=spec.generator_training.batch_size, caption_mix=_caption_rule(task),
             tokenize=build_text_tokenizer(task.text_encoder), seed=spec.seed, cache=spec.data.cache,
+            **task.samples.model_dump(),
         )  # fmt: skip
 
     def condition(self, spec: RunSpec, dataset: ImageDataset | None) -> ConditionSpec:
@@ -128,7 +135,7 @@ class TextToImage(Task):
         num = int(str(options["n"]))
         prompts = given_prompts(options)
         if not prompts:
-            val = self.dataset(spec, "val")
+            val = self.captioned(spec, "val")
             prompts = [val.caption(i * len(val) // num) for i in range(min(num, len(val)))]
         prompts = spread(prompts, num)
         return self.prompt_cond(spec, prompts), prompts
@@ -157,3 +164,33 @@ class TextToImage(Task):
         from raev2_tasks.t2i.bench import BENCHMARKS
 
         return BENCHMARKS
+
+
+def _caption_rule(task: TextToImageSpec) -> CaptionRule:
+    from raev2_tasks.t2i.text.captions import CaptionRule
+
+    fields = task.captions.model_dump()
+    return CaptionRule(**{**fields, "mix": fields["mix"] or None, "fields": fields["fields"] or None})
+
+
+def _stream(spec: RunSpec, stream: StreamSpec) -> ImageDataset:
+    """The training split of a run that streams it; SpecError for settings that read it by number."""
+    from raev2_tasks.t2i.shards.stream import StreamedDataset
+    from raev2_tasks.t2i.text.captions import caption_fields
+    from raev2_tasks.t2i.text.encoder import build_text_tokenizer
+
+    task = task_spec(spec)
+    for wrong, field, hint in (
+        (spec.tokenizer_from is None, "tokenizer_from", "Train the tokenizer on a folder, and name it here."),
+        (spec.generator_training.latent_cache, "generator_training.latent_cache", "Set it to false."),
+    ):
+        if wrong:
+            raise SpecError(f"spec.{field}", "does not go with task.stream, which cannot be read by number", hint=hint)
+    return StreamedDataset(
+        stream.urls, spec.tokenizer.image_size, num_samples=stream.num_samples,
+        batch_size=spec.generator_training.batch_size, licence=stream.licence, attribution=stream.attribution,
+        caption_mix=_caption_rule(task), caption_kind=stream.kind,
+        caption_fields=caption_fields(stream.captions, stream.kind), allow_pipe=stream.allow_pipe,
+        tokenize=build_text_tokenizer(task.text_encoder), seed=spec.seed, shuffle_buffer=stream.shuffle_buffer,
+        **task.samples.model_dump(),
+    )  # fmt: skip

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from raev2.errors import DataError
-from raev2_tasks.t2i.shards.files import MANIFEST, read_index, source_folders, source_manifest, verify_shards
-from raev2_tasks.t2i.shards.tar_scan import Problem, scan_shard
+from raev2_tasks.t2i.shards.files import (
+    MANIFEST,
+    manifest_rule,
+    read_index,
+    source_folders,
+    source_manifest,
+    verify_shards,
+)
+from raev2_tasks.t2i.shards.index import find_tars, in_processes, num_processes
+from raev2_tasks.t2i.shards.tar_scan import ANY, TRAINING_SHAPE, Problem, ScanRule, ShapeRule, scan_shard
 
-MAX_ASPECT = 2.5  # longer images are left out in training
 MAX_WORDS = 1000  # of a caption, above which the check mentions it
 MAX_DUPLICATES = 0.001  # share of images with equal bytes, above which the check mentions it
 
@@ -42,43 +48,52 @@ def caption_lengths(dir: str | Path, split: str) -> dict[str, CaptionLengths]:
     return found
 
 
-def check_shards(dir: str | Path, size_px: int = 0) -> dict[Path, list[Problem]]:
+def check_shards(dir: str | Path, shape: ShapeRule = TRAINING_SHAPE, num_workers: int = 1) -> dict[Path, list[Problem]]:
     """Decode everything and list what is wrong or odd, by tar. Reads every byte.
 
-    dir       a source, a collection, or any folder with tars
-    size_px   images with a shorter side are listed as too small
+    dir          a source, a collection, or any folder with tars
+    shape        pictures that a training with this rule leaves out are listed as wrong
+    num_workers  processes that read the tars; 0: as many as are worth it
     """
-    dir = Path(dir)
-    if (dir / MANIFEST).is_file():
-        verify_shards(dir)
-        folders = source_folders(dir).values()
-        shards = [(f, s) for f in folders for split in source_manifest(f)["splits"].values() for s in split["shards"]]
-        files = sorted({folder / shard["file"] for folder, shard in shards})
-    else:
-        files = sorted(dir.rglob("*.tar"))
-    if not files:
-        raise DataError(f"data {dir}", "no tar files here", expected="a dataset folder, or a folder with tars")
     found: dict[Path, list[Problem]] = {}
     images = Counter[bytes]()
-    for file in files:
-        scan = scan_shard(file, decode=True)
-        problems = [*scan.problems]
-        for key, row in zip(scan.keys, scan.rows, strict=True):
-            width, height, words = int(row["width_px"]), int(row["height_px"]), int(row["num_words"])
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                problems.append(Problem(key, "aspect", f"{width} x {height} px is left out in training", fatal=False))
-            if min(width, height) < size_px:
-                problems.append(Problem(key, "small", f"{width} x {height} px", fatal=False))
-            if words > MAX_WORDS:
-                problems.append(Problem(key, "long_caption", f"{words} words", fatal=False))
-        with file.open("rb") as data:
-            for row in scan.rows:
-                data.seek(int(row["image_offset"]))
-                images[hashlib.sha256(data.read(int(row["image_bytes"]))).digest()[:8]] += 1
+    rules = {file: replace(rule, shape=shape) for file, rule in _rules(Path(dir)).items()}
+    checks = in_processes(_check_tar, rules.items(), num_processes(rules) if num_workers == 0 else num_workers)
+    for file, (problems, digests) in zip(rules, checks, strict=True):
+        images.update(digests)
         if problems:
             found[file] = problems
     num_duplicates = images.total() - len(images)
     if num_duplicates > MAX_DUPLICATES * images.total():
         text = f"{num_duplicates:,} of {images.total():,} images occur before with equal bytes"
-        found.setdefault(files[-1], []).append(Problem("", "duplicates", text, fatal=False))
+        found.setdefault(file, []).append(Problem("", "duplicates", text, fatal=False))
     return found
+
+
+def _check_tar(item: tuple[Path, ScanRule]) -> tuple[list[Problem], list[bytes]]:
+    """What is wrong with a tar, and a hash of each usable picture."""
+    file, rule = item
+    scan = scan_shard(file, rule, decode=True)
+    problems = [*scan.problems]
+    for key, words in zip(scan.keys, scan.rows["num_words"], strict=True):
+        if words > MAX_WORDS:
+            problems.append(Problem(key, "long_caption", f"{words} words", fatal=False))
+    digests = []
+    with file.open("rb") as data:
+        for row in scan.rows:
+            data.seek(int(row["image_offset"]))
+            digests.append(hashlib.sha256(data.read(int(row["image_bytes"]))).digest()[:8])
+    return problems, digests
+
+
+def _rules(dir: Path) -> dict[Path, ScanRule]:
+    """The tars of a folder, each with how its samples are read; those of a dataset are verified first."""
+    if not (dir / MANIFEST).is_file():
+        return dict.fromkeys(find_tars(dir)[0], ANY)
+    verify_shards(dir)
+    rules: dict[Path, ScanRule] = {}
+    for folder in source_folders(dir).values():
+        manifest = source_manifest(folder)
+        names = {shard["file"] for entry in manifest["splits"].values() for shard in entry["shards"]}
+        rules |= {folder / name: manifest_rule(manifest) for name in sorted(names)}
+    return rules

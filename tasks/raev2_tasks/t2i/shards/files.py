@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -25,7 +26,7 @@ import tarfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -34,13 +35,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from raev2.errors import DataError, SpecError
+from raev2.errors import DataError
 from raev2.files.hashes import file_sha256
 from raev2.files.images import to_rgb
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
-from raev2_tasks.t2i.shards.pixels import KEPT_FORMATS, encode_image, read_sample_picture
-from raev2_tasks.t2i.shards.tar_scan import INDEX_ROW, Members, Scan, groups, read_sample, scan_shard
-from raev2_tasks.t2i.text.captions import KINDS, UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
+from raev2_tasks.t2i.shards.pixels import KEPT_FORMATS, encode_image, read_sample_picture, sample_picture_size
+from raev2_tasks.t2i.shards.tar_scan import (
+    ANY,
+    INDEX_ROW,
+    MAX_ASPECT,
+    TRAINING_SHAPE,
+    Members,
+    Scan,
+    ScanRule,
+    ShapeRule,
+    read_sample,
+    scan_shard,
+    tar_samples,
+)
+from raev2_tasks.t2i.text.captions import BadSample, Caption, json_fields
 
 logger = logging.getLogger(__name__)
 
@@ -120,20 +133,18 @@ def write_shards(
             scan = scan_shard(file)
             if scan.problems:
                 raise AssertionError(f"wrote a bad shard {file}: {scan.problems[0]}")
-            index = _write_index(file.with_suffix(".idx"), scan.rows)
-            shards.append(_shard_entry(out, file, index, len(scan.rows)))
+            index = write_index(file.with_suffix(".idx"), scan.rows)
+            shards.append(shard_entry(out, file, index, len(scan.rows)))
             progress.add(split, shards[-1], num_taken, scan)
         entries[split] = {"num_samples": sum(shard["num_samples"] for shard in shards), "shards": shards}
     rejects = progress.rejects
     if not entries.get("train", {}).get("num_samples"):
         hint = f"First of them: {rejects[0].strip()}" if rejects else ""
         raise DataError(f"data {source}", f"no training samples; {len(rejects)} rejected", hint=hint)
-    if rejects:
-        _write_text(out / REJECTS, "".join(rejects))
-    manifest = _write_manifest(
+    manifest = write_manifest(
         out, name=source, recipe=recipe, options=options, licence=licence, attribution=attribution,
-        sizes_px=progress.sizes_px, entries=entries, kinds=progress.kinds, num_rejected=len(rejects),
-        caption_kind=UNLABELLED_KIND,
+        sizes_px=progress.sizes_px, entries=entries, kinds=progress.kinds, rejects=rejects,
+        rule=ANY,
     )  # fmt: skip
     progress.file.unlink()
     return manifest
@@ -161,86 +172,8 @@ def write_collection(out: Path, names: Sequence[str], *, recipe: str, options: M
         "fingerprint": collection_fingerprint({name: source["fingerprint"] for name, source in sources.items()}),
         "rejected": sum(source["rejected"] for source in sources.values()),
     }
-    _write_text(out / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
-
-
-def index_shards(
-    folder: str | Path,
-    out: str | Path | None = None,
-    *,
-    source: str | None = None,
-    val_samples: int = 1000,
-    licence: str = "unstated",
-    attribution: str = "",
-    caption_kind: str = UNLABELLED_KIND,
-    recipe: str = "tar-shards",
-    options: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Make tar shards of other origin readable: an index beside each tar, or in `out`, and a manifest. No tar changes.
-
-    Every `.tar` below `folder` is taken, in sorted order. Tars with 'val' as a word of their path are the validation
-    split; where there are none, `val_samples` samples of the first tar are (`val_keys`).
-
-    caption_kind   kind of captions whose files do not say it
-    """
-    if caption_kind not in KINDS:
-        raise SpecError("kind", "unknown kind of caption", got=caption_kind, expected=f"one of {', '.join(KINDS)}")
-    folder = Path(folder)
-    out = folder if out is None else Path(out)
-    files = sorted(folder.rglob("*.tar"))
-    if not files:
-        raise DataError(f"data {folder}", "no tar files here", expected="uncompressed .tar shards")
-    val_files = {file for file in files if "val" in re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())}
-    entries: dict[str, Any] = {split: {"num_samples": 0, "shards": []} for split in ("train", "val")}
-    kinds: Counter[str] = Counter()
-    sizes_px: set[tuple[int, int]] = set()
-    rejects: list[str] = []
-    for file in files:
-        name = file.relative_to(folder)
-        scan = scan_shard(file, caption_kind)
-        rejects += [
-            _json_line({"path": f"{name}: {problem.key}", "reason": f"{problem.kind}: {problem.text}"})
-            for problem in scan.problems
-            if problem.fatal
-        ]
-        for problem in scan.problems:
-            if problem.kind == "bad_tar":
-                logger.warning("%s: %s: %s", file, problem.key, problem.text)
-        kinds += scan.caption_kinds
-        sizes_px |= {(int(row["width_px"]), int(row["height_px"])) for row in scan.rows}
-        held_out = val_keys(scan.keys, val_samples) if file == files[0] and not val_files else set()
-        in_val = np.array([file in val_files or key in held_out for key in scan.keys], dtype=bool)
-        digest = file_sha256(file)
-        for split, rows in (("train", scan.rows[~in_val]), ("val", scan.rows[in_val])):
-            if not len(rows):
-                continue
-            index = out / name.with_suffix(".idx" if split == "train" or val_files else ".val.idx")
-            index.parent.mkdir(parents=True, exist_ok=True)
-            entry = _shard_entry(out, file, _write_index(index, rows), len(rows), digest)
-            entries[split]["shards"].append(entry)
-            entries[split]["num_samples"] += len(rows)
-    if not entries["train"]["num_samples"]:
-        hint = f"First of them: {rejects[0].strip()}" if rejects else ""
-        raise DataError(f"data {folder}", f"no usable training samples; {len(rejects)} rejected", hint=hint)
-    if rejects:
-        _write_text(out / REJECTS, "".join(rejects))
-    return _write_manifest(
-        out, name=source or folder.resolve().name, recipe=recipe, options=options or {}, licence=licence,
-        attribution=attribution, sizes_px=sizes_px, entries=entries,
-        kinds=kinds, num_rejected=len(rejects), caption_kind=caption_kind,
-    )  # fmt: skip
-
-
-def val_keys(keys: Sequence[str], num: int) -> set[str]:
-    """Up to `num` keys of a tar for validation, at most a tenth of it (but up to 8), in the order of their hashes."""
-    most = max(len(keys) // 10, least_val(len(keys)))
-    return set(sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())[: min(num, most)])
-
-
-def least_val(num_samples: int) -> int:
-    """How many samples should validate at least: 8, or a quarter of very few. Fewer give no usable numbers."""
-    return min(8, num_samples // 4)
 
 
 def verify_shards(dir: str | Path) -> dict[str, Any]:
@@ -266,41 +199,48 @@ def verify_shards(dir: str | Path) -> dict[str, Any]:
         raise DataError(where, "changed after it was written", got=got, expected=manifest["fingerprint"], hint=rebuild)
     if "sources" in manifest:
         return manifest
+    _verify_files(dir, [shard for entry in manifest["splits"].values() for shard in entry["shards"]], rebuild)
     for entry in manifest["splits"].values():
         for shard in entry["shards"]:
-            for file, expected in ((shard["file"], shard["sha256"]), (shard["index"], shard["index_sha256"])):
-                if not (dir / file).is_file():
-                    raise DataError(f"data {dir / file}", "file is missing", hint=rebuild)
-                if (got := file_sha256(dir / file)) != expected:
-                    raise DataError(f"data {dir / file}", "SHA-256 differs", got=got, expected=expected, hint=rebuild)
             num_rows = (dir / shard["index"]).stat().st_size // INDEX_ROW.itemsize
             if num_rows != shard["num_samples"]:
                 raise DataError(
                     f"data {dir / shard['index']}", "wrong count", got=num_rows, expected=str(shard["num_samples"])
                 )
+    if num_long := sum(_num_long(dir, shard) for entry in manifest["splits"].values() for shard in entry["shards"]):
+        logger.warning(
+            "data %s: training leaves out %d samples with an aspect above %g; `raev2 t2i shards check` names them",
+            dir, num_long, MAX_ASPECT,
+        )  # fmt: skip
     return manifest
 
 
-def rewrite_shards(dir: str | Path, out: str | Path, *, per_shard: int = 5000) -> dict[str, Any]:
-    """Write the usable samples of a source folder as new shards; return their manifest. Nothing in `dir` changes."""
+def rewrite_shards(
+    dir: str | Path, out: str | Path, *, per_shard: int = 5000, shape: ShapeRule = TRAINING_SHAPE
+) -> dict[str, Any]:
+    """Write the usable samples of a source folder as new shards; return their manifest. Nothing in `dir` changes.
+
+    shape   leave out pictures that a training with this rule would leave out
+    """
     dir = Path(dir)
     manifest = source_manifest(dir)
+    rule = manifest_rule(manifest)
 
     def examples(shards: Sequence[Mapping[str, Any]]) -> Iterator[Deferred]:
         for shard in shards:
             offsets = set(read_index(dir, shard)["image_offset"].tolist())
             with (dir / shard["file"]).open("rb") as data:
-                for key, members in groups(data, []):
+                for key, members in tar_samples(data, []).items():
                     if any(offset in offsets for offset, _ in members.values()):
                         yield Deferred(f"{shard['file']}: {key}", partial(read, dir / shard["file"], key, members))
 
     def read(file: Path, key: str, members: Members) -> Example:
         with file.open("rb") as data:
             sample = read_sample(data, key, members)
-        fields = parse_json(sample.json)
+        shape.check(f"sample {key}", *sample_picture_size(sample.image, f"sample {key}"))
+        fields = json_fields(sample.json)
         extra = {name: value for name, value in fields.items() if name not in RESERVED}
-        captions = parse_captions(sample.text, sample.json, manifest["caption_kind"])
-        return Example(fields.get("source_id", key), sample.image, captions, extra)
+        return Example(str(fields.get("source_id", key)), sample.image, rule.captions(sample), extra)
 
     return write_shards(
         Path(out), Path(out).resolve().name, {split: examples(s["shards"]) for split, s in manifest["splits"].items()},
@@ -320,6 +260,13 @@ def source_manifest(dir: Path) -> dict[str, Any]:
     if "sources" in manifest:
         raise DataError(f"data {dir}", "a collection", expected=f"one of its sources: {', '.join(manifest['sources'])}")
     return manifest
+
+
+def manifest_rule(manifest: Mapping[str, Any]) -> ScanRule:
+    """How the samples of a source are read: what its manifest says."""
+    fields = [(name, kind) for name, kind in manifest.get("caption_fields", [])]
+    shape = manifest.get("shape") or {"least_px": (0, 0), "max_aspect": math.inf}
+    return ScanRule(manifest["caption_kind"], fields, ShapeRule(tuple(shape["least_px"]), shape["max_aspect"]))
 
 
 def source_folders(dir: str | Path) -> dict[str, Path]:
@@ -382,7 +329,7 @@ class _Progress:
         self._num_written_rejects = len(self.rejects)
         self.lines.append(json.loads(json.dumps(line)))
         with self.file.open("a", encoding="utf-8") as file:
-            file.write((_json_line(self.same) if len(self.lines) == 1 else "") + _json_line(line))
+            file.write((json_line(self.same) if len(self.lines) == 1 else "") + json_line(line))
             file.flush()
             os.fsync(file.fileno())
 
@@ -417,7 +364,7 @@ def _packed(
             yield future.result()
         except (DataError, OSError, ValueError) as error:
             kind = error.kind if isinstance(error, BadSample) else type(error).__name__
-            rejects.append(_json_line({"path": source, "reason": f"{kind}: {error}"}))
+            rejects.append(json_line({"path": source, "reason": f"{kind}: {error}"}))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
@@ -473,8 +420,8 @@ def _write_tar(file: Path, prefix: str, samples: Iterator[_Packed]) -> int:
                 key = f"{prefix}_{row:05d}"
                 members = {
                     sample.suffix: sample.image,
-                    "txt": sample.fields["captions"][0]["text"].encode(),
-                    "json": json.dumps({"key": key, **sample.fields}, ensure_ascii=False).encode(),
+                    "txt": sample.fields["captions"][0]["text"].encode(errors="replace"),
+                    "json": json.dumps({"key": key, **sample.fields}, ensure_ascii=False).encode(errors="replace"),
                 }
                 for suffix, data in sorted(members.items()):
                     info = tarfile.TarInfo(f"{key}.{suffix}")
@@ -486,14 +433,16 @@ def _write_tar(file: Path, prefix: str, samples: Iterator[_Packed]) -> int:
     return sample.place
 
 
-def _write_index(file: Path, rows: np.ndarray) -> Path:
+def write_index(file: Path, rows: np.ndarray) -> Path:
+    """Write index rows through a temporary file; return the file."""
     partial = file.with_name(file.name + ".tmp")
     partial.write_bytes(rows.tobytes())
     partial.rename(file)
     return file
 
 
-def _shard_entry(out: Path, file: Path, index: Path, num_samples: int, digest: str | None = None) -> dict[str, Any]:
+def shard_entry(out: Path, file: Path, index: Path, num_samples: int, digest: str | None = None) -> dict[str, Any]:
+    """What the manifest says about a tar and its index."""
     inside = file.is_relative_to(out)
     return {
         "file": str(file.relative_to(out) if inside else file.resolve()),
@@ -505,10 +454,18 @@ def _shard_entry(out: Path, file: Path, index: Path, num_samples: int, digest: s
     }
 
 
-def _write_manifest(
+def write_manifest(
     out: Path, *, name: str, recipe: str, options: Mapping[str, Any], licence: str, attribution: str,
-    sizes_px: set[tuple[int, int]], entries: dict[str, Any], kinds: Counter[str], num_rejected: int, caption_kind: str,
+    sizes_px: set[tuple[int, int]], entries: dict[str, Any], kinds: Counter[str], rejects: Sequence[str],
+    rule: ScanRule,
 ) -> dict[str, Any]:  # fmt: skip
+    """Write the manifest of a source folder and its list of rejects; return the manifest."""
+    if rejects:
+        write_text(out / REJECTS, "".join(rejects))
+    reasons = Counter(json.loads(line)["reason"].partition(":")[0] for line in rejects)
+    if reasons:
+        text = ", ".join(f"{kind} {count:,}" for kind, count in sorted(reasons.items()))
+        logger.info("left out, see %s: %s", REJECTS, text)
     manifest = {
         "format_version": FORMAT_VERSION,
         "format": FORMAT,
@@ -519,14 +476,40 @@ def _write_manifest(
         "attribution": attribution,
         "image_size_px": list(*sizes_px) if len(sizes_px) == 1 else None,
         "classes": [],
-        "caption_kind": caption_kind,
+        "caption_kind": rule.caption_kind,
+        "caption_fields": [list(field) for field in rule.caption_fields],
+        "shape": None if math.isinf(rule.shape.max_aspect) else asdict(rule.shape),
         "caption_kinds": dict(sorted(kinds.items())),
         "splits": entries,
         "fingerprint": _fingerprint(entries),
-        "rejected": num_rejected,
+        "rejected": len(rejects),
+        "rejected_kinds": dict(sorted(reasons.items())),
     }
-    _write_text(out / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
+
+
+def _verify_files(dir: Path, shards: Sequence[Mapping[str, Any]], hint: str) -> None:
+    """DataError for the first tar or index that is missing or has another SHA-256; hashed in several threads."""
+    expected = [(s["file"], s["sha256"]) for s in shards] + [(s["index"], s["index_sha256"]) for s in shards]
+    files = list(dict(expected))
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # hashing holds no lock of the interpreter
+    try:
+        found = pool.map(lambda name: file_sha256(dir / name) if (dir / name).is_file() else "", files)
+        digests = dict(zip(files, found, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for name, digest in expected:
+        if not digests[name]:
+            raise DataError(f"data {dir / name}", "file is missing", hint=hint)
+        if digests[name] != digest:
+            raise DataError(f"data {dir / name}", "SHA-256 differs", got=digests[name], expected=digest, hint=hint)
+
+
+def _num_long(dir: Path, shard: Mapping[str, Any]) -> int:
+    """Samples of a shard that are too long for training, by its index."""
+    sides = np.sort(np.stack([(rows := read_index(dir, shard))["width_px"], rows["height_px"]]).astype(int), axis=0)
+    return int((sides[1] > MAX_ASPECT * sides[0]).sum())
 
 
 def _fingerprint(splits: Mapping[str, Any]) -> str:
@@ -542,11 +525,13 @@ def _common(values: Sequence[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
 
 
-def _write_text(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write a text through a temporary file."""
     partial = file.with_name(file.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     partial.rename(file)
 
 
-def _json_line(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+def json_line(value: Mapping[str, Any]) -> str:
+    """A line of a JSON-lines file; bytes of names that are no UTF-8 become question marks."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode() + "\n"

@@ -29,10 +29,16 @@ from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError, SpecError
 from raev2.files.images import CENTRE_CROP, centre_crop
 from raev2.files.manifest import read_manifest
-from raev2_tasks.t2i.shards.check import MAX_ASPECT
-from raev2_tasks.t2i.shards.files import collection_fingerprint, read_index, source_folders, source_manifest
+from raev2_tasks.t2i.shards.files import (
+    collection_fingerprint,
+    manifest_rule,
+    read_index,
+    source_folders,
+    source_manifest,
+)
 from raev2_tasks.t2i.shards.pixels import read_sample_picture
-from raev2_tasks.t2i.text.captions import BadSample, Caption, CaptionRule, parse_captions, parse_json
+from raev2_tasks.t2i.shards.tar_scan import MAX_ASPECT, MIN_SIDE, ShapeRule
+from raev2_tasks.t2i.text.captions import BadSample, Caption, CaptionRule, json_fields, parse_captions
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +46,6 @@ Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 SHARDS_PER_GROUP = 16  # what is permuted together
 PREPARATION = f"upright RGB, transparency on white; {CENTRE_CROP}"  # by `decode_image`
-MIN_SIDE = 0.9  # an image whose short side is less than this share of the wanted size is not enlarged but skipped
 RETRY_AFTER_S = (0.5, 2.0, 8.0)
 MAX_OPEN_SHARDS = 64  # of a source: open tars, and indices in memory
 BAD_KINDS = ("bad_tar", "dotted_key", "bad_image", "bad_geometry", "bad_caption", "io_error", "converted")
@@ -62,6 +67,8 @@ class TextImageDataset(ImageDataset):
     tokenize       captions -> tensors with the batch as leading axis, right-padded to the longest; None: no conditions
     seed           of the choice of captions; the order has the seed that the training passes
     cache          keep decoded images in memory
+    min_side       images with a shorter side below this share of the image size are left out
+    max_aspect     images with a longer side than this many times the shorter one are left out
     max_bad_share  training ends with an error when more of the last 10,000 samples of a worker are unusable, or more
                    than half of a shard
     """
@@ -78,9 +85,12 @@ class TextImageDataset(ImageDataset):
         tokenize: Tokenize | None = None,
         seed: int = 0,
         cache: bool = False,
+        min_side: float = MIN_SIDE,
+        max_aspect: float = MAX_ASPECT,
         max_bad_share: float = 0.01,
     ) -> None:
         self.dir, self.split, self.image_size, self.seed = Path(dir), split, image_size, seed
+        self.shape = ShapeRule.of(image_size, min_side, max_aspect)
         self.tokenize = tokenize
         self.rule = caption_mix if isinstance(caption_mix, CaptionRule) else CaptionRule(caption_mix)
         self.manifest = read_manifest(self.dir)
@@ -114,7 +124,7 @@ class TextImageDataset(ImageDataset):
             return self._cache[index]
         source, position = self._locate(index)
         where = f"data {source.where(position)}"
-        pixels, converted = decode_image(source.read(position, "image"), self.image_size, where)
+        pixels, converted = decode_image(source.read(position, "image"), self.image_size, where, self.shape)
         if converted:
             self.bad.count("converted")
         if self._cache is not None:
@@ -140,14 +150,15 @@ class TextImageDataset(ImageDataset):
         text = source.read(position, "text") if row["text_bytes"] else None
         data = source.read(position, "json") if row["json_bytes"] else None
         try:
-            return parse_captions(text, data, source.manifest["caption_kind"])
+            kind = source.rule.caption_kind
+            return parse_captions(text, data, kind, self.rule.reading(source.rule.caption_fields, kind))
         except BadSample as error:
             raise BadSample(error.kind, f"data {source.where(position)}", str(error)) from error
 
     def fields(self, index: int) -> dict[str, Any]:
         """The json member of sample `index`; empty where there is none."""
         source, position = self._locate(index)
-        return parse_json(source.read(position, "json") if source.row(position)["json_bytes"] else None)
+        return json_fields(source.read(position, "json") if source.row(position)["json_bytes"] else None)
 
     def scene(self, index: int) -> dict[str, Any] | None:
         """Ground truth of a rendered picture (objects, boxes, colours), where the sample has it."""
@@ -254,6 +265,7 @@ class Source:
 
     def __init__(self, dir: Path, split: str, manifest: Mapping[str, Any], name: str) -> None:
         self.dir, self.split, self.manifest, self.name = dir, split, manifest, name
+        self.rule = manifest_rule(manifest)
         self.shards = manifest["splits"].get(split, {"shards": []})["shards"]
         self.ends = np.cumsum([shard["num_samples"] for shard in self.shards], dtype=np.int64)
         self._open()
@@ -428,26 +440,16 @@ class BadSamples:
             )  # fmt: skip
 
 
-def decode_image(data: bytes, size: tuple[int, int], where: str) -> tuple[Tensor, bool]:
+def decode_image(data: bytes, size: tuple[int, int], where: str, shape: ShapeRule) -> tuple[Tensor, bool]:
     """An image file as uint8 (3, H_px, W_px), resized and cropped to `size`; and whether it had to be made RGB.
 
-    BadSample for a damaged or truncated file (there is no switch to take what can be read of it), and for an image
-    that is much smaller than `size` (height, width) or too long.
+    BadSample for a damaged or truncated file (there is no switch to take what can be read of it), and for one that
+    `shape` leaves out.
     """
     picture = read_sample_picture(data, where)
-    _check_geometry(where, *picture.rgb.size, size)
+    shape.check(where, *picture.rgb.size)
     image = centre_crop(picture.rgb, size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), not picture.plain
-
-
-def _check_geometry(where: str, width: int, height: int, size: tuple[int, int]) -> None:
-    if height < MIN_SIDE * size[0] or width < MIN_SIDE * size[1]:
-        raise BadSample(
-            "bad_geometry", where, "image too small", got=f"{width} x {height} px",
-            hint=f"{size[1]} x {size[0]} px are wanted; larger ones are resized.",
-        )  # fmt: skip
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample("bad_geometry", where, "image too long for a centre crop", got=f"{width} x {height} px")
 
 
 def permutation(n: int, *parts: object) -> np.ndarray:

@@ -5,6 +5,7 @@ Works for any uncompressed tar of images and captions, ours or not. Read `scan_s
 
 from __future__ import annotations
 
+import math
 import os
 import tarfile
 from collections import Counter
@@ -16,10 +17,21 @@ from typing import IO
 import numpy as np
 
 from raev2_tasks.t2i.shards.pixels import sample_picture_size
-from raev2_tasks.t2i.text.captions import UNLABELLED_KIND, BadSample, Caption, parse_captions, parse_json
+from raev2_tasks.t2i.text.captions import (
+    TXT,
+    UNLABELLED_KIND,
+    BadSample,
+    Caption,
+    CaptionFields,
+    json_failure,
+    json_fields,
+    parse_captions,
+)
+from raev2_tasks.t2i.text.encodings import decode_text
 
 BLOCK = 512  # bytes; a tar ends with two blocks of zeros
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 INDEX_ROW = np.dtype(
     [
         ("image_offset", "<u8"), ("image_bytes", "<u4"),
@@ -31,6 +43,38 @@ INDEX_ROW = np.dtype(
     ]
 )  # fmt: skip
 HAS_SCENE = 1  # flag: the json member has a scene
+MIN_SIDE = 0.9  # a picture whose short side is less than this share of the wanted size is left out, not enlarged
+MAX_ASPECT = 2.5  # a longer picture is left out, not cropped
+
+
+@dataclass(frozen=True)
+class ShapeRule:
+    """Which pictures are used, by their size alone: one rule for index, check, rewrite and training.
+
+    least_px     height and width that a picture must have
+    max_aspect   longest side over shortest
+    """
+
+    least_px: tuple[float, float] = (0, 0)
+    max_aspect: float = MAX_ASPECT
+
+    @classmethod
+    def of(cls, size_px: tuple[int, int], min_side: float = MIN_SIDE, max_aspect: float = MAX_ASPECT) -> ShapeRule:
+        """The rule of a training on images of this height and width."""
+        return cls((min_side * size_px[0], min_side * size_px[1]), max_aspect)
+
+    def check(self, where: str, width: int, height: int) -> None:
+        """Raises BadSample for a picture that is left out."""
+        if height < self.least_px[0] or width < self.least_px[1]:
+            raise BadSample(
+                "bad_geometry", where, "image too small", got=f"{width} x {height} px",
+                hint=f"At least {self.least_px[1]:g} x {self.least_px[0]:g} px are wanted; larger ones are resized.",
+            )  # fmt: skip
+        if max(width, height) > self.max_aspect * min(width, height):
+            raise BadSample("bad_geometry", where, "image too long for a centre crop", got=f"{width} x {height} px")
+
+
+TRAINING_SHAPE = ShapeRule()  # of a training on images of any size
 
 
 @dataclass(frozen=True)
@@ -70,35 +114,85 @@ Members = Mapping[str, tuple[int, int]]
 """Files of a sample in a tar: suffix -> (offset, bytes)."""
 
 
-def scan_shard(file: Path, caption_kind: str = UNLABELLED_KIND, decode: bool = False) -> Scan:
-    """Find the samples of a tar by its headers, and everything that is wrong with it.
+@dataclass(frozen=True)
+class ScanRule:
+    """What makes a sample usable, and how its captions are read: of the manifest of a source.
 
-    Members are grouped as webdataset does it: neighbours whose names are equal up to the first dot of the last part.
+    caption_kind     kind of captions for which the files do not say it
+    caption_fields   which fields hold captions, see `parse_captions`
+    shape            which pictures are used
+    """
+
+    caption_kind: str = UNLABELLED_KIND
+    caption_fields: CaptionFields = ()
+    shape: ShapeRule = ShapeRule((0, 0), math.inf)
+
+    def captions(self, sample: TarSample) -> list[Caption]:
+        """Captions of a sample, the default one first. Raises BadSample."""
+        return parse_captions(sample.text, sample.json, self.caption_kind, self.caption_fields)
+
+
+ANY = ScanRule()
+
+
+def scan_shard(file: Path, rule: ScanRule = ANY, decode: bool = False) -> Scan:
+    """Find the samples of a tar by its headers, and everything that is wrong with it.
 
     decode   decode every image completely, instead of reading its size only
     """
-    rows, keys, kinds = [], [], Counter[str]()
+    rows, keys, kinds = list[tuple[int, ...]](), list[str](), Counter[str]()
     problems: list[Problem] = []
-    seen: set[str] = set()
-    previous = ""
     with file.open("rb") as data:
-        for key, members in groups(data, problems):
-            if key in seen:
-                problems.append(Problem(key, "duplicate_key", "the key occurs twice, or its files are not adjacent"))
-                continue
-            seen.add(key)
+        previous = ""
+        for key, members in tar_samples(data, problems).items():
             if key < previous:
                 problems.append(Problem(key, "unsorted", "keys are not in sorted order", fatal=False))
             previous = key
             try:
-                row, captions = _row(key, members, caption_kind, data, decode)
+                sample = read_sample(data, f"sample {key}", members)
+                captions = rule.captions(sample)
+                row = _row(sample, members, captions, rule, decode)
             except BadSample as error:
                 problems.append(Problem(key, error.kind, str(error)))
                 continue
             rows.append(row)
             keys.append(key)
             kinds.update(caption.kind for caption in captions)
+            problems += _doubts(key, sample, captions[0], rule)
     return Scan(np.array(rows, dtype=INDEX_ROW), keys, kinds, problems)
+
+
+def tar_samples(data: IO[bytes], problems: list[Problem]) -> dict[str, Members]:
+    """The samples of an open tar by key, in file order; each one that is left out gets a problem.
+
+    Members are grouped as webdataset does it: neighbours whose names are equal up to the first dot of the last part.
+    Of samples with one key the first is kept. A sample whose files lie apart is left out: other readers would take it
+    for two.
+    """
+    samples: dict[str, Members] = {}
+    apart: dict[str, str] = {}
+    for key, members in groups(data, problems):
+        known = samples.setdefault(key, members)
+        if known is members:
+            continue
+        if known.keys() & members.keys():
+            problems.append(Problem(key, "duplicate_key", "the key occurs twice; the first sample is kept"))
+        else:
+            apart[key] = ", ".join(members)
+    for doubled in [problem.key for problem in problems if problem.kind == "duplicate_member"]:
+        samples.pop(doubled, None)
+    for key, suffixes in apart.items():
+        text = f"the files of the sample are not adjacent: {suffixes} after files of other samples"
+        problems.append(Problem(key, "not_adjacent", f"{text}. Write the tar with its members sorted by name."))
+        samples.pop(key, None)
+    return samples
+
+
+def compression(file: Path) -> str:
+    """How a file is compressed, by its first bytes; '' for plain ones."""
+    with file.open("rb") as data:
+        head = data.read(6)
+    return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), "")
 
 
 def read_sample(data: IO[bytes], name: str, members: Members) -> TarSample:
@@ -123,14 +217,17 @@ def image_suffix(name: str, members: Members) -> str:
 def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, Members]]:
     """(key, {suffix: (offset, bytes)}) of neighbouring members with one key."""
     size = os.fstat(data.fileno()).st_size
-    key, members = "", dict[str, tuple[int, int]]()
+    key, members, ignored = "", dict[str, tuple[int, int]](), list[str]()
     try:
         tar = tarfile.open(fileobj=data, mode="r:")  # noqa: SIM115, closing it would close nothing of ours
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
             folder, _, base = member.name.rpartition("/")
             stem, _, suffix = base.partition(".")
+            if member.isdir():
+                continue
             if not member.isfile() or not stem:
+                ignored.append(member.name)
                 continue
             name, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
             if name != key:
@@ -138,7 +235,7 @@ def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, Memb
                     yield key, members
                 key, members = name, {}
             if suffix in members:
-                problems.append(Problem(key, "duplicate_key", f"two members {member.name}"))
+                problems.append(Problem(key, "duplicate_member", f"two members {member.name}"))
                 continue
             members[suffix] = member.offset_data, member.size
             if member.offset_data + member.size > size:
@@ -148,23 +245,33 @@ def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, Memb
             problems.append(Problem(key, "bad_tar", "no end mark: the file may have been cut after here", fatal=False))
     except (tarfile.TarError, OSError) as error:
         problems.append(Problem(key, "bad_tar", f"cannot be read on: {error}"))
+    if ignored:
+        text = f"{len(ignored)} links or hidden files, such as {ignored[0]}, are ignored"
+        problems.append(Problem("", "ignored", text, fatal=False))
     if members:
         yield key, members
 
 
-def _row(
-    key: str, members: Members, caption_kind: str, data: IO[bytes], decode: bool
-) -> tuple[tuple[int, ...], list[Caption]]:
-    """Index row and captions of a sample; BadSample when it cannot be used."""
-
-    sample = read_sample(data, f"sample {key}", members)
-    captions = parse_captions(sample.text, sample.json, caption_kind)
-    width, height = sample_picture_size(sample.image, f"sample {key}", decode)
+def _row(sample: TarSample, members: Members, captions: list[Caption], rule: ScanRule, decode: bool) -> tuple[int, ...]:
+    """Index row of a sample; BadSample when it cannot be used."""
+    width, height = sample_picture_size(sample.image, sample.name, decode)
     limit = 2**16 - 1  # of the two-byte fields
     if max(width, height) > limit:
-        raise BadSample("bad_geometry", f"sample {key}", "image too large", got=f"{width} x {height} px")
+        raise BadSample("bad_geometry", sample.name, "image too large", got=f"{width} x {height} px")
+    rule.shape.check(sample.name, width, height)
     places = [
         place for suffix in (image_suffix(sample.name, members), "txt", "json") for place in members.get(suffix, (0, 0))
     ]
-    flags = HAS_SCENE if parse_json(sample.json).get("scene") else 0
-    return (*places, width, height, min(len(captions), 255), min(captions[0].num_words, limit), flags), captions
+    flags = HAS_SCENE if json_fields(sample.json).get("scene") else 0
+    return (*places, width, height, min(len(captions), 255), min(captions[0].num_words, limit), flags)
+
+
+def _doubts(key: str, sample: TarSample, default: Caption, rule: ScanRule) -> Iterator[Problem]:
+    """What should be looked at in a sample that can be used."""
+    if default.field != TXT:
+        return
+    encoding = decode_text(sample.text or b"")[1]
+    if not encoding.startswith("utf-8"):
+        yield Problem(key, "encoding", f"the txt is not UTF-8, it is read as {encoding}", fatal=False)
+    if failure := json_failure(sample.json, rule.caption_kind, rule.caption_fields):
+        yield Problem(key, "json_unused", f"the txt serves: {failure}", fatal=False)

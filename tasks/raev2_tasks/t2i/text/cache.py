@@ -30,6 +30,7 @@ from raev2_tasks.t2i.text.encoder import ENCODE_ROWS, FrozenTextEncoder, TextTok
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
+CHUNK = 16 * (ENCODE_ROWS - 1)  # captions that are encoded together
 NUMBER_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 
 
@@ -130,8 +131,8 @@ def write_cache(
     keys = list(distinct)
     keys.sort(key=lambda key: len(distinct[key]))  # rows of one forward are about as long as each other
     with (partial / "rows.bin").open("wb") as rows, (partial / "scales.bin").open("wb") as scales:
-        for start in range(0, len(keys), ENCODE_ROWS):
-            chunk = [distinct[key] for key in keys[start : start + ENCODE_ROWS]]
+        for start in range(0, len(keys), CHUNK):
+            chunk = [distinct[key] for key in keys[start : start + CHUNK]]
             ids = torch.nn.utils.rnn.pad_sequence(
                 [torch.tensor(row) for row in chunk], batch_first=True, padding_value=encoder.tokenizer.pad_id
             )

@@ -8,7 +8,9 @@ is trained with the generator is not here, that is `condition.py`.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -30,7 +32,8 @@ WHERE = "spec.task.text_encoder"
 CAPTION_MODEL = Path(__file__).parent / "assets" / "captions.model"
 VOCAB_SIZE = 2048  # pieces of that model
 HASH_WIDTH, HASH_WORDS = 256, 1 << 15
-ENCODE_ROWS = 64  # captions in one forward of a frozen encoder
+ENCODE_ROWS = 16  # of every forward of a frozen encoder, see `FrozenTextEncoder.forward`
+ENCODE_LENGTHS = (16, 32, 64, 96, 128, 192, 256)  # longer ones: multiples of 128
 WARN_SHARE, WARN_AFTER = 0.02, 1_000  # cut captions that are worth a warning, and when to look
 
 
@@ -73,6 +76,13 @@ def _known() -> list[KnownEncoder]:
         KnownEncoder("Qwen/Qwen3-1.7B", "Qwen 3", 2048, 0, "1.7 B", "Apache-2.0"),
         KnownEncoder("Qwen/Qwen3-4B", "Qwen 3", 2560, 0, "4.0 B", "Apache-2.0"),
         KnownEncoder("Qwen/Qwen2.5-1.5B", "Qwen 2.5", 1536, 0, "1.5 B", "Apache-2.0"),
+        *(
+            KnownEncoder(f"google/t5gemma-2-{s}", "T5Gemma 2", width, 1, "", gemma, True)
+            for s, width in [("270m-270m", 640), ("1b-1b", 1152), ("4b-4b", 2560)]
+        ),
+        KnownEncoder("google/gemma-3-4b-pt", "Gemma 3", 2560, 1, "3.9 B", gemma, True),
+        KnownEncoder("google/siglip2-base-patch16-256", "SigLIP 2", 768, 1, "282 M", "Apache-2.0"),
+        KnownEncoder("google/siglip2-large-patch16-256", "SigLIP 2", 1024, 1, "565 M", "Apache-2.0"),
         KnownEncoder("openai/clip-vit-large-patch14", "CLIP", 768, 2, "123 M", "MIT"),
         KnownEncoder("sentence-transformers/all-MiniLM-L6-v2", "BERT", 384, 2, "23 M", "Apache-2.0"),
         KnownEncoder("google-bert/bert-base-uncased", "BERT", 768, 2, "110 M", "Apache-2.0"),
@@ -82,14 +92,19 @@ def _known() -> list[KnownEncoder]:
 KNOWN_ENCODERS = {encoder.hub_id: encoder for encoder in _known()}
 
 # Checkpoints that hold more than a text encoder: the class that reads its part alone. The others are read by AutoModel,
-# which has no language model head. (A head at 128 x 256 tokens would need 20 GB for logits that nobody looks at.)
+# which has no language model head. (A head at 128 x 256 tokens would need 20 GB for logits that nobody looks at.) Of
+# models of text and images, known by their `text_config`, AutoModel reads the text part.
 ENCODER_CLASSES = {
     "t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel",
     "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel",
+    "siglip": "SiglipTextModel", "siglip_text_model": "SiglipTextModel",
+    "siglip2": "Siglip2TextModel", "siglip2_text_model": "Siglip2TextModel",
 }  # fmt: skip
-TOKENIZER_FILES = (
-    "tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt"
-)  # fmt: skip
+PADDED_FAMILIES = ("siglip_text_model", "siglip2_text_model")  # trained on texts padded to their full length, no mask
+TEXT_PART = r"^(?:model\.)?(?:language_model\.(?:model\.)?|encoder\.(?:text_model\.)?)"  # of weights, before their name
+PIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES = ("tokenizer.json", *PIECE_FILES, "vocab.json", "vocab.txt")
+PIECE_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module, for such files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,20 +273,46 @@ class FrozenTextEncoder(nn.Module, ABC):
     ) -> Float[Tensor, "B M D"]:
         """Outputs in float32, exactly 0 where there is no token. The encoder never sees a row without tokens.
 
+        They are a function of the caption alone, not of its neighbours, also in bfloat16: a caption is always encoded
+        in a batch of `ENCODE_ROWS` rows, padded to a length that depends on its own, with a mask. In other shapes the
+        same sums are rounded differently (up to 1e-2 of the features).
+
         prefix   put the instruction of the spec in front; not for the empty prompt
         """
         out = torch.zeros(*token_ids.shape, self.width, device=token_ids.device)
-        rows = token_mask.any(1).nonzero()[:, 0]
-        for chunk in rows.split(ENCODE_ROWS) if len(rows) else ():
-            found = self.outputs(token_ids[chunk], token_mask[chunk], prefix=prefix).float()
-            out[chunk] = found.masked_fill(~token_mask[chunk][..., None], 0)
+        used = token_mask.sum(1).tolist()
+        lengths = [self.encode_length(num) if num else 0 for num in used]
+        for length in sorted(set(lengths) - {0}):
+            rows = torch.tensor([row for row, its in enumerate(lengths) if its == length], device=token_ids.device)
+            num = min(length, token_ids.shape[1])
+            for chunk in rows.split(ENCODE_ROWS - 1):  # at least one row is a filler, so that there always is a mask
+                ids, mask = (
+                    _filled(value[chunk, :num], length, fill)
+                    for value, fill in ((token_ids, self.tokenizer.pad_id), (token_mask, False))
+                )
+                found = self.outputs(ids, mask, prefix=prefix)[: len(chunk), :num].float()
+                out[chunk, :num] = found.masked_fill(~mask[: len(chunk), :num, None], 0)
         return out
+
+    def encode_length(self, num_tokens: int) -> int:
+        """To which length a caption of so many tokens is padded."""
+        long = -(-num_tokens // 128) * 128
+        length = next((length for length in ENCODE_LENGTHS if num_tokens <= length), long)
+        return max(num_tokens, min(length, self.tokenizer.max_tokens))
 
     def null_tokens(self) -> Float[Tensor, "M D"]:
         """Outputs of the empty prompt, one row a token; no row for a tokenizer that gives it none."""
         raw = self.tokenizer([""])
         device = next(iter(self.state_dict().values())).device
         return self(raw["token_ids"].to(device), raw["token_mask"].to(device), prefix=False)[0]
+
+
+def _filled(values: Tensor, length: int, fill: int | bool) -> Tensor:
+    """(B, M) -> (ENCODE_ROWS, length): columns of `fill`, and rows of which only the first token is there."""
+    padded = nn.functional.pad(values, (0, length - values.shape[1]), value=fill)
+    filler = torch.full_like(padded[:1], fill)
+    filler[:, 0] = padded[0, 0]
+    return torch.cat([padded, filler.expand(ENCODE_ROWS - len(padded), -1)])
 
 
 class HashEncoder(FrozenTextEncoder):
@@ -302,7 +343,11 @@ class HubEncoder(FrozenTextEncoder):
         super().__init__()
         self.spec, self.tokenizer = spec, HubTokenizer(spec)
         self.model = _load_model(spec)
-        self.width = _width(self.model.config)
+        config: Any = self.model.config
+        self.width = _width(config)
+        self.full_length: int | None = None
+        if config.model_type in PADDED_FAMILIES:
+            self.full_length = config.max_position_embeddings
         self.layer = None if spec.hidden == "last_norm" else int(spec.hidden.removeprefix("layer:"))
         depth = _depth(self.model.config)
         if self.layer is not None and self.layer >= depth - 1:
@@ -324,10 +369,15 @@ class HubEncoder(FrozenTextEncoder):
             token_ids = torch.cat([token_ids[:, :lead], shown, token_ids[:, lead:]], dim=1)
             token_mask = torch.cat([token_mask[:, :lead], shown == shown, token_mask[:, lead:]], dim=1)
         device = token_ids.device
-        with torch.autocast(device.type, enabled=False):
-            found = self.model(
-                input_ids=token_ids, attention_mask=token_mask.long(), output_hidden_states=self.layer is not None
+        mask: Tensor | None = token_mask.long()
+        if self.full_length is not None:
+            token_ids = token_ids.masked_fill(~token_mask, self.tokenizer.pad_id)
+            token_ids = nn.functional.pad(
+                token_ids, (0, self.full_length - token_ids.shape[1]), value=self.tokenizer.pad_id
             )
+            mask = None
+        with torch.autocast(device.type, enabled=False):
+            found = self.model(input_ids=token_ids, attention_mask=mask, output_hidden_states=self.layer is not None)
         hidden = found.last_hidden_state if self.layer is None else found.hidden_states[self.layer + 1]
         return torch.cat([hidden[:, :lead], hidden[:, lead + len(extra) :]], dim=1)
 
@@ -401,14 +451,18 @@ def _load_tokenizer(spec: TextEncoderSpec) -> Any:
             f"{WHERE}.name", f"{folder} has no tokenizer files", expected=f"one of {', '.join(TOKENIZER_FILES)}",
             hint="Copy them from the model's page.",
         )  # fmt: skip
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file() and (missing := _missing_piece_packages()):
+        raise _needs(spec, missing[0], f"reading {next(f for f in TOKENIZER_FILES if (folder / f).is_file())}")
     try:
         return AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
     except Exception as error:
+        missing = _missing_piece_packages()
+        if missing and any(word in str(error) for word in ("tiktoken", "SentencePiece", *PIECE_PACKAGES)):
+            raise _needs(spec, missing[0], "its tokenizer") from error  # transformers may name tiktoken instead
         raise _unreachable(spec, error, "its tokenizer cannot be loaded") from error
 
 
 def _load_model(spec: TextEncoderSpec) -> nn.Module:
-    import transformers
 
     config = _load_config(spec)
     if spec.dtype == "fp16" and config.model_type in ("t5", "mt5", "umt5"):
@@ -416,17 +470,45 @@ def _load_model(spec: TextEncoderSpec) -> nn.Module:
             f"{WHERE}.dtype", "T5 overflows in float16", got="fp16", expected="bf16 or fp32", hint="Use bf16."
         )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[spec.dtype]
-    class_ = getattr(transformers, ENCODER_CLASSES.get(config.model_type, "AutoModel"))
-    extra = {"config": _encoder_only(config)} if config.model_type == "t5gemma" else {}
+    class_, extra = _text_class(spec, config)
     reports = logging.getLogger("transformers")
     level = reports.level
     reports.setLevel(logging.ERROR)  # it lists every weight of the head and the decoder that are left out on purpose
     try:
-        return class_.from_pretrained(**_resolve(spec), dtype=dtype, trust_remote_code=False, **extra)
+        model, report = class_.from_pretrained(
+            **_resolve(spec), dtype=dtype, trust_remote_code=False, output_loading_info=True, **extra
+        )
     except Exception as error:
         raise _unreachable(spec, error) from error
     finally:
         reports.setLevel(level)
+    if absent := sorted(name for name in report["missing_keys"] if not name.startswith("pooler")):
+        raise SpecError(
+            f"{WHERE}.name", "its files lack weights of the text encoder", got=f"{len(absent)}, first {absent[0]}",
+            expected=f"all weights of {type(model).__name__}", hint="Download them again.",
+        )  # fmt: skip
+    return model
+
+
+def _text_class(spec: TextEncoderSpec, config: Any) -> tuple[Any, dict[str, Any]]:
+    """The class that reads the text encoder of a checkpoint alone, and what it must be told."""
+    import transformers
+
+    if config.model_type == "t5gemma2":
+        try:
+            from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextEncoder
+        except ImportError as error:
+            raise _unreachable(spec, error) from error
+        encoder = config.encoder
+        return T5Gemma2TextEncoder, {
+            "config": encoder.text_config, "key_mapping": {TEXT_PART: ""}, "eoi_token_index": encoder.eoi_token_index
+        }  # fmt: skip
+    if config.model_type in ENCODER_CLASSES:
+        extra = {"config": _encoder_only(config)} if config.model_type == "t5gemma" else {}
+        return getattr(transformers, ENCODER_CLASSES[config.model_type]), extra
+    if getattr(config, "text_config", None) is not None:
+        return transformers.AutoModel, {"config": config.text_config, "key_mapping": {TEXT_PART: ""}}
+    return transformers.AutoModel, {}
 
 
 def _encoder_only(config: Any) -> Any:
@@ -436,12 +518,17 @@ def _encoder_only(config: Any) -> Any:
 
 def _text_config(spec: TextEncoderSpec) -> Any:
     """The part of a configuration that describes the text encoder."""
-    config = _load_config(spec)
-    return getattr(config, "text_config", None) or getattr(config, "encoder", None) or config
+    return _text_part(_load_config(spec))
+
+
+def _text_part(config: Any) -> Any:
+    while (inner := getattr(config, "text_config", None) or getattr(config, "encoder", None)) is not None:
+        config = inner
+    return config
 
 
 def _width(config: Any) -> int:
-    config = getattr(config, "text_config", None) or getattr(config, "encoder", None) or config
+    config = _text_part(config)
     width = getattr(config, "hidden_size", None)
     if width is None:
         raise SpecError(f"{WHERE}.name", "not a text encoder, its configuration has no hidden_size",
@@ -450,8 +537,32 @@ def _width(config: Any) -> int:
 
 
 def _depth(config: Any) -> int:
-    config = getattr(config, "text_config", None) or getattr(config, "encoder", None) or config
-    return int(config.num_hidden_layers)
+    return int(_text_part(config).num_hidden_layers)
+
+
+def _missing_piece_packages() -> list[str]:
+    """Packages for sentencepiece files that are not installed."""
+    return [package for package, module in PIECE_PACKAGES.items() if not _installed(module)]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it lies in is missing
+        return False
+
+
+def _named_package(text: str) -> str:
+    """The package in an ImportError of transformers, which says `pip install NAME` or 'the NAME library'."""
+    found = re.search(r"pip install (?:-U )?`?([\w-]+)|the ([\w-]+) library", text)
+    return next((name.lower() for name in found.groups() if name), text) if found else text[:100]
+
+
+def _needs(spec: TextEncoderSpec, package: str, what: str) -> SpecError:
+    return SpecError(
+        f"{WHERE}.name", f"{what} needs the package {package}, which is not installed", got=spec.name,
+        hint=f"Run `pip install {package}`, or `pip install 'raev2[t2i]'` for all that text encoders need.",
+    )  # fmt: skip
 
 
 def _unknown(name: str, what: str) -> SpecError:
@@ -466,6 +577,9 @@ def _unknown(name: str, what: str) -> SpecError:
 
 
 def _unreachable(spec: TextEncoderSpec, error: Exception, what: str = "cannot be loaded") -> SpecError:
+    if isinstance(error, ImportError):
+        package = (error.name or "").partition(".")[0] or _named_package(str(error))
+        return _needs(spec, package, "it")
     known = KNOWN_ENCODERS.get(spec.name)
     if Path(spec.name).expanduser().is_dir():
         return SpecError(f"{WHERE}.name", what, got=f"{spec.name} ({type(error).__name__}: {str(error)[:200]})")
