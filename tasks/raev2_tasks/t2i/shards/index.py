@@ -156,7 +156,7 @@ def find_tars(folder: Path, skip: str = "") -> tuple[list[Path], str]:
         raise DataError(
             f"data {folder}", "compressed tars cannot be read at a position",
             got=f"{len(compressed)} of {len(tars)}, first {file.relative_to(folder)} ({how})", expected="plain tars",
-            hint=f"Unpack each: {_unpack(file, how)}; or leave them out with the option skip.",
+            hint=f"Unpack each and move it away: {_unpack(file, how)}; or leave them out with the option skip.",
         )  # fmt: skip
     what = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
     return sorted(tars), f"Other files, not read: {what}." if what else ""
