@@ -9,24 +9,27 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from raev2.batch import Cond, MetricResult
 from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float, to_uint8
-from raev2.errors import CheckpointError, DataError, SpecError
+from raev2.errors import CheckpointError, DataError, FileError, SpecError
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.protocols import run_protocol
 from raev2.files.artefact import load_artefact, write_json
 from raev2.files.grid import save_grid, save_pairs
 from raev2.files.images import centre_crop, opened_image
 from raev2.files.manifest import read_manifest
+from raev2.files.replace import RECONSTRUCTIONS, SAMPLES, new_folder
 from raev2.guidance import Guidance
 from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
@@ -214,20 +217,20 @@ def sample_run(
     raw, captions = trained.task.sample_cond(spec, trained.task.dataset(spec, "train"), options)
     num = len(captions)
     images = image_sampler(trained, sampling, seed)(raw, range(num))
-    out.mkdir(parents=True, exist_ok=True)
-    for index, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        Image.fromarray(pixels).save(out / f"{index:05d}.png")
-    save_grid(images, out / "grid.png", captions=captions)
-    write_json(
-        out / "plan.json",
-        {
-            "run": str(run_dir),
-            "seed": seed,
-            "captions": captions,
-            "sampling": sampling.model_dump(mode="json"),
-            "time_shift": generator.time_shift,
-        },
-    )
+    with new_folder(out, SAMPLES) as folder:
+        for index, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+            Image.fromarray(pixels).save(folder / f"{index:05d}.png")
+        save_grid(images, folder / "grid.png", captions=captions)
+        write_json(
+            folder / "plan.json",
+            {
+                "run": str(run_dir),
+                "seed": seed,
+                "captions": captions,
+                "sampling": sampling.model_dump(mode="json"),
+                "time_shift": generator.time_shift,
+            },
+        )
     return out
 
 
@@ -347,7 +350,7 @@ class Reconstruction:
 def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Reconstruction]:
     """Encode and decode image files with the tokenizer in `source` (run folder, artefact folder or hub id).
 
-    Writes one PNG per image and `grid.png`, originals above their reconstructions.
+    Writes one PNG per image, `grid.png`, originals above their reconstructions, and the numbers as `table.json`.
     """
     device = make_accelerator("fp32").device
     rae = _load_tokenizer(source).to(device)
@@ -356,17 +359,19 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     distance = build_pair_distance(name, device)
     rows: list[Reconstruction] = []
     pairs: list[Tensor] = []
-    for file in files:
-        original = read_image(file, rae.spec.image_size)[None]
-        decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
-        numbers = {"psnr": psnr(decoded, original), "ssim": ssim(decoded, original)}
-        numbers["distance"] = distance(decoded, original)
-        out.mkdir(parents=True, exist_ok=True)
-        rows.append(Reconstruction(str(file), distance_name=name, **{key: float(v) for key, v in numbers.items()}))
-        Image.fromarray(decoded[0].permute(1, 2, 0).numpy()).save(out / f"{len(rows) - 1:05d}-{file.stem}.png")
-        pairs.append(torch.cat([original, decoded]))
-    originals, decodeds = torch.stack(pairs[:64]).unbind(1)
-    save_pairs(originals, decodeds, out / "grid.png")
+    with new_folder(out, RECONSTRUCTIONS) as folder:
+        for file in files:
+            original = read_image(file, rae.spec.image_size)[None]
+            decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
+            numbers = {"psnr": psnr(decoded, original), "ssim": ssim(decoded, original)}
+            numbers["distance"] = distance(decoded, original)
+            rows.append(Reconstruction(str(file), distance_name=name, **{key: float(v) for key, v in numbers.items()}))
+            image = Image.fromarray(decoded[0].permute(1, 2, 0).numpy())
+            image.save(folder / f"{len(rows) - 1:05d}-{file.stem}.png")
+            pairs.append(torch.cat([original, decoded]))
+        originals, decodeds = torch.stack(pairs[:64]).unbind(1)
+        save_pairs(originals, decodeds, folder / "grid.png")
+        write_json(folder / "table.json", {"format_version": 1, "rows": [asdict(row) for row in rows]})
     return rows
 
 
@@ -397,26 +402,50 @@ def read_image(file: Path, size: tuple[int, int]) -> Tensor:
 # Latents
 
 
-def write_latent_stats(source: str, data_dir: Path, split: str, out: Path) -> Path:
+def write_latent_stats(source: str, data_dir: Path, split: str, out: Path, overwrite: bool = False) -> Path:
     """Latent statistics of a split by a trained tokenizer, as safetensors (mean, var) with their identity."""
+    _refuse_file(out, overwrite)
     rae, dataset = _tokenizer_and_data(source, data_dir, split)
     if not isinstance(rae, RAE):
         raise SpecError("raev2 latents stats", "this tokenizer is normalised by its own configuration", got=source)
     stats = measure_stats(rae, dataset, rae.stats_mean.device)
     identity = {"num_images": stats.num_images, "encoder": dict(stats.encoder), "data": stats.data}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"mean": stats.mean, "var": stats.var}, out, metadata={"stats": json.dumps(identity)})
-    return out
+    return _save_tensors(out, {"mean": stats.mean, "var": stats.var}, "stats", identity)
 
 
-def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
+def write_latents(source: str, data_dir: Path, split: str, out: Path, overwrite: bool = False) -> Path:
     """Normalised latents (S, C, H, W) of a split, in index order, as one safetensors file in float16."""
+    _refuse_file(out, overwrite)
     rae, dataset = _tokenizer_and_data(source, data_dir, split)
     device = make_accelerator("fp32").device
     parts = [rae.encode(to_float(batch.images.to(device))).half().cpu() for batch in ordered_batches(dataset, 64)]
     identity = {"encoder": rae.fingerprint(), "data": dataset.fingerprint, "split": split}
+    return _save_tensors(out, {"latents": torch.cat(parts).contiguous()}, "latents", identity)
+
+
+def _refuse_file(out: Path, overwrite: bool) -> None:
+    """The file to write must be absent, or with `overwrite` one of latents or statistics."""
+    if out.exists() and not overwrite:
+        raise SpecError("--out", "exists already", got=str(out), hint="Choose another file, or add --overwrite.")
+    try:
+        known = not out.exists() or {"stats", "latents"} & (safe_open(out, "pt").metadata() or {}).keys()
+    except (OSError, SafetensorError):
+        known = False
+    if not known:
+        raise FileError(str(out), "exists and is not replaced", expected="latents or statistics of raev2")
+
+
+def _save_tensors(out: Path, tensors: Mapping[str, Tensor], kind: str, identity: Mapping[str, object]) -> Path:
+    """Write a file whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": torch.cat(parts).contiguous()}, out, metadata={"latents": json.dumps(identity)})
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        save_file(dict(tensors), partial, metadata={kind: json.dumps(identity)})
+        os.replace(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise FileError(str(out), "could not be saved", got=str(error), hint="Free some space.") from error
+    finally:
+        partial.unlink(missing_ok=True)
     return out
 
 

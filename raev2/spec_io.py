@@ -96,6 +96,12 @@ def spec_differences(old: RunSpec, new: RunSpec) -> list[str]:
     ]
 
 
+def spec_values(spec: RunSpec) -> list[str]:
+    """Every text in a spec; those that are paths are what the run reads."""
+    leaves = [value for _, value in _leaves(spec_to_dict(spec))]
+    return [str(text) for value in leaves for text in (value if isinstance(value, list) else [value])]
+
+
 def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:
     """Apply `path.to.field=value` settings; values are YAML. Setting a `kind` starts that choice from its defaults."""
     return spec_from_dict(override_values(spec_to_dict(spec), overrides))

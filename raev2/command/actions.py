@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from raev2.errors import RaeError, SpecError, did_you_mean
 from raev2.files.manifest import read_manifest, verify_dataset
+from raev2.files.replace import ARTEFACT, EXPORT, Kind, check_replaceable
 from raev2.spec import RunSpec
 from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
 from raev2.task import (
@@ -125,7 +126,7 @@ def latents(options: Namespace) -> int:
     from raev2 import pipeline
 
     write = {"stats": pipeline.write_latent_stats, "build": pipeline.write_latents}[options.action]
-    print(write(options.run, Path(options.data), options.split, Path(options.out)))
+    print(write(options.run, Path(options.data), options.split, Path(options.out), options.overwrite))
     return OK
 
 
@@ -150,7 +151,7 @@ def import_(options: Namespace) -> int:
     """`raev2 import`."""
     from raev2.command.convert_actions import import_weights
 
-    _refuse_existing(Path(options.out), options.overwrite)
+    _refuse_existing(options, Path(options.out), ARTEFACT)
     _print_table(("what", "value"), import_weights(options))
     return OK
 
@@ -159,7 +160,7 @@ def export(options: Namespace) -> int:
     """`raev2 export`."""
     from raev2.command.convert_actions import export_weights
 
-    _refuse_existing(Path(options.out), options.overwrite)
+    _refuse_existing(options, Path(options.out), EXPORT)
     _print_table(("what", "where"), export_weights(options))
     return OK
 
@@ -253,9 +254,11 @@ def _print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> 
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise SpecError("--out", "exists already", got=str(out), hint="Choose another folder, or add --overwrite.")
+def _refuse_existing(options: Namespace, out: Path, kind: Kind) -> None:
+    """The folder to write must be free, or with --overwrite ours and without what the command reads."""
+    given = [value for name, value in vars(options).items() if name != "out"]
+    needed = [text for value in given for text in (value if isinstance(value, list) else [value])]
+    check_replaceable(out, kind, options.overwrite, needed)
 
 
 def _missing_of_extras() -> dict[str, list[str]]:

@@ -114,6 +114,7 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     latents.add_argument("--data", required=True, metavar="DIR", help="dataset folder")
     latents.add_argument("--split", default="train")
     latents.add_argument("--out", required=True, metavar="FILE")
+    latents.add_argument("--overwrite", action="store_true", help="replace a file of latents or statistics")
 
     analyse = command("analyse", "an analysis of the papers: writes a table (JSON, Markdown) and a plot (SVG)")
     analyse.add_argument(
@@ -314,13 +315,14 @@ def sample(options: Namespace) -> int:
     """`raev2 sample`."""
     from raev2 import pipeline
     from raev2.command import actions
+    from raev2.files.replace import SAMPLES
     from raev2.spec_io import load_spec
 
     _check_positive("--n", options.n)
     _check_positive("--steps", options.steps)
     run_dir = pipeline.find_run(options.run, options.task)
     out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
-    actions._refuse_existing(out, options.overwrite)
+    actions._refuse_existing(options, out, SAMPLES)
     sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
     given = {name: value for name in ("n", *options.conditions) if (value := getattr(options, name)) is not None}
     pipeline.sample_run(run_dir, given, sampling, options.seed, out=out)
@@ -332,9 +334,10 @@ def reconstruct(options: Namespace) -> int:
     """`raev2 reconstruct`."""
     from raev2 import pipeline
     from raev2.command import actions
+    from raev2.files.replace import RECONSTRUCTIONS
 
     out = Path(options.out)
-    actions._refuse_existing(out, options.overwrite)
+    actions._refuse_existing(options, out, RECONSTRUCTIONS)
     rows = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
     shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
     mean = ("mean", *(f"{sum(float(row[i]) for row in shown) / len(shown):.4f}" for i in (1, 2, 3)))

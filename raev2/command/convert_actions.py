@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from argparse import Namespace
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raev2.errors import CheckpointError, SpecError
+from raev2.files.artefact import write_json
+from raev2.files.replace import EXPORT, new_folder
 from raev2.spec_io import override_values
 
 if TYPE_CHECKING:
@@ -298,14 +299,9 @@ def export_weights(options: Namespace) -> Rows:
     out = Path(options.out)
     artefacts = _artefacts(Path(options.run))
     write = {"reference": _export_reference, "diffusers": _export_diffusers, "hub": _export_hub}[options.format]
-    with _scratch(out) as folder:
-        rows = write(artefacts, Path(folder))
-        out.mkdir(parents=True, exist_ok=True)
-        for entry in Path(folder).iterdir():
-            target = out / entry.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(entry, target)
+    with new_folder(out, EXPORT) as folder:
+        rows = write(artefacts, folder)
+        write_json(folder / "export.json", {"format_version": 1, "format": options.format, "run": str(options.run)})
     return [(name, str(out / file) if file else text) for name, file, text in rows]
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raev2.errors import CheckpointError
+from raev2.files.replace import ARTEFACT, new_folder
 
 FORMAT_VERSION = 1
 ENCODER = "encoder"  # folder with the encoder's weights, in tokenizers that bring their own
@@ -39,20 +40,10 @@ def save_artefact(
     tensors   saved contiguous, on the CPU, in their dtype; or a function that writes them to a safetensors file
     encoder   folder that is copied into the artefact
 
-    Raises CheckpointError when `path` holds anything else than an artefact, or when it cannot be written.
+    Raises FileError when `path` holds anything else than an artefact, or when it cannot be written.
     """
     path = Path(path)
-    foreign = sorted({file.name for file in path.iterdir()} - FILES) if path.is_dir() else [path.name] * path.exists()
-    if foreign:
-        raise CheckpointError(
-            str(path), "exists and is not an artefact folder, nothing was deleted", got=f"{foreign[0]} in it",
-            hint="Choose another folder.",
-        )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir()
+    with new_folder(path, ARTEFACT) as partial:
         weights_file = partial / "model.safetensors"
         if callable(tensors):
             tensors(weights_file)
@@ -62,13 +53,6 @@ def save_artefact(
             shutil.copytree(encoder, partial / ENCODER)
         (partial / "README.md").write_text(card)
         write_json(partial / "config.json", {"format_version": FORMAT_VERSION, "kind": kind, **config})
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:  # both may be a full disk
-        raise CheckpointError(str(path), "could not be saved", got=str(error), hint="Free some space.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from raev2.errors import CheckpointError, SpecError
+from raev2.files.replace import CHECKPOINT, new_folder
 from raev2.spec import RunSpec
 from raev2.spec_io import load_spec
 from raev2.training import dist
@@ -82,8 +82,6 @@ class Origin:
                 )  # fmt: skip
             add_provenance(run, PROVENANCE, str(self.path))
             if not list_checkpoints(folder):
-                partial = folder / f".{self.path.name}.partial"
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(self.path, partial)
-                os.replace(partial, folder / self.path.name)
+                with new_folder(folder / self.path.name, CHECKPOINT) as partial:
+                    shutil.copytree(self.path, partial, dirs_exist_ok=True)
         dist.barrier()

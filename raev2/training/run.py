@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,12 +34,15 @@ from raev2.batch import Batch
 from raev2.data import derived_seed
 from raev2.errors import CheckpointError
 from raev2.files.artefact import load_strict, write_json
+from raev2.files.replace import RUN, check_replaceable, new_folder
 from raev2.spec import LoopSpec, RunSpec
-from raev2.spec_io import fingerprint, load_spec, save_spec, spec_differences
+from raev2.spec_io import fingerprint, load_spec, save_spec, spec_differences, spec_values
 from raev2.training import dist
 from raev2.training.checkpoint import (
     Checkpoint,
+    all_finite,
     latest_checkpoint,
+    load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
@@ -98,22 +100,20 @@ class Run:
 def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: bool = False) -> Run:
     """Create a run folder, or continue one that was written with the same spec.
 
-    Raises CheckpointError if the folder belongs to another spec, or exists and `resume` is off.
+    Raises CheckpointError if the folder belongs to another spec, or exists and `resume` is off; FileError if something
+    else is in it, or with `overwrite` what the new run needs.
     """
     dir = Path(dir)
     accelerator = make_accelerator(spec.precision)
     if dist.is_main():
-        spec_file = dir / "spec.yaml"
-        if spec_file.is_file() and overwrite:
-            shutil.rmtree(dir)
-        if spec_file.is_file():
-            _check_continues(dir, load_spec(spec_file), spec, resume)
-        elif dir.exists() and any(not file.name.startswith(".") for file in dir.iterdir()):
-            raise CheckpointError(str(dir), "exists and is not a run folder", hint="Choose another --run.")
-        dir.mkdir(parents=True, exist_ok=True)
-        save_spec(spec, spec_file)
-        if not (dir / "provenance.json").is_file():
-            write_json(dir / "provenance.json", provenance(spec, accelerator.device))
+        if (dir / "spec.yaml").is_file() and not overwrite:
+            _check_continues(dir, load_spec(dir / "spec.yaml"), spec, resume)
+            save_spec(spec, dir / "spec.yaml")
+        else:
+            check_replaceable(dir, RUN, needed=spec_values(spec))
+            with new_folder(dir, RUN) as new:
+                save_spec(spec, new / "spec.yaml")
+                write_json(new / "provenance.json", provenance(spec, accelerator.device))
     dist.barrier()
     return Run(dir, spec, accelerator)
 
@@ -257,63 +257,102 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], loss:
     return float(norm) if finite else math.nan
 
 
-class NonFiniteGuard:
-    """Counts skipped steps in a row and stops the run when it cannot recover."""
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint of a stage holds: networks, averaged weights and optimizers. The rest follows from the spec."""
 
-    def __init__(self, run: Run, stage: str) -> None:
-        self.run, self.stage, self.in_a_row = run, stage, 0
+    run_dir: Path
+    stage: str
+    modules: Mapping[str, nn.Module]
+    ema: EMA
+    optimizers: Mapping[str, torch.optim.Optimizer]
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.run_dir / "checkpoints" / self.stage
+
+    def save(self, images: int, keep: int) -> bool:
+        """Write a checkpoint (main process), everyone waits for it; nothing is written while a value is not finite."""
+        if not self.finite():
+            logger.warning("%s: weights are not finite after %d images, no checkpoint", self.stage, images)
+            return False
+        if dist.is_main():
+            save_checkpoint(self.folder, images, Checkpoint(self._tensors(), {}), keep)
+        dist.barrier()
+        return True
+
+    def finite(self) -> bool:
+        """Whether all of it is finite, on all processes."""
+        return not dist.any_process(not all_finite(v for part in self._tensors().values() for v in part.values()))
+
+    def require_finite(self) -> None:
+        """Raise CheckpointError before an artefact is made of weights that are not finite."""
+        if not self.finite():
+            raise CheckpointError(
+                str(self.run_dir), f"the weights of the {self.stage} are not finite at the end",
+                hint="The last checkpoint is intact. Try a lower learning rate or precision=fp32.",
+            )  # fmt: skip
+
+    def restore(self) -> int:
+        """Take over the newest checkpoint that is intact, as the main process sees it; images seen, 0 without one."""
+        checkpoint = latest_checkpoint(self.folder) if dist.is_main() else None
+        path = dist.from_main(checkpoint and checkpoint.path)
+        if path is None:
+            return 0
+        checkpoint = checkpoint or load_checkpoint(path)
+        for stem, module in self.modules.items():
+            load_strict(module, checkpoint.tensors[stem], f"{path}/{stem}")
+        for decay in self.ema.decays:
+            self.ema.load_state_dict(decay, checkpoint.tensors[f"ema-{decay}"])
+        for stem, optimizer in self.optimizers.items():
+            optimizer.state.clear()
+            load_optimizer_tensors(optimizer, _parameter_names(self.modules), checkpoint.tensors[stem])
+        return int(checkpoint.state["images"])
+
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        names = _parameter_names(self.modules)
+        tensors: dict[str, Mapping[str, Tensor]] = {stem: module.state_dict() for stem, module in self.modules.items()}
+        tensors |= {f"ema-{decay}": self.ema.state_dict(decay) for decay in self.ema.decays}
+        return tensors | {stem: optimizer_tensors(optimizer, names) for stem, optimizer in self.optimizers.items()}
+
+
+class NonFiniteGuard:
+    """Watches for steps that were skipped. After many in a row the last good checkpoint is taken over, with the images
+    that follow; when that does not help the run stops. `steady`: the last step was taken, so the state may be saved.
+    """
+
+    def __init__(self, run: Run, state: TrainingState) -> None:
+        self.run, self.state, self.stage = run, state, state.stage
+        self.in_a_row, self.steady, self.went_back_to = 0, True, 0
 
     def check(self, grad_norm: float, images: int, step: int, keys: Tensor) -> bool:
-        """Whether the step was taken; a run of skipped ones raises CheckpointError, the last checkpoint is intact."""
-        if math.isfinite(grad_norm):
+        """Whether the step was taken; CheckpointError when going back did not help, the last checkpoint is intact."""
+        self.steady = math.isfinite(grad_norm)
+        if self.steady:
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        self.run.log(
-            stage=self.stage, kind="event", event="non_finite", images=images, step=step, rank=dist.rank(),
-            keys=keys[:8].tolist(),
-        )  # fmt: skip
+        self._log("non_finite", images, step, rank=dist.rank(), keys=keys[:8].tolist())
         logger.warning("%s step %d: loss or gradient is not finite, step skipped", self.stage, step)
         if self.in_a_row >= MAX_NON_FINITE_STEPS:
-            raise CheckpointError(
-                str(self.run.dir), f"{self.in_a_row} steps in a row without a finite loss, stopped at step {step}",
-                hint="The last checkpoint is intact. Try a lower learning rate or precision=fp32.",
-            )  # fmt: skip
+            self._go_back(images, step)
         return False
 
+    def _go_back(self, images: int, step: int) -> None:
+        what = f"{self.in_a_row} steps in a row without a finite loss"
+        last = self.state.restore()
+        if last == self.went_back_to:  # 0: there is none
+            raise CheckpointError(
+                str(self.run.dir), f"{what}, stopped at step {step}",
+                hint="The last checkpoint is intact. Try a lower learning rate or precision=fp32.",
+            )  # fmt: skip
+        self.in_a_row, self.went_back_to = 0, last
+        self._log("went_back", images, step, to_images=last)
+        logger.warning("%s step %d: %s, back to the weights of %d images", self.stage, step, what, last)
 
-def save_training(
-    folder: Path,
-    images: int,
-    keep: int,
-    modules: Mapping[str, nn.Module],
-    ema: EMA,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-) -> None:
-    """Checkpoint networks, averaged weights and optimizers (main process); everyone waits for it."""
-    if dist.is_main():
-        names = _parameter_names(modules)
-        tensors = {stem: module.state_dict() for stem, module in modules.items()}
-        tensors |= {f"ema-{decay}": ema.state_dict(decay) for decay in ema.decays}
-        tensors |= {stem: optimizer_tensors(optimizer, names) for stem, optimizer in optimizers.items()}
-        save_checkpoint(folder, images, Checkpoint(tensors, {}), keep)
-    dist.barrier()
-
-
-def restore_training(
-    folder: Path, modules: Mapping[str, nn.Module], ema: EMA, optimizers: Mapping[str, torch.optim.Optimizer]
-) -> int:
-    """Inverse of `save_training`, from the newest intact checkpoint; returns images seen, 0 without a checkpoint."""
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
-        return 0
-    for stem, module in modules.items():
-        load_strict(module, checkpoint.tensors[stem], f"{checkpoint.path}/{stem}")
-    for decay in ema.decays:
-        ema.load_state_dict(decay, checkpoint.tensors[f"ema-{decay}"])
-    for stem, optimizer in optimizers.items():
-        load_optimizer_tensors(optimizer, _parameter_names(modules), checkpoint.tensors[stem])
-    return int(checkpoint.state["images"])
+    def _log(self, event: str, images: int, step: int, **values: Any) -> None:
+        self.run.log(stage=self.stage, kind="event", event=event, images=images, step=step, **values)
 
 
 def _parameter_names(modules: Mapping[str, nn.Module]) -> dict[Tensor, str]:

@@ -13,7 +13,7 @@ import pytest
 from raev2 import __version__
 from raev2.command import actions
 from raev2.command.cli import COMMANDS, RUN_COMMANDS, main, parser
-from raev2.errors import CheckpointError, DataError, RaeError, SpecError, TaskError
+from raev2.errors import CheckpointError, DataError, FileError, RaeError, SpecError, TaskError
 
 TRAIN = ["train", "--task", "imagenet"]
 
@@ -52,8 +52,8 @@ def run_copy(trained_run, tmp_path) -> Path:
 
 
 def test_each_class_of_error_has_its_exit_code():
-    codes = {error: error.exit_code for error in (SpecError, DataError, CheckpointError, TaskError)}
-    assert list(codes.values()) == [2, 3, 4, 5]
+    codes = {error: error.exit_code for error in (SpecError, DataError, CheckpointError, TaskError, FileError)}
+    assert list(codes.values()) == [2, 3, 4, 5, 6]
 
 
 # 5: tasks and plugins.
@@ -226,8 +226,8 @@ def test_a_run_folder_of_another_spec(refused, run_copy, tiny_recipe):
     assert refused(4, *command, "--resume", "never").endswith("or --overwrite to delete it, or --resume auto.")
     (run_copy.parent / "other").mkdir()
     (run_copy.parent / "other" / "mine.txt").touch()
-    message = refused(4, *TRAIN, "--recipe", "tiny", "--run", run_copy.parent / "other", "--overwrite")
-    assert message.endswith("exists and is not a run folder. Choose another --run.")
+    message = refused(6, *TRAIN, "--recipe", "tiny", "--run", run_copy.parent / "other", "--overwrite")
+    assert "other: exists and is not replaced; got mine.txt in it; expected only what raev2 wrote." in message
 
 
 # Defects of ours, tracebacks, signals.

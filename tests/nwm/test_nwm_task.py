@@ -183,7 +183,7 @@ def test_a_rollout_can_be_repeated(tiny_nwm_run, tmp_path, capsys):
     rollout("--run", tiny_nwm_run, "--commands", tmp_path / "a" / "rollout.json", "--out", tmp_path / "b")
     for name in ("sheet.png", "rollout.gif", "poses.csv", "rollout.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    with pytest.raises(CheckpointError, match="exists. Choose another --out, or --overwrite"):
+    with pytest.raises(SpecError, match="exists already; got .*a. Choose another folder, or add --overwrite"):
         rollout("--run", tiny_nwm_run, "--seconds", 1, "--out", tmp_path / "a")
 
 
