@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -402,9 +402,9 @@ def read_image(file: Path, size: tuple[int, int]) -> Tensor:
 # Latents
 
 
-def write_latent_stats(source: str, data_dir: Path, split: str, out: Path, overwrite: bool = False) -> Path:
+def write_latent_stats(source: str, data_dir: Path, split: str, out: Path) -> Path:
     """Latent statistics of a split by a trained tokenizer, as safetensors (mean, var) with their identity."""
-    _refuse_file(out, overwrite)
+    _refuse_file(out)
     rae, dataset = _tokenizer_and_data(source, data_dir, split)
     if not isinstance(rae, RAE):
         raise SpecError("raev2 latents stats", "this tokenizer is normalised by its own configuration", got=source)
@@ -413,9 +413,9 @@ def write_latent_stats(source: str, data_dir: Path, split: str, out: Path, overw
     return _save_tensors(out, {"mean": stats.mean, "var": stats.var}, "stats", identity)
 
 
-def write_latents(source: str, data_dir: Path, split: str, out: Path, overwrite: bool = False) -> Path:
+def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
     """Normalised latents (S, C, H, W) of a split, in index order, as one safetensors file in float16."""
-    _refuse_file(out, overwrite)
+    _refuse_file(out)
     rae, dataset = _tokenizer_and_data(source, data_dir, split)
     device = make_accelerator("fp32").device
     parts = [rae.encode(to_float(batch.images.to(device))).half().cpu() for batch in ordered_batches(dataset, 64)]
@@ -423,16 +423,9 @@ def write_latents(source: str, data_dir: Path, split: str, out: Path, overwrite:
     return _save_tensors(out, {"latents": torch.cat(parts).contiguous()}, "latents", identity)
 
 
-def _refuse_file(out: Path, overwrite: bool) -> None:
-    """The file to write must be absent, or with `overwrite` one of latents or statistics."""
-    if out.exists() and not overwrite:
-        raise SpecError("--out", "exists already", got=str(out), hint="Choose another file, or add --overwrite.")
-    try:
-        known = not out.exists() or {"stats", "latents"} & (safe_open(out, "pt").metadata() or {}).keys()
-    except (OSError, SafetensorError):
-        known = False
-    if not known:
-        raise FileError(str(out), "exists and is not replaced", expected="latents or statistics of raev2")
+def _refuse_file(out: Path) -> None:
+    if out.exists():
+        raise SpecError("--out", "exists already", got=str(out), hint="Choose another file.")
 
 
 def _save_tensors(out: Path, tensors: Mapping[str, Tensor], kind: str, identity: Mapping[str, object]) -> Path:

@@ -126,7 +126,7 @@ def latents(options: Namespace) -> int:
     from raev2 import pipeline
 
     write = {"stats": pipeline.write_latent_stats, "build": pipeline.write_latents}[options.action]
-    print(write(options.run, Path(options.data), options.split, Path(options.out), options.overwrite))
+    print(write(options.run, Path(options.data), options.split, Path(options.out)))
     return OK
 
 

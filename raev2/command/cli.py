@@ -114,7 +114,6 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     latents.add_argument("--data", required=True, metavar="DIR", help="dataset folder")
     latents.add_argument("--split", default="train")
     latents.add_argument("--out", required=True, metavar="FILE")
-    latents.add_argument("--overwrite", action="store_true", help="replace a file of latents or statistics")
 
     analyse = command("analyse", "an analysis of the papers: writes a table (JSON, Markdown) and a plot (SVG)")
     analyse.add_argument(

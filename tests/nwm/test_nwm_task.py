@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from raev2 import pipeline
 from raev2.data import to_float
-from raev2.errors import CheckpointError, DataError, SpecError
+from raev2.errors import DataError, SpecError
 from raev2.eval.protocols import run_protocol
 from raev2.task import EvalContext, get_evaluators, get_task
 from raev2_tasks.nwm import TASK
