@@ -51,7 +51,7 @@ def train_generator(
     look, evaluate   called with the averaged generator and the images seen, every `sample_every_images` and
                      `eval_every_images`
 
-    Continues from the newest checkpoint of the run. Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
+    Continues from the newest checkpoint of the run. Raises Stopped after a signal to stop, with a checkpoint saved.
     """
     spec, loop = run.spec, run.spec.generator_training
     device = run.device

@@ -57,7 +57,7 @@ STATS_BATCH = 64
 def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     """Train the tokenizer of `run.spec` and save it as the artefact `run.dir/tokenizer`.
 
-    Continues from the newest checkpoint of the run. Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
+    Continues from the newest checkpoint of the run. Raises Stopped after a signal to stop, with a checkpoint saved.
     """
     spec, loop = run.spec, run.spec.tokenizer_training
     device, adversarial = run.device, loop.adversarial

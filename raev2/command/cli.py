@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raev2.errors import RaeError
     from raev2.spec import RunSpec, SamplingSpec
     from raev2.task import Task
 
@@ -21,6 +24,7 @@ COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
     "import", "export", "analyse", "bench", "doctor",
 )  # fmt: skip
+RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
 )
@@ -58,6 +62,7 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
         help="continue the run folder if it exists; a checkpoint folder of another run: begin a new run with it",
     )
     train.add_argument("--overwrite", action="store_true", help="delete an existing run folder first")
+    train.add_argument("--max-time", type=float, metavar="MINUTES", help="save and stop after this time, exit code 75")
     train.add_argument("--dry-run", action="store_true", help="print sizes, and what is there already; train nothing")
 
     sample = command("sample", "images from a trained generator")
@@ -188,14 +193,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(argv)
-    except RaeError as error:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except (RaeError, OSError) as error:
         if "--debug" in argv:
             raise
+        error = error if isinstance(error, RaeError) else _file_error(error)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _file_error(error: OSError) -> RaeError:
+    """An error of the operating system as one of ours."""
+    from raev2.errors import FileError
+
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter would try again at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    where = str(error.filename or "a file or standard output")
+    return FileError(where, "cannot be read or written", got=error.strerror or str(error))
 
 
 def _run(argv: list[str]) -> int:
@@ -284,6 +304,7 @@ def _plugin_command(name: str) -> Callable[[Sequence[str]], int] | None:
 def train(options: Namespace) -> int:
     """`raev2 train`."""
     from raev2.command import actions
+    from raev2.errors import SpecError
     from raev2.spec_io import apply_overrides
     from raev2.task import get_recipe, get_task
 
@@ -295,16 +316,21 @@ def train(options: Namespace) -> int:
         print(f"\ndata {spec.data.dir}: {_data_state(spec)}")
         print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
         return 0
+    if options.max_time is not None and not 0 < options.max_time < 1e6:
+        raise SpecError("--max-time", "not usable", got=options.max_time, expected="minutes above 0")
     from raev2 import pipeline
     from raev2.training import dist
-    from raev2.training.run import Stopped
+    from raev2.training.run import Stopped, StopSignal
 
     try:
-        resume = {"auto": True, "never": False}.get(options.resume, Path(options.resume))
-        pipeline.train(spec, run_dir, stage=options.stage, resume=resume, overwrite=options.overwrite)
+        with StopSignal(at_once=True):
+            signal.setitimer(signal.ITIMER_REAL, 60 * (options.max_time or 0))  # 0: none
+            resume = {"auto": True, "never": False}.get(options.resume, Path(options.resume))
+            pipeline.train(spec, run_dir, stage=options.stage, resume=resume, overwrite=options.overwrite)
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except Stopped as stopped:
         print(f"{stopped}; saved. The same command continues.", file=sys.stderr)
-        return 0
+        return RESUMABLE
     if dist.is_main():
         actions._print_results(run_dir)
     return 0

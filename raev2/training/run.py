@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from raev2.batch import Batch
-from raev2.data import derived_seed
+from raev2.data import STOP_SIGNALS, derived_seed
 from raev2.errors import CheckpointError
 from raev2.files.artefact import load_strict, write_json
 from raev2.files.replace import RUN, check_replaceable, new_folder
@@ -179,16 +179,20 @@ def step_generator(device: torch.device, *parts: object) -> torch.Generator:
 
 
 class StopSignal:
-    """True after Ctrl-C or SIGTERM; the loops then save and return. A second Ctrl-C stops at once."""
+    """True after one of `STOP_SIGNALS`; the loops then save and return. A second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
-        self.received = False
+    at_once   raise Stopped instead, where there is no loop that saves
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.received, self.at_once = False, at_once
 
     def __bool__(self) -> bool:
         return dist.any_process(self.received)
 
     def __enter__(self) -> StopSignal:
-        self._old = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+        self._old = {number: signal.signal(number, self._receive) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -196,13 +200,15 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: object) -> None:
+        if self.at_once:
+            raise Stopped(f"stopped by {signal.Signals(number).name}")
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
-    """Training was asked to stop; a checkpoint was saved."""
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop; what it needs to go on is saved."""
 
 
 def distribute(model: nn.Module) -> nn.Module:

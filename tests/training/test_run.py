@@ -21,6 +21,7 @@ from raev2.training.run import (
     NonFiniteGuard,
     Progress,
     Run,
+    Stopped,
     StopSignal,
     TrainingState,
     add_provenance,
@@ -349,14 +350,36 @@ def test_the_norm_of_the_gradients_is_the_one_before_clipping():
 # Signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM]
+
+
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_asks_to_stop(number):
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    handlers = [signal.getsignal(one) for one in STOPS]
     with StopSignal() as stop:
         assert not stop
         os.kill(os.getpid(), number)
         assert stop
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert [signal.getsignal(one) for one in STOPS] == handlers
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_outside_of_the_loops_a_signal_stops_at_once(number):
+    with pytest.raises(Stopped, match=f"stopped by {number.name}"), StopSignal(at_once=True):
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop, "inside of a loop it asks"
+        os.kill(os.getpid(), number)
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_a_second_ctrl_c_stops_at_once():
