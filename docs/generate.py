@@ -248,8 +248,9 @@ def errors_page() -> str:
     text = "# Errors\n\n" + HEAD
     text += (
         "What a user or a machine can cause raises one of five errors, all `raev2.errors.RaeError`. The command line "
-        "prints one line and no traceback (`raev2 --debug COMMAND` shows it). Any other exception is a defect of raev2: please "
-        "report it.\n\n```text\n<where>: <what is wrong>; got <value>; expected <what>. <what to do>\n```\n\n"
+        "prints one line and no traceback (`raev2 --debug COMMAND` shows it). Any other exception is a defect of "
+        "raev2: please report it.\n\n"
+        "```text\n<where>: <what is wrong>; got <value>; expected <what>. <what to do>\n```\n\n"
     )
     rows: list[tuple[object, ...]] = []
     examples = ""

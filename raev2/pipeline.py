@@ -27,6 +27,7 @@ from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, s
 from raev2.eval.protocols import run_protocol
 from raev2.files.artefact import load_artefact, write_json
 from raev2.files.grid import save_grid, save_pairs
+from raev2.files.hashes import folder_sha256
 from raev2.files.images import centre_crop, opened_image
 from raev2.files.manifest import read_manifest
 from raev2.files.replace import RECONSTRUCTIONS, SAMPLES, new_folder
@@ -35,7 +36,7 @@ from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
 from raev2.spec import AnyTokenizerSpec, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
 from raev2.spec_io import load_spec
-from raev2.task import EvalContext, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
+from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import VAES, build_tokenizer, load_tokenizer, tokenizer_spec
 from raev2.tokenizer.decoder import ViTDecoder
@@ -45,7 +46,8 @@ from raev2.train_generator import latent_encoder, train_generator
 from raev2.train_tokenizer import measure_stats, train_tokenizer
 from raev2.training import dist
 from raev2.training.checkpoint import latest_checkpoint
-from raev2.training.resume import Origin
+from raev2.training.lock import run_lock
+from raev2.training.resume import Origin, check_identity, local_identity
 from raev2.training.run import Run, add_provenance, make_accelerator, newest_run, open_run
 
 logger = logging.getLogger(__name__)
@@ -75,10 +77,17 @@ def train(
     make_accelerator(spec.precision)  # from here on the processes know each other
     prepare_data(spec)
     spec = with_tokenizer(spec)
-    run = open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)
+    with run_lock(Path(run_dir)):
+        run = open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)
+        return _train(run, task, protocols, stage, origin)
+
+
+def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, origin: Origin | None) -> Path:
+    spec = run.spec
     if origin:
         origin.copy_into(run)
     train_set, val_set = task.dataset(spec, "train"), task.dataset(spec, "val")
+    check_identity(run, {"data": train_set.fingerprint, **local_identity(spec)})
     add_provenance(run, "data", {name: value for name, value in train_set.manifest.items() if name != "classes"})
 
     # Stage 1.
@@ -94,6 +103,8 @@ def train(
     else:
         logger.info("no tokenizer in %s yet: training it first", run.dir / TOKENIZER)
         rae = train_tokenizer(run, train_set, val_set)
+    if spec.tokenizer_from is None:
+        check_identity(run, {TOKENIZER: folder_sha256(run.dir / TOKENIZER)})
     for evaluator in protocols:
         if not evaluator.needs_generator and not (run.dir / EVAL / f"{evaluator.protocol}.json").is_file():
             _evaluate(run, task, rae, None, [evaluator.protocol])

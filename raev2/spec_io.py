@@ -98,8 +98,15 @@ def spec_differences(old: RunSpec, new: RunSpec) -> list[str]:
 
 def spec_values(spec: RunSpec) -> list[str]:
     """Every text in a spec; those that are paths are what the run reads."""
-    leaves = [value for _, value in _leaves(spec_to_dict(spec))]
-    return [str(text) for value in leaves for text in (value if isinstance(value, list) else [value])]
+    found: set[str] = set()
+    rest: list[Any] = [spec_to_dict(spec)]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            found.add(value)
+        elif isinstance(value, dict | list):
+            rest.extend(value.values() if isinstance(value, dict) else value)
+    return sorted(found)
 
 
 def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:

@@ -19,6 +19,7 @@ from raev2.tokenizer.encoders import build_encoder
 from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.training.resume import check_identity
 from raev2.training.run import (
     NonFiniteGuard,
     Progress,
@@ -67,6 +68,8 @@ def train_generator(
     modules, optimizers = {"model": generator}, {"optimizer": optimizer}
     encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else latent_encoder(rae, device)
     encode_cond = task.cond_encoder(spec, encode, device)
+    if hasattr(encode_cond, "fingerprint"):
+        check_identity(run, {"condition encoder": encode_cond.fingerprint})
     repa_target = _repa_encoder(run, rae.latent_shape)
 
     # Resume.
