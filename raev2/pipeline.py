@@ -48,7 +48,7 @@ from raev2.training import dist
 from raev2.training.checkpoint import latest_checkpoint
 from raev2.training.lock import run_lock
 from raev2.training.resume import Origin, check_identity, local_identity
-from raev2.training.run import Run, add_provenance, make_accelerator, newest_run, open_run
+from raev2.training.run import Run, add_provenance, make_accelerator, memory_field, newest_run, open_run
 
 logger = logging.getLogger(__name__)
 TOKENIZER, GENERATOR, EVAL = "tokenizer", "generator", "eval"  # folders of a run
@@ -264,7 +264,7 @@ def image_sampler(trained: TrainedRun, sampling: SamplingSpec, seed: int) -> Cal
 
     def generate(raw: Cond, indices: Sequence[int]) -> Tensor:
         cond = encode_cond({name: value.to(run.device) for name, value in raw.items()})
-        with run.autocast():
+        with run.autocast(), memory_field("sampling.batch_size", sampling.batch_size):
             images = sample(
                 generator, trained.rae, cond, sampling.steps, sampling.guidance, seed, indices,
                 solver=sampling.solver, batch_size=sampling.batch_size, weak=weak,

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
+from raev2.files.damage import damaged
 from raev2.files.hashes import json_sha256
 from raev2.spec import RunSpec, Spec
 from raev2.task import get_task
@@ -55,7 +56,8 @@ def load_spec(file: str | Path) -> RunSpec:
     if not file.is_file():
         raise CheckpointError(str(file), "no spec here", expected="spec.yaml of a run folder")
     try:
-        values = yaml.safe_load(file.read_text())
+        with damaged(file):
+            values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise CheckpointError(str(file), "not readable as YAML", got=str(error)) from error
     if not isinstance(values, dict):

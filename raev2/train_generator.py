@@ -30,6 +30,7 @@ from raev2.training.run import (
     crossed,
     distribute,
     gradient_sync,
+    memory_field,
     micro_batches,
     step_generator,
     update,
@@ -94,7 +95,8 @@ def train_generator(
                 if logged < len(spec.evaluation.in_training):
                     evaluate(generator, images)
 
-    with StopSignal() as stop:
+    micro = loop.micro_batch_size or loop.batch_size // dist.world_size()
+    with StopSignal() as stop, memory_field(f"{STAGE}_training.micro_batch_size", micro):
         look_and_evaluate(images)  # at the start, and again where a killed run may have stopped before it did
         while images < loop.images:
             # Stop?

@@ -44,6 +44,7 @@ from raev2.training.run import (
     crossed,
     distribute,
     gradient_sync,
+    memory_field,
     micro_batches,
     step_generator,
     update,
@@ -125,7 +126,8 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         return decoded.detach(), terms
 
     num_tokens = math.prod(spec.tokenizer.grid)
-    with StopSignal() as stop:
+    micro = loop.micro_batch_size or loop.batch_size // dist.world_size()
+    with StopSignal() as stop, memory_field(f"{STAGE}_training.micro_batch_size", micro):
         look(images)  # at the start, and again where a killed run may have stopped before it did
         while images < loop.images:
             # Stop?

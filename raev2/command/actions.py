@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raev2.errors import RaeError, SpecError, did_you_mean
+from raev2.errors import DataError, RaeError, SpecError, did_you_mean
+from raev2.files.damage import damaged
 from raev2.files.manifest import read_manifest, verify_dataset
 from raev2.files.replace import ARTEFACT, EXPORT, Kind, check_replaceable
 from raev2.spec import RunSpec
@@ -101,12 +102,13 @@ def data(options: Namespace) -> int:
         )
     if options.action == "verify":
         folder = Path(options.recipe)
-        name = read_manifest(folder).get("recipe")
+        name = str(read_manifest(folder).get("recipe"))
         # The recipe that wrote a folder knows its format; a folder written by hand is one of pictures.
         verify = get_data_recipe(name).verify if name in installed_data_recipes() else verify_dataset
-        manifest = verify(folder)
-        counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
-        print(f"{options.recipe}: intact ({counts}; fingerprint {manifest['fingerprint'][:12]})")
+        with damaged(f"data {folder / 'manifest.json'}", DataError):
+            manifest = verify(folder)
+            counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
+            print(f"{options.recipe}: intact ({counts}; fingerprint {manifest['fingerprint'][:12]})")
         return OK
     recipe = get_data_recipe(options.recipe)
     pairs = [override.partition("=") for override in options.overrides]

@@ -345,6 +345,7 @@ def sample(options: Namespace) -> int:
 
     _check_positive("--n", options.n)
     _check_positive("--steps", options.steps)
+    _check_positive("--seed", options.seed, least=0)
     run_dir = pipeline.find_run(options.run, options.task)
     out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
     actions._refuse_existing(options, out, SAMPLES)
@@ -385,10 +386,13 @@ def evaluate(options: Namespace) -> int:
 
 def report(options: Namespace) -> int:
     """`raev2 report`."""
+    from raev2.files.damage import damaged
     from raev2.pipeline import find_run
     from raev2.report.page import write_report
 
-    print(write_report(find_run(options.run, options.task)))
+    run_dir = find_run(options.run, options.task)
+    with damaged(run_dir):
+        print(write_report(run_dir))
     return 0
 
 
@@ -421,11 +425,11 @@ def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
     return default.replace(guidance=spec, steps=options.steps or default.steps)
 
 
-def _check_positive(option: str, value: int | None) -> None:
+def _check_positive(option: str, value: int | None, least: int = 1) -> None:
     from raev2.errors import SpecError
 
-    if value is not None and value < 1:
-        raise SpecError(option, "not usable", got=value, expected="a number >= 1")
+    if value is not None and not least <= value < 2**63:
+        raise SpecError(option, "not usable", got=value, expected=f"a number >= {least}")
 
 
 def _plan(sampling: SamplingSpec) -> str:

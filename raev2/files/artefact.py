@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raev2.errors import CheckpointError
+from raev2.files.damage import read_json
 from raev2.files.replace import ARTEFACT, new_folder
 
 FORMAT_VERSION = 1
@@ -70,10 +71,7 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
                 expected=f"a {kind} folder with config.json",
                 hint=_where_instead(path, kind),
             )
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise CheckpointError(str(config_file), "damaged, not JSON", got=str(error)) from error
+    config = read_json(config_file)
     if config.get("kind") != kind:
         raise CheckpointError(
             str(path), "wrong kind of artefact", got=config.get("kind", "a config.json of another program"),

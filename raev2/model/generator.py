@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from raev2.batch import Cond, FrameCache, ModelOutput
-from raev2.errors import CheckpointError, SpecError
+from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact, load_strict, save_artefact
+from raev2.files.damage import damaged
 from raev2.model.condition import ConditionSpec, LabelCondition, LatentShape, NoCondition, TextCondition
 from raev2.model.dit import DDT, DiT
 from raev2.model.frames import BlockCausalFrames, FramesCondition
@@ -145,7 +146,7 @@ class Generator(nn.Module):
     ) -> Generator:
         """Load an artefact folder or hub repository; `condition_types` are kinds of condition from plugins."""
         config, tensors, path = load_artefact(path_or_hub_id, kind="generator")
-        try:
+        with damaged(f"{path}/config.json"):
             generator = cls(
                 TypeAdapter(NetworkSpec).validate_python(config["network"]),
                 condition_spec(config["condition"], condition_types),
@@ -153,8 +154,6 @@ class Generator(nn.Module):
                 tuple(config["latent_shape"]),
                 config.get("extra"),
             )
-        except (ValidationError, KeyError) as error:
-            raise CheckpointError(f"{path}/config.json", "not a valid generator", got=str(error)) from error
         load_strict(generator, tensors, str(path))
         return generator.eval()
 

@@ -489,7 +489,7 @@ def _log_lines(file: Path, warnings: list[str]) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             lines.append({"images": 0, **line})
-        except (json.JSONDecodeError, TypeError):
+        except (ValueError, TypeError):
             broken += 1
     if broken:
         warnings.append(f"Damaged lines of metrics.jsonl that were left out: {broken}.")
@@ -576,14 +576,14 @@ def _plain(value: Any) -> Any:
 
 
 def _read_text(file: Path) -> str | None:
-    return file.read_text() if file.is_file() else None
+    return file.read_text(errors="replace") if file.is_file() else None
 
 
 def _read_json(file: Path, warnings: list[str]) -> dict[str, Any] | None:
     text = _read_text(file)
     try:
-        return json.loads(text) if text is not None else None
-    except json.JSONDecodeError:
+        return dict(json.loads(text)) if text is not None else None
+    except (TypeError, ValueError):
         warnings.append(f"{file.name} is damaged and was left out.")
         return None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from raev2.errors import CheckpointError
 from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artefact
+from raev2.files.damage import damaged
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
@@ -136,6 +137,13 @@ class RAE(Tokenizer):
         encoder   local folder with the encoder's weights, in place of its name
         """
         config, tensors, path = load_artefact(path_or_hub_id, kind="tokenizer")
+        with damaged(f"{path}/config.json"):
+            return cls._from_artefact(config, tensors, path, encoder)
+
+    @classmethod
+    def _from_artefact(
+        cls, config: dict[str, Any], tensors: dict[str, Tensor], path: Path, encoder: str | Path | None
+    ) -> RAE:
         kind = config["tokenizer"].get("kind", "rae")
         if kind != "rae":
             raise CheckpointError(

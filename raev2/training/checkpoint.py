@@ -10,7 +10,6 @@ No RNG state is stored: every random number of a step is a function of (seed, im
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from raev2.errors import CheckpointError
 from raev2.files.artefact import write_json
+from raev2.files.damage import read_json
 from raev2.files.hashes import file_sha256
 from raev2.files.replace import CHECKPOINT, new_folder
 
@@ -93,10 +93,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
         raise CheckpointError(str(path), f"not a checkpoint, {MANIFEST} is missing", expected="checkpoints/<images>")
-    try:
-        manifest = json.loads(manifest_file.read_text())
-    except ValueError as error:
-        raise CheckpointError(str(manifest_file), "damaged, not JSON", hint="Use an earlier checkpoint.") from error
+    manifest = read_json(manifest_file)
     for name, expected in manifest.items():
         file = path / name
         got = file_sha256(file) if file.is_file() else "no file"
@@ -105,13 +102,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 str(file),
                 "damaged",
                 got=got[:12],
-                expected=f"SHA-256 {expected[:12]}",
+                expected=f"SHA-256 {str(expected)[:12]}",
                 hint="Use an earlier checkpoint.",
             )
     tensors = {file.stem: load_file(file) for file in path.iterdir() if file.suffix == ".safetensors"}
     if not all_finite(value for part in tensors.values() for value in part.values()):
         raise CheckpointError(str(path), "holds values that are not finite", hint="Use an earlier checkpoint.")
-    return Checkpoint(tensors, state=json.loads((path / "state.json").read_text()), path=path)
+    return Checkpoint(tensors, state=read_json(path / "state.json"), path=path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

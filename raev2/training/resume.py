@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import write_json
+from raev2.files.damage import read_json
 from raev2.files.hashes import folder_sha256
 from raev2.files.replace import CHECKPOINT, new_folder
 from raev2.spec import RunSpec
@@ -76,7 +76,7 @@ class Origin:
     def copy_into(self, run: Run) -> None:
         """Give a new run this checkpoint as its own; a run that was begun with it before goes on as it is."""
         if dist.is_main():
-            begun = json.loads((run.dir / "provenance.json").read_text()).get(PROVENANCE)
+            begun = read_json(run.dir / "provenance.json").get(PROVENANCE)
             folder = run.dir / "checkpoints" / self.stage
             if begun != str(self.path) and (begun or folder.exists() or (run.dir / "metrics.jsonl").exists()):
                 raise CheckpointError(
@@ -97,12 +97,12 @@ def check_identity(run: Run, found: Mapping[str, str]) -> None:
     """
     if dist.is_main():
         file = run.dir / "identity.json"
-        known = json.loads(file.read_text()) if file.is_file() else {}
+        known = read_json(file) if file.is_file() else {}
         for name, value in found.items():
             if known.get(name, value) != value:
                 raise CheckpointError(
-                    str(run.dir), f"{name} is not what the run began with", got=value[:12], expected=known[name][:12],
-                    hint="Bring it back as it was, or choose another --run.",
+                    str(run.dir), f"{name} is not what the run began with", got=value[:12],
+                    expected=str(known[name])[:12], hint="Bring it back as it was, or choose another --run.",
                 )  # fmt: skip
         write_json(file, {**known, **found})
     dist.barrier()

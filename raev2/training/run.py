@@ -32,8 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raev2.batch import Batch
 from raev2.data import STOP_SIGNALS, derived_seed
-from raev2.errors import CheckpointError
+from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_strict, write_json
+from raev2.files.damage import read_json
 from raev2.files.replace import RUN, check_replaceable, new_folder
 from raev2.spec import LoopSpec, RunSpec
 from raev2.spec_io import fingerprint, load_spec, save_spec, spec_differences, spec_values
@@ -85,16 +86,24 @@ class Run:
         file = self.dir / "metrics.jsonl"
         if dist.is_main() and file.is_file():
             last = images if images > 0 else -1
-            kept = [line for line in self._lines() if line.get("stage") != stage or line["images"] <= last]
+            kept = [line for line in self._lines() if line.get("stage") != stage or line.get("images", 0) <= last]
             partial = file.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(partial, file)
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl; a last line that was cut short (killed process, full disk) is left out."""
+        """Lines of metrics.jsonl; those that were cut short or damaged (killed process, full disk) are left out."""
         file = self.dir / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
+        return [value for line in lines if line.endswith("\n") and (value := _json_object(line))]
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: bool = False) -> Run:
@@ -170,7 +179,7 @@ def add_provenance(run: Run, name: str, value: Any) -> None:
     """Add one entry to provenance.json, such as the dataset once it is open."""
     if dist.is_main():
         file = run.dir / "provenance.json"
-        write_json(file, {**json.loads(file.read_text()), name: value})
+        write_json(file, {**read_json(file), name: value})
 
 
 def step_generator(device: torch.device, *parts: object) -> torch.Generator:
@@ -217,6 +226,21 @@ def distribute(model: nn.Module) -> nn.Module:
         return model
     parameter = next(model.parameters())
     return DistributedDataParallel(model, device_ids=[parameter.device] if parameter.is_cuda else None)
+
+
+@contextmanager
+def memory_field(field: str, value: int) -> Iterator[None]:
+    """Inside, memory that runs out is an error that names the field to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        raise SpecError(
+            f"spec.{field}", "out of memory", got=value, expected=f"at most {max(value // 2, 1)}",
+            hint=f"Add --set {field}={max(value // 2, 1)}; it changes speed, not results.",
+        ) from error  # fmt: skip
 
 
 def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float, bool]]:

@@ -23,7 +23,7 @@ MAX_LINES = 600
 # The reading order. A module imports only from modules above it.
 ORDER = """
     errors shapes spec batch
-    files.hashes files.images files.manifest files.replace files.artefact files.grid
+    files.damage files.hashes files.images files.manifest files.replace files.artefact files.grid
     flow guidance sampler nn data
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
     tokenizer.baselines tokenizer.losses tokenizer.discriminator
