@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from raev2.errors import CheckpointError, SpecError, did_you_mean
 from raev2.files.damage import damaged
 from raev2.files.hashes import json_sha256
+from raev2.files.replace import write_text
 from raev2.spec import RunSpec, Spec
 from raev2.task import get_task
 
@@ -69,10 +69,7 @@ def load_spec(file: str | Path) -> RunSpec:
 def save_spec(spec: RunSpec, file: str | Path) -> None:
     """Write the resolved spec with its fingerprint."""
     values = {"fingerprint": fingerprint(spec), **spec_to_dict(spec)}
-    file = Path(file)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    os.replace(partial, file)
+    write_text(Path(file), yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def fingerprint(spec: RunSpec) -> str:

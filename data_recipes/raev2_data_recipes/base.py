@@ -29,7 +29,7 @@ from typing import Any
 
 from PIL import Image
 
-from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.errors import DataError, FileError, SpecError, did_you_mean
 from raev2.files.images import IMAGE_ERRORS
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest, verify_dataset
 from raev2.files.replace import Kind, check_replaceable, replace_folder
@@ -241,9 +241,10 @@ def _open_partial(partial: Path, mark: str) -> None:
         shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True)
+        (partial / PARTIAL_MARK).write_text(mark, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"data {partial}", f"cannot be created ({error.strerror})") from None
-    (partial / PARTIAL_MARK).write_text(mark, encoding="utf-8")
+        shutil.rmtree(partial, ignore_errors=True)
+        raise FileError(f"data {partial}", "cannot be created", got=error.strerror) from None
 
 
 def _read_in_order(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Picture | Exception]]:

@@ -340,7 +340,6 @@ def _artefacts(path: Path) -> dict[str, Path]:
 
 def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Written:
     """decoder.pt, stats.pt and generator.pt as RAEv2 reads them, and config.yaml."""
-    import torch
     import yaml
 
     from raev2.interop.decoders import export_decoder
@@ -352,19 +351,30 @@ def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Written:
     rows: Written = []
     if "tokenizer" in artefacts:
         spec, decoder, stats = _read_tokenizer(artefacts["tokenizer"])
-        torch.save(export_decoder(decoder), out / "decoder.pt")
+        _save_pickle(export_decoder(decoder), out / "decoder.pt")
         config["stage_1"] = spec.model_dump(mode="json")
         rows.append(("decoder", "decoder.pt", ""))
         if stats is not None:
-            torch.save(export_stats(stats), out / "stats.pt")
+            _save_pickle(export_stats(stats), out / "stats.pt")
             rows.append(("statistics", "stats.pt", ""))
     if "generator" in artefacts:
         generator = load_generator(artefacts["generator"])
         config["stage_2"] = generator_config(generator)
-        torch.save(export_generator(generator), out / "generator.pt")
+        _save_pickle(export_generator(generator), out / "generator.pt")
         rows.append(("generator", "generator.pt", ""))
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return [*rows, ("config", "config.yaml", "")]
+
+
+def _save_pickle(tensors: Mapping[str, Any], file: Path) -> None:
+    """`torch.save`, whose own error of a full disk is none of files."""
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    file.write_bytes(buffer.getvalue())
 
 
 def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats | None]:

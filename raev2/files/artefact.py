@@ -7,7 +7,6 @@ config, tensors, path = load_artefact(path_or_hub_id, kind="tokenizer")
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from raev2.errors import CheckpointError
 from raev2.files.damage import read_json
-from raev2.files.replace import ARTEFACT, new_folder
+from raev2.files.replace import ARTEFACT, new_folder, write_text
 
 FORMAT_VERSION = 1
 ENCODER = "encoder"  # folder with the encoder's weights, in tokenizers that bring their own
@@ -111,10 +110,8 @@ def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _download(hub_id: str) -> Path:

@@ -23,6 +23,7 @@ from raev2 import __version__
 from raev2.errors import CheckpointError
 from raev2.eval.protocols import ep_fid
 from raev2.files.artefact import write_json
+from raev2.files.replace import write_text
 from raev2.report.chart import Series, line_chart, number, smooth
 from raev2.report.published import published, published_results
 
@@ -84,7 +85,7 @@ def write_report(run_dir: str | Path) -> Path:
     template = (resources.files("raev2") / "assets" / "report.html.j2").read_text()
     html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(page)
     file = run_dir / "report.html"
-    file.write_text(html)
+    write_text(file, html)
     write_json(
         run_dir / "report.json",
         _plain({

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from raev2.errors import CheckpointError
 from raev2.training import dist
@@ -42,14 +43,14 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 
 def _take(file: Path) -> None:
-    own = {"host": socket.gethostname(), "pid": os.getpid()}
+    own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     try:
         with file.open("x") as opened:
             json.dump(own, opened)
         return
     except FileExistsError:
         pass
-    holder = {"host": "an unknown host", "pid": 0}
+    holder: dict[str, Any] = {"host": "an unknown host", "pid": 0}
     with contextlib.suppress(ValueError):  # it was cut short
         holder |= json.loads(file.read_text())
     age = time.time() - file.stat().st_mtime

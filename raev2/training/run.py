@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
 import signal
 import subprocess
@@ -35,7 +34,7 @@ from raev2.data import STOP_SIGNALS, derived_seed
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_strict, write_json
 from raev2.files.damage import read_json
-from raev2.files.replace import RUN, check_replaceable, new_folder
+from raev2.files.replace import RUN, check_replaceable, new_folder, write_text
 from raev2.spec import LoopSpec, RunSpec
 from raev2.spec_io import fingerprint, load_spec, save_spec, spec_differences, spec_values
 from raev2.training import dist
@@ -87,9 +86,7 @@ class Run:
         if dist.is_main() and file.is_file():
             last = images if images > 0 else -1
             kept = [line for line in self._lines() if line.get("stage") != stage or line.get("images", 0) <= last]
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(partial, file)
+            write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _lines(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl; those that were cut short or damaged (killed process, full disk) are left out."""
