@@ -58,9 +58,10 @@ def cli_page() -> str:
     text = "# Command line\n\n" + HEAD
     text += f"{root.description} `python -m raev2` is the same as `raev2`.\n\n{root.epilog}\n\n"
     text += (
-        "Exit codes: 0 done, 1 a check failed, others in [errors](errors.md); wrong usage of options is 2 as well.\n"
+        "Exit codes: 0 done, 75 stopped and resumable, all of them in [errors](errors.md#exit-codes).\n"
+        "Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and the end of `--max-time` while training save a checkpoint first and exit "
+        "with 75: [resume](../how_to/resume.md).\n\n"
     )
-    text += "Ctrl-C and SIGTERM while training save a checkpoint first and exit with 0.\n\n"
     rows = [(f"[`{name}`](#raev2-{name})", command.description) for name, command in commands.items()]
     text += table(("command", "does"), rows)
     for name, command in commands.items():
@@ -268,16 +269,34 @@ def errors_page() -> str:
     """Error classes with exit code, meaning and a real message."""
     text = "# Errors\n\n" + HEAD
     text += (
-        "A mistake of the user raises one of four errors, all `raev2.errors.RaeError`. The command line prints one "
-        "line and no traceback (`raev2 --debug COMMAND` shows it). Any other exception is a defect of raev2: please "
-        "report it.\n\n```text\n<where>: <what is wrong>; got <value>; expected <what>. <what to do>\n```\n\n"
+        "What a user or a machine can cause raises one of five errors, all `raev2.errors.RaeError`. The command line "
+        "prints one line and no traceback (`raev2 --debug COMMAND` shows it). Any other exception is a defect of "
+        "raev2: please report it.\n\n"
+        "```text\n<where>: <what is wrong>; got <value>; expected <what>. <what to do>\n```\n\n"
     )
-    rows, examples = [], ""
+    rows: list[tuple[object, ...]] = []
+    examples = ""
     for name, error in vars(errors).items():
         if inspect.isclass(error) and issubclass(error, errors.RaeError) and error is not errors.RaeError:
-            rows.append((f"`{name}`", error.exit_code, inspect.cleandoc(error.__doc__ or "")))
+            rows.append((error.exit_code, f"`{name}`: {_sentence(inspect.cleandoc(error.__doc__ or '')[:-1])}"))
             examples += f"\n## {name}\n\n```text\n{_message(EXAMPLES[name], error)}\n```\n"
-    return text + table(("class", "exit code", "meaning"), rows) + "\nOne message of each kind:\n" + examples
+    rows = [*EXIT_CODES[:2], *rows, *EXIT_CODES[2:]]
+    return text + "## Exit codes\n\n" + table(("code", "meaning"), rows) + "\nOne message of each kind:\n" + examples
+
+
+EXIT_CODES = (
+    (0, "Done."),
+    (1, "A check failed (`raev2 encoders check`), or a defect of raev2, with a traceback."),
+    (cli.RESUMABLE, "A training was asked to stop: it is saved, and the same command continues it."),
+    (130, "Ctrl-C anywhere else, or a second time."),
+)
+
+
+def _no_folder() -> None:
+    try:
+        Path("/nowhere/log.txt").write_text("")
+    except OSError as error:
+        raise cli._file_error(error) from error
 
 
 def _wrong_width() -> object:
@@ -290,6 +309,7 @@ EXAMPLES: dict[str, Callable[[], object]] = {
     "DataError": lambda: verify_dataset(Path("data/elsewhere")),
     "CheckpointError": lambda: load_spec("runs/imagenet/elsewhere/spec.yaml"),
     "TaskError": lambda: get_task("imagnet"),
+    "FileError": _no_folder,
 }
 
 

@@ -28,6 +28,10 @@ from raev2.files.images import CENTRE_CROP, centre_crop, read_rgb
 from raev2.files.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
+# What asks a run to stop: Ctrl-C, a cancelled job, a closed terminal, Slurm's warning, the clock of --max-time.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGALRM") if hasattr(signal, name)
+]
 
 
 class ImageDataset(Dataset[dict[str, Any]], ABC):
@@ -290,7 +294,7 @@ def _collate(dataset: ImageDataset, samples: list[dict[str, Any]]) -> tuple[Batc
 
 def _ignore_signals(_: int) -> None:
     """In a worker: Ctrl-C and a cancelled job reach the whole process group, and the training still needs a batch."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

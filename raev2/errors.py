@@ -1,4 +1,4 @@
-"""The four errors a user can cause; every other exception is a defect of ours.
+"""The errors a user or a machine can cause; every other exception is a defect of ours.
 
 A message has one form, built by the constructor so that no part is forgotten::
 
@@ -57,6 +57,12 @@ class TaskError(RaeError):
     """An unknown or broken plugin."""
 
     exit_code = 5
+
+
+class FileError(RaeError):
+    """A file, folder or disk that cannot be read, written or replaced: full, read-only, gone, not ours."""
+
+    exit_code = 6
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -8,33 +8,37 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from raev2.batch import Cond, MetricResult
 from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float, to_uint8
-from raev2.errors import CheckpointError, DataError, SpecError
+from raev2.errors import CheckpointError, DataError, FileError, SpecError
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.protocols import run_protocol
 from raev2.files.artefact import load_artefact, write_json
 from raev2.files.grid import save_grid, save_pairs
+from raev2.files.hashes import folder_sha256
 from raev2.files.images import centre_crop, read_rgb
 from raev2.files.manifest import read_manifest
 from raev2.files.picture_folder import PictureFolder, scan_folder, told
+from raev2.files.replace import RECONSTRUCTIONS, SAMPLES, new_folder
 from raev2.flow import prediction
 from raev2.guidance import build_guidance
 from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
 from raev2.spec import AnyTokenizerSpec, Guidance, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
 from raev2.spec_io import load_spec
-from raev2.task import EvalContext, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
+from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import VAES, build_tokenizer, load_tokenizer, tokenizer_spec
 from raev2.tokenizer.decoder import ViTDecoder
@@ -44,8 +48,9 @@ from raev2.train_generator import train_generator
 from raev2.train_tokenizer import measure_stats, train_tokenizer
 from raev2.training import dist
 from raev2.training.checkpoint import latest_checkpoint
-from raev2.training.resume import Origin
-from raev2.training.run import Run, add_provenance, make_accelerator, newest_run, open_run
+from raev2.training.lock import run_lock
+from raev2.training.resume import Origin, check_identity, local_identity
+from raev2.training.run import Run, add_provenance, make_accelerator, memory_field, newest_run, open_run
 
 logger = logging.getLogger(__name__)
 TOKENIZER, GENERATOR, EVAL = "tokenizer", "generator", "eval"  # folders of a run
@@ -74,10 +79,17 @@ def train(
     make_accelerator(spec.precision)  # from here on the processes know each other
     prepare_data(spec)
     spec = with_tokenizer(spec)
-    run = open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)
+    with run_lock(Path(run_dir)):
+        run = open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)
+        return _train(run, task, protocols, stage, origin)
+
+
+def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, origin: Origin | None) -> Path:
+    spec = run.spec
     if origin:
         origin.copy_into(run)
     train_set, val_set = task.dataset(spec, "train"), task.dataset(spec, "val")
+    check_identity(run, {"data": train_set.fingerprint, **local_identity(spec)})
     add_provenance(run, "data", {name: value for name, value in train_set.manifest.items() if name != "classes"})
 
     # Stage 1.
@@ -93,6 +105,8 @@ def train(
     else:
         logger.info("no tokenizer in %s yet: training it first", run.dir / TOKENIZER)
         rae = train_tokenizer(run, train_set, val_set)
+    if spec.tokenizer_from is None:
+        check_identity(run, {TOKENIZER: folder_sha256(run.dir / TOKENIZER)})
     for evaluator in protocols:
         if not evaluator.needs_generator and not (run.dir / EVAL / f"{evaluator.protocol}.json").is_file():
             _evaluate(TrainedRun(run, task, rae, None), [evaluator.protocol])
@@ -243,12 +257,12 @@ def sample_run(
     raw, captions = trained.task.sample_cond(spec, trained.task.dataset(spec, "train"), options)
     num = len(captions)
     images = image_sampler(trained, sampling, seed)(raw, range(num))
-    out.mkdir(parents=True, exist_ok=True)
-    for index, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        Image.fromarray(pixels).save(out / f"{index:05d}.png")
-    save_grid(images, out / "grid.png", captions=captions)
     plan = {"run": str(run_dir), "seed": seed, "captions": captions, "sampling": sampling.model_dump(mode="json")}
-    write_json(out / "plan.json", {**plan, "time_shift": generator.time_shift})
+    with new_folder(out, SAMPLES) as folder:
+        for index, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+            Image.fromarray(pixels).save(folder / f"{index:05d}.png")
+        save_grid(images, folder / "grid.png", captions=captions)
+        write_json(folder / "plan.json", {**plan, "time_shift": generator.time_shift})
     return out
 
 
@@ -277,7 +291,7 @@ def _image_sampler(task: Task, context: EvalContext) -> Callable[[Cond, Sequence
 
     def generate(raw: Cond, indices: Sequence[int]) -> Tensor:
         cond = encode_cond({name: value.to(context.device) for name, value in raw.items()})
-        with context.autocast():
+        with context.autocast(), memory_field("sampling.batch_size", sampling.batch_size):
             images = sample(
                 generator, context.rae, cond, sampling.steps, sampling.guidance, spec.evaluation.seed, indices,
                 solver=sampling.solver, batch_size=sampling.batch_size, weak=context.weak,
@@ -358,7 +372,7 @@ class Reconstruction:
 def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Reconstruction]:
     """Encode and decode image files with the tokenizer in `source` (run folder, artefact folder or hub id).
 
-    Writes one PNG per image and `grid.png`, originals above their reconstructions.
+    Writes one PNG per image, `grid.png`, originals above their reconstructions, and the numbers as `table.json`.
     """
     device = make_accelerator("fp32").device
     rae = _load_tokenizer(source).to(device)
@@ -367,17 +381,19 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     distance = build_pair_distance(name, device)
     rows: list[Reconstruction] = []
     pairs: list[Tensor] = []
-    for file in files:
-        original = read_image(file, rae.spec.image_size)[None]
-        decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
-        numbers = {"psnr": psnr(decoded, original), "ssim": ssim(decoded, original)}
-        numbers["distance"] = distance(decoded, original)
-        out.mkdir(parents=True, exist_ok=True)
-        rows.append(Reconstruction(str(file), distance_name=name, **{key: float(v) for key, v in numbers.items()}))
-        Image.fromarray(decoded[0].permute(1, 2, 0).numpy()).save(out / f"{len(rows) - 1:05d}-{file.stem}.png")
-        pairs.append(torch.cat([original, decoded]))
-    originals, decodeds = torch.stack(pairs[:64]).unbind(1)
-    save_pairs(originals, decodeds, out / "grid.png")
+    with new_folder(out, RECONSTRUCTIONS) as folder:
+        for file in files:
+            original = read_image(file, rae.spec.image_size)[None]
+            decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
+            numbers = {"psnr": psnr(decoded, original), "ssim": ssim(decoded, original)}
+            numbers["distance"] = distance(decoded, original)
+            rows.append(Reconstruction(str(file), distance_name=name, **{key: float(v) for key, v in numbers.items()}))
+            image = Image.fromarray(decoded[0].permute(1, 2, 0).numpy())
+            image.save(folder / f"{len(rows) - 1:05d}-{file.stem}.png")
+            pairs.append(torch.cat([original, decoded]))
+        originals, decodeds = torch.stack(pairs[:64]).unbind(1)
+        save_pairs(originals, decodeds, folder / "grid.png")
+        write_json(folder / "table.json", {"format_version": 1, "rows": [asdict(row) for row in rows]})
     return rows
 
 
@@ -414,24 +430,41 @@ def read_image(file: Path, size: tuple[int, int]) -> Tensor:
 
 def write_latent_stats(source: str, data_dir: Path, split: str, out: Path) -> Path:
     """Latent statistics of a split by a trained tokenizer, as safetensors (mean, var) with their identity."""
+    _refuse_file(out)
     rae, dataset = _tokenizer_and_data(source, data_dir, split)
     if not isinstance(rae, RAE):
         raise SpecError("raev2 latents stats", "this tokenizer is normalised by its own configuration", got=source)
     stats = measure_stats(rae, dataset, rae.stats_mean.device)
     identity = {"num_images": stats.num_images, "encoder": dict(stats.encoder), "data": stats.data}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"mean": stats.mean, "var": stats.var}, out, metadata={"stats": json.dumps(identity)})
-    return out
+    return _save_tensors(out, {"mean": stats.mean, "var": stats.var}, "stats", identity)
 
 
 def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
     """Normalised latents (S, C, H, W) of a split, in index order, as one safetensors file in float16."""
+    _refuse_file(out)
     rae, dataset = _tokenizer_and_data(source, data_dir, split)
     device = make_accelerator("fp32").device
     parts = [rae.encode(to_float(batch.images.to(device))).half().cpu() for batch in ordered_batches(dataset, 64)]
     identity = {"encoder": rae.fingerprint(), "data": dataset.fingerprint, "split": split}
+    return _save_tensors(out, {"latents": torch.cat(parts).contiguous()}, "latents", identity)
+
+
+def _refuse_file(out: Path) -> None:
+    if out.exists():
+        raise SpecError("--out", "exists already", got=str(out), hint="Choose another file.")
+
+
+def _save_tensors(out: Path, tensors: Mapping[str, Tensor], kind: str, identity: Mapping[str, object]) -> Path:
+    """Write a file whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": torch.cat(parts).contiguous()}, out, metadata={"latents": json.dumps(identity)})
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        save_file(dict(tensors), partial, metadata={kind: json.dumps(identity)})
+        os.replace(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise FileError(str(out), "could not be saved", got=str(error), hint="Free some space.") from error
+    finally:
+        partial.unlink(missing_ok=True)
     return out
 
 

@@ -30,7 +30,7 @@ def _installed_name(group: str, name: object) -> str:
 class Spec(BaseModel):
     """Base of every spec: frozen, and a misspelt field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def replace(self: AnySpec, **changes: Any) -> AnySpec:
         """Copy with some fields changed, validated again (pydantic's own copy is not)."""
@@ -152,7 +152,7 @@ class PixelSpec(Spec):
 
 def _tokenizer_kind(value: Any) -> str:
     """Which tokenizer spec a value is; a mapping without `kind` is an RAE."""
-    return value.get("kind", "rae") if isinstance(value, Mapping) else value.kind
+    return value.get("kind", "rae") if isinstance(value, Mapping) else getattr(value, "kind", "rae")
 
 
 AnyTokenizerSpec = Annotated[
@@ -489,7 +489,7 @@ class EvaluationSpec(Spec):
     compare_guidance: tuple[SerializeAsAny[Guidance], ...] = Field(
         (), description="settings compared after training: a grid and the generation protocols for each"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ class RunSpec(Spec):
     generator_training: GeneratorTrainingSpec
     sampling: SamplingSpec = SamplingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast with fp32 weights; fp32: no TF32")
 
     @model_validator(mode="after")

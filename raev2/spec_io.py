@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +10,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
+from raev2.files.damage import damaged
 from raev2.files.hashes import json_sha256
+from raev2.files.replace import write_text
 from raev2.spec import RunSpec, Spec
 from raev2.task import get_task
 
@@ -55,7 +56,8 @@ def load_spec(file: str | Path) -> RunSpec:
     if not file.is_file():
         raise CheckpointError(str(file), "no spec here", expected="spec.yaml of a run folder")
     try:
-        values = yaml.safe_load(file.read_text())
+        with damaged(file):
+            values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise CheckpointError(str(file), "not readable as YAML", got=str(error)) from error
     if not isinstance(values, dict):
@@ -67,10 +69,7 @@ def load_spec(file: str | Path) -> RunSpec:
 def save_spec(spec: RunSpec, file: str | Path) -> None:
     """Write the resolved spec with its fingerprint."""
     values = {"fingerprint": fingerprint(spec), **spec_to_dict(spec)}
-    file = Path(file)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    os.replace(partial, file)
+    write_text(Path(file), yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def fingerprint(spec: RunSpec) -> str:
@@ -86,6 +85,19 @@ def spec_differences(old: RunSpec, new: RunSpec) -> list[str]:
         for path in {**old_leaves, **new_leaves}
         if old_leaves.get(path) != new_leaves.get(path)
     ]
+
+
+def spec_values(spec: RunSpec) -> list[str]:
+    """Every text in a spec; those that are paths are what the run reads."""
+    found: set[str] = set()
+    rest: list[Any] = [spec_to_dict(spec)]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            found.add(value)
+        elif isinstance(value, dict | list):
+            rest.extend(value.values() if isinstance(value, dict) else value)
+    return sorted(found)
 
 
 def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:

@@ -137,6 +137,8 @@ class Task(ABC):
 
         encode   for conditions that are images: (8-bit images (B, 3, Hpx, Wpx), their indices in the split (B,)) ->
                  normalised latents (B, C, H, W), from the latent cache where the run keeps one
+
+        The map may have a `fingerprint` (text) of what it loads; a run that continues with another one is refused.
         """
         return lambda raw: raw
 

@@ -19,18 +19,19 @@ from raev2.tokenizer.encoders import build_encoder
 from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.training.resume import check_identity
 from raev2.training.run import (
     NonFiniteGuard,
     Progress,
     Run,
     Stopped,
     StopSignal,
+    TrainingState,
     crossed,
     distribute,
     gradient_sync,
+    memory_field,
     micro_batches,
-    restore_training,
-    save_training,
     step_generator,
     update,
 )
@@ -52,10 +53,10 @@ def train_generator(
     look, evaluate   called with the averaged generator and the images seen, every `sample_every_images` and
                      `eval_every_images`
 
-    Continues from the newest checkpoint of the run. Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
+    Continues from the newest checkpoint of the run. Raises Stopped after a signal to stop, with a checkpoint saved.
     """
     spec, loop = run.spec, run.spec.generator_training
-    device, checkpoints = run.device, run.dir / "checkpoints" / STAGE
+    device = run.device
 
     # Network, optimizer, averages.
     torch.manual_seed(spec.seed)
@@ -68,26 +69,40 @@ def train_generator(
     modules, optimizers = {"model": generator}, {"optimizer": optimizer}
     encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else latent_encoder(rae, device)
     encode_cond = task.cond_encoder(spec, encode, device)
+    if hasattr(encode_cond, "fingerprint"):
+        check_identity(run, {"condition encoder": encode_cond.fingerprint})
     repa_target = _repa_encoder(run, rae.latent_shape)
 
     # Resume.
-    images = restore_training(checkpoints, modules, ema, optimizers)
+    state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
+    images = state.restore()
     run.forget_after(STAGE, images)
     batches = train_batches(
         dataset, batch_size=loop.batch_size, seed=spec.seed, start_images=images, flip=spec.data.horizontal_flip,
         num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
     )  # fmt: skip
-    guard, progress, skipped_images = NonFiniteGuard(run, STAGE), Progress(STAGE, loop, images), 0
+    guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(STAGE, loop, images), 0
+    due = False  # a checkpoint
 
-    with StopSignal() as stop:
-        if images == 0:
-            look(generator, images)
-            if loop.eval_every_images:
-                evaluate(generator, images)
+    def look_and_evaluate(images: int) -> None:
+        """What is due after so many images: pictures, and numbers unless the log has them."""
+        before, stop = images - loop.batch_size, images >= loop.images
+        with ema.applied(generator, decay):
+            if crossed(loop.sample_every_images, before, images) and not stop:
+                look(generator, images)
+            if crossed(loop.eval_every_images, before, images) and not stop:
+                logged = dist.from_main(len(run.history(stage=STAGE, kind="eval", images=images)))
+                if logged < len(spec.evaluation.in_training):
+                    evaluate(generator, images)
+
+    micro = loop.micro_batch_size or loop.batch_size // dist.world_size()
+    with StopSignal() as stop, memory_field(f"{STAGE}_training.micro_batch_size", micro):
+        look_and_evaluate(images)  # at the start, and again where a killed run may have stopped before it did
         while images < loop.images:
             # Stop?
             if stop:
-                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
+                if guard.steady:
+                    state.save(images, loop.keep_checkpoints)
                 raise Stopped(f"{STAGE} stopped after {images:,} images")
 
             # Batch.
@@ -137,7 +152,7 @@ def train_generator(
                 ema.update(generator, step)
             before, images = images, images + loop.batch_size
 
-            # Report, look, evaluate, save: saved last, so that a resumed run repeats what was interrupted.
+            # Report, save, look, evaluate: saved before what takes long, which a resumed run repeats if it has to.
             if (step + 1) % loop.log_every_steps == 0 or images >= loop.images:
                 numbers = {name: float(dist.mean_over_processes(value)) for name, value in values.items()}
                 speed = progress.report(images, **numbers)
@@ -145,15 +160,13 @@ def train_generator(
                     stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
                     skipped_images=skipped_images, **numbers, **speed,
                 )  # fmt: skip
-            with ema.applied(generator, decay):
-                if crossed(loop.sample_every_images, before, images) and images < loop.images:
-                    look(generator, images)
-                if crossed(loop.eval_every_images, before, images) and images < loop.images:
-                    evaluate(generator, images)
-            if crossed(loop.save_every_images, before, images) or images >= loop.images:
-                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
+            due = due or crossed(loop.save_every_images, before, images) or images >= loop.images
+            if due and guard.steady:
+                due = not state.save(images, loop.keep_checkpoints)
+            look_and_evaluate(images)
 
     # Artefact with the averaged weights.
+    state.require_finite()
     load_strict(generator, {**generator.state_dict(), **ema.state_dict(decay)}, "averaged generator")
     look(generator, images)
     if dist.is_main():

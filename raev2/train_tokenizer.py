@@ -39,13 +39,13 @@ from raev2.training.run import (
     Run,
     Stopped,
     StopSignal,
+    TrainingState,
     attention_kernels,
     crossed,
     distribute,
     gradient_sync,
+    memory_field,
     micro_batches,
-    restore_training,
-    save_training,
     step_generator,
     update,
 )
@@ -58,11 +58,10 @@ STATS_BATCH = 64
 def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     """Train the tokenizer of `run.spec` and save it as the artefact `run.dir/tokenizer`.
 
-    Continues from the newest checkpoint of the run. Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
+    Continues from the newest checkpoint of the run. Raises Stopped after a signal to stop, with a checkpoint saved.
     """
     spec, loop = run.spec, run.spec.tokenizer_training
-    device, checkpoints = run.device, run.dir / "checkpoints" / STAGE
-    adversarial = loop.adversarial
+    device, adversarial = run.device, loop.adversarial
 
     # Networks, losses, optimizers, averages.
     assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
@@ -83,13 +82,21 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         modules["discriminator"], optimizers["discriminator_optimizer"] = disc, disc_optimizer
 
     # Resume.
-    images = restore_training(checkpoints, modules, ema, optimizers)
+    state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
+    images = state.restore()
     run.forget_after(STAGE, images)
     batches = train_batches(
         dataset, batch_size=loop.batch_size, seed=spec.seed, start_images=images, flip=spec.data.horizontal_flip,
         num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
     )  # fmt: skip
-    guard, progress, skipped_images = NonFiniteGuard(run, STAGE), Progress(STAGE, loop, images), 0
+    guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(STAGE, loop, images), 0
+    due = False  # a checkpoint
+
+    def look(images: int) -> None:
+        """Reconstructions, where they are due after so many images."""
+        if crossed(loop.sample_every_images, images - loop.batch_size, images) and images < loop.images:
+            with ema.applied(rae.decoder, loop.ema_decay):
+                save_reconstructions(run, rae, val, images)
 
     def decoder_step(
         pixels: Tensor, rng: torch.Generator, use_gan: bool, share: float
@@ -119,13 +126,14 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         return decoded.detach(), terms
 
     num_tokens = math.prod(spec.tokenizer.grid)
-    with StopSignal() as stop:
-        if images == 0:
-            save_reconstructions(run, rae, val, images)
+    micro = loop.micro_batch_size or loop.batch_size // dist.world_size()
+    with StopSignal() as stop, memory_field(f"{STAGE}_training.micro_batch_size", micro):
+        look(images)  # at the start, and again where a killed run may have stopped before it did
         while images < loop.images:
             # Stop?
             if stop:
-                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
+                if guard.steady:
+                    state.save(images, loop.keep_checkpoints)
                 raise Stopped(f"{STAGE} stopped after {images:,} images")
 
             # Batch.
@@ -168,7 +176,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                 update(disc_optimizer, list(disc.parameters()), values["disc"], loop.clip_grad_norm)
             before, images = images, images + loop.batch_size
 
-            # Report, look, save.
+            # Report, save, look.
             if (step + 1) % loop.log_every_steps == 0 or images >= loop.images:
                 numbers = {name: float(dist.mean_over_processes(value)) for name, value in values.items()}
                 speed = progress.report(images, loss=numbers["loss"], l1=numbers["l1"])
@@ -176,13 +184,13 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                     stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
                     skipped_images=skipped_images, **numbers, **speed,
                 )  # fmt: skip
-            if crossed(loop.sample_every_images, before, images) and images < loop.images:
-                with ema.applied(rae.decoder, loop.ema_decay):
-                    save_reconstructions(run, rae, val, images)
-            if crossed(loop.save_every_images, before, images) or images >= loop.images:
-                save_training(checkpoints, images, loop.keep_checkpoints, modules, ema, optimizers)
+            due = due or crossed(loop.save_every_images, before, images) or images >= loop.images
+            if due and guard.steady:
+                due = not state.save(images, loop.keep_checkpoints)
+            look(images)
 
     # Averaged weights, statistics of the clean latents, artefact.
+    state.require_finite()
     load_strict(rae.decoder, {**rae.decoder.state_dict(), **ema.state_dict(loop.ema_decay)}, "averaged decoder")
     rae.set_stats(measure_stats(rae, dataset, device, loop.stats_images))
     save_reconstructions(run, rae, val, images)

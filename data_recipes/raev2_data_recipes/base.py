@@ -29,12 +29,18 @@ from typing import Any
 
 from PIL import Image
 
-from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.errors import DataError, FileError, SpecError, did_you_mean
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest, verify_dataset
+from raev2.files.replace import Kind, check_replaceable, replace_folder
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
+# What recipes write: indices and rejects, folders of pictures or poses, tars and their indices.
+DATASET = Kind(
+    MANIFEST, '"fingerprint"',
+    r"manifest\.json|[^/]+\.jsonl|(train|val|frames|poses)/(.*/)?[^/]+\.(png|jpe?g|webp|bmp|gif|npz|idx)|(.*/)?[^/]+\.(tar|idx)",
+)  # fmt: skip
 PARTIAL_MARK = ".raev2-partial"  # a folder with this file is an unfinished build of ours; it holds recipe and options
 
 
@@ -140,13 +146,16 @@ class DatasetRecipe(ABC):
         """Write the dataset folder ``out_dir`` and return its manifest.
 
         The folder is written as ``<out_dir>.partial`` and renamed at the end, so it is complete or absent.
-        DataError when ``out_dir`` exists (unless ``overwrite``) or when nothing could be read.
+        DataError when ``out_dir`` exists (unless ``overwrite``) or when nothing could be read, FileError when it is not
+        only a dataset folder, or holds what the recipe reads.
 
         A recipe that leaves a ``PROGRESS`` file when it is interrupted is given its unfinished folder again.
         """
         resolved = self.resolve(options or {})
         out_dir = Path(out_dir).absolute()
-        _refuse_existing(out_dir, overwrite)
+        if out_dir.exists() and not overwrite:
+            raise DataError(f"data {out_dir}", "exists already", hint="Choose another folder or pass --overwrite.")
+        check_replaceable(out_dir, DATASET, needed=resolved.values())
         partial = out_dir.with_name(out_dir.name + ".partial")
         _open_partial(partial, _json_line({"recipe": self.name, "options": resolved}))
         try:
@@ -156,13 +165,7 @@ class DatasetRecipe(ABC):
             if not (partial / PROGRESS).is_file():
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        if out_dir.exists():
-            old = out_dir.with_name(out_dir.name + ".old")
-            out_dir.rename(old)
-            partial.rename(out_dir)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out_dir)
+        replace_folder(partial, out_dir)
         return manifest
 
 
@@ -254,17 +257,6 @@ def encode_png(image: Image.Image) -> Picture:
     return Picture(buffer.getvalue(), ".png", image.size)
 
 
-def _refuse_existing(out_dir: Path, overwrite: bool) -> None:
-    if not out_dir.exists():
-        return
-    if not overwrite:
-        hint = "Choose another folder or pass --overwrite."
-        raise DataError(f"data {out_dir}", "exists already", hint=hint)
-    if not (out_dir / MANIFEST).is_file():
-        hint = "Delete it yourself if that is what you want."
-        raise DataError(f"data {out_dir}", f"will not overwrite a folder without {MANIFEST}", hint=hint)
-
-
 def _open_partial(partial: Path, mark: str) -> None:
     """Make the folder of a build; what an interrupted build left there is deleted, unless the same build can go on."""
     if partial.exists():
@@ -276,9 +268,10 @@ def _open_partial(partial: Path, mark: str) -> None:
         shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True)
+        (partial / PARTIAL_MARK).write_text(mark, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"data {partial}", f"cannot be created ({error.strerror})") from None
-    (partial / PARTIAL_MARK).write_text(mark, encoding="utf-8")
+        shutil.rmtree(partial, ignore_errors=True)
+        raise FileError(f"data {partial}", "cannot be created", got=error.strerror) from None
 
 
 def _read_in_order(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Picture | Exception]]:

@@ -10,8 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from raev2.errors import RaeError, SpecError, did_you_mean
+from raev2.errors import DataError, RaeError, SpecError, did_you_mean
+from raev2.files.damage import damaged
 from raev2.files.manifest import read_manifest, verify_dataset
+from raev2.files.replace import ARTEFACT, EXPORT, Kind, check_replaceable
 from raev2.spec import RunSpec
 from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
 from raev2.task import (
@@ -97,12 +99,13 @@ def data(options: Namespace) -> int:
         )
     if options.action == "verify":
         folder = Path(options.recipe)
-        name = read_manifest(folder).get("recipe")
+        name = str(read_manifest(folder).get("recipe"))
         # The recipe that wrote a folder knows its format; a folder written by hand is one of pictures.
         verify = get_data_recipe(name).verify if name in installed_data_recipes() else verify_dataset
-        manifest = verify(folder)
-        counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
-        print(f"{options.recipe}: intact ({counts}; fingerprint {manifest['fingerprint'][:12]})")
+        with damaged(f"data {folder / 'manifest.json'}", DataError):
+            manifest = verify(folder)
+            counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
+            print(f"{options.recipe}: intact ({counts}; fingerprint {manifest['fingerprint'][:12]})")
         return OK
     recipe = get_data_recipe(options.recipe)
     pairs = [override.partition("=") for override in options.overrides]
@@ -149,7 +152,7 @@ def import_(options: Namespace) -> int:
     """`raev2 import`."""
     from raev2.command.convert_actions import import_weights
 
-    _refuse_existing(Path(options.out), options.overwrite)
+    _refuse_existing(options, Path(options.out), ARTEFACT)
     _print_table(("what", "value"), import_weights(options))
     return OK
 
@@ -158,7 +161,7 @@ def export(options: Namespace) -> int:
     """`raev2 export`."""
     from raev2.command.convert_actions import export_weights
 
-    _refuse_existing(Path(options.out), options.overwrite)
+    _refuse_existing(options, Path(options.out), EXPORT)
     _print_table(("what", "where"), export_weights(options))
     return OK
 
@@ -257,9 +260,11 @@ def _print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> 
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise SpecError("--out", "exists already", got=str(out), hint="Choose another folder, or add --overwrite.")
+def _refuse_existing(options: Namespace, out: Path, kind: Kind) -> None:
+    """The folder to write must be free, or with --overwrite ours and without what the command reads."""
+    given = [value for name, value in vars(options).items() if name != "out"]
+    needed = [text for value in given for text in (value if isinstance(value, list) else [value])]
+    check_replaceable(out, kind, options.overwrite, needed)
 
 
 def _missing_of_extras() -> dict[str, list[str]]:

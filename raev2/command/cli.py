@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raev2.errors import RaeError
     from raev2.spec import RunSpec, SamplingSpec
     from raev2.task import Task
 
@@ -24,6 +27,7 @@ COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
     "import", "export", "analyse", "bench", "doctor",
 )  # fmt: skip
+RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
     " Tasks add commands: `raev2 TASK --help` lists them."
@@ -65,6 +69,7 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
         help="continue the run folder if it exists; a checkpoint folder of another run: begin a new run with it",
     )
     train.add_argument("--overwrite", action="store_true", help="delete an existing run folder first")
+    train.add_argument("--max-time", type=float, metavar="MINUTES", help="save and stop after this time, exit code 75")
     train.add_argument("--dry-run", action="store_true", help="print sizes, and what is there already; train nothing")
 
     sample = command("sample", "images from a trained generator")
@@ -191,14 +196,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(argv)
-    except RaeError as error:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except (RaeError, OSError) as error:
         if "--debug" in argv:
             raise
+        error = error if isinstance(error, RaeError) else _file_error(error)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _file_error(error: OSError) -> RaeError:
+    """An error of the operating system as one of ours."""
+    from raev2.errors import FileError
+
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter would try again at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    where = str(error.filename or "a file or standard output")
+    return FileError(where, "cannot be read or written", got=error.strerror or str(error))
 
 
 def _run(argv: list[str]) -> int:
@@ -300,16 +320,21 @@ def train(options: Namespace) -> int:
         print(f"\ndata {spec.data.dir}: {_data_state(spec)}")
         print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
         return 0
+    if options.max_time is not None and not 0 < options.max_time < 1e6:
+        raise SpecError("--max-time", "not usable", got=options.max_time, expected="minutes above 0")
     from raev2 import pipeline
     from raev2.training import dist
-    from raev2.training.run import Stopped
+    from raev2.training.run import Stopped, StopSignal
 
     try:
-        resume = {"auto": True, "never": False}.get(options.resume, Path(options.resume))
-        pipeline.train(spec, run_dir, stage=options.stage, resume=resume, overwrite=options.overwrite)
+        with StopSignal(at_once=True):
+            signal.setitimer(signal.ITIMER_REAL, 60 * (options.max_time or 0))  # 0: none
+            resume = {"auto": True, "never": False}.get(options.resume, Path(options.resume))
+            pipeline.train(spec, run_dir, stage=options.stage, resume=resume, overwrite=options.overwrite)
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except Stopped as stopped:
         print(f"{stopped}; saved. The same command continues.", file=sys.stderr)
-        return 0
+        return RESUMABLE
     if dist.is_main():
         actions._print_results(run_dir)
     return 0
@@ -319,13 +344,15 @@ def sample(options: Namespace) -> int:
     """`raev2 sample`."""
     from raev2 import pipeline
     from raev2.command import actions
+    from raev2.files.replace import SAMPLES
     from raev2.spec_io import load_spec
 
     _check_positive("--n", options.n)
     _check_positive("--steps", options.steps)
+    _check_positive("--seed", options.seed, least=0)
     run_dir = pipeline.find_run(options.run, options.task)
     out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
-    actions._refuse_existing(out, options.overwrite)
+    actions._refuse_existing(options, out, SAMPLES)
     sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
     given = {name: value for name in ("n", *options.conditions) if (value := getattr(options, name)) is not None}
     pipeline.sample_run(run_dir, given, sampling, options.seed, out=out)
@@ -337,9 +364,10 @@ def reconstruct(options: Namespace) -> int:
     """`raev2 reconstruct`."""
     from raev2 import pipeline
     from raev2.command import actions
+    from raev2.files.replace import RECONSTRUCTIONS
 
     out = Path(options.out)
-    actions._refuse_existing(out, options.overwrite)
+    actions._refuse_existing(options, out, RECONSTRUCTIONS)
     rows = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
     shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
     mean = ("mean", *(f"{sum(float(row[i]) for row in shown) / len(shown):.4f}" for i in (1, 2, 3)))
@@ -362,10 +390,13 @@ def evaluate(options: Namespace) -> int:
 
 def report(options: Namespace) -> int:
     """`raev2 report`."""
+    from raev2.files.damage import damaged
     from raev2.pipeline import find_run
     from raev2.report.page import write_report
 
-    print(write_report(find_run(options.run, options.task)))
+    run_dir = find_run(options.run, options.task)
+    with damaged(run_dir):
+        print(write_report(run_dir))
     return 0
 
 
@@ -398,9 +429,9 @@ def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
     return default.replace(guidance=spec, steps=options.steps or default.steps)
 
 
-def _check_positive(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise SpecError(option, "not usable", got=value, expected="a number >= 1")
+def _check_positive(option: str, value: int | None, least: int = 1) -> None:
+    if value is not None and not least <= value < 2**63:
+        raise SpecError(option, "not usable", got=value, expected=f"a number >= {least}")
 
 
 def _plan(sampling: SamplingSpec) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from argparse import Namespace
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raev2.errors import CheckpointError, SpecError
+from raev2.files.artefact import write_json
+from raev2.files.replace import EXPORT, new_folder
 from raev2.spec_io import override_values
 
 if TYPE_CHECKING:
@@ -298,14 +299,9 @@ def export_weights(options: Namespace) -> Rows:
     out = Path(options.out)
     artefacts = _artefacts(Path(options.run))
     write = {"reference": _export_reference, "diffusers": _export_diffusers, "hub": _export_hub}[options.format]
-    with _scratch(out) as folder:
-        rows = write(artefacts, Path(folder))
-        out.mkdir(parents=True, exist_ok=True)
-        for entry in Path(folder).iterdir():
-            target = out / entry.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(entry, target)
+    with new_folder(out, EXPORT) as folder:
+        rows = write(artefacts, folder)
+        write_json(folder / "export.json", {"format_version": 1, "format": options.format, "run": str(options.run)})
     return [(name, str(out / file) if file else text) for name, file, text in rows]
 
 
@@ -344,7 +340,6 @@ def _artefacts(path: Path) -> dict[str, Path]:
 
 def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Written:
     """decoder.pt, stats.pt and generator.pt as RAEv2 reads them, and config.yaml."""
-    import torch
     import yaml
 
     from raev2.interop.decoders import export_decoder
@@ -356,19 +351,30 @@ def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Written:
     rows: Written = []
     if "tokenizer" in artefacts:
         spec, decoder, stats = _read_tokenizer(artefacts["tokenizer"])
-        torch.save(export_decoder(decoder), out / "decoder.pt")
+        _save_pickle(export_decoder(decoder), out / "decoder.pt")
         config["stage_1"] = spec.model_dump(mode="json")
         rows.append(("decoder", "decoder.pt", ""))
         if stats is not None:
-            torch.save(export_stats(stats), out / "stats.pt")
+            _save_pickle(export_stats(stats), out / "stats.pt")
             rows.append(("statistics", "stats.pt", ""))
     if "generator" in artefacts:
         generator = load_generator(artefacts["generator"])
         config["stage_2"] = generator_config(generator)
-        torch.save(export_generator(generator), out / "generator.pt")
+        _save_pickle(export_generator(generator), out / "generator.pt")
         rows.append(("generator", "generator.pt", ""))
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return [*rows, ("config", "config.yaml", "")]
+
+
+def _save_pickle(tensors: Mapping[str, Any], file: Path) -> None:
+    """`torch.save`, whose own error of a full disk is none of files."""
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    file.write_bytes(buffer.getvalue())
 
 
 def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats | None]:

@@ -7,10 +7,8 @@ config, tensors, path = load_artefact(path_or_hub_id, kind="tokenizer")
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raev2.errors import CheckpointError
+from raev2.files.damage import read_json
+from raev2.files.replace import ARTEFACT, new_folder, write_text
 
 FORMAT_VERSION = 1
 ENCODER = "encoder"  # folder with the encoder's weights, in tokenizers that bring their own
@@ -40,20 +40,10 @@ def save_artefact(
     tensors   saved contiguous, on the CPU, in their dtype; or a function that writes them to a safetensors file
     encoder   folder that is copied into the artefact
 
-    Raises CheckpointError when `path` holds anything else than an artefact, or when it cannot be written.
+    Raises FileError when `path` holds anything else than an artefact, or when it cannot be written.
     """
     path = Path(path)
-    foreign = sorted({file.name for file in path.iterdir()} - FILES) if path.is_dir() else [path.name] * path.exists()
-    if foreign:
-        raise CheckpointError(
-            str(path), "exists and is not an artefact folder, nothing was deleted", got=f"{foreign[0]} in it",
-            hint="Choose another folder.",
-        )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir()
+    with new_folder(path, ARTEFACT) as partial:
         weights_file = partial / "model.safetensors"
         if callable(tensors):
             tensors(weights_file)
@@ -63,13 +53,6 @@ def save_artefact(
             shutil.copytree(encoder, partial / ENCODER)
         (partial / "README.md").write_text(card)
         write_json(partial / "config.json", {"format_version": FORMAT_VERSION, "kind": kind, **config})
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:  # both may be a full disk
-        raise CheckpointError(str(path), "could not be saved", got=str(error), hint="Free some space.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
@@ -90,12 +73,7 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
                 expected=f"a {kind} folder with config.json",
                 hint=_where_instead(path, kind),
             )
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise CheckpointError(str(config_file), "damaged, not JSON", got=str(error)) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(str(config_file), "not a config", got=type(config).__name__, expected="a JSON object")
+    config = read_json(config_file)
     if config.get("kind") != kind:
         raise CheckpointError(
             str(path), "wrong kind of artefact", got=config.get("kind", "a config.json of another program"),
@@ -112,15 +90,6 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
         raise CheckpointError(
             str(weights_file), "truncated or not a safetensors file", got=str(error), hint="Copy or download it again."
         ) from error
-
-
-@contextmanager
-def built_from_config(path: Path, kind: str) -> Iterator[None]:
-    """What is built inside from a config that others wrote; CheckpointError where its values cannot be used."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}/config.json", f"not a valid {kind}", got=str(error)) from error
 
 
 def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -144,10 +113,8 @@ def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _download(hub_id: str) -> Path:

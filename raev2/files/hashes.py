@@ -14,6 +14,12 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """Hexadecimal digest of the names and bytes of a folder's files, apart from texts for people."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md")
+    return json_sha256({file.relative_to(folder).as_posix(): file_sha256(file) for file in files})
+
+
 def json_sha256(value: Any) -> str:
     """Hexadecimal digest of a value as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

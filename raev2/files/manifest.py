@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raev2.errors import DataError
+from raev2.files.damage import read_json
 
 FORMAT_VERSION = 1
 PROGRESS = "progress.jsonl"  # what an interrupted build leaves in its folder when it can go on
@@ -23,10 +24,7 @@ def read_manifest(dir: str | Path) -> dict[str, Any]:
             f"data {dir}", "no dataset folder here", expected="a folder with manifest.json",
             hint="Build it with `raev2 data build RECIPE --out DIR`; `raev2 data list` shows the recipes.",
         )  # fmt: skip
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"data {file}", "damaged, not JSON", got=str(error), hint="Build the dataset again.") from error
+    manifest = read_json(file, DataError)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"data {dir}", "unknown format_version", got=manifest.get("format_version"), expected=str(FORMAT_VERSION)

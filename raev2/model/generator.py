@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raev2.batch import Cond, FrameCache, ModelOutput
 from raev2.errors import SpecError
-from raev2.files.artefact import built_from_config, load_artefact, load_strict, save_artefact
+from raev2.files.artefact import load_artefact, load_strict, save_artefact
+from raev2.files.damage import damaged
 from raev2.model.condition import ConditionSpec, LabelCondition, LatentShape, NoCondition, TextCondition
 from raev2.model.dit import DDT, DiT
 from raev2.model.frames import FramesCondition
@@ -122,7 +123,7 @@ class Generator(nn.Module):
     ) -> Generator:
         """Load an artefact folder or hub repository; `condition_types` are kinds of condition from plugins."""
         config, tensors, path = load_artefact(path_or_hub_id, kind="generator")
-        with built_from_config(path, "generator"):
+        with damaged(f"{path}/config.json"):
             generator = cls(
                 TypeAdapter(NetworkSpec).validate_python(config["network"]),
                 condition_spec(config["condition"], condition_types),

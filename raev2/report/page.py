@@ -24,6 +24,7 @@ from raev2 import __version__
 from raev2.errors import CheckpointError
 from raev2.eval.protocols import ep_fid
 from raev2.files.artefact import write_json
+from raev2.files.replace import write_text
 from raev2.report.chart import Series, line_chart, number, smooth
 from raev2.report.published import published, published_results
 
@@ -83,7 +84,7 @@ def write_report(run_dir: str | Path) -> Path:
     template = (resources.files("raev2") / "assets" / "report.html.j2").read_text()
     html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(page)
     file = run_dir / "report.html"
-    file.write_text(html)
+    write_text(file, html)
     write_json(
         run_dir / "report.json",
         _plain({
@@ -415,7 +416,7 @@ def _log_lines(file: Path, warnings: list[str]) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             lines.append({"images": 0, **line})
-        except (json.JSONDecodeError, TypeError):
+        except (ValueError, TypeError):
             broken += 1
     if broken:
         warnings.append(f"Damaged lines of metrics.jsonl that were left out: {broken}.")
@@ -484,14 +485,14 @@ def _plain(value: Any) -> Any:
 
 
 def _read_text(file: Path) -> str | None:
-    return file.read_text() if file.is_file() else None
+    return file.read_text(errors="replace") if file.is_file() else None
 
 
 def _read_json(file: Path, warnings: list[str]) -> dict[str, Any] | None:
     text = _read_text(file)
     try:
-        return json.loads(text) if text is not None else None
-    except json.JSONDecodeError:
+        return dict(json.loads(text)) if text is not None else None
+    except (TypeError, ValueError):
         warnings.append(f"{file.name} is damaged and was left out.")
         return None
 

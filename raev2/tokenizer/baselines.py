@@ -19,6 +19,7 @@ from torch import Tensor
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
 from raev2.files.artefact import load_artefact, save_artefact
+from raev2.files.damage import damaged
 from raev2.shapes import Images, Latents
 from raev2.spec import AnyTokenizerSpec, PixelSpec, TokenizerSpec, VAESpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
@@ -202,7 +203,8 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
 
 def tokenizer_spec(config: dict[str, Any]) -> AnyTokenizerSpec:
     """The spec in the configuration of a tokenizer artefact."""
-    return TypeAdapter(AnyTokenizerSpec).validate_python(config["tokenizer"])
+    with damaged("config.json of a tokenizer"):
+        return TypeAdapter(AnyTokenizerSpec).validate_python(config["tokenizer"])
 
 
 def load_vae(name: str) -> Any:

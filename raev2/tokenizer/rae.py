@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from raev2.errors import CheckpointError
-from raev2.files.artefact import ENCODER, built_from_config, load_artefact, load_strict, save_artefact
+from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artefact
+from raev2.files.damage import damaged
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
@@ -136,23 +137,27 @@ class RAE(Tokenizer):
         encoder   local folder with the encoder's weights, in place of its name
         """
         config, tensors, path = load_artefact(path_or_hub_id, kind="tokenizer")
-        with built_from_config(path, "tokenizer"):
-            kind, spec_config = config["tokenizer"].get("kind", "rae"), config["tokenizer"]
+        with damaged(f"{path}/config.json"):
+            return cls._from_artefact(config, tensors, path, encoder)
+
+    @classmethod
+    def _from_artefact(
+        cls, config: dict[str, Any], tensors: dict[str, Tensor], path: Path, encoder: str | Path | None
+    ) -> RAE:
+        kind = config["tokenizer"].get("kind", "rae")
         if kind != "rae":
             raise CheckpointError(
                 str(path), "not an RAE", got=kind, hint="Open it with raev2.tokenizer.baselines.load_tokenizer."
             )
         own = path / ENCODER if (path / ENCODER).is_dir() else None
-        with built_from_config(path, "tokenizer"):
-            rae = cls.from_spec(TokenizerSpec.model_validate(spec_config), encoder=encoder or own)
-            rae.extra, rae.encoder_dir = dict(config.get("extra", {})), own
+        rae = cls.from_spec(TokenizerSpec.model_validate(config["tokenizer"]), encoder=encoder or own)
+        rae.extra, rae.encoder_dir = dict(config.get("extra", {})), own
         decoder_tensors = {
             name.removeprefix("decoder."): value for name, value in tensors.items() if name.startswith("decoder.")
         }
         load_strict(rae.decoder, decoder_tensors, str(path))
-        with built_from_config(path, "tokenizer"):
-            if config["stats"] is not None:
-                rae.set_stats(LatentStats(mean=tensors["stats.mean"], var=tensors["stats.var"], **config["stats"]))
+        if config["stats"] is not None:
+            rae.set_stats(LatentStats(mean=tensors["stats.mean"], var=tensors["stats.var"], **config["stats"]))
         return rae.eval()
 
     def save_pretrained(self, path: str | Path) -> Path:

@@ -2,30 +2,31 @@
 
     checkpoints/000012800/   model.safetensors  ema-0.9995.safetensors  optimizer.safetensors  state.json  MANIFEST.json
 
-A checkpoint is written beside its final place and renamed. `MANIFEST.json` holds the SHA-256 of every file; a
-checkpoint that does not match it (killed machine, full disk) is skipped with a warning and the one before is used.
+A checkpoint is written beside its final place, brought to the disk and renamed. `MANIFEST.json` holds the SHA-256 of
+every file; a checkpoint that does not match it (killed machine, full disk), or has values that are not finite, is
+skipped with a warning and the one before is used.
 No RNG state is stored: every random number of a step is a function of (seed, images seen).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raev2.errors import CheckpointError
 from raev2.files.artefact import write_json
+from raev2.files.damage import read_json
 from raev2.files.hashes import file_sha256
+from raev2.files.replace import CHECKPOINT, new_folder
 
 logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
@@ -41,12 +42,12 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, images: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/<images>` atomically, then delete all but the newest `keep` checkpoints."""
+    """Write `folder/<images>` atomically; with it, the newest `keep` are kept.
+
+    Later ones go: training went back behind them, because they are damaged or led nowhere.
+    """
     path = folder / f"{images:09d}"
-    partial = folder / f".{images:09d}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with new_folder(path, CHECKPOINT) as partial:
         for stem, tensors in checkpoint.tensors.items():
             save_file(
                 {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
@@ -54,22 +55,27 @@ def save_checkpoint(folder: Path, images: int, checkpoint: Checkpoint, keep: int
             )
         write_json(partial / "state.json", {"images": images, **checkpoint.state})
         write_json(partial / MANIFEST, {file.name: file_sha256(file) for file in sorted(partial.iterdir())})
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:  # the latter is a full disk too
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            str(path), "could not be saved", got=str(error), hint="Earlier checkpoints are untouched; free some space."
-        ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    found = list_checkpoints(folder)
+    newest = found.index(path) + 1
+    for other in (*found[: max(newest - keep, 0)], *found[newest:]):
+        shutil.rmtree(other)
     return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.is_dir() else []
+    """Checkpoint folders, oldest first: by number, names of a billion images are longer."""
+    found = [path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no value is nan or infinite: one fused reduction and one synchronisation a device."""
+    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    for device in {tensor.device for tensor in floats}:
+        largest = torch._foreach_norm([tensor for tensor in floats if tensor.device == device], math.inf)
+        if not torch.stack([value.float() for value in largest]).isfinite().all():
+            return False
+    return True
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -87,10 +93,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
         raise CheckpointError(str(path), f"not a checkpoint, {MANIFEST} is missing", expected="checkpoints/<images>")
-    try:
-        manifest = json.loads(manifest_file.read_text())
-    except ValueError as error:
-        raise CheckpointError(str(manifest_file), "damaged, not JSON", hint="Use an earlier checkpoint.") from error
+    manifest = read_json(manifest_file)
     for name, expected in manifest.items():
         file = path / name
         got = file_sha256(file) if file.is_file() else "no file"
@@ -99,15 +102,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 str(file),
                 "damaged",
                 got=got[:12],
-                expected=f"SHA-256 {expected[:12]}",
+                expected=f"SHA-256 {str(expected)[:12]}",
                 hint="Use an earlier checkpoint.",
             )
-    tensors = {file.stem if file.suffix == ".safetensors" else "": file for file in path.iterdir()}
-    return Checkpoint(
-        tensors={stem: load_file(file) for stem, file in tensors.items() if stem},
-        state=json.loads((path / "state.json").read_text()),
-        path=path,
-    )
+    tensors = {file.stem: load_file(file) for file in path.iterdir() if file.suffix == ".safetensors"}
+    if not all_finite(value for part in tensors.values() for value in part.values()):
+        raise CheckpointError(str(path), "holds values that are not finite", hint="Use an earlier checkpoint.")
+    return Checkpoint(tensors, state=read_json(path / "state.json"), path=path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

@@ -53,6 +53,11 @@ def gather_objects(value: Any) -> Sequence[Any]:
     return gathered
 
 
+def from_main(value: Any) -> Any:
+    """The value that the main process has."""
+    return gather_objects(value)[0]
+
+
 def device() -> torch.device:
     """Device of this process, as accelerate chose it."""
     return PartialState().device

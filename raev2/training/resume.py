@@ -1,16 +1,19 @@
-"""Begin a run with a checkpoint of another one: `raev2 train --resume PATH`, to try something from there on."""
+"""What a run begins with: a checkpoint of another one (`raev2 train --resume PATH`); inputs that must stay the same."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from raev2.errors import CheckpointError, SpecError
+from raev2.files.artefact import write_json
+from raev2.files.damage import read_json
+from raev2.files.hashes import folder_sha256
+from raev2.files.replace import CHECKPOINT, new_folder
 from raev2.spec import RunSpec
-from raev2.spec_io import load_spec
+from raev2.spec_io import load_spec, spec_values
 from raev2.training import dist
 from raev2.training.checkpoint import MANIFEST, list_checkpoints, load_checkpoint
 from raev2.training.run import Run, add_provenance
@@ -73,7 +76,7 @@ class Origin:
     def copy_into(self, run: Run) -> None:
         """Give a new run this checkpoint as its own; a run that was begun with it before goes on as it is."""
         if dist.is_main():
-            begun = json.loads((run.dir / "provenance.json").read_text()).get(PROVENANCE)
+            begun = read_json(run.dir / "provenance.json").get(PROVENANCE)
             folder = run.dir / "checkpoints" / self.stage
             if begun != str(self.path) and (begun or folder.exists() or (run.dir / "metrics.jsonl").exists()):
                 raise CheckpointError(
@@ -82,8 +85,30 @@ class Origin:
                 )  # fmt: skip
             add_provenance(run, PROVENANCE, str(self.path))
             if not list_checkpoints(folder):
-                partial = folder / f".{self.path.name}.partial"
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(self.path, partial)
-                os.replace(partial, folder / self.path.name)
+                with new_folder(folder / self.path.name, CHECKPOINT) as partial:
+                    shutil.copytree(self.path, partial, dirs_exist_ok=True)
         dist.barrier()
+
+
+def check_identity(run: Run, found: Mapping[str, str]) -> None:
+    """Compare fingerprints of what a run reads with those of its first start, and keep new ones.
+
+    Raises CheckpointError with both. A run of an older version has none yet.
+    """
+    if dist.is_main():
+        file = run.dir / "identity.json"
+        known = read_json(file) if file.is_file() else {}
+        for name, value in found.items():
+            if known.get(name, value) != value:
+                raise CheckpointError(
+                    str(run.dir), f"{name} is not what the run began with", got=value[:12],
+                    expected=str(known[name])[:12], hint="Bring it back as it was, or choose another --run.",
+                )  # fmt: skip
+        write_json(file, {**known, **found})
+    dist.barrier()
+
+
+def local_identity(spec: RunSpec) -> dict[str, str]:
+    """Fingerprints of the local folders that a spec names: tokenizer, generators, encoders."""
+    folders = [text for text in spec_values(spec) if (Path(text) / "config.json").is_file()]
+    return {folder: folder_sha256(Path(folder)) for folder in folders}

@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,16 +30,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from raev2.batch import Batch
-from raev2.data import derived_seed
-from raev2.errors import CheckpointError
+from raev2.data import STOP_SIGNALS, derived_seed
+from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_strict, write_json
+from raev2.files.damage import read_json
+from raev2.files.replace import RUN, check_replaceable, new_folder, write_text
 from raev2.nn import autocast
 from raev2.spec import LoopSpec, RunSpec
-from raev2.spec_io import fingerprint, load_spec, save_spec, spec_differences
+from raev2.spec_io import fingerprint, load_spec, save_spec, spec_differences, spec_values
 from raev2.training import dist
 from raev2.training.checkpoint import (
     Checkpoint,
+    all_finite,
     latest_checkpoint,
+    load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
@@ -84,37 +86,41 @@ class Run:
         file = self.dir / "metrics.jsonl"
         if dist.is_main() and file.is_file():
             last = images if images > 0 else -1
-            kept = [line for line in self._lines() if line.get("stage") != stage or line["images"] <= last]
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(partial, file)
+            kept = [line for line in self._lines() if line.get("stage") != stage or line.get("images", 0) <= last]
+            write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl; a last line that was cut short (killed process, full disk) is left out."""
+        """Lines of metrics.jsonl; those that were cut short or damaged (killed process, full disk) are left out."""
         file = self.dir / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
+        return [value for line in lines if line.endswith("\n") and (value := _json_object(line))]
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: bool = False) -> Run:
     """Create a run folder, or continue one that was written with the same spec.
 
-    Raises CheckpointError if the folder belongs to another spec, or exists and `resume` is off.
+    Raises CheckpointError if the folder belongs to another spec, or exists and `resume` is off; FileError if something
+    else is in it, or with `overwrite` what the new run needs.
     """
     dir = Path(dir)
     accelerator = make_accelerator(spec.precision)
     if dist.is_main():
-        spec_file = dir / "spec.yaml"
-        if spec_file.is_file() and overwrite:
-            shutil.rmtree(dir)
-        if spec_file.is_file():
-            _check_continues(dir, load_spec(spec_file), spec, resume)
-        elif dir.exists() and any(not file.name.startswith(".") for file in dir.iterdir()):
-            raise CheckpointError(str(dir), "exists and is not a run folder", hint="Choose another --run.")
-        dir.mkdir(parents=True, exist_ok=True)
-        save_spec(spec, spec_file)
-        if not (dir / "provenance.json").is_file():
-            write_json(dir / "provenance.json", provenance(spec, accelerator.device))
+        if (dir / "spec.yaml").is_file() and not overwrite:
+            _check_continues(dir, load_spec(dir / "spec.yaml"), spec, resume)
+            save_spec(spec, dir / "spec.yaml")
+        else:
+            check_replaceable(dir, RUN, needed=spec_values(spec))
+            with new_folder(dir, RUN) as new:
+                save_spec(spec, new / "spec.yaml")
+                write_json(new / "provenance.json", provenance(spec, accelerator.device))
     dist.barrier()
     return Run(dir, spec, accelerator)
 
@@ -164,7 +170,7 @@ def add_provenance(run: Run, name: str, value: Any) -> None:
     """Add one entry to provenance.json, such as the dataset once it is open."""
     if dist.is_main():
         file = run.dir / "provenance.json"
-        write_json(file, {**json.loads(file.read_text()), name: value})
+        write_json(file, {**read_json(file), name: value})
 
 
 def step_generator(device: torch.device, *parts: object) -> torch.Generator:
@@ -173,16 +179,20 @@ def step_generator(device: torch.device, *parts: object) -> torch.Generator:
 
 
 class StopSignal:
-    """True after Ctrl-C or SIGTERM; the loops then save and return. A second Ctrl-C stops at once."""
+    """True after one of `STOP_SIGNALS`; the loops then save and return. A second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
-        self.received = False
+    at_once   raise Stopped instead, where there is no loop that saves
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.received, self.at_once = False, at_once
 
     def __bool__(self) -> bool:
         return dist.any_process(self.received)
 
     def __enter__(self) -> StopSignal:
-        self._old = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+        self._old = {number: signal.signal(number, self._receive) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -190,13 +200,15 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: object) -> None:
+        if self.at_once:
+            raise Stopped(f"stopped by {signal.Signals(number).name}")
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
-    """Training was asked to stop; a checkpoint was saved."""
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop; what it needs to go on is saved."""
 
 
 def distribute(model: nn.Module) -> nn.Module:
@@ -205,6 +217,21 @@ def distribute(model: nn.Module) -> nn.Module:
         return model
     parameter = next(model.parameters())
     return DistributedDataParallel(model, device_ids=[parameter.device] if parameter.is_cuda else None)
+
+
+@contextmanager
+def memory_field(field: str, value: int) -> Iterator[None]:
+    """Inside, memory that runs out is an error that names the field to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        raise SpecError(
+            f"spec.{field}", "out of memory", got=value, expected=f"at most {max(value // 2, 1)}",
+            hint=f"Add --set {field}={max(value // 2, 1)}; it changes speed, not results.",
+        ) from error  # fmt: skip
 
 
 def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float, bool]]:
@@ -251,63 +278,102 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], loss:
     return float(norm) if finite else math.nan
 
 
-class NonFiniteGuard:
-    """Counts skipped steps in a row and stops the run when it cannot recover."""
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint of a stage holds: networks, averaged weights and optimizers. The rest follows from the spec."""
 
-    def __init__(self, run: Run, stage: str) -> None:
-        self.run, self.stage, self.in_a_row = run, stage, 0
+    run_dir: Path
+    stage: str
+    modules: Mapping[str, nn.Module]
+    ema: EMA
+    optimizers: Mapping[str, torch.optim.Optimizer]
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.run_dir / "checkpoints" / self.stage
+
+    def save(self, images: int, keep: int) -> bool:
+        """Write a checkpoint (main process), everyone waits for it; nothing is written while a value is not finite."""
+        if not self.finite():
+            logger.warning("%s: weights are not finite after %d images, no checkpoint", self.stage, images)
+            return False
+        if dist.is_main():
+            save_checkpoint(self.folder, images, Checkpoint(self._tensors(), {}), keep)
+        dist.barrier()
+        return True
+
+    def finite(self) -> bool:
+        """Whether all of it is finite, on all processes."""
+        return not dist.any_process(not all_finite(v for part in self._tensors().values() for v in part.values()))
+
+    def require_finite(self) -> None:
+        """Raise CheckpointError before an artefact is made of weights that are not finite."""
+        if not self.finite():
+            raise CheckpointError(
+                str(self.run_dir), f"the weights of the {self.stage} are not finite at the end",
+                hint="The last checkpoint is intact. Try a lower learning rate or precision=fp32.",
+            )  # fmt: skip
+
+    def restore(self) -> int:
+        """Take over the newest checkpoint that is intact, as the main process sees it; images seen, 0 without one."""
+        checkpoint = latest_checkpoint(self.folder) if dist.is_main() else None
+        path = dist.from_main(checkpoint and checkpoint.path)
+        if path is None:
+            return 0
+        checkpoint = checkpoint or load_checkpoint(path)
+        for stem, module in self.modules.items():
+            load_strict(module, checkpoint.tensors[stem], f"{path}/{stem}")
+        for decay in self.ema.decays:
+            self.ema.load_state_dict(decay, checkpoint.tensors[f"ema-{decay}"])
+        for stem, optimizer in self.optimizers.items():
+            optimizer.state.clear()
+            load_optimizer_tensors(optimizer, _parameter_names(self.modules), checkpoint.tensors[stem])
+        return int(checkpoint.state["images"])
+
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        names = _parameter_names(self.modules)
+        tensors: dict[str, Mapping[str, Tensor]] = {stem: module.state_dict() for stem, module in self.modules.items()}
+        tensors |= {f"ema-{decay}": self.ema.state_dict(decay) for decay in self.ema.decays}
+        return tensors | {stem: optimizer_tensors(optimizer, names) for stem, optimizer in self.optimizers.items()}
+
+
+class NonFiniteGuard:
+    """Watches for steps that were skipped. After many in a row the last good checkpoint is taken over, with the images
+    that follow; when that does not help the run stops. `steady`: the last step was taken, so the state may be saved.
+    """
+
+    def __init__(self, run: Run, state: TrainingState) -> None:
+        self.run, self.state, self.stage = run, state, state.stage
+        self.in_a_row, self.steady, self.went_back_to = 0, True, 0
 
     def check(self, grad_norm: float, images: int, step: int, keys: Tensor) -> bool:
-        """Whether the step was taken; a run of skipped ones raises CheckpointError, the last checkpoint is intact."""
-        if math.isfinite(grad_norm):
+        """Whether the step was taken; CheckpointError when going back did not help, the last checkpoint is intact."""
+        self.steady = math.isfinite(grad_norm)
+        if self.steady:
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        self.run.log(
-            stage=self.stage, kind="event", event="non_finite", images=images, step=step, rank=dist.rank(),
-            keys=keys[:8].tolist(),
-        )  # fmt: skip
+        self._log("non_finite", images, step, rank=dist.rank(), keys=keys[:8].tolist())
         logger.warning("%s step %d: loss or gradient is not finite, step skipped", self.stage, step)
         if self.in_a_row >= MAX_NON_FINITE_STEPS:
-            raise CheckpointError(
-                str(self.run.dir), f"{self.in_a_row} steps in a row without a finite loss, stopped at step {step}",
-                hint="The last checkpoint is intact. Try a lower learning rate or precision=fp32.",
-            )  # fmt: skip
+            self._go_back(images, step)
         return False
 
+    def _go_back(self, images: int, step: int) -> None:
+        what = f"{self.in_a_row} steps in a row without a finite loss"
+        last = self.state.restore()
+        if last == self.went_back_to:  # 0: there is none
+            raise CheckpointError(
+                str(self.run.dir), f"{what}, stopped at step {step}",
+                hint="The last checkpoint is intact. Try a lower learning rate or precision=fp32.",
+            )  # fmt: skip
+        self.in_a_row, self.went_back_to = 0, last
+        self._log("went_back", images, step, to_images=last)
+        logger.warning("%s step %d: %s, back to the weights of %d images", self.stage, step, what, last)
 
-def save_training(
-    folder: Path,
-    images: int,
-    keep: int,
-    modules: Mapping[str, nn.Module],
-    ema: EMA,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-) -> None:
-    """Checkpoint networks, averaged weights and optimizers (main process); everyone waits for it."""
-    if dist.is_main():
-        names = _parameter_names(modules)
-        tensors = {stem: module.state_dict() for stem, module in modules.items()}
-        tensors |= {f"ema-{decay}": ema.state_dict(decay) for decay in ema.decays}
-        tensors |= {stem: optimizer_tensors(optimizer, names) for stem, optimizer in optimizers.items()}
-        save_checkpoint(folder, images, Checkpoint(tensors, {}), keep)
-    dist.barrier()
-
-
-def restore_training(
-    folder: Path, modules: Mapping[str, nn.Module], ema: EMA, optimizers: Mapping[str, torch.optim.Optimizer]
-) -> int:
-    """Inverse of `save_training`, from the newest intact checkpoint; returns images seen, 0 without a checkpoint."""
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
-        return 0
-    for stem, module in modules.items():
-        load_strict(module, checkpoint.tensors[stem], f"{checkpoint.path}/{stem}")
-    for decay in ema.decays:
-        ema.load_state_dict(decay, checkpoint.tensors[f"ema-{decay}"])
-    for stem, optimizer in optimizers.items():
-        load_optimizer_tensors(optimizer, _parameter_names(modules), checkpoint.tensors[stem])
-    return int(checkpoint.state["images"])
+    def _log(self, event: str, images: int, step: int, **values: Any) -> None:
+        self.run.log(stage=self.stage, kind="event", event=event, images=images, step=step, **values)
 
 
 def _parameter_names(modules: Mapping[str, nn.Module]) -> dict[Tensor, str]:

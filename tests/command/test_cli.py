@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from raev2 import __version__
+from raev2 import __version__, pipeline
 from raev2.batch import MetricResult
 from raev2.command import actions
 from raev2.command.cli import COMMANDS, RUN_COMMANDS, main, parser
-from raev2.errors import CheckpointError, DataError, RaeError, SpecError, TaskError
+from raev2.errors import CheckpointError, DataError, FileError, RaeError, SpecError, TaskError
 
 TRAIN = ["train", "--task", "imagenet"]
 
@@ -53,8 +55,8 @@ def run_copy(trained_run, tmp_path) -> Path:
 
 
 def test_each_class_of_error_has_its_exit_code():
-    codes = {error: error.exit_code for error in (SpecError, DataError, CheckpointError, TaskError)}
-    assert list(codes.values()) == [2, 3, 4, 5]
+    codes = {error: error.exit_code for error in (SpecError, DataError, CheckpointError, TaskError, FileError)}
+    assert list(codes.values()) == [2, 3, 4, 5, 6]
 
 
 # 5: tasks and plugins.
@@ -234,8 +236,8 @@ def test_a_run_folder_of_another_spec(refused, run_copy, tiny_recipe):
     assert refused(4, *command, "--resume", "never").endswith("or --overwrite to delete it, or --resume auto.")
     (run_copy.parent / "other").mkdir()
     (run_copy.parent / "other" / "mine.txt").touch()
-    message = refused(4, *TRAIN, "--recipe", "tiny", "--run", run_copy.parent / "other", "--overwrite")
-    assert message.endswith("exists and is not a run folder. Choose another --run.")
+    message = refused(6, *TRAIN, "--recipe", "tiny", "--run", run_copy.parent / "other", "--overwrite")
+    assert "other: exists and is not replaced; got mine.txt in it; expected only what raev2 wrote." in message
 
 
 # Defects of ours, tracebacks, signals.
@@ -254,6 +256,66 @@ def test_a_defect_of_ours_is_not_hidden(monkeypatch):
     monkeypatch.setitem(actions.COMMANDS, "doctor", broken)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_training_that_is_asked_to_stop_is_exit_code_75(cli, tiny_recipe, monkeypatch, number):
+    """Here outside of the loops, in an evaluation or the preparation of data."""
+    monkeypatch.setattr(pipeline, "train", lambda *_, **__: os.kill(os.getpid(), number))
+    code, out, err = cli(*TRAIN, "--recipe", "tiny")
+    assert (code, out) == (75, "") and err == f"stopped by {number.name}; saved. The same command continues.\n"
+
+
+def test_a_training_stops_after_its_time_and_goes_on(cli, tiny_recipe, trained_run):
+    command = [*TRAIN, "--recipe", "tiny", "--run", "run", "--stage", "tokenizer"]
+    command += ["--set", f"tokenizer_from={trained_run / 'tokenizer'}"]
+    code, _, err = cli(*command, "--max-time", "0.0001")
+    assert code == 75 and err.splitlines()[-1] == "stopped by SIGALRM; saved. The same command continues."
+    code, _, err = cli(*command, "--max-time", "9")
+    assert code == 0 and signal.getitimer(signal.ITIMER_REAL) == (0, 0), err
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_a_time_that_cannot_be(refused, tiny_recipe, minutes):
+    message = refused(2, *TRAIN, "--recipe", "tiny", "--max-time", minutes)
+    assert message == f"--max-time: not usable; got {float(minutes)}; expected minutes above 0"
+
+
+# 6: files and disks.
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/data/x"),
+            "/data/x: cannot be read or written; got Permission denied",
+        ),
+        (OSError(30, "Read-only file system", "a"), "a: cannot be read or written; got Read-only file system"),
+        (
+            OSError(28, "No space left on device"),
+            "a file or standard output: cannot be read or written; got No space left on device",
+        ),
+        (OSError("odd"), "a file or standard output: cannot be read or written; got odd"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(refused, monkeypatch, error, message):
+    def fail(_):
+        raise error
+
+    monkeypatch.setitem(actions.COMMANDS, "doctor", fail)
+    assert refused(6, "doctor") == message
+
+
+@pytest.mark.parametrize(("target", "reason"), [("| true", "Broken pipe"), ("> /dev/full", "No space left on device")])
+@pytest.mark.parametrize("argv", ["--version", "show quickstart --task imagenet"])
+def test_output_that_nobody_takes_is_one_line(target, reason, argv):
+    """The interpreter's own complaint at its end would be exit code 120."""
+    code = "import sys, time, raev2.command.cli as cli; time.sleep(0.5); sys.exit(cli.main())"
+    command = f'{sys.executable} -c "{code}" {argv} {target}; echo ${{PIPESTATUS[0]}} >&2'
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    message = f"error: a file or standard output: cannot be read or written; got {reason}"
+    assert result.stderr.splitlines() == [message, "6"]
 
 
 def test_ctrl_c_is_quiet(cli, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raev2.errors import DataError, SpecError
+from raev2.errors import DataError, FileError, SpecError
 from raev2.files.manifest import read_manifest
 from raev2_data_recipes import base
 from raev2_data_recipes.pictures import emoji, image_folder, synthetic
@@ -147,7 +147,7 @@ def test_build_refuses_an_existing_folder_and_replaces_it_when_asked(shapes_dir:
 
 def test_overwrite_never_deletes_a_folder_that_is_not_a_dataset(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(DataError, match=r"will not overwrite a folder without manifest\.json"):
+    with pytest.raises(FileError, match="exists and is not replaced; got thesis.txt in it"):
         synthetic.RECIPE.build(tmp_path, {}, overwrite=True)
     assert (tmp_path / "thesis.txt").exists()
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raev2 import RAE, Generator
-from raev2.errors import CheckpointError, DataError
+from raev2.errors import CheckpointError, DataError, FileError
 from raev2.files import artefact
 from raev2.files.artefact import load_artefact, load_strict, save_artefact, write_json
 from raev2.files.images import opened_image
@@ -61,10 +61,15 @@ def test_an_older_artefact_is_replaced(tmp_path):
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match="exists and is not an artefact folder, nothing was deleted; got thesis"):
-        save(tmp_path)
-    with pytest.raises(CheckpointError, match="exists and is not an artefact folder"):
-        save(tmp_path / "thesis.tex")
+    for folder in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(
+            FileError, match="exists and is not replaced; got .*; expected only what raev2 wrote. Choose"
+        ):
+            save(folder)
+    save(tmp_path / "a")
+    (tmp_path / "a" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileError, match="exists and is not replaced; got thesis.tex in it"):
+        save(tmp_path / "a")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -76,7 +81,7 @@ def test_a_failed_save_leaves_the_older_artefact(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(artefact, "write_json", fail)
-    with pytest.raises((CheckpointError, TypeError), match="could not be saved; got .*No space left|not JSON"):
+    with pytest.raises((FileError, TypeError), match="could not be saved; got .*No space left|not JSON"):
         save(tmp_path / "a", size=4)
     assert load_artefact(tmp_path / "a", kind="tokenizer")[0]["size"] == 3
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
@@ -194,10 +199,12 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="generator: the weights do not fit the configuration; got missing"):
         Generator.from_pretrained(path)
     write_json(path / "config.json", {**config, "network": {**config["network"], "depth": "deep"}})
-    with pytest.raises(CheckpointError, match="config.json: not a valid generator"):
+    with pytest.raises(CheckpointError, match="config.json: damaged, or of another kind; got ValidationError"):
         Generator.from_pretrained(path)
     write_json(path / "config.json", {name: value for name, value in config.items() if name != "network"})
-    with pytest.raises(CheckpointError, match="config.json: not a valid generator; got 'network'"):
+    with pytest.raises(
+        CheckpointError, match="config.json: damaged, or of another kind; got ValidationError; got 'network'"
+    ):
         Generator.from_pretrained(path)
 
 

@@ -23,7 +23,8 @@ MAX_LINES = 600
 # The reading order. A module imports only from modules above it.
 ORDER = """
     errors files.plugins shapes spec batch
-    files.hashes files.splits files.images files.picture_folder files.manifest files.artefact files.grid
+    files.damage files.hashes files.splits files.images files.picture_folder files.manifest files.replace
+    files.artefact files.grid
     flow guidance sampler nn data
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
     tokenizer.baselines tokenizer.losses tokenizer.discriminator
@@ -31,7 +32,7 @@ ORDER = """
     task spec_io testing
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files
-    training.dist training.ema training.optim training.checkpoint training.run training.resume
+    training.dist training.ema training.optim training.checkpoint training.lock training.run training.resume
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
     train_tokenizer train_generator
     report.chart report.published report.page

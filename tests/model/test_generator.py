@@ -311,7 +311,7 @@ def test_damaged_artefacts_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="the weights do not fit the configuration; got missing"):
         Generator.from_pretrained(tmp_path / "a")
     save_artefact(tmp_path / "b", kind="generator", config={**config, "flow": {"speed": 3}}, tensors={}, card="")
-    with pytest.raises(CheckpointError, match="not a valid generator"):
+    with pytest.raises(CheckpointError, match="config.json: damaged, or of another kind"):
         Generator.from_pretrained(tmp_path / "b")
     with pytest.raises(SpecError, match="condition.num_classes"):
         condition_spec({"kind": "label", "num_classes": 0})

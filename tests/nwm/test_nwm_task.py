@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from raev2 import pipeline
 from raev2.data import to_float
-from raev2.errors import CheckpointError, DataError, SpecError
+from raev2.errors import DataError, SpecError
 from raev2.eval.protocols import run_protocol
 from raev2.task import EvalContext, get_evaluators, get_task
 from raev2_tasks.nwm import TASK
@@ -179,7 +179,7 @@ def test_a_rollout_can_be_repeated(tiny_nwm_run, tmp_path, capsys):
     rollout("--run", tiny_nwm_run, "--commands", tmp_path / "a" / "rollout.json", "--out", tmp_path / "b")
     for name in ("sheet.png", "rollout.gif", "poses.csv", "rollout.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    with pytest.raises(CheckpointError, match="exists. Choose another --out, or --overwrite"):
+    with pytest.raises(SpecError, match="exists already; got .*a. Choose another folder, or add --overwrite"):
         rollout("--run", tiny_nwm_run, "--seconds", 1, "--out", tmp_path / "a")
 
 

@@ -160,14 +160,19 @@ def test_a_run_that_is_killed_at_random_moments_is_the_same_run(spec, whole, tmp
 
 
 @pytest.mark.parametrize(
-    ("stage", "number", "workers"), [("tokenizer", signal.SIGTERM, 2), ("generator", signal.SIGINT, 2)]
-)
+    ("stage", "number", "workers"),
+    [("tokenizer", signal.SIGTERM, 2), ("generator", signal.SIGINT, 2), ("generator", signal.SIGUSR1, 2),
+     ("tokenizer", signal.SIGHUP, 0), ("generator", signal.SIGALRM, 0)],
+)  # fmt: skip
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(spec, whole, tmp_path, stage, number, workers):
-    """The signal goes to the whole process group, data workers too, as Ctrl-C and a cancelled job do."""
+    """The signal goes to the whole process group, data workers too, as Ctrl-C and a cancelled job do.
+
+    SIGUSR1 is Slurm's warning, SIGALRM the clock of --max-time.
+    """
     trainings = Trainings(spec, tmp_path / "run", "--set", f"data.num_workers={workers}")
     code = trainings.interrupt(number, trainings.has_logged(stage, 1), delay=0)
     log = trainings.log.read_text()
-    assert code == 0 and f"{stage} stopped after " in log and "saved. The same command continues." in log, log
+    assert code == 75 and f"{stage} stopped after " in log and "saved. The same command continues." in log, log
     assert "Traceback" not in log
     images = int(log.rpartition("stopped after ")[2].split()[0])
     assert (trainings.run / f"checkpoints/{stage}/{images:09d}/MANIFEST.json").is_file()

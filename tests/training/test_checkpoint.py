@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from raev2.errors import CheckpointError
+from raev2.errors import CheckpointError, FileError
 from raev2.spec import AdamWSpec, MuonSpec
 from raev2.training import checkpoint
 from raev2.training.checkpoint import (
     Checkpoint,
+    all_finite,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -24,7 +26,7 @@ from raev2.training.checkpoint import (
 )
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer
-from raev2.training.run import restore_training, save_training
+from raev2.training.run import TrainingState
 
 OPTIMIZERS = [AdamWSpec(weight_decay=0.1), MuonSpec(weight_decay=0.1), MuonSpec(routing="all_matrices")]
 
@@ -64,11 +66,14 @@ class Training:
             self.network.steps += 1
             self.ema.update(self.network, step)
 
+    def kept(self, folder: Path) -> TrainingState:
+        return TrainingState(folder, "generator", {"model": self.network}, self.ema, {"optimizer": self.optimizer})
+
     def save(self, folder: Path, images: int, keep: int = 2) -> None:
-        save_training(folder, images, keep, {"model": self.network}, self.ema, {"optimizer": self.optimizer})
+        assert self.kept(folder).save(images, keep)
 
     def restore(self, folder: Path) -> int:
-        return restore_training(folder, {"model": self.network}, self.ema, {"optimizer": self.optimizer})
+        return self.kept(folder).restore()
 
     def state(self) -> dict[str, torch.Tensor]:
         names = {parameter: name for name, parameter in self.network.named_parameters()}
@@ -151,12 +156,99 @@ def test_saving_again_replaces_a_checkpoint(tmp_path):
     assert float(latest_checkpoint(tmp_path).tensors["model"]["weight"][0]) == 2
 
 
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_newest_checkpoints_are_kept(tmp_path, keep):
-    for images in (8, 100, 16, 1_000_000_000):
-        save_checkpoint(tmp_path, images, simple(), keep=keep)
-    kept = [path.name for path in list_checkpoints(tmp_path)]
-    assert len(kept) == keep and kept[-1] == "1000000000"
+    """Also past a billion images, where names of nine digits sort behind those of ten."""
+    for images in (8, 999_999_992, 1_000_000_000, 1_000_000_008):
+        save_checkpoint(tmp_path, images, simple(images), keep=keep)
+        assert names_in(tmp_path)[-1] == f"{images:09d}", "what was just written"
+        assert latest_checkpoint(tmp_path).state["images"] == images
+    assert names_in(tmp_path) == ["999999992", "1000000000", "1000000008"][-keep:]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_training_went_back_behind_never_pushes_a_good_one_out(tmp_path, keep):
+    """The newest one is damaged: training goes on from the one before, and saves again in between."""
+    for images in (8, 16):
+        save_checkpoint(tmp_path, images, simple(images), keep=2)
+    truncate(tmp_path / "000000016")
+    save_checkpoint(tmp_path, 12, simple(12), keep=keep)
+    assert names_in(tmp_path) == ["000000008", "000000012"][-keep:]
+    assert latest_checkpoint(tmp_path).state["images"] == 12
+
+
+def test_a_folder_that_only_begins_like_a_number_is_no_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, 8, simple(), keep=1)
+    (tmp_path / "000000016 copy").mkdir()
+    save_checkpoint(tmp_path, 16, simple(), keep=1)
+    assert names_in(tmp_path) == ["000000016"] and (tmp_path / "000000016 copy").is_dir()
+
+
+def test_files_and_folder_are_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def note_fsync(number):
+        order.append(os.readlink(f"/proc/self/fd/{number}"))
+        fsync(number)
+
+    def note_replace(source, target):
+        if Path(source).is_dir():
+            order.append("renamed")
+        replace(source, target)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to know what was brought to the disk")
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    save_checkpoint(tmp_path, 8, simple(), keep=1)
+    names = [Path(name).name for name in order]
+    assert sorted(names[:4]) == [".000000008.partial", "MANIFEST.json", "model.safetensors", "state.json"]
+    assert names[4:] == ["renamed", tmp_path.name], "and the name itself last"
+
+
+# Values that are not finite.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["weight", "average", "optimizer"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, caplog, value, where):
+    training = Training(AdamWSpec())
+    training.steps(0, 1)
+    training.save(tmp_path, 8, keep=1)
+    tensor = {
+        "weight": training.network.blocks[0].weight.data,
+        "average": training.ema.state_dict(0.9)["blocks.0.weight"],
+        "optimizer": training.optimizer.state[training.network.norm.weight]["exp_avg"],
+    }[where]
+    tensor.view(-1)[-1] = value
+    assert not training.kept(tmp_path).save(16, 1)
+    assert "generator: weights are not finite after 16 images, no checkpoint" in caplog.text
+    assert names_in(tmp_path / "checkpoints/generator") == ["000000008"]
+    with pytest.raises(
+        CheckpointError, match="the weights of the generator are not finite at the end. The last checkp"
+    ):
+        training.kept(tmp_path).require_finite()
+    assert training.restore(tmp_path) == 8
+    training.kept(tmp_path).require_finite()
+
+
+def test_a_checkpoint_that_is_not_finite_is_skipped(tmp_path):
+    """An older version may have left one."""
+    save_checkpoint(tmp_path, 8, simple(1), keep=2)
+    newest = save_checkpoint(tmp_path, 16, simple(math.nan), keep=2)
+    assert latest_checkpoint(tmp_path).state["images"] == 8
+    with pytest.raises(CheckpointError, match="000000016: holds values that are not finite. Use an earlier checkpoint"):
+        load_checkpoint(newest)
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor([3e38, -3e38]), torch.tensor([1, 2]), torch.zeros(0), torch.ones(())])
+def test_large_values_counts_and_nothing_at_all_are_finite(tensor):
+    assert all_finite([tensor, torch.ones(2, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.float64)])
+    assert not all_finite([tensor, torch.tensor([0.0, math.nan], dtype=torch.bfloat16)])
 
 
 # Damage.
@@ -224,7 +316,7 @@ def test_a_checkpoint_that_was_being_written_is_not_seen(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 16, simple(2), keep=2)
     monkeypatch.undo()
@@ -258,9 +350,9 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(tmp_path, monkeypatch, wh
     else:
         monkeypatch.setattr(checkpoint, target, fail)
     with pytest.raises(
-        CheckpointError,
+        FileError,
         match=r"000000016: could not be saved; got \[Errno 28\] No space left on device. "
-        "Earlier checkpoints are untouched; free some space.",
+        "Nothing was changed; free some space.",
     ):
         save_checkpoint(tmp_path, 16, simple(2), keep=1)
     monkeypatch.undo()
@@ -282,7 +374,7 @@ def test_the_error_of_safetensors_itself_is_understood(tmp_path, monkeypatch):
 
     save_checkpoint(tmp_path, 8, simple(), keep=1)
     monkeypatch.setattr(checkpoint, "save_file", save_with_a_limit)
-    with pytest.raises(CheckpointError, match="could not be saved; got .*Earlier checkpoints are untouched"):
+    with pytest.raises(FileError, match="could not be saved; got .*Nothing was changed"):
         save_checkpoint(tmp_path, 16, Checkpoint({"model": {"weight": torch.zeros(10_000)}}, {}), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["000000008"]
 

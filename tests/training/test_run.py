@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from raev2.batch import Batch
-from raev2.errors import CheckpointError
+from raev2.errors import CheckpointError, FileError
 from raev2.spec import AdamWSpec, MuonSpec
 from raev2.spec_io import apply_overrides, fingerprint, load_spec
 from raev2.training import run as run_module
@@ -21,7 +21,9 @@ from raev2.training.run import (
     NonFiniteGuard,
     Progress,
     Run,
+    Stopped,
     StopSignal,
+    TrainingState,
     add_provenance,
     crossed,
     micro_batches,
@@ -94,14 +96,16 @@ def test_resume_never_refuses_an_existing_run(tiny_spec, tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_not_a_run_is_left_alone(tiny_spec, tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match="exists and is not a run folder. Choose another --run."):
+    with pytest.raises(FileError, match="exists and is not replaced; got thesis.tex in it"):
         open_run(tmp_path, tiny_spec, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_start_that_was_killed_while_writing_the_spec_is_forgotten(tiny_spec, tmp_path):
-    (tmp_path / ".spec.yaml.partial").write_text("recipe: ti")
-    assert load_spec(open_run(tmp_path, tiny_spec).dir / "spec.yaml") == tiny_spec
+    (tmp_path / ".run.partial").mkdir()
+    (tmp_path / ".run.partial" / "spec.yaml").write_text("recipe: ti")
+    assert load_spec(open_run(tmp_path / "run", tiny_spec).dir / "spec.yaml") == tiny_spec
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_newest_run_of_a_task_is_the_one_written_to_last(tiny_spec, tmp_path):
@@ -241,8 +245,13 @@ def spoilt_training(spec):
 
 def state_of(model, optimizer, ema) -> list[torch.Tensor]:
     state = [*model.state_dict().values(), *ema.state_dict(0.5).values()]
-    state += [torch.as_tensor(value) for values in optimizer.state.values() for value in values.values()]
+    own = [sorted(optimizer.state[parameter].items()) for parameter in model.parameters()]
+    state += [torch.as_tensor(value) for values in own for _, value in values]
     return [value.clone() for value in state]
+
+
+def guard_of(run: Run, model, optimizer, ema) -> NonFiniteGuard:
+    return NonFiniteGuard(run, TrainingState(run.dir, "generator", {"model": model}, ema, {"optimizer": optimizer}))
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -254,7 +263,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("what", ["loss nan", "loss inf", "one gradient inf", "one gradient nan"])
 def test_a_value_that_is_not_finite_changes_nothing(tiny_spec, tmp_path, spec, clip, what):
     model, optimizer, ema = spoilt_training(spec)
-    guard = NonFiniteGuard(open_run(tmp_path, tiny_spec), "generator")
+    guard = guard_of(open_run(tmp_path, tiny_spec), model, optimizer, ema)
     parameters = list(model.parameters())
 
     def step(number: int, spoil: bool) -> bool:
@@ -283,17 +292,51 @@ def test_a_value_that_is_not_finite_changes_nothing(tiny_spec, tmp_path, spec, c
     ]
 
 
-def test_a_run_of_values_that_are_not_finite_stops(tiny_spec, tmp_path):
-    guard = NonFiniteGuard(open_run(tmp_path, tiny_spec), "generator")
-    keys = torch.arange(3)
-    for step in range(MAX_NON_FINITE_STEPS - 1):
-        assert not guard.check(math.nan, step, step, keys)
-    assert guard.check(1.0, 0, 0, keys), "a good step starts the count again"
-    for step in range(MAX_NON_FINITE_STEPS - 1):
-        assert not guard.check(math.nan, step, step, keys)
+def fail(guard: NonFiniteGuard, num_steps: int) -> None:
+    for step in range(num_steps):
+        assert not guard.check(math.nan, step, step, torch.arange(3)) and not guard.steady
+
+
+def test_a_run_of_values_that_are_not_finite_stops_when_there_is_nothing_to_go_back_to(tiny_spec, tmp_path):
+    guard = guard_of(open_run(tmp_path, tiny_spec), *spoilt_training(AdamWSpec()))
+    fail(guard, MAX_NON_FINITE_STEPS - 1)
+    assert guard.check(1.0, 0, 0, torch.arange(3)) and guard.steady, "a good step starts the count again"
+    fail(guard, MAX_NON_FINITE_STEPS - 1)
     with pytest.raises(CheckpointError, match=f"{MAX_NON_FINITE_STEPS} steps in a row without a finite loss, stopped"):
-        guard.check(math.inf, 99, 99, keys)
+        guard.check(math.inf, 99, 99, torch.arange(3))
     assert len(guard.run.history(event="non_finite")) == 2 * MAX_NON_FINITE_STEPS - 1
+
+
+def test_after_many_skipped_steps_training_goes_back_to_the_last_good_checkpoint_once(tiny_spec, tmp_path, caplog):
+    model, optimizer, ema = training = spoilt_training(AdamWSpec())
+    guard = guard_of(open_run(tmp_path, tiny_spec), *training)
+
+    def step(number: int) -> None:
+        model(torch.ones(2, 3) * (number + 1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, number)
+
+    step(0)
+    assert guard.state.save(8, 2)
+    good = state_of(*training)
+    step(1)
+    assert not same(state_of(*training), good)
+    fail(guard, MAX_NON_FINITE_STEPS)
+    assert same(state_of(*training), good), "weights, averages and optimizer"
+    step_number = MAX_NON_FINITE_STEPS - 1
+    assert caplog.messages[-1] == (
+        f"generator step {step_number}: {MAX_NON_FINITE_STEPS} steps in a row without a finite loss, "
+        "back to the weights of 8 images"
+    )
+    (event,) = guard.run.history(event="went_back")
+    assert (event["to_images"], event["images"], event["step"]) == (8, step_number, step_number)
+    fail(guard, MAX_NON_FINITE_STEPS - 1)
+    with pytest.raises(
+        CheckpointError, match="stopped at step 99. The last checkpoint is intact. Try a lower learning"
+    ):
+        guard.check(math.nan, 99, 99, torch.arange(3))
+    assert [path.name for path in guard.state.folder.iterdir()] == ["000000008"]
 
 
 def test_the_norm_of_the_gradients_is_the_one_before_clipping():
@@ -307,14 +350,36 @@ def test_the_norm_of_the_gradients_is_the_one_before_clipping():
 # Signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM]
+
+
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_asks_to_stop(number):
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    handlers = [signal.getsignal(one) for one in STOPS]
     with StopSignal() as stop:
         assert not stop
         os.kill(os.getpid(), number)
         assert stop
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert [signal.getsignal(one) for one in STOPS] == handlers
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_outside_of_the_loops_a_signal_stops_at_once(number):
+    with pytest.raises(Stopped, match=f"stopped by {number.name}"), StopSignal(at_once=True):
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop, "inside of a loop it asks"
+        os.kill(os.getpid(), number)
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_a_second_ctrl_c_stops_at_once():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,12 +96,7 @@ class TextToImage(Task):
             from raev2_tasks.t2i.text.cache import CaptionCache
 
             outputs = CaptionCache(Path(task.caption_cache), encoder)
-
-        def encode_captions(raw: Cond) -> Cond:
-            cond = trim(raw, at_least)
-            return {"text_tokens": outputs(cond["token_ids"], cond["token_mask"]), "text_mask": cond["token_mask"]}
-
-        return encode_captions
+        return _EncodeCaptions(outputs, at_least, encoder.fingerprint)
 
     def eval_cond(self, spec: RunSpec, dataset: ImageDataset, indices: Sequence[int]) -> Cond:
         """Captions of `dataset` in its order, repeated as needed."""
@@ -194,3 +190,18 @@ def _stream(spec: RunSpec, stream: StreamSpec) -> ImageDataset:
         tokenize=build_text_tokenizer(task.text_encoder), seed=spec.seed, shuffle_buffer=stream.shuffle_buffer,
         **task.samples.model_dump(),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _EncodeCaptions:
+    """Token ids -> outputs of a frozen text encoder, with the fingerprint of that encoder."""
+
+    outputs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    at_least: int  # tokens
+    fingerprint: str
+
+    def __call__(self, raw: Cond) -> Cond:
+        from raev2_tasks.t2i.text.encoder import trim
+
+        cond = trim(raw, self.at_least)
+        return {"text_tokens": self.outputs(cond["token_ids"], cond["token_mask"]), "text_mask": cond["token_mask"]}

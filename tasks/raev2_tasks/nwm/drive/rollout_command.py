@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from raev2.errors import CheckpointError, DataError, SpecError
+from raev2.errors import DataError, SpecError
 from raev2.files.artefact import write_json
+from raev2.files.replace import Kind, check_replaceable, new_folder
 from raev2.spec import SamplingSpec
 from raev2_tasks.nwm.data.dataset import TrajectoryDataset, as_trajectories
 from raev2_tasks.nwm.data.places import Places
@@ -28,6 +29,7 @@ from raev2_tasks.nwm.rollout import RolloutSession
 logger = logging.getLogger(__name__)
 COLUMNS = ("seconds", "forward_m", "left_m", "turn_deg")
 RECORD = "rollout.json"
+ROLLOUT = Kind(RECORD, '"follows_recorded_path"', r"rollout\.(json|mp4|gif)|sheet\.png|poses\.csv")
 Commands = list[tuple[float, np.ndarray]]  # seconds and motion (3,) of each step
 
 
@@ -94,8 +96,7 @@ def roll_out(options: argparse.Namespace) -> Path:
     number, start_frame = places.moments[0]
     trajectory = dataset.trajectories[number].id
     out = Path(options.out) if options.out else trained.run.dir / "rollouts" / f"{trajectory}-seed-{seed}"
-    if out.exists() and any(out.iterdir()) and not options.overwrite:
-        raise CheckpointError(str(out), "exists", hint="Choose another --out, or --overwrite.")
+    check_replaceable(out, ROLLOUT, options.overwrite, (options.run, options.commands))
 
     # Predict, one frame after the other.
     predictor = Predictor(context, places)
@@ -113,15 +114,16 @@ def roll_out(options: argparse.Namespace) -> Path:
     if follows:
         rows.append(("true", torch.cat([places.images([0], float(time)) for time in times])))
     shown, fps = side_by_side(*(pixels for _, pixels in rows)), 1 / commands[0][0]
-    write_mp4(shown, out / "rollout.mp4", fps)
-    write_gif(shown, out / "rollout.gif", fps)
-    contact_sheet(rows, ["now", *(f"+{time:g} s" for time in times[1:])], out / "sheet.png")
-    write_poses(session, out / "poses.csv")
-    head = {
-        "run": str(trained.run.dir), "data": dataset.fingerprint, "split": split, "trajectory": trajectory,
-        "start_frame": start_frame, "follows_recorded_path": follows,
-    }  # fmt: skip
-    write_json(out / RECORD, {**head, **session.record()})
+    with new_folder(out, ROLLOUT) as folder:
+        write_mp4(shown, folder / "rollout.mp4", fps)
+        write_gif(shown, folder / "rollout.gif", fps)
+        contact_sheet(rows, ["now", *(f"+{time:g} s" for time in times[1:])], folder / "sheet.png")
+        write_poses(session, folder / "poses.csv")
+        head = {
+            "run": str(trained.run.dir), "data": dataset.fingerprint, "split": split, "trajectory": trajectory,
+            "start_frame": start_frame, "follows_recorded_path": follows,
+        }  # fmt: skip
+        write_json(folder / RECORD, {**head, **session.record()})
     return out
 
 

@@ -1,0 +1,31 @@
+"""Files that may be damaged, cut short or someone else's: whatever is wrong with them becomes one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raev2.errors import CheckpointError, RaeError
+
+
+@contextmanager
+def damaged(where: object, error: type[RaeError] = CheckpointError) -> Iterator[None]:
+    """Inside, what a file says is used for the first time; an exception that comes of it is the file's fault."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+        raise error(str(where), "damaged, or of another kind", got=f"{type(problem).__name__}: {problem}") from problem
+
+
+def read_json(file: Path, error: type[RaeError] = CheckpointError) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(file.read_bytes())
+    except ValueError as problem:
+        raise error(str(file), "damaged, not JSON", got=str(problem), hint="Use an earlier one.") from problem
+    if not isinstance(value, dict):
+        raise error(str(file), "damaged", got=type(value).__name__, expected="a JSON object")
+    return value

@@ -1,0 +1,82 @@
+"""One training a run folder: a lock file beside it, with host, process and a heartbeat."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raev2.errors import CheckpointError
+from raev2.training import dist
+
+logger = logging.getLogger(__name__)
+BEAT_S, STALE_S = 20.0, 600.0
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run folder (main process); CheckpointError while another training holds it.
+
+    The lock of a process that is gone from this machine, or whose heart stopped on another one, is taken over.
+    """
+    if not dist.is_main():
+        yield
+        return
+    run_dir = run_dir.resolve()
+    file = run_dir.with_name(f".{run_dir.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _take(file)
+    done = threading.Event()
+    threading.Thread(target=_beat, args=(file, done), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        file.unlink(missing_ok=True)
+
+
+def _take(file: Path) -> None:
+    own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+    try:
+        with file.open("x") as opened:
+            json.dump(own, opened)
+        return
+    except FileExistsError:
+        pass
+    holder: dict[str, Any] = {"host": "an unknown host", "pid": 0}
+    with contextlib.suppress(ValueError):  # it was cut short
+        holder |= json.loads(file.read_text())
+    age = time.time() - file.stat().st_mtime
+    here = holder["host"] == own["host"] and os.name == "posix"
+    if (here and _is_alive(holder["pid"])) or (not here and age < STALE_S):
+        raise CheckpointError(
+            str(file), "another training writes this run",
+            got=f"process {holder['pid']} on {holder['host']}, heard of {age:.0f} s ago",
+            hint="Wait for it or stop it; delete this file if it does not run.",
+        )  # fmt: skip
+    logger.warning("%s: taken over, process %s on %s is gone", file, holder["pid"], holder["host"])
+    file.write_text(json.dumps(own))
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; our own number is left from before a restart of the machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return pid != os.getpid()
+
+
+def _beat(file: Path, done: threading.Event) -> None:
+    while not done.wait(BEAT_S):
+        with contextlib.suppress(OSError):
+            os.utime(file)

@@ -1,0 +1,97 @@
+"""One training a run folder: who holds the lock, and when it is stale."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from raev2 import pipeline
+from raev2.errors import CheckpointError
+from raev2.training import lock
+from raev2.training.lock import STALE_S, run_lock
+
+
+def write_lock(folder, host: str, pid: int, age_s: float = 0.0) -> None:
+    file = folder / ".run.lock"
+    file.write_text(json.dumps({"host": host, "pid": pid}))
+    os.utime(file, (time.time() - age_s,) * 2)
+
+
+@pytest.fixture
+def gone() -> int:
+    """The number of a process that has ended."""
+    return subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    ).stdout
+
+
+def test_the_lock_says_who_holds_it_and_goes_with_him(tmp_path):
+    with run_lock(tmp_path / "deep" / "run"):
+        holder = json.loads((tmp_path / "deep" / ".run.lock").read_text())
+        assert holder == {"host": socket.gethostname(), "pid": os.getpid()}
+    assert list((tmp_path / "deep").iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), run_lock(tmp_path / "run"):
+        raise KeyboardInterrupt
+    assert not (tmp_path / ".run.lock").exists()
+
+
+@pytest.mark.parametrize("age_s", [0.0, 10 * STALE_S])
+def test_a_process_that_runs_here_holds_its_lock(tiny_spec, tmp_path, age_s):
+    """However long it is silent: it may be suspended."""
+    write_lock(tmp_path, socket.gethostname(), os.getppid(), age_s)
+    with pytest.raises(CheckpointError) as caught:
+        pipeline.train(tiny_spec, tmp_path / "run")
+    host = socket.gethostname()
+    assert str(caught.value) == (
+        f"{tmp_path / '.run.lock'}: another training writes this run; got process {os.getppid()} on {host}, heard of "
+        f"{age_s:.0f} s ago. Wait for it or stop it; delete this file if it does not run."
+    )
+    assert not (tmp_path / "run").exists() and (tmp_path / ".run.lock").exists()
+
+
+def test_a_process_elsewhere_holds_its_lock_while_its_heart_beats(tmp_path):
+    write_lock(tmp_path, "elsewhere", 1, STALE_S / 2)
+    with (
+        pytest.raises(CheckpointError, match="got process 1 on elsewhere, heard of 300 s ago"),
+        run_lock(tmp_path / "run"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("host", "who", "age_s"), [("here", "gone", 0), ("here", "self", 0), ("elsewhere", "gone", 2 * STALE_S)]
+)
+def test_a_stale_lock_is_taken_over_with_a_line(tmp_path, caplog, gone, host, who, age_s):
+    """Our own number is left from before a restart, as in a container."""
+    pid = int(gone) if who == "gone" else os.getpid()
+    host = socket.gethostname() if host == "here" else host
+    write_lock(tmp_path, host, pid, age_s)
+    with run_lock(tmp_path / "run"):
+        assert json.loads((tmp_path / ".run.lock").read_text())["pid"] == os.getpid()
+    assert caplog.messages == [f"{tmp_path / '.run.lock'}: taken over, process {pid} on {host} is gone"]
+    assert not (tmp_path / ".run.lock").exists()
+
+
+def test_a_lock_that_was_cut_short_becomes_stale(tmp_path):
+    (tmp_path / ".run.lock").write_text('{"host": "els')
+    with pytest.raises(CheckpointError, match="got process 0 on an unknown host"), run_lock(tmp_path / "run"):
+        pass
+    os.utime(tmp_path / ".run.lock", (0, 0))
+    with run_lock(tmp_path / "run"):
+        pass
+
+
+def test_the_heart_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.01)
+    with run_lock(tmp_path / "run"):
+        os.utime(tmp_path / ".run.lock", (0, 0))
+        deadline = time.monotonic() + 20
+        while (tmp_path / ".run.lock").stat().st_mtime < 1000 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / ".run.lock").stat().st_mtime > 1000
