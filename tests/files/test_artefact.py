@@ -9,15 +9,13 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raev2 import RAE, Generator
-from raev2.errors import CheckpointError, DataError, FileError
+from raev2.errors import CheckpointError, FileError
 from raev2.files import artefact
 from raev2.files.artefact import load_artefact, load_strict, save_artefact, write_json
-from raev2.files.images import opened_image
 from raev2.model.condition import LabelCondition
 from raev2.spec import DiTSpec, FlowSpec
 
@@ -202,9 +200,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="config.json: damaged, or of another kind; got ValidationError"):
         Generator.from_pretrained(path)
     write_json(path / "config.json", {name: value for name, value in config.items() if name != "network"})
-    with pytest.raises(
-        CheckpointError, match="config.json: damaged, or of another kind; got ValidationError; got 'network'"
-    ):
+    with pytest.raises(CheckpointError, match="config.json: damaged, or of another kind; got KeyError: 'network'"):
         Generator.from_pretrained(path)
 
 
@@ -232,7 +228,7 @@ def test_a_generator_with_a_malformed_config_is_one_line(tmp_path, field, value)
     write_json(path / "config.json", {**config, field: value})
     with pytest.raises(CheckpointError) as caught:
         Generator.from_pretrained(path)
-    assert "config.json: not a valid generator; got " in str(caught.value) and "\n" not in str(caught.value)
+    assert "config.json: damaged, or of another kind; got " in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +238,14 @@ def test_a_tokenizer_with_a_malformed_config_is_one_line(tmp_path, tokenizer):
     path = save(tmp_path / "a", tokenizer=tokenizer, stats=None)
     with pytest.raises(CheckpointError) as caught:
         RAE.from_pretrained(path)
-    assert "config.json: not a valid tokenizer; got " in str(caught.value) and "\n" not in str(caught.value)
+    assert "config.json: damaged, or of another kind; got " in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "name"), [("[]", "list"), ("3", "int"), ("null", "NoneType")])
 def test_a_config_that_is_no_object_is_one_line(tmp_path, text, name):
     path = save(tmp_path / "a")
     (path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=f"config.json: not a config; got {name}; expected a JSON object"):
+    with pytest.raises(CheckpointError, match=f"config.json: damaged; got {name}; expected a JSON object"):
         load_artefact(path, kind="tokenizer")
 
 
@@ -276,17 +272,3 @@ def test_only_json_and_safetensors_come_from_the_hub_at_the_revision_asked_for(t
     assert {str(file.relative_to(found)) for file in found.rglob("*") if file.is_file()} == {
         "config.json", "model.safetensors", "README.md", "encoder/config.json", "encoder/model.safetensors",
     }  # fmt: skip
-
-
-def test_a_picture_beyond_our_limit_is_refused_before_it_is_decoded(tmp_path):
-    Image.new("1", (10_001, 5_000)).save(tmp_path / "large.png")
-    Image.new("1", (10_000, 5_000)).save(tmp_path / "fits.png")
-    with (
-        pytest.raises(
-            DataError, match="here: too large a picture; got 10001 x 5000 pixels; expected at most 50,000,000 pixels"
-        ),
-        opened_image(tmp_path / "large.png", "here"),
-    ):
-        pytest.fail("it was opened")
-    with opened_image(tmp_path / "fits.png", "here") as image:
-        assert image.size == (10_000, 5_000)
