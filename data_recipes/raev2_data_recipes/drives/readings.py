@@ -50,7 +50,9 @@ PLANAR, SPATIAL = ("degrees", "clockwise", "compass", "y-right", *OFFSETS), ("wx
 ASKED_ONLY = {"clockwise", "y-right", *OFFSETS}  # the motion cannot tell these from a robot that really moves so
 EXCLUSIVE = [{"clockwise", "compass", "y-right"}, {"compass", *OFFSETS}, {"camera", "opengl"}, set(TIMES), set(LENGTHS)]
 
-EXPLAINED, CONTRADICTION = 15.0, 60.0  # degrees between heading and motion
+# Degrees between heading and motion: nothing else is tried up to the first; what explains it fits within the second,
+# fits that differ by less than the third are equally good; the last one stops a build.
+EXPLAINED, EXPLAINING, SAME_FIT, CONTRADICTION = 8.0, 15.0, 3.0, 60.0
 MIN_CHORDS, MAX_CHORDS = 8, 400
 MAX_SPEED, MIN_SPEED = 50.0, 0.005  # metres a second
 PERIODS = (0.0005, 3.0)  # seconds between poses
@@ -281,18 +283,20 @@ def _explained(stated: Reading, raws: Sequence[RawPoses], error: float) -> Readi
 
 
 def explanations(raws: Sequence[RawPoses], stated: Reading, error: float) -> list[Reading]:
-    """Readings of one more word, or else of two, by which the robot drives where it looks; the best one first."""
+    """Readings of one or two more words by which the robot drives where it looks: of those that fit nearly as well as
+    the best one the ones of fewest words, the best of them first.
+    """
     planar = [raw.yaw is not None for raw in raws]
     known = PLANAR * any(planar) + SPATIAL * (not all(planar))
-    for number in (1, 2):
-        found = []
-        for reading in _candidates(stated, known, number):
-            fit = median_error(raws, reading)
-            if fit is not None and fit <= min(EXPLAINED, error / 2):
-                found.append(_told(reading, stated.lines, fit))
-        if found:
-            return sorted(found, key=lambda one: one.error or 0.0)
-    return []
+    found: list[tuple[float, Reading]] = []
+    for reading in (one for number in (1, 2) for one in _candidates(stated, known, number)):
+        fit = median_error(raws, reading)
+        if fit is not None and fit <= min(EXPLAINING, error / 2):
+            found.append((fit, _told(reading, stated.lines, fit)))
+    limit = max(SAME_FIT, 2 * min((fit for fit, _ in found), default=0.0))
+    fitting = sorted((item for item in found if item[0] <= limit), key=lambda item: item[0])
+    fewest = min((len(reading.words) for _, reading in fitting), default=0)
+    return [reading for _, reading in fitting if len(reading.words) == fewest]
 
 
 def _candidates(stated: Reading, known: Sequence[str], number: int) -> list[Reading]:
