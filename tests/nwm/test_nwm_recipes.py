@@ -125,19 +125,31 @@ def test_bad_gnm_folders_are_listed(tmp_path):
     src = tmp_path / "src"
     for name in ("a_0", "b_0"):
         write_gnm(src / name)
-    write_gnm(src / "gap_0")
-    (src / "gap_0" / "4.jpg").unlink()
+    write_gnm(src / "gap_0", 11)
+    (src / "gap_0" / "5.jpg").unlink()
+    write_gnm(src / "lost_0", yaw=YAW[:9], position=BEND[:9])
+    (src / "lost_0" / "4.jpg").unlink()
+    for name in ("notes.txt", "a_0/cover.jpg", "b_0/0.png"):
+        (src / name).write_bytes(b"x")
     write_gnm(src / "nopose_0")
     (src / "nopose_0" / "traj_data.pkl").unlink()
     write_gnm(src / "count_0", yaw=YAW[:9], position=BEND[:9])
     write_gnm(src / "noyaw_0", yaw=None)
     write_gnm(src / "code_0", yaw=print)
-    build(gnm.RECIPE, tmp_path / "out", src=src)
+    found = build(gnm.RECIPE, tmp_path / "out", src=src)
+    assert {name: shown(one) for name, one in found.items() if "gap" in name} == {
+        "gap_0_0": [0, 1, 2, 3, 4], "gap_0_1": [6, 7, 8, 9, 10],
+    }  # fmt: skip
+    np.testing.assert_array_equal(found["gap_0_1"].poses[:, :2], BEND[6:11])
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["rejected"] == 5 and manifest["ignored"] == {".jpg": 1, ".png": 1, ".txt": 1}
+    assert gnm.RECIPE.plan({"src": str(src)})[-1] == "Ignored: 3 files (1 .jpg, 1 .png, 1 .txt)."
     assert sorted(rejects(tmp_path / "out")) == [
         f"data {src}/code_0/traj_data.pkl: not loaded, only plain values and arrays are; got UnpicklingError: it asks "
         "for builtins.print. If you trust the file, convert it yourself.",
         "trajectory count_0: different numbers of frames and poses; got 10 and 9; expected one pose a frame",
-        "trajectory gap_0: a gap in the numbers of the frames; got 4.jpg is missing",
+        "trajectory lost_0: a gap in the numbers of the frames; got 4.jpg is missing, 9 poses; expected 10 poses, one "
+        "for each number",
         "trajectory nopose_0: traj_data.pkl is missing",
         "trajectory noyaw_0: traj_data.pkl has no yaw",
     ]
@@ -171,6 +183,9 @@ def test_recon(tmp_path):
     assert "trajectory broken: cannot be opened as HDF5" in text
     assert "trajectory empty: images/rgb_left is missing from the file" in text
     assert "trajectory jackal_3_0_r00: too short; got 2 frames" in text
+    (src / "readme.md").write_text("x")
+    assert recon.RECIPE.plan({"src": str(src)})[-1] == "Ignored: 1 files (1 .md)."
+    assert recon.RECIPE.build(tmp_path / "again", {"src": str(src)})["ignored"] == {".md": 1}
 
 
 # Time grids.
@@ -285,7 +300,7 @@ def test_bags(tmp_path, caplog):
     np.testing.assert_allclose(steps(one.poses)[:, :2].sum(1) > 0, True)
     blue = np.asarray(Image.open(found["two_0"].frame_file(0)))
     assert blue[0, 0, 2] < 5 < 35 < blue[0, 0, 0]  # channels swapped
-    assert "/camera 60, /odom 120; images from /camera, poses from /odom" in caplog.text
+    assert "120, 20.2 Hz); images from /camera, poses from /odom" in caplog.text
     assert "24 of 60 images taken, in 1 pieces" in caplog.text
 
 
@@ -347,6 +362,8 @@ def test_videos(tmp_path):
     write_video(src / "nopose.mp4", 10)
     (src / "corrupt.mp4").write_bytes(b"\0" * 1000)
     write_csv(src / "corrupt.csv", np.arange(9))
+    write_csv(src / "orphan.csv", np.arange(9))
+    (src / "cover.jpg").write_bytes(jpeg(0))
     found = build(video_poses.VIDEO, tmp_path / "out", src=src, time_offset_s=100, rate_hz=2, segment_s=3)
     assert set(found) == {"a_0", "a_1", "b_0", "b_1"}
     one = found["a_0"]
@@ -355,6 +372,11 @@ def test_videos(tmp_path):
     np.testing.assert_allclose(one.poses[:, 0], 100 + one.t, atol=1e-3)  # interpolated at the time of the frame
     np.testing.assert_allclose(shown(one), 20 * one.t, atol=1.6)
     text = "\n".join(rejects(tmp_path / "out"))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["rejected"] == 2 and manifest["ignored"] == {".csv": 1, ".jpg": 1}
+    lines = video_poses.VIDEO.plan({"src": str(src)})
+    assert lines[0] == f"Read 4 videos from {src}, 1 of them without poses."
+    assert lines[-1] == "Ignored: 2 files (1 .csv, 1 .jpg)."
     assert "video nopose: its pose file is missing; expected nopose.csv or nopose.txt" in text
     assert "video corrupt.mp4: corrupt, cannot be opened" in text
 

@@ -25,6 +25,20 @@ def cut_gaps(one: Trajectory, rate_hz: float) -> list[Trajectory]:
     return _parts(one, edges, [f"{one.id}_{number}" for number in range(len(edges))], [one.split] * len(edges))
 
 
+def pieces_of(one: Trajectory, numbers: Sequence[int]) -> list[Trajectory]:
+    """Pieces of consecutive numbers, of a trajectory with poses for all numbers and frames for `numbers` only."""
+    runs = np.split(np.array(numbers), np.flatnonzero(np.diff(numbers) > 1) + 1)
+    frames = _Frames(one.frames)
+    ends = np.cumsum([len(run) for run in runs]).tolist()
+    return [
+        replace(
+            one, id=f"{one.id}_{number}", t=one.t[run], position=one.position[run], yaw=one.yaw[run],
+            frames=frames.between(end - len(run), end),
+        )
+        for number, (run, end) in enumerate(zip(runs, ends, strict=True))
+    ]  # fmt: skip
+
+
 def cut_split(one: Trajectory, val_fraction: float, gap_s: float) -> list[Trajectory]:
     """The beginning for training and the last `val_fraction` of the time for validation, `gap_s` left out between."""
     t = np.asarray(one.t, np.float64)

@@ -34,11 +34,12 @@ def resample(
     pose_times: Sequence[float] | Array,
     poses: Array,
     rate_hz: float,
-    on_grid: bool = False,
+    grid_start: float | None = None,
 ) -> list[Piece]:
     """For each time of an exact grid the nearest frame within half a period, with the pose interpolated at its time.
 
-    Frames that come at about this rate (within a fifth) are all taken as they are, unless `on_grid`.
+    Frames that come at about this rate (within a fifth) are all taken as they are, unless `grid_start` is given: the
+    first time of the grid, by default that from which on there are both.
 
     A piece ends where a frame is missing, or where poses lie more than 1.5 periods apart. DataError when frames and
     poses do not overlap in time, when the times of poses do not increase, or when frames come too slowly.
@@ -61,12 +62,13 @@ def resample(
             where, "frames come too slowly", got=f"{1 / native:.3g} a second", expected=f"rate_hz, {rate_hz:g}",
             hint=f"Set rate_hz={1 / native:.3g}.",
         )  # fmt: skip
-    if native >= period / SAME_RATE and not on_grid:
+    if native >= period / SAME_RATE and grid_start is None:
         chosen = np.arange(len(frame_t))
         follows = np.diff(frame_t, prepend=-np.inf) <= MAX_GAP * period
         good = np.ones(len(frame_t), bool)
     else:
-        grid = start + period * np.arange(int((end - start) / period + 1e-6) + 1)
+        start = start if grid_start is None else grid_start
+        grid = np.asarray(start + period * np.arange(int((end - start) / period + 1e-6) + 1), np.float64)
         chosen = _nearest(frame_t, grid)
         good = np.abs(frame_t[chosen] - grid) <= period / 2 + 1e-9
         good[1:] &= ~good[:-1] | (chosen[1:] != chosen[:-1])  # no frame twice

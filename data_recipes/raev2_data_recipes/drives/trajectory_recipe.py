@@ -74,6 +74,7 @@ class MotionCheck:
 class TrajectoryRecipe(DatasetRecipe):
     """A source of frames with poses. Subclasses give ``plan``, ``sources`` and ``facts``."""
 
+    checks_heading = True
     STORAGE: Mapping[str, Option] = {
         "size": Option("", "store square frames of this many pixels; empty = keep the frames as they are"),
         "fit": Option("squeeze", "how frames become square: squeeze (4:3 part, aspect not kept), crop or letterbox"),
@@ -109,7 +110,7 @@ class TrajectoryRecipe(DatasetRecipe):
             "attribution": self.attribution,
         }
         check = MotionCheck(f"data {self.name}")
-        keep = self._option(options, "heading", HEADINGS) == "keep"
+        keep = self._option(options, "heading", HEADINGS) == "keep" or not self.checks_heading
         facts = self.facts(options) | {"ignored": self.ignored(options)}
         read = partial(self._read, options, None if keep else check, facts["rate_hz"])
         sources = (replace(source, read=partial(read, source)) for source in self.sources(options))
