@@ -69,6 +69,17 @@ def test_all_frames_of_a_clip_come_in_order_and_once(clips):
             np.testing.assert_allclose(shown.t, clip.times()[first:] - clip.times()[first], atol=0.002)
 
 
+def test_a_late_part_is_not_decoded_from_the_beginning_and_is_the_same(clips, monkeypatch):
+    monkeypatch.setattr(video_frames, "LATE_S", 1.0)
+    for number, clip in enumerate(CLIPS.values()):
+        file = clips / f"{number:02d}{clip.suffix}"
+        shown = timeline(file)
+        first = NUM_FRAMES - int((clip.times() > -1e-6).sum())
+        for start in range(20, len(shown), 7):
+            ((_, picture),) = read_frames(file, shown, [start])
+            assert number_of(picture) == first + start
+
+
 def test_an_edit_list_with_one_pose_too_many_is_an_error_with_both_numbers(tmp_path):
     src = tmp_path / "src"
     src.mkdir()
@@ -156,9 +167,9 @@ def test_a_file_is_decoded_once_with_one_picture_in_memory(tmp_path, monkeypatch
     passes: list[Path] = []
     decoded = video_frames._decoded
 
-    def counted(file: Path):
+    def counted(file: Path, seek_pts: int | None = None):
         passes.append(file)
-        yield from decoded(file)
+        yield from decoded(file, seek_pts)
 
     monkeypatch.setattr(video_frames, "_decoded", counted)
     found = build(src, tmp_path / "out", rate_hz="10", segment_s="1", min_frames="2")

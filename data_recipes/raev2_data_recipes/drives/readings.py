@@ -135,7 +135,7 @@ def _spatial(raw: RawPoses, words: frozenset[str]) -> tuple[Array, Array]:
         rotation = raw.rotation
     else:
         assert raw.quaternion is not None
-        rotation = _matrices(np.roll(raw.quaternion, -1, axis=1) if "wxyz" in words else raw.quaternion)
+        rotation = matrices(np.roll(raw.quaternion, -1, axis=1) if "wxyz" in words else raw.quaternion)
     if "inverse" not in words:
         return raw.position, rotation
     back = rotation.transpose(0, 2, 1)
@@ -164,7 +164,7 @@ def _plane(position: Array, ahead: Array, up: Array) -> Array:
     return np.column_stack([position @ first, position @ second, np.arctan2(ahead @ second, ahead @ first)])
 
 
-def _matrices(quaternions: Array) -> Array:
+def matrices(quaternions: Array) -> Array:
     """Rotation matrices (T, 3, 3) of quaternions (T, 4) in the order x, y, z, w."""
     x, y, z, w = (quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True)).T
     rows = [

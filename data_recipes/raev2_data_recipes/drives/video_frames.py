@@ -33,7 +33,9 @@ DECODERS = ("pyav", "decord")
 CHUNK_BYTES = 256 * 2**20  # of pictures that decord hands over at once
 NUM_PROBES = 16
 TIME_LIMIT_S = 120.0  # for a chunk
+LATE_S = 4.0  # what begins later is not decoded from the beginning
 UNTIMED = {"avi"}  # containers without presentation times
+INDEXED = {"mov", "matroska"}  # containers that list their key frames
 INVISIBLE = {"vp8"}  # codecs with packets that show nothing
 
 Picture = NDArray[np.uint8]  # (H, W, 3)
@@ -121,13 +123,18 @@ def _decoded_timeline(file: Path, base: float) -> Timeline:
     return Timeline(t, None)
 
 
-def _decoded(file: Path) -> Iterator[tuple[Any, Any]]:
-    """(frame, stream), in the order in which they are shown. DataError says after which frame decoding failed."""
+def _decoded(file: Path, seek_pts: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """(frame, stream), in the order in which they are shown. DataError says after which frame decoding failed.
+
+    seek_pts   begin at the key frame before this time, where the container has an index of them
+    """
     av, index = require("av"), -1
     try:
         with av.open(str(file)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            if seek_pts is not None and container.format.name.split(",")[0] in INDEXED:
+                container.seek(seek_pts, stream=stream, backward=True)
             for index, frame in enumerate(container.decode(stream)):  # noqa: B007
                 yield frame, stream
     except (av.error.FFmpegError, OSError) as error:
@@ -157,7 +164,7 @@ def read_frames(
 def _with_av(file: Path, shown: Timeline, numbers: Sequence[int]) -> Iterator[tuple[int, Picture]]:
     wanted = iter(numbers)
     number, index = next(wanted), -1
-    for index, (frame, _) in enumerate(_decoded(file)):
+    for index, (frame, _) in enumerate(_decoded(file, _seek_pts(shown, number))):
         if _is_before(shown, number, frame, index):
             continue
         if shown.pts is not None and frame.pts != shown.pts[number]:
@@ -173,6 +180,13 @@ def _with_av(file: Path, shown: Timeline, numbers: Sequence[int]) -> Iterator[tu
     raise DataError(
         f"video {file.name}", "corrupt, it ends early", got=f"{index + 1} frames", expected=f"frame {number}"
     )
+
+
+def _seek_pts(shown: Timeline, number: int) -> int | None:
+    """Where a pass may begin whose first frame is `number`: well before it, so that all it refers to is decoded."""
+    if shown.pts is None or shown.t[number] < LATE_S:
+        return None
+    return int(shown.pts[np.searchsorted(shown.t, shown.t[number] - LATE_S / 2)])
 
 
 def _is_before(shown: Timeline, number: int, frame: Any, index: int) -> bool:

@@ -30,6 +30,7 @@ from raev2_data_recipes.drives.trajectory_recipe import HEADINGS, TrajectoryReci
 from raev2_data_recipes.drives.video_frames import (
     DECODERS,
     Picture,
+    Timeline,
     frame_rate,
     logger,
     read_frames,
@@ -231,9 +232,28 @@ def _read_video(file: Path, name: str, reading: Reading, options: Mapping[str, s
     where = f"video {name}"
     found = _poses_beside(where, [file.with_suffix(suffix) for suffix in POSE_SUFFIXES], reading)
     shown = timeline(file, decode=options["times"] == "decoded")
-    rate, offset = float(options["rate_hz"]), float(options["time_offset_s"])
+    offset = float(options["time_offset_s"])
     pose_t = _times_of_frames(where, shown.t, found) if found.t is None else found.t - offset
-    pieces = resample(where, shown.t, pose_t, found.poses, rate)
+    yield from video_trajectories(name, file, shown, pose_t, found.poses, options)
+
+
+def video_trajectories(
+    name: str,
+    file: Path,
+    shown: Timeline,
+    pose_t: Array,
+    poses: Array,
+    options: Mapping[str, str],
+    window_s: tuple[float, float] = (-np.inf, np.inf),
+) -> Iterator[Trajectory]:
+    """Frames of a video on a grid with the poses at their times, in one pass over the part of it in `window_s`.
+
+    pose_t    seconds from the first frame of the video
+    """
+    rate, first = float(options["rate_hz"]), int(np.searchsorted(shown.t, window_s[0] - 1e-6))
+    last = int(np.searchsorted(shown.t, window_s[1] - 1e-6))
+    pieces = resample(f"video {name}", shown.t[first:last], pose_t, poses, rate)
+    pieces = [Piece(piece.frames + first, piece.t, piece.poses) for piece in pieces]
     longest = len(shown) if options["split"] == "by-time" else max(2, round(float(options["segment_s"]) * rate))
     parts = [part for piece in pieces for part in split_long(piece, longest)]
     scale = _scale(options, parts)
@@ -279,7 +299,7 @@ def _times_of_frames(where: str, times: Array, found: PoseFile) -> Array:
 def _read_folder(folder: Path, reading: Reading, options: Mapping[str, str]) -> Iterator[Trajectory]:
     where = f"trajectory {folder.name}"
     found = _poses_beside(where, [folder / name for name in POSE_NAMES], reading)
-    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES), key=_natural)
+    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES), key=natural)
     yield from trajectories_of(where, folder.name, files, None, found, options)
 
 
@@ -353,7 +373,7 @@ def _scale(options: Mapping[str, str], pieces: list[Piece]) -> float:
     return 1 / float(steps.mean()) if len(steps) and steps.any() else 1.0
 
 
-def _natural(file: Path) -> list[int | str]:
+def natural(file: Path) -> list[int | str]:
     """Sort key: numbers in a name by value."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
 
