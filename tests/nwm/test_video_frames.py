@@ -12,10 +12,10 @@ from clips import CLIPS, NUM_FRAMES, Clip, is_upright, number_of, turn, write_cl
 from PIL import Image
 
 from raev2.errors import DataError
-from raev2_data_recipes.drives import video_frames
-from raev2_data_recipes.drives.video_frames import read_frames, timeline
 from raev2_data_recipes.drives.video_poses import VIDEO
+from raev2_tasks.nwm.data import video_frames
 from raev2_tasks.nwm.data.trajectories import read_trajectories
+from raev2_tasks.nwm.data.video_frames import read_frames, timeline
 
 pytest.importorskip("av")
 PLAIN = Clip(".mp4", "libx264", options={"preset": "ultrafast"})

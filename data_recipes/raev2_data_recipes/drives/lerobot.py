@@ -16,9 +16,9 @@ from raev2_data_recipes.drives.pose_files import RawPoses
 from raev2_data_recipes.drives.readings import Reading, apply_reading, understand
 from raev2_data_recipes.drives.sampling import resample
 from raev2_data_recipes.drives.trajectory_recipe import require
-from raev2_data_recipes.drives.video_frames import timeline
 from raev2_data_recipes.drives.video_poses import video_trajectories
 from raev2_tasks.nwm.data.trajectories import Source, Trajectory
+from raev2_tasks.nwm.data.video_frames import timeline
 from raev2_tasks.nwm.pose import Array
 
 POSITIONS, YAWS = (

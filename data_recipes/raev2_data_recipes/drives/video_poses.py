@@ -27,7 +27,8 @@ from raev2_data_recipes.drives.readings import (
 )
 from raev2_data_recipes.drives.sampling import Piece, resample, split_long
 from raev2_data_recipes.drives.trajectory_recipe import HEADINGS, TrajectoryRecipe, require
-from raev2_data_recipes.drives.video_frames import (
+from raev2_tasks.nwm.data.trajectories import Frame, Source, Trajectory
+from raev2_tasks.nwm.data.video_frames import (
     DECODERS,
     Picture,
     Timeline,
@@ -36,7 +37,6 @@ from raev2_data_recipes.drives.video_frames import (
     read_frames,
     timeline,
 )
-from raev2_tasks.nwm.data.trajectories import Frame, Source, Trajectory
 from raev2_tasks.nwm.pose import Array
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".ts"}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +19,11 @@ from raev2.data import to_float
 from raev2.errors import CheckpointError, SpecError
 from raev2.task import EvalContext
 from raev2.training.run import Run
+from raev2_tasks.nwm.data.dataset import TrajectoryDataset
+from raev2_tasks.nwm.data.own_start import OwnFile, OwnStart, own_goal
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.eval.predict import Predictor
-from raev2_tasks.nwm.plan.command import Goal
+from raev2_tasks.nwm.plan.command import Goal, OwnGoal
 from raev2_tasks.nwm.plan.planning import Motion, PlanSpec, cost_between
 from raev2_tasks.nwm.pose import relative
 from raev2_tasks.nwm.rollout import RolloutSession, State
@@ -62,15 +66,24 @@ class TrainedModel:
         with self.run.autocast():
             return session.step(command, seconds)
 
+    def dataset(self, split: str) -> TrajectoryDataset:
+        """A split of its data."""
+        return cast(TrajectoryDataset, self.context.dataset(split))
+
     def places(self, num: int, seconds: float) -> tuple[Places, Predictor]:
         """`num` places of the validation split with `seconds` of recorded future, and what predicts from them."""
-        places = Places(self.context.dataset("val"), num, seconds)
+        places = Places(self.dataset("val"), num, seconds)
         return places, Predictor(self.context, places)
+
+    def own_start(self, own: OwnFile) -> tuple[Places, Predictor]:
+        """Your own picture or clip, and what predicts from it."""
+        start = OwnStart(self.dataset("val"), own)
+        return start, Predictor(self.context, start)
 
     @cached_property
     def velocities(self) -> Array:
         """Velocities (N, 3) of the training split from frame to frame, m/s and rad/s."""
-        trajectories = self.context.dataset("train").trajectories
+        trajectories = self.dataset("train").trajectories
         return np.concatenate([velocities(trajectory.t, trajectory.poses) for trajectory in trajectories])
 
 
@@ -166,10 +179,17 @@ class SimulatorWorld:
         return self._maze
 
 
-def model_worlds(run: str | None, *, engine: bool) -> Callable[[], tuple[World, World | None]]:
-    """Worlds of one trained run, which is opened once; with `engine` the simulator of its data beside each."""
+def model_worlds(
+    run: str | None, *, engine: bool, own: OwnFile | None = None
+) -> Callable[[], tuple[World, World | None]]:
+    """Worlds of one trained run, which is opened once; with `engine` the simulator of its data beside each.
+
+    own   start from this picture or clip and not from places of the validation split
+    """
+    if engine and own:
+        raise SpecError("--engine", "cannot stand where your own picture was taken")
     model = TrainedModel.open(run)
-    places, predictor = model.places(NUM_STARTS, 0.0)
+    places, predictor = model.places(NUM_STARTS, 0.0) if own is None else model.own_start(own)
     motion = MotionRange.of(model.velocities)
     manifest = places.dataset.manifest
     if engine:
@@ -210,6 +230,14 @@ class ModelGoals:
             target = (predictor.encode(goal) if spec.cost == "latent" else to_float(goal))[0]
             score = model_score(self.model, predictor, predictor.session([place]), target, spec, place)
             yield Goal(f"place {place}", true_path, _frame(start), _frame(goal), score)
+
+    def own_goal(self, own: OwnFile, goal: Path, spec: PlanSpec) -> OwnGoal:
+        """From your own picture or clip to your own picture; nothing is known of the true path."""
+        start, predictor = self.model.own_start(own)
+        wanted = own_goal(goal, start.dataset)
+        target = (predictor.encode(wanted) if spec.cost == "latent" else to_float(wanted))[0]
+        score = model_score(self.model, predictor, predictor.session([0]), target, spec, 0)
+        return OwnGoal(_frame(start.images([0], 0.0)), _frame(wanted), score)
 
 
 def model_score(

@@ -34,6 +34,7 @@ from pydantic import Field, ValidationError
 
 from raev2.errors import DataError, RaeError, SpecError, TaskError
 from raev2.spec import Spec
+from raev2_tasks.nwm.data.own_start import OwnFile, add_own_options, own_file
 from raev2_tasks.nwm.twist import exp
 from raev2_tasks.nwm.worlds.worlds import Frame, Poses, ToyWorld, World
 
@@ -350,21 +351,28 @@ def drive(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
     parser.add_argument("--toy", action="store_true", help="drive the built-in toy world; needs no run")
+    add_own_options(parser)
     parser.add_argument("--engine", action="store_true", help="show the simulator that made the data beside the model")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, reachable from this machine only")
     parser.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one (default: {PORT})")
     options = parser.parse_args(argv)
-    serve(open_worlds(options.run, toy=options.toy, engine=options.engine), options.host, options.port)
+    worlds = open_worlds(options.run, toy=options.toy, engine=options.engine, own=own_file(options))
+    serve(worlds, options.host, options.port)
 
 
-def open_worlds(run: str | None = None, *, toy: bool = False, engine: bool = False) -> MakeWorlds:
-    """Worlds of the toy, or of a trained run (None: the newest) with the simulator of its data beside it."""
+def open_worlds(
+    run: str | None = None, *, toy: bool = False, engine: bool = False, own: OwnFile | None = None
+) -> MakeWorlds:
+    """Worlds of the toy, or of a trained run (None: the newest) with the simulator of its data beside it.
+
+    own   start from this picture or clip and not from places of the data
+    """
     if not toy:
         from raev2_tasks.nwm.drive.model_world import model_worlds
 
-        return model_worlds(run, engine=engine)
-    if run or engine:
-        raise SpecError("--toy", "needs neither --run nor --engine")
+        return model_worlds(run, engine=engine, own=own)
+    if run or engine or own:
+        raise SpecError("--toy", "needs none of --run, --engine, --image, --video")
     return lambda: (ToyWorld(), None)
 
 

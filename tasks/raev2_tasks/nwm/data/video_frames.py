@@ -5,7 +5,7 @@ rest, but on many files (open GOPs, edit lists, transport streams) it gives othe
 is used only when asked for, and only for a file on which pictures spread over it equal those of PyAV bit for bit. It
 can also hang for good, so it runs in a child process with a time limit.
 
-    python -m raev2_data_recipes.drives.video_frames VIDEO OUT NUMBER ...   what the child does
+    python -m raev2_tasks.nwm.data.video_frames VIDEO OUT NUMBER ...   what the child does
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import DataError
-from raev2_data_recipes.drives.trajectory_recipe import require
 
 logger = logging.getLogger(__name__)
 DECODERS = ("pyav", "decord")
@@ -56,6 +55,14 @@ class Timeline:
         return len(self.t)
 
 
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise DataError("av", "is not installed", hint="Install it with `pip install 'raev2[nwm]'`.") from error
+    return av
+
+
 def timeline(file: Path, decode: bool = False) -> Timeline:
     """When each frame is shown. Frames that an edit list cuts off are not there.
 
@@ -63,7 +70,7 @@ def timeline(file: Path, decode: bool = False) -> Timeline:
     the file is decoded once for its times: containers without times (AVI), packets that show nothing (VP8), pictures
     before the first key frame, equal times.
     """
-    av = require("av")
+    av = _pyav()
     try:
         with av.open(str(file)) as container:
             if not container.streams.video:
@@ -82,7 +89,7 @@ def timeline(file: Path, decode: bool = False) -> Timeline:
 
 def frame_rate(file: Path) -> float:
     """Frames a second as the container states it; 0 where it does not, or cannot be read."""
-    av = require("av")
+    av = _pyav()
     try:
         with av.open(str(file)) as container:
             return float(container.streams.video[0].average_rate or 0) if container.streams.video else 0.0
@@ -128,7 +135,7 @@ def _decoded(file: Path, seek_pts: int | None = None) -> Iterator[tuple[Any, Any
 
     seek_pts   begin at the key frame before this time, where the container has an index of them
     """
-    av, index = require("av"), -1
+    av, index = _pyav(), -1
     try:
         with av.open(str(file)) as container:
             stream = container.streams.video[0]
@@ -244,7 +251,7 @@ def _digest(picture: Picture) -> tuple[tuple[int, ...], str]:
 
 def _single_frame(file: Path, pts: int) -> Picture | None:
     """The frame shown at `pts`, by PyAV from the key frame before it; None where that does not lead to it."""
-    av = require("av")
+    av = _pyav()
     try:
         with av.open(str(file)) as container:
             stream = container.streams.video[0]
