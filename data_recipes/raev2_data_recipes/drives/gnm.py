@@ -45,7 +45,7 @@ class GnmFolder(TrajectoryRecipe):
         frames = f"Store frames of {storage.size[1]} px." if storage.size else "Copy the frames as they are."
         return [
             f"Read {len(sources)} folders of {parents} recordings from {resolved['src']}.",
-            f"Split: {storage.split}.",
+            self.split_line(resolved, sources),
             frames,
             *self.ignored_line(resolved),
         ]

@@ -53,6 +53,7 @@ class PublishedDrives(TrajectoryRecipe):
         return [
             f"Read {len(sources)} recordings in the layout of {layout} from {len(found)} folders of {resolved['src']}.",
             f"Sample {resolved['rate_hz']} frames a second, poses interpolated at their times.",
+            self.split_line(resolved, sources),
         ]
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class RosBag(TrajectoryRecipe):
             f"Read {len(sources)} bags from {resolved['src']}, topics: {resolved['preset']}.",
             *_topic_lines(bags, resolved),
             f"Sample {resolved['rate_hz']} frames a second by the clock of {resolved['clock']}; {resolved['filter']}.",
+            self.split_line(resolved, sources),
             *self.ignored_line(resolved),
         ]
 

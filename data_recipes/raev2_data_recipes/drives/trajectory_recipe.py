@@ -24,7 +24,14 @@ from raev2_data_recipes.drives.cutting import cut_gaps, cut_split
 from raev2_data_recipes.drives.pose_files import RawPoses
 from raev2_data_recipes.drives.readings import CONTRADICTION, Reading, contradiction, median_error
 from raev2_tasks.nwm.data.frames import FITS
-from raev2_tasks.nwm.data.trajectories import Source, Storage, Trajectory, verify_trajectories, write_trajectories
+from raev2_tasks.nwm.data.trajectories import (
+    Source,
+    Storage,
+    Trajectory,
+    validation_names,
+    verify_trajectories,
+    write_trajectories,
+)
 
 RULES = ("by-recording", "nwm-legacy", "by-time", "given")
 HEADINGS = ("check", "keep")
@@ -156,6 +163,16 @@ class TrajectoryRecipe(DatasetRecipe):
         src = Path(options["src"]).expanduser()
         unread = (file for file in src.rglob("*") if file.is_file() and not self.reads(src, file))
         return dict(sorted(Counter(file.suffix.lower() or file.name for file in unread).items()))
+
+    def split_line(self, options: Mapping[str, str], sources: Iterable[Source]) -> str:
+        """For plans: which recordings are kept for validation, as far as that is known before they are read."""
+        rule = self.storage(options).split
+        if rule != "by-recording":
+            return f"Split: {rule}."
+        names = sorted({source.recording for source in sources})
+        chosen, _ = validation_names(names, self.storage(options).val_fraction)
+        listed = ", ".join(sorted(chosen)[:5]) + (", ..." if len(chosen) > 5 else "")
+        return f"Split: {len(chosen)} of {len(names)} recordings for validation, by their names: {listed or 'none'}."
 
     def ignored_line(self, options: Mapping[str, str]) -> list[str]:
         """A line about `ignored`, for plans; none where nothing is."""

@@ -32,6 +32,7 @@ from raev2_tasks.nwm.data.video_frames import (
     DECODERS,
     Picture,
     Timeline,
+    duration_s,
     frame_rate,
     logger,
     read_frames,
@@ -123,11 +124,13 @@ class VideoPoses(_WithPoses):
         resolved = self.resolve(options)
         sources = list(self.sources(resolved))
         bare = len(sources) - len(self.pose_files(resolved))
+        seconds = sum(duration_s(file) for file in self._videos(resolved))
         return [
-            f"Read {len(sources)} videos from {resolved['src']}"
+            f"Read {len(sources)} videos ({seconds / 60:.1f} minutes) from {resolved['src']}"
             + (f", {bare} of them without poses." if bare else "."),
             *self.reading(resolved).lines,
             f"Sample {resolved['rate_hz']} frames a second, in pieces of at most {resolved['segment_s']} s.",
+            self.split_line(resolved, sources),
             *self.ignored_line(resolved),
         ]
 
@@ -192,6 +195,7 @@ class FramesPoses(_WithPoses):
             f"Read {len(sources)} folders of frames of {recordings} recordings from {resolved['src']}"
             + (f", {bare} of them without poses." if bare else "."),
             *self.reading(resolved).lines,
+            self.split_line(resolved, sources),
             *self.ignored_line(resolved),
         ]
 

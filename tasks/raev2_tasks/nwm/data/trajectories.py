@@ -309,7 +309,7 @@ def split_entries(
         found, notes = dict(given), list[str]()
     else:
         unit = "recording" if rule == "by-recording" else "id"
-        in_val, notes = _below(sorted({entry[unit] for entry in entries}), val_fraction)
+        in_val, notes = validation_names(sorted({entry[unit] for entry in entries}), val_fraction)
         found = {entry["id"]: "val" if entry[unit] in in_val else "train" for entry in entries}
     for split in SPLITS:
         if split not in found.values():
@@ -318,7 +318,7 @@ def split_entries(
     return found, notes
 
 
-def _below(names: Sequence[str], fraction: float) -> tuple[set[str], list[str]]:
+def validation_names(names: Sequence[str], fraction: float) -> tuple[set[str], list[str]]:
     """The names whose hash, as a number from 0 to 1, lies below `fraction`; with two names at least one, never all."""
     place = {name: int(hashlib.sha256(name.encode()).hexdigest()[:13], 16) / 16**13 for name in names}
     below = {name for name in names if place[name] < fraction}

@@ -97,6 +97,16 @@ def frame_rate(file: Path) -> float:
         return 0.0
 
 
+def duration_s(file: Path) -> float:
+    """Seconds as the container states them; 0 where it does not, or cannot be read."""
+    av = _pyav()
+    try:
+        with av.open(str(file)) as container:
+            return (container.duration or 0) / av.time_base
+    except (av.error.FFmpegError, OSError):
+        return 0.0
+
+
 def _packet_times(container: Any, stream: Any) -> NDArray[np.int64] | None:
     """Sorted presentation times of the packets that are shown; None where they cannot be trusted."""
     if container.format.name in UNTIMED or stream.codec_context.name in INVISIBLE:
