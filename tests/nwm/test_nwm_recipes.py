@@ -376,7 +376,7 @@ def test_videos(tmp_path):
     assert manifest["rejected"] == 2 and manifest["ignored"] == {".csv": 1, ".jpg": 1}
     lines = video_poses.VIDEO.plan({"src": str(src)})
     assert lines[0] == f"Read 4 videos (0.2 minutes) from {src}, 1 of them without poses."
-    assert lines[-2] == "Split: 1 of 4 recordings for validation, by their names: b."
+    assert lines[-2] == "Split: 2 of 4 recordings for validation, by their names: corrupt, nopose."
     assert lines[-1] == "Ignored: 2 files (1 .csv, 1 .jpg)."
     assert "video nopose: its pose file is missing; expected nopose.csv or nopose.txt" in text
     assert "video corrupt.mp4: corrupt, cannot be opened" in text

@@ -172,8 +172,13 @@ def test_a_contradiction_stops_unless_told_otherwise_and_standing_still_proves_n
         understand("poses", [sideways])
     assert understand("poses", [sideways], keep=True).lines[-1].startswith("Heading: 7")
     assert understand("poses", [raw(table(truth + [0, 0, 0.8], t), tmp_path)]).words == frozenset()  # 46 degrees
-    still = raw(table(np.zeros((50, 3)), np.arange(50)), tmp_path)
-    assert understand("poses", [still]).lines == ["Heading: too little motion to test it."]
+    tremble = np.random.default_rng(0).normal(0, [0.003, 0.003, 0.01], (300, 3))
+    for standing in (np.zeros((50, 3)), tremble):
+        still = raw(table(standing, np.arange(len(standing)) / RATE), tmp_path)
+        assert understand("poses", [still]).lines == ["Heading: too little motion to test it."]
+    fast = np.column_stack([np.arange(600) * 0.005, np.zeros(600), np.zeros(600)])  # 1 m/s at 200 Hz
+    noisy = raw(table(fast + np.tile(tremble, (2, 1)), np.arange(600) / 200), tmp_path)
+    assert understand("poses", [noisy]).error < 8
 
 
 def test_words_of_the_option_are_checked():

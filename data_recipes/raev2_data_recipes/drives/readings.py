@@ -54,6 +54,7 @@ EXCLUSIVE = [{"clockwise", "compass", "y-right"}, {"compass", *OFFSETS}, {"camer
 # fits that differ by less than the third are equally good; the last one stops a build.
 EXPLAINED, EXPLAINING, SAME_FIT, CONTRADICTION = 8.0, 15.0, 3.0, 60.0
 MIN_CHORDS, MAX_CHORDS = 8, 400
+STEADY = 45.0  # degrees from one way to the next of a robot that moves
 MAX_SPEED, MIN_SPEED = 50.0, 0.005  # metres a second
 PERIODS = (0.0005, 3.0)  # seconds between poses
 EPOCH = (9e8, 4e9)  # seconds since 1970 of the years 1998 to 2096
@@ -180,15 +181,33 @@ def matrices(quaternions: Array) -> Array:
 
 
 def heading_errors(position: Array, ahead: Array) -> Array:
-    """Degrees, 0 to 180, between what looks ahead (T, d) and the motion (T, d), over chords that are long enough."""
-    if len(position) < 3:
-        return np.zeros(0)
-    taken = np.unique(np.linspace(0, len(position) - 1, min(len(position), MAX_CHORDS)).round().astype(int))
-    chord, middle = np.diff(position[taken], axis=0), ahead[taken][1:] + ahead[taken][:-1]
-    length, size = np.linalg.norm(chord, axis=1), np.linalg.norm(middle, axis=1)
-    moving = (length > 0.5 * length.mean()) & (length > 0) & (size > 1e-6)
-    cosine = (chord * middle).sum(1)[moving] / (length * size)[moving]
-    return np.rad2deg(np.arccos(np.clip(cosine, -1, 1)))
+    """Degrees, 0 to 180, between what looks ahead (T, d) and the motion (T, d).
+
+    A motion leads over so many poses that the one before and the one after point most nearly in the same direction.
+    Where even then they do not, nothing moves: a robot stands, and its poses tremble. Then there is no error.
+    """
+    steadiest, errors = STEADY, np.zeros(0)
+    lag = 1
+    while 2 * lag < len(position):
+        start = np.unique(np.linspace(0, len(position) - 1 - 2 * lag, MAX_CHORDS).round().astype(int))
+        first, second = position[start + lag] - position[start], position[start + 2 * lag] - position[start + lag]
+        moving = _is_long(first) & _is_long(second)
+        change = float(_angles(first[moving], second[moving]).mean()) if moving.any() else np.inf
+        if change <= steadiest and (not len(errors) or moving.sum() >= MIN_CHORDS):
+            steadiest, errors = change, _angles(first[moving], (ahead[start] + ahead[start + lag])[moving])
+        lag *= 2
+    return errors
+
+
+def _is_long(chords: Array) -> NDArray[np.bool_]:
+    length = np.linalg.norm(chords, axis=1)
+    return (length > 0.5 * length.mean()) & (length > 0)
+
+
+def _angles(first: Array, second: Array) -> Array:
+    """Degrees between vectors; 90 where one is zero."""
+    size = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return np.rad2deg(np.arccos(np.clip((first * second).sum(1) / np.maximum(size, 1e-12), -1, 1)))
 
 
 def _errors(raw: RawPoses, reading: Reading) -> Array:
