@@ -1,4 +1,4 @@
-"""Image messages of ROS as frames: JPEG and PNG bytes as they are, everything else as RGB arrays."""
+"""Image messages of ROS as frames: compressed pictures as they are, everything else as RGB arrays."""
 
 from __future__ import annotations
 
