@@ -41,7 +41,7 @@ def write_world(folder: Path, *, num: int = 5, length: int = 24, seed: int = 0) 
         trajectory = Trajectory(
             f"t{number}", np.arange(length) / RATE_HZ, poses[:, :2], poses[:, 2], panorama_frames(panorama, poses)
         )
-        return Source(f"r{number}", f"r{number}", lambda: [trajectory])
+        return Source(f"room{number}", f"room{number}", lambda: [trajectory])
 
     folder.mkdir(parents=True)
     head = {"name": "panoramas", "recipe": "panoramas", "options": {}, "licence": "CC0", "attribution": "none"}

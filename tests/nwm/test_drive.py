@@ -203,7 +203,7 @@ def test_a_port_in_use_is_a_clear_error():
 
 
 def test_toy_excludes_what_needs_a_run():
-    with pytest.raises(SpecError, match="--toy: needs neither --run nor --engine"):
+    with pytest.raises(SpecError, match="--toy: needs none of --run, --engine, --image, --video"):
         drive(["--toy", "--engine"])
 
 

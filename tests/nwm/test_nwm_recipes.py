@@ -19,8 +19,9 @@ from raev2.errors import DataError, SpecError
 from raev2.files.manifest import read_manifest
 from raev2.task import get_data_recipe
 from raev2_data_recipes.base import DatasetRecipe
-from raev2_data_recipes.drives import gnm, recon, rosbag, video_frames, video_poses, vizdoom_maze
-from raev2_data_recipes.drives.pose_files import read_poses
+from raev2_data_recipes.drives import gnm, recon, rosbag, video_poses, vizdoom_maze
+from raev2_data_recipes.drives.pose_files import read_raw_poses
+from raev2_data_recipes.drives.readings import Reading, apply_reading
 from raev2_data_recipes.drives.sampling import Piece, cut, resample, split_long
 from raev2_tasks.nwm.data.trajectories import StoredTrajectory, read_trajectories
 from raev2_tasks.nwm.pose import relative, steps
@@ -101,7 +102,7 @@ def test_gnm_folders(tmp_path):
     assert found["a_r0"].frame_file(3).read_bytes() == jpeg(3)  # as it is, not encoded again
     np.testing.assert_array_equal(found["d_0"].poses, np.column_stack([BEND[:12], YAW[:12]]))
     assert found["b_0"].t[-1] == 11 / 4 and rejects(tmp_path / "out") == []
-    small = build(gnm.RECIPE, tmp_path / "small", src=src, size=16, format="png", yaw_offset_deg=90)
+    small = build(gnm.RECIPE, tmp_path / "small", src=src, size=16, format="png", yaw_offset_deg=90, heading="keep")
     assert np.asarray(Image.open(small["b_0"].frame_file(0))).shape == (16, 16, 3) and small["b_0"].suffix == ".png"
     np.testing.assert_allclose(small["b_0"].poses[:, 2], YAW[:12] + np.pi / 2)
 
@@ -124,19 +125,31 @@ def test_bad_gnm_folders_are_listed(tmp_path):
     src = tmp_path / "src"
     for name in ("a_0", "b_0"):
         write_gnm(src / name)
-    write_gnm(src / "gap_0")
-    (src / "gap_0" / "4.jpg").unlink()
+    write_gnm(src / "gap_0", 11)
+    (src / "gap_0" / "5.jpg").unlink()
+    write_gnm(src / "lost_0", yaw=YAW[:9], position=BEND[:9])
+    (src / "lost_0" / "4.jpg").unlink()
+    for name in ("notes.txt", "a_0/cover.jpg", "b_0/0.png"):
+        (src / name).write_bytes(b"x")
     write_gnm(src / "nopose_0")
     (src / "nopose_0" / "traj_data.pkl").unlink()
     write_gnm(src / "count_0", yaw=YAW[:9], position=BEND[:9])
     write_gnm(src / "noyaw_0", yaw=None)
     write_gnm(src / "code_0", yaw=print)
-    build(gnm.RECIPE, tmp_path / "out", src=src)
+    found = build(gnm.RECIPE, tmp_path / "out", src=src)
+    assert {name: shown(one) for name, one in found.items() if "gap" in name} == {
+        "gap_0_0": [0, 1, 2, 3, 4], "gap_0_1": [6, 7, 8, 9, 10],
+    }  # fmt: skip
+    np.testing.assert_array_equal(found["gap_0_1"].poses[:, :2], BEND[6:11])
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["rejected"] == 5 and manifest["ignored"] == {".jpg": 1, ".png": 1, ".txt": 1}
+    assert gnm.RECIPE.plan({"src": str(src)})[-1] == "Ignored: 3 files (1 .jpg, 1 .png, 1 .txt)."
     assert sorted(rejects(tmp_path / "out")) == [
         f"data {src}/code_0/traj_data.pkl: not loaded, only plain values and arrays are; got UnpicklingError: it asks "
         "for builtins.print. If you trust the file, convert it yourself.",
         "trajectory count_0: different numbers of frames and poses; got 10 and 9; expected one pose a frame",
-        "trajectory gap_0: a gap in the numbers of the frames; got 4.jpg is missing",
+        "trajectory lost_0: a gap in the numbers of the frames; got 4.jpg is missing, 9 poses; expected 10 poses, one "
+        "for each number",
         "trajectory nopose_0: traj_data.pkl is missing",
         "trajectory noyaw_0: traj_data.pkl has no yaw",
     ]
@@ -170,6 +183,9 @@ def test_recon(tmp_path):
     assert "trajectory broken: cannot be opened as HDF5" in text
     assert "trajectory empty: images/rgb_left is missing from the file" in text
     assert "trajectory jackal_3_0_r00: too short; got 2 frames" in text
+    (src / "readme.md").write_text("x")
+    assert recon.RECIPE.plan({"src": str(src)})[-1] == "Ignored: 1 files (1 .md)."
+    assert recon.RECIPE.build(tmp_path / "again", {"src": str(src)})["ignored"] == {".md": 1}
 
 
 # Time grids.
@@ -284,7 +300,7 @@ def test_bags(tmp_path, caplog):
     np.testing.assert_allclose(steps(one.poses)[:, :2].sum(1) > 0, True)
     blue = np.asarray(Image.open(found["two_0"].frame_file(0)))
     assert blue[0, 0, 2] < 5 < 35 < blue[0, 0, 0]  # channels swapped
-    assert "/camera 60, /odom 120; images from /camera, poses from /odom" in caplog.text
+    assert "120, 20.2 Hz); images from /camera, poses from /odom" in caplog.text
     assert "24 of 60 images taken, in 1 pieces" in caplog.text
 
 
@@ -294,7 +310,11 @@ def test_bags_with_a_yaw_offset_or_the_wrong_topic(tmp_path):
     src.mkdir()
     for name in ("a", "b"):
         write_bag(src / f"{name}.bag", 3, yaw_offset=-np.pi / 2)
-    build(rosbag.RECIPE, tmp_path / "wrong", src=src)
+    with pytest.raises(
+        DataError, match="heading contradicts the motion; got 90 degrees .* 90 degrees must be added to"
+    ):
+        build(rosbag.RECIPE, tmp_path / "wrong", src=src)
+    build(rosbag.RECIPE, tmp_path / "wrong", src=src, heading="keep")
     assert any("degrees away from the yaw" in line for line in read_manifest(tmp_path / "wrong")["warnings"])
     build(rosbag.RECIPE, tmp_path / "right", src=src, yaw_offset_deg=90)
     assert not any("away from the yaw" in line for line in read_manifest(tmp_path / "right")["warnings"])
@@ -307,7 +327,7 @@ def test_bags_with_a_yaw_offset_or_the_wrong_topic(tmp_path):
         DataError, match="no piece is long enough; got 1 pieces, the longest of 12 frames, from 30 images"
     ):
         rosbag.RECIPE.build(tmp_path / "out", {"src": str(src), "min_frames": "20"})
-    build(rosbag.RECIPE, tmp_path / "third", src=src)
+    build(rosbag.RECIPE, tmp_path / "third", src=src, heading="keep")
     assert [reason[:16] for reason in rejects(tmp_path / "third")] == ["bag c.bag: canno"]
 
 
@@ -328,7 +348,7 @@ def write_video(path: Path, num_frames: int, fps: int = 10) -> None:
 
 
 def write_csv(path: Path, times: np.ndarray, name: str = "t") -> None:
-    rows = [f"{t},{t},{2 * t},{90 * t}" for t in times]
+    rows = [f"{t},{t},{2 * t},{np.rad2deg(np.arctan2(2, 1))}" for t in times]
     path.write_text("\n".join([f"{name},x,y,yaw_deg", *rows]) + "\n")
 
 
@@ -342,6 +362,8 @@ def test_videos(tmp_path):
     write_video(src / "nopose.mp4", 10)
     (src / "corrupt.mp4").write_bytes(b"\0" * 1000)
     write_csv(src / "corrupt.csv", np.arange(9))
+    write_csv(src / "orphan.csv", np.arange(9))
+    (src / "cover.jpg").write_bytes(jpeg(0))
     found = build(video_poses.VIDEO, tmp_path / "out", src=src, time_offset_s=100, rate_hz=2, segment_s=3)
     assert set(found) == {"a_0", "a_1", "b_0", "b_1"}
     one = found["a_0"]
@@ -350,6 +372,12 @@ def test_videos(tmp_path):
     np.testing.assert_allclose(one.poses[:, 0], 100 + one.t, atol=1e-3)  # interpolated at the time of the frame
     np.testing.assert_allclose(shown(one), 20 * one.t, atol=1.6)
     text = "\n".join(rejects(tmp_path / "out"))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["rejected"] == 2 and manifest["ignored"] == {".csv": 1, ".jpg": 1}
+    lines = video_poses.VIDEO.plan({"src": str(src)})
+    assert lines[0] == f"Read 4 videos (0.2 minutes) from {src}, 1 of them without poses."
+    assert lines[-2] == "Split: 2 of 4 recordings for validation, by their names: corrupt, nopose."
+    assert lines[-1] == "Ignored: 2 files (1 .csv, 1 .jpg)."
     assert "video nopose: its pose file is missing; expected nopose.csv or nopose.txt" in text
     assert "video corrupt.mp4: corrupt, cannot be opened" in text
 
@@ -365,28 +393,14 @@ def test_videos_with_poses_by_frame(tmp_path):
     assert read_manifest(tmp_path / "out")["length_unit"] == "mean step"
     write_csv(src / "b.csv", np.arange(0, 31), "frame")
     build(video_poses.VIDEO, tmp_path / "two", src=src, split="nwm-legacy", segment_s=1, val_fraction=0.5, min_frames=4)
-    assert rejects(tmp_path / "two") == [
-        "video b: poses for frames that it does not have; got frame 30; expected 0 to 29"
+    assert rejects(tmp_path / "two")[0].startswith(
+        "video b: different numbers of visible frames and poses; got 30 and 31; expected one pose for each frame that "
+    )
+    write_csv(src / "b.csv", np.arange(0, 40, 8), "frame")
+    build(video_poses.VIDEO, tmp_path / "sparse", src=src, split="nwm-legacy", segment_s=1, min_frames=4)
+    assert rejects(tmp_path / "sparse") == [
+        "video b: poses for frames that it does not have; got frame 32; expected 0 to 29"
     ]
-
-
-def test_single_frames_of_a_video_with_and_without_decord(tmp_path, monkeypatch, caplog):
-    write_video(tmp_path / "a.mp4", 30)
-    wanted = [0, 7, 8, 29]
-    found = list(video_frames.read_frames(tmp_path / "a.mp4", wanted))
-    np.testing.assert_allclose([one.mean() - 40 for one in found], np.array(wanted) * 2, atol=1.6)
-    monkeypatch.setattr(video_frames, "_with_decord", lambda *_: None)
-    slow = list(video_frames.read_frames(tmp_path / "a.mp4", wanted))
-    assert [one.shape for one in slow] == [(48, 64, 3)] * 4
-    np.testing.assert_allclose([one.mean() for one in slow], [one.mean() for one in found], atol=1.0)
-    with pytest.raises(DataError, match="video a.mp4: corrupt, it ends early; got 30 frames; expected frame 40"):
-        list(video_frames.read_frames(tmp_path / "a.mp4", [3, 40]))
-
-
-def test_a_decoder_that_hangs_is_given_up(tmp_path, caplog):
-    write_video(tmp_path / "a.mp4", 5)
-    assert len(list(video_frames.read_frames(tmp_path / "a.mp4", [0, 4], time_limit_s=0.01))) == 2
-    assert "decord gave no answer in 0.01 s, decoding with PyAV" in caplog.text
 
 
 # Frames.
@@ -410,7 +424,8 @@ def test_folders_of_frames(tmp_path):
     motion = steps(found["b_0"].poses)
     np.testing.assert_allclose(motion, [[2, 0, 0]] * 5, atol=1e-9)  # it goes where it looks
     assert sorted(rejects(tmp_path / "out")) == [
-        "trajectory bad_0: different numbers of frames and poses; got 12 and 11",
+        "trajectory bad_0: different numbers of frames and poses; got 12 and 11. Frames whose names are their times, "
+        "in seconds or nanoseconds since 1970, need no pose each.",
         f"trajectory none_0: its pose file is missing; expected poses.csv or poses.txt in {src}/none_0",
     ]
 
@@ -419,12 +434,13 @@ def test_files_of_poses(tmp_path):
     file = tmp_path / "poses.txt"
     half = np.sin(np.pi / 4)
     file.write_text(f"# tum\n1.5 1 2 3 0 0 {half} {half}\n2.0 1 3 3 0 0 0 2\n")  # not normalised
-    found = read_poses(file)
+    found = apply_reading(read_raw_poses(file), Reading())
     np.testing.assert_allclose(found.poses, [[1, 2, np.pi / 2], [1, 3, 0]], atol=1e-9)
     np.testing.assert_allclose(found.t, [1.5, 2.0])
     # A camera in a world with z up that looks along +x and moves there: left of it is +y.
     file.write_text("0 0 1 0 -1 0 0 0 0 -1 0 0\n0 0 1 1 -1 0 0 1 0 -1 0 0\n")
-    np.testing.assert_allclose(relative(*read_poses(file, "z", "z").poses), [1, 1, 0], atol=1e-9)
+    poses = apply_reading(read_raw_poses(file), Reading(up="z", optical="z")).poses
+    np.testing.assert_allclose(relative(*poses), [1, 1, 0], atol=1e-9)
     for text, message in (
         ("", "empty"),
         ("1 2 3\n", r"unknown form; got 3 values a line; expected a CSV header, 8 \(TUM\) or 12 \(KITTI\)"),
@@ -433,11 +449,15 @@ def test_files_of_poses(tmp_path):
         ("t,x,y,yaw\n0,1,2,north\n", "a value is not a number"),
         ("t,x,y,yaw\n0,1,2,0\n1,1,2\n", "pose 2 has another number of values than the header; got 3; expected 4"),
         ("t,x,y,yaw\n0,1,2,0,9\n", "pose 1 has another number of values than the header; got 5; expected 4"),
+        ("frame,x,y,yaw\n0.5,1,2,0\n", "a frame number is not whole; got 0.5"),
         ("0 0 0 0 0 0 0 0\n", "a quaternion is zero"),
     ):
         file.write_text(text)
         with pytest.raises(DataError, match=message):
-            read_poses(file)
+            read_raw_poses(file)
+    file.write_bytes(b"t,x,y,yaw\n0,1,\xff,0\n")
+    with pytest.raises(DataError, match="is not text in UTF-8; got byte 14"):
+        read_raw_poses(file)
 
 
 # Mazes.

@@ -67,10 +67,10 @@ def test_a_recording_is_in_one_split_only(folder):
 
 def test_the_legacy_split_cuts_through_recordings_and_says_so(tmp_path):
     many = [walk(f"a-{part}", 20) for part in range(10)]
-    with pytest.raises(DataError, match="nothing for the split train.*Use split=nwm-legacy"):
+    with pytest.raises(DataError, match="nothing for the split val; got 10 trajectories. Use split=by-time"):
         write(tmp_path / "strict", many)
     manifest = write(tmp_path / "data", many, Storage(suffix=".png", split="nwm-legacy", val_fraction=0.2))
-    assert manifest["splits"]["val"]["num_trajectories"] == 2 and manifest["split_rule"] == "nwm-legacy"
+    assert manifest["splits"]["val"]["num_trajectories"] == 4 and manifest["split_rule"] == "nwm-legacy"
     assert manifest["warnings"] == ["1 of 1 recordings have trajectories in both splits (leakage)"]
 
 
@@ -148,13 +148,13 @@ def test_a_missing_yaw_offset_is_found(tmp_path):
     rng = np.random.default_rng(0)
     yaw = np.cumsum(rng.normal(0, 0.1, 40))
     path = np.cumsum(np.column_stack([np.cos(yaw), np.sin(yaw)]), axis=0)
-    walks = [walk(f"{name}-0", 40, position=path, yaw=yaw - np.pi / 2) for name in "ab"]
+    walks = [walk(f"{name}-0", 40, position=path, yaw=yaw - np.pi / 2) for name in "as"]
     assert re.search(
         r"motion points \+(8|9)\d degrees away from the yaw.*lacks an offset", _warned(walks, tmp_path / "1")
     )
-    walks = [walk(f"{name}-0", 40, position=path, yaw=yaw + np.pi) for name in "ab"]
+    walks = [walk(f"{name}-0", 40, position=path, yaw=yaw + np.pi) for name in "as"]
     assert "camera looks backwards" in _warned(walks, tmp_path / "2")
-    assert _warned([walk(f"{name}-0", 40, position=path, yaw=yaw) for name in "ab"], tmp_path / "3") == ""
+    assert _warned([walk(f"{name}-0", 40, position=path, yaw=yaw) for name in "as"], tmp_path / "3") == ""
 
 
 def test_heading_errors_near_half_a_circle_do_not_cancel():

@@ -14,8 +14,8 @@ from raev2_tasks.nwm.data.trajectories import read_trajectories
 def test_a_mix_holds_the_trajectories_of_its_folders_and_keeps_their_splits(world, tmp_path):
     (tmp_path / "a").symlink_to(world)
     (tmp_path / "b").symlink_to(world)
-    options = {"src": f"{tmp_path / 'a'}, {tmp_path / 'b'}"}
-    assert RECIPE.plan(options) == [f"Copy 120 frames of {tmp_path / name}." for name in "ab"]
+    options, spacing = {"src": f"{tmp_path / 'a'}, {tmp_path / 'b'}"}, read_manifest(world)["spacing_m"]
+    assert RECIPE.plan(options) == [f"Copy 120 frames of {tmp_path / name}, {spacing:.3g} m apart." for name in "ab"]
     RECIPE.build(tmp_path / "mix", options)
     for split in ("train", "val"):
         parts, mixed = read_trajectories(world, split), read_trajectories(tmp_path / "mix", split)
@@ -24,7 +24,22 @@ def test_a_mix_holds_the_trajectories_of_its_folders_and_keeps_their_splits(worl
             assert np.array_equal(one.poses, other.poses) and np.array_equal(one.t, other.t)
             assert one.frame_file(7).read_bytes() == other.frame_file(7).read_bytes()
     assert read_manifest(tmp_path / "mix")["rate_hz"] == 4.0
-    assert RECIPE.verify(tmp_path / "mix")["split_rule"] == "given"
+    manifest = RECIPE.verify(tmp_path / "mix")
+    assert manifest["split_rule"] == "given" and manifest["options"] == {"src": options["src"]} | {
+        name: str(RECIPE.options[name].default) for name in ("size", "fit", "format")
+    }
+    assert {name: part["spacing_m"] for name, part in manifest["parts"].items()} == {"a": spacing, "b": spacing}
+
+
+def test_units_of_length_do_not_mix(world, tmp_path):
+    (tmp_path / "a").symlink_to(world)
+    (tmp_path / "b").mkdir()
+    manifest = {**read_manifest(world), "length_unit": "mean step"}
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        DataError, match="the folders differ in their unit of length; got .*mean step.*; expected one unit"
+    ):
+        RECIPE.build(tmp_path / "mix", {"src": f"{tmp_path / 'a'},{tmp_path / 'b'}"})
 
 
 def test_only_folders_of_one_rate_mix(world, tmp_path):

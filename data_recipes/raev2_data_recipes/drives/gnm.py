@@ -11,6 +11,7 @@ import numpy as np
 
 from raev2.errors import DataError
 from raev2_data_recipes.base import Option
+from raev2_data_recipes.drives.cutting import pieces_of
 from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe
 from raev2_tasks.nwm.data.safe_pickle import load_pickle
 from raev2_tasks.nwm.data.trajectories import Source, Storage, Trajectory
@@ -44,9 +45,15 @@ class GnmFolder(TrajectoryRecipe):
         frames = f"Store frames of {storage.size[1]} px." if storage.size else "Copy the frames as they are."
         return [
             f"Read {len(sources)} folders of {parents} recordings from {resolved['src']}.",
-            f"Split: {storage.split}.",
+            self.split_line(resolved, sources),
             frames,
+            *self.ignored_line(resolved),
         ]
+
+    def reads(self, src: Path, file: Path) -> bool:
+        """Numbered JPEG files and poses in the sub-folders."""
+        numbered = file.suffix == ".jpg" and file.stem.isdecimal()
+        return len(file.relative_to(src).parts) == 2 and (numbered or file.name == POSES)
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
         """The rate is the one given."""
@@ -100,9 +107,12 @@ def _read(folder: Path, rate_hz: float, yaw_offset: float, split: str | None) ->
         raise DataError(where, "its poses are not numbers", got=error) from error
     numbers = sorted(int(file.stem) for file in folder.glob("*.jpg") if file.stem.isdecimal())
     gap = next((index for index, number in enumerate(numbers) if index != number), None)
-    if gap is not None:
-        raise DataError(where, "a gap in the numbers of the frames", got=f"{gap}.jpg is missing")
-    yield Trajectory(
+    if gap is not None and len(yaw) != numbers[-1] + 1:
+        raise DataError(
+            where, "a gap in the numbers of the frames", got=f"{gap}.jpg is missing, {len(yaw)} poses",
+            expected=f"{numbers[-1] + 1} poses, one for each number",
+        )  # fmt: skip
+    whole = Trajectory(
         id=folder.name,
         t=np.arange(len(yaw)) / rate_hz,
         position=position[:, :2] if position.ndim == 2 else position,
@@ -110,6 +120,7 @@ def _read(folder: Path, rate_hz: float, yaw_offset: float, split: str | None) ->
         frames=((folder / f"{number}.jpg").read_bytes() for number in numbers),
         split=split,
     )
+    yield from [whole] if gap is None else pieces_of(whole, numbers)
 
 
 RECIPE = GnmFolder()

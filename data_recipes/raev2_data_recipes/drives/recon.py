@@ -44,9 +44,14 @@ class ReconHdf5(TrajectoryRecipe):
         parents = len({source.recording for source in sources})
         return [
             f"Read {len(sources)} HDF5 files of {parents} recordings from {resolved['src']}.",
-            f"Split: {storage.split}.",
+            self.split_line(resolved, sources),
             f"Store frames of {storage.size[1]} px." if storage.size else "Keep the JPEG files of 640 x 480.",
+            *self.ignored_line(resolved),
         ]
+
+    def reads(self, src: Path, file: Path) -> bool:
+        """HDF5 files."""
+        return file.suffix == ".hdf5"
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
         """The rate is the one given."""

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import struct
+import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from itertools import islice
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raev2.errors import DataError
 from raev2_data_recipes.base import Option
+from raev2_data_recipes.drives.bag_files import (
+    IMAGE_TYPES,
+    METADATA,
+    POSE_TYPES,
+    STORAGE_SUFFIXES,
+    Bag,
+    Topic,
+    find_bags,
+    opened,
+    topics_of,
+)
+from raev2_data_recipes.drives.bag_images import frame_of
+from raev2_data_recipes.drives.bag_poses import read_bag_poses
 from raev2_data_recipes.drives.sampling import CUTS, Piece, cut, resample
 from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, require
 from raev2_tasks.nwm.data.trajectories import Frame, Source, Trajectory
-from raev2_tasks.nwm.pose import yaw_of_quaternion
+from raev2_tasks.nwm.pose import Array
 
 logger = logging.getLogger(__name__)
 # Topics of known robots: images, odometry, degrees to add to the yaw.
@@ -32,14 +46,10 @@ PRESETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], float]] = {
     "sacson": (("/fisheye_image/compressed",), ("/odometry",), 0.0),
     "locobot": (("/usb_cam/image_raw",), ("/odom",), 0.0),
 }
-IMAGE_TYPES = ("sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/Image")
-POSE_TYPES = (
-    "nav_msgs/msg/Odometry",
-    "geometry_msgs/msg/PoseWithCovarianceStamped",
-    "geometry_msgs/msg/PoseStamped",
-)
-CHANNELS = {"rgb8": [0, 1, 2], "bgr8": [2, 1, 0], "rgba8": [0, 1, 2], "bgra8": [2, 1, 0], "mono8": [0, 0, 0]}
-DEPTHS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
+CLOCKS = ("auto", "header", "receipt")
+SAME_CLOCK_S = 1.0  # header stamps of both streams differ from the times of receipt by the same, but for this
+NUM_PEEKED = 10  # image messages whose stamps tell the clock
+MANY_IMAGES = 2.0  # times the rate: what comes faster is thinned out while it is read
 
 
 class RosBag(TrajectoryRecipe):
@@ -51,10 +61,12 @@ class RosBag(TrajectoryRecipe):
     attribution = "The source folder named in `options`."
     size = "as the source"
     options = {
-        "src": Option(None, "a folder of .bag files, .mcap or .db3 folders"),
+        "src": Option(None, "a folder of .bag, .mcap or .db3 files, or of ROS 2 folders"),
         "preset": Option("auto", f"topics of a known robot: {', '.join(PRESETS)}"),
-        "image_topic": Option("", "topic of the camera; empty = of the preset, or the first that holds images"),
-        "pose_topic": Option("", "topic of the odometry; empty = of the preset, or the first that holds poses"),
+        "image_topic": Option("", "topic of the camera; empty = of the preset, or the one that fits best"),
+        "pose_topic": Option("", "topic of the poses; empty = of the preset, or the one that fits best"),
+        "tf_frames": Option("", "PARENT,CHILD of a tf topic; empty = to the base of the robot"),
+        "clock": Option("auto", "auto; header: when it was measured; receipt: when the bag received it"),
         "yaw_offset_deg": Option("", "added to every yaw; empty = that of the preset"),
         "rate_hz": Option("4", "frames a second"),
         "filter": Option("keep", "keep; cut-reverse; cut-stops: as published sets, nothing stands, turns or reverses"),
@@ -62,12 +74,15 @@ class RosBag(TrajectoryRecipe):
     }
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
-        """What ``build`` will do; lists the source folder."""
+        """What ``build`` will do; opens the bags."""
         resolved = self.resolve(options)
-        bags = list(self.sources(resolved))
+        sources, bags = list(self.sources(resolved)), find_bags(self.folder(resolved))
         return [
-            f"Read {len(bags)} bags from {resolved['src']}, topics: {resolved['preset']}.",
-            f"Sample {resolved['rate_hz']} frames a second; {resolved['filter']}.",
+            f"Read {len(sources)} bags from {resolved['src']}, topics: {resolved['preset']}.",
+            *_topic_lines(bags, resolved),
+            f"Sample {resolved['rate_hz']} frames a second by the clock of {resolved['clock']}; {resolved['filter']}.",
+            self.split_line(resolved, sources),
+            *self.ignored_line(resolved),
         ]
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
@@ -75,125 +90,180 @@ class RosBag(TrajectoryRecipe):
         return {"rate_hz": self.number(options, "rate_hz", 0.01), "length_unit": "metre", "camera": None}
 
     def sources(self, options: Mapping[str, str]) -> Iterator[Source]:
-        """One per bag; a bag is a recording."""
+        """One per drive, which is a recording."""
         src = self.folder(options)
         require("rosbags")
         self.choice(options, "preset", tuple(PRESETS))
         self.choice(options, "filter", CUTS)
+        self.choice(options, "clock", CLOCKS)
         if options["yaw_offset_deg"]:
             self.number(options, "yaw_offset_deg", -360, 360)
-        bags = sorted({*src.rglob("*.bag"), *(file.parent for file in src.rglob("metadata.yaml"))})
+        bags = find_bags(src)
         if not bags:
-            raise DataError(f"data {self.name}: src", "no bags", got=src, expected=".bag files or ROS 2 bag folders")
+            expected = ".bag, .mcap or .db3 files, or ROS 2 bag folders"
+            raise DataError(f"data {self.name}: src", "no bags", got=src, expected=expected)
         for bag in bags:
-            yield Source(bag.stem, str(bag), partial(_read, bag, dict(options)))
+            yield Source(bag.name, str(bag.paths[0]), partial(_read, bag, dict(options)))
+
+    def reads(self, src: Any, file: Any) -> bool:
+        """Bags and their metadata."""
+        return file.suffix in (".bag", *STORAGE_SUFFIXES) or file.name == METADATA
 
 
-def _read(bag: Path, options: Mapping[str, str]) -> Iterator[Trajectory]:
-    from rosbags.highlevel import AnyReader, AnyReaderError
-    from rosbags.typesys import Stores, get_typestore
+def _chosen(where: str, reader: Any, options: Mapping[str, str]) -> tuple[Topic, Topic]:
+    """The topics of images and of poses."""
+    topics, rate = topics_of(where, reader), float(options["rate_hz"])
+    images, poses, _ = PRESETS[options["preset"]]
+    return (
+        topics.choose("image_topic", options["image_topic"], images, IMAGE_TYPES, rate),
+        topics.choose("pose_topic", options["pose_topic"], poses, POSE_TYPES, rate),
+    )
 
-    where = f"bag {bag.name}"
-    images, poses, preset_offset = PRESETS[options["preset"]]
-    offset = float(options["yaw_offset_deg"] or preset_offset)
-    try:
-        with AnyReader([bag], default_typestore=get_typestore(Stores.ROS2_HUMBLE)) as reader:
-            types = {link.topic: link.msgtype for link in reader.connections}
-            counts = Counter({link.topic: link.msgcount for link in reader.connections})
-            image_topic = _topic(where, types, counts, options["image_topic"], images, IMAGE_TYPES, "image_topic")
-            pose_topic = _topic(where, types, counts, options["pose_topic"], poses, POSE_TYPES, "pose_topic")
-            logger.info(
-                "%s: %s; images from %s, poses from %s", bag.name,
-                ", ".join(f"{topic} {count}" for topic, count in sorted(counts.items())), image_topic, pose_topic,
+
+def _topic_lines(bags: list[Bag], options: Mapping[str, str]) -> list[str]:
+    """Topics with types, counts and rates, and which are taken; bags with the same topics share their lines."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    lines: list[str] = []
+    for bag in bags:
+        where = f"bag {bag.name}"
+        lines += [f"{where}: {bag.note}."] if bag.note else []
+        try:
+            with opened(bag.paths) as reader:
+                topics = topics_of(where, reader)
+                key = tuple(sorted((topic.name, topic.kind) for topic in topics.by_name.values()))
+                if key in alike:
+                    alike[key].append(bag.name)
+                    continue
+                alike[key] = [bag.name]
+                lines += [f"{where}: {topics.listed()}"]
+                image, pose = _chosen(where, reader, options)
+                lines += [f"{where}: images from {image.name}, poses from {pose.name}."]
+        except DataError as error:
+            lines += [f"Cannot be used: {error}"]
+    lines += [f"{len(names) - 1} more bags have the topics of {names[0]}." for names in alike.values() if names[1:]]
+    return lines
+
+
+def _read(bag: Bag, options: Mapping[str, str]) -> Iterator[Trajectory]:
+    where, rate = f"bag {bag.name}", float(options["rate_hz"])
+    offset = np.deg2rad(float(options["yaw_offset_deg"] or PRESETS[options["preset"]][2]))
+    with opened(bag.paths) as reader, tempfile.TemporaryFile() as store:
+        image, pose = _chosen(where, reader, options)
+        logger.info(
+            "%s: %s; images from %s, poses from %s", bag.name, topics_of(where, reader).listed(), image.name, pose.name
+        )
+        received, stamped, poses = read_bag_poses(where, reader, pose, options["tf_frames"])
+        by_header = _by_header(bag.name, reader, image, received, stamped, options["clock"])
+        pose_t, poses = _increasing(stamped if by_header else received, poses + [0, 0, offset])
+        spool = _Spool(store, start=float(pose_t[0]), rate_hz=rate)
+        images = spool.fill(reader, image, by_header)
+        pieces = resample(
+            where, images - spool.start, pose_t - spool.start, poses, rate, spool.grid_start
+        )  # differences keep float64 exact
+        kept = [part for piece in pieces for part in cut(piece, options["filter"])]  # type: ignore[arg-type]
+        taken = sum(len(piece.t) for piece in kept)
+        logger.info("%s: %d of %d images taken, in %d pieces", bag.name, taken, image.count, len(kept))
+        longest = max((len(piece.t) for piece in kept), default=0)
+        if longest < int(options["min_frames"]):
+            raise DataError(
+                where, "no piece is long enough", got=f"{len(kept)} pieces, the longest of {longest} frames, from "
+                f"{image.count} images and {pose.count} poses", expected=f"at least {options['min_frames']} frames",
             )  # fmt: skip
-            pieces = list(
-                _pieces(reader, where, image_topic, pose_topic, float(options["rate_hz"]), np.deg2rad(offset))
-            )
-            kept = [part for piece in pieces for part in cut(piece, options["filter"])]  # type: ignore[arg-type]
-            num, taken = counts[image_topic], sum(len(piece.t) for piece in kept)
-            logger.info("%s: %d of %d images taken, in %d pieces", bag.name, taken, num, len(kept))
-            longest = max((len(piece.t) for piece in kept), default=0)
-            if longest < int(options["min_frames"]):
-                raise DataError(
-                    where, "no piece is long enough", got=f"{len(kept)} pieces, the longest of {longest} frames, from "
-                    f"{num} images and {counts[pose_topic]} poses", expected=f"at least {options['min_frames']} frames",
-                )  # fmt: skip
-            for number, piece in enumerate(kept):
-                name = bag.stem if len(kept) == 1 else f"{bag.stem}_{number}"
-                frames = _frames(reader, where, image_topic, piece)
-                yield Trajectory(name, piece.t - piece.t[0], piece.poses[:, :2], piece.poses[:, 2], frames)
-    except AnyReaderError as error:
-        raise DataError(where, "cannot be read", got=error) from error
+        for number, piece in enumerate(kept):
+            name = bag.name if len(kept) == 1 else f"{bag.name}_{number}"
+            frames = _frames(where, reader, image, spool, piece)
+            yield Trajectory(name, piece.t - piece.t[0], piece.poses[:, :2], piece.poses[:, 2], frames)
 
 
-def _topic(
-    where: str,
-    types: Mapping[str, str],
-    counts: Mapping[str, int],
-    asked: str,
-    preset: tuple[str, ...],
-    known: tuple[str, ...],
-    option: str,
-) -> str:
-    """The topic asked for, the preset's, or the first one of a known type."""
-    listed = ", ".join(f"{topic} ({kind}, {counts[topic]})" for topic, kind in sorted(types.items()))
-    if asked or preset:
-        found = [topic for topic in ((asked,) if asked else preset) if topic in types]
-    else:
-        found = sorted((topic for topic, kind in types.items() if kind in known), key=lambda t: known.index(types[t]))
-    if not found:
-        raise DataError(
-            where, f"no topic for {option}", got=listed, expected=asked or " or ".join(preset) or " or ".join(known),
-            hint=f"Choose one with --set {option}=TOPIC.",
-        )  # fmt: skip
-    if types[found[0]] not in known:
-        raise DataError(where, f"{found[0]} has another type", got=types[found[0]], expected=" or ".join(known))
-    return found[0]
+def _stamp(raw: bytes) -> float:
+    """Seconds in the header with which a message begins, in ROS 1 and in CDR alike."""
+    sec, nanosec = struct.unpack_from("<iI", raw, 4)
+    return float(sec + nanosec * 1e-9)
 
 
-def _pieces(
-    reader: Any, where: str, image_topic: str, pose_topic: str, rate_hz: float, yaw_offset: float
-) -> list[Piece]:
-    """Both streams by the times at which the bag recorded them, so that they share a clock."""
-    image_links = [link for link in reader.connections if link.topic == image_topic]
-    pose_links = [link for link in reader.connections if link.topic == pose_topic]
-    image_times = [stamp * 1e-9 for _, stamp, _ in reader.messages(image_links)]
-    rows: list[tuple[float, float, float, float]] = []
-    for link, stamp, raw in reader.messages(pose_links):
-        pose = reader.deserialize(raw, link.msgtype).pose
-        pose = getattr(pose, "pose", pose)
-        turn = pose.orientation
-        yaw = float(yaw_of_quaternion(turn.x, turn.y, turn.z, turn.w)) + yaw_offset
-        if not rows or stamp * 1e-9 > rows[-1][0]:
-            rows.append((stamp * 1e-9, pose.position.x, pose.position.y, yaw))
-    table = np.array(rows).reshape(-1, 4)
-    start = min(image_times[0] if image_times else 0.0, table[0, 0] if len(table) else 0.0)  # keeps float64 exact
-    return resample(where, np.array(image_times) - start, table[:, 0] - start, table[:, 1:], rate_hz)
+def _by_header(name: str, reader: Any, image: Topic, received: Array, stamped: Array, clock: str) -> bool:
+    """Whether the stamps in the headers are used. Logs how far they lie from the times of receipt."""
+    links = [link for link in reader.connections if link.topic == image.name]
+    late = [stamp * 1e-9 - _stamp(bytes(raw)) for _, stamp, raw in islice(reader.messages(links), NUM_PEEKED)]
+    images, poses = float(np.median(late)), float(np.median(received - stamped))
+    logger.info("%s: received after the stamp in the header by %.3f s (images), %.3f s (poses)", name, images, poses)
+    if clock != "auto":
+        return clock == "header"
+    same = abs(images - poses) < SAME_CLOCK_S and stamped[0] > 0
+    logger.info("%s: the clock of %s is used", name, "the headers" if same else "receipt: the headers do not share one")
+    return bool(same)
 
 
-def _frames(reader: Any, where: str, topic: str, piece: Piece) -> Iterator[Frame]:
+def _increasing(t: Array, poses: Array) -> tuple[Array, Array]:
+    """In order of time, one pose a time."""
+    order = np.argsort(t, kind="stable")
+    t, poses = t[order], poses[order]
+    new = np.diff(t, prepend=-np.inf) > 0
+    return t[new], poses[new]
+
+
+@dataclass
+class _Held:
+    t: float
+    distance: float  # from the time of the grid
+    raw: bytes
+
+
+class _Spool:
+    """Image messages of one pass over a bag, those that a grid of times can need, in a temporary file.
+
+    start        seconds; the grid begins here, and no image before is kept
+    grid_start   that of the grid relative to `start`, None where every image is kept because they come slowly
+    """
+
+    def __init__(self, store: BinaryIO | Any, start: float, rate_hz: float) -> None:
+        self._store, self.start, self.rate_hz = store, start, rate_hz
+        self.grid_start: float | None = None
+        self._places: list[tuple[float, int, int]] = []  # time, offset, length
+
+    def fill(self, reader: Any, topic: Topic, by_header: bool) -> Array:
+        """Read the topic once; the times of the images kept, in order."""
+        links = [link for link in reader.connections if link.topic == topic.name]
+        thin = topic.rate_hz >= MANY_IMAGES * self.rate_hz
+        slot, held = -1, _Held(0.0, np.inf, b"")
+        for _, stamp, raw in reader.messages(links):
+            t = _stamp(bytes(raw[:16])) if by_header else stamp * 1e-9
+            if not thin:
+                self._keep(t, bytes(raw))
+                continue
+            if self.grid_start is None:
+                self.start = max(self.start, t)
+                self.grid_start = 0.0
+            ahead = (t - self.start) * self.rate_hz
+            number = int(np.floor(ahead + 0.5))
+            if number > slot:
+                self._keep_held(held)
+                slot, held = number, _Held(0.0, np.inf, b"")
+            if number == slot and abs(ahead - number) < held.distance - 1e-6:
+                held = _Held(t, abs(ahead - number), bytes(raw))
+        self._keep_held(held)
+        self._places.sort()
+        return np.array([t for t, _, _ in self._places])
+
+    def _keep_held(self, held: _Held) -> None:
+        if held.raw:
+            self._keep(held.t, held.raw)
+
+    def _keep(self, t: float, raw: bytes) -> None:
+        self._places.append((t, self._store.tell(), len(raw)))
+        self._store.write(raw)
+
+    def message(self, number: int) -> bytes:
+        """The raw message of the image kept as `number`."""
+        _, offset, length = self._places[number]
+        self._store.seek(offset)
+        return bytes(self._store.read(length))
+
+
+def _frames(where: str, reader: Any, topic: Topic, spool: _Spool, piece: Piece) -> Iterator[Frame]:
     """The images of a piece, in order."""
-    wanted = iter(piece.frames.tolist())
-    number = next(wanted, None)
-    links = [link for link in reader.connections if link.topic == topic]
-    for index, (link, _, raw) in enumerate(reader.messages(links)):
-        if index == number:
-            yield _image(where, reader.deserialize(raw, link.msgtype))
-            number = next(wanted, None)
-            if number is None:
-                return
-
-
-def _image(where: str, message: Any) -> Frame:
-    """A compressed image as it is, a raw one as RGB."""
-    if hasattr(message, "format"):
-        return bytes(message.data)
-    if message.encoding not in CHANNELS:
-        raise DataError(where, "unknown image encoding", got=message.encoding, expected=", ".join(CHANNELS))
-    depth = DEPTHS[message.encoding]
-    rows: NDArray[np.uint8] = np.asarray(message.data, np.uint8).reshape(message.height, message.step)
-    pixels = rows[:, : message.width * depth].reshape(message.height, message.width, depth)
-    return np.ascontiguousarray(pixels[:, :, CHANNELS[message.encoding]])
+    for number in piece.frames.tolist():
+        yield frame_of(where, reader.deserialize(spool.message(number), topic.kind))
 
 
 RECIPE = RosBag()

@@ -15,6 +15,7 @@ from raev2_tasks.nwm.pose import Array, interpolate, steps
 Cut = Literal["keep", "cut-reverse", "cut-stops"]
 CUTS: tuple[Cut, ...] = ("keep", "cut-reverse", "cut-stops")
 MAX_GAP = 1.5  # periods
+SAME_RATE = 1.2  # frames that come at up to so many times the rate are taken as they are
 STOP_M = 0.01  # a step forward of less than this is a stop
 
 
@@ -28,12 +29,20 @@ class Piece:
 
 
 def resample(
-    where: str, frame_times: Sequence[float] | Array, pose_times: Sequence[float] | Array, poses: Array, rate_hz: float
+    where: str,
+    frame_times: Sequence[float] | Array,
+    pose_times: Sequence[float] | Array,
+    poses: Array,
+    rate_hz: float,
+    grid_start: float | None = None,
 ) -> list[Piece]:
     """For each time of an exact grid the nearest frame within half a period, with the pose interpolated at its time.
 
-    A piece ends where a grid time has no frame, or where poses lie more than 1.5 periods apart. DataError when frames
-    and poses do not overlap in time, or when the times of poses do not increase.
+    Frames that come at about this rate (within a fifth) are all taken as they are, unless `grid_start` is given: the
+    first time of the grid, by default that from which on there are both.
+
+    A piece ends where a frame is missing, or where poses lie more than 1.5 periods apart. DataError when frames and
+    poses do not overlap in time, when the times of poses do not increase, or when frames come too slowly.
     """
     frame_t, pose_t = np.asarray(frame_times, np.float64), np.asarray(pose_times, np.float64)
     if not len(frame_t) or not len(pose_t):
@@ -47,19 +56,35 @@ def resample(
             where, "frames and poses do not overlap in time", got=f"frames {frame_t[0]:g} to {frame_t[-1]:g} s, "
             f"poses {pose_t[0]:g} to {pose_t[-1]:g} s", hint="Set time_offset_s where the recipe has it.",
         )  # fmt: skip
-    grid = start + period * np.arange(int((end - start) / period + 1e-6) + 1)
-    right = (
-        np.clip(np.searchsorted(frame_t, grid), 1, len(frame_t) - 1) if len(frame_t) > 1 else np.zeros(len(grid), int)
-    )
-    left = np.maximum(right - 1, 0)
-    nearest = np.where(grid - frame_t[left] <= frame_t[right] - grid, left, right)
-    times = frame_t[nearest]
+    native = float(np.median(np.diff(frame_t)))
+    if native > MAX_GAP * period:
+        raise DataError(
+            where, "frames come too slowly", got=f"{1 / native:.3g} a second", expected=f"rate_hz, {rate_hz:g}",
+            hint=f"Set rate_hz={1 / native:.3g}.",
+        )  # fmt: skip
+    if native >= period / SAME_RATE and grid_start is None:
+        chosen = np.arange(len(frame_t))
+        follows = np.diff(frame_t, prepend=-np.inf) <= MAX_GAP * period
+        good = np.ones(len(frame_t), bool)
+    else:
+        start = start if grid_start is None else grid_start
+        grid = np.asarray(start + period * np.arange(int((end - start) / period + 1e-6) + 1), np.float64)
+        chosen = _nearest(frame_t, grid)
+        good = np.abs(frame_t[chosen] - grid) <= period / 2 + 1e-9
+        good[1:] &= ~good[:-1] | (chosen[1:] != chosen[:-1])  # no frame twice
+        follows = np.ones(len(grid), bool)
+    times = frame_t[chosen]
     after = np.clip(np.searchsorted(pose_t, times), 1, max(1, len(pose_t) - 1))
     gap = pose_t[np.minimum(after, len(pose_t) - 1)] - pose_t[after - 1]
-    good = (np.abs(times - grid) <= period / 2 + 1e-9) & (times >= pose_t[0]) & (times <= pose_t[-1])
-    good &= gap <= max(MAX_GAP * period, 1e-9)
-    good[1:] &= ~good[:-1] | (nearest[1:] != nearest[:-1])  # no frame twice
-    return [Piece(nearest[part], times[part], interpolate(times[part], pose_t, poses)) for part in _runs(good)]
+    good &= (times >= pose_t[0]) & (times <= pose_t[-1]) & (gap <= max(MAX_GAP * period, 1e-9))
+    return [Piece(chosen[part], times[part], interpolate(times[part], pose_t, poses)) for part in _runs(good, follows)]
+
+
+def _nearest(frame_t: Array, grid: Array) -> NDArray[np.int64]:
+    """Number of the frame nearest to each time of the grid, the earlier of two equally near ones."""
+    right = np.clip(np.searchsorted(frame_t, grid), min(1, len(frame_t) - 1), len(frame_t) - 1)
+    left = np.maximum(right - 1, 0)
+    return np.where(grid - frame_t[left] <= frame_t[right] - grid, left, right)
 
 
 def cut(piece: Piece, rule: Cut) -> list[Piece]:
@@ -84,7 +109,11 @@ def split_long(piece: Piece, max_frames: int) -> list[Piece]:
     return [Piece(piece.frames[part], piece.t[part], piece.poses[part]) for part in parts]
 
 
-def _runs(good: NDArray[np.bool_]) -> list[slice]:
-    """Slices of consecutive True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], good, [False]])))
-    return [slice(int(first), int(last)) for first, last in zip(edges[::2], edges[1::2], strict=True)]
+def _runs(good: NDArray[np.bool_], follows: NDArray[np.bool_] | None = None) -> list[slice]:
+    """Slices of consecutive True; `follows` is False where a place does not go on from the one before."""
+    index = np.flatnonzero(good)
+    breaks = np.diff(index) > 1
+    if follows is not None:
+        breaks |= ~follows[index[1:]]
+    parts = np.split(index, np.flatnonzero(breaks) + 1)
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]

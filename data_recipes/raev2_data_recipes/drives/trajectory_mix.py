@@ -17,6 +17,7 @@ from raev2_tasks.nwm.data.trajectories import SPLITS, Source, Storage, StoredTra
 class TrajectoryMix(TrajectoryRecipe):
     """Copies the trajectories of prepared folders, which keep their splits; every frame weighs the same in training."""
 
+    checks_heading = False  # it was checked when the folders were built
     name = "trajectory-mix"
     summary = "several prepared folders of trajectories as one"
     licence = "those of the folders, see their manifests"
@@ -32,7 +33,8 @@ class TrajectoryMix(TrajectoryRecipe):
         resolved = self.resolve(options)
         self.facts(resolved)
         return [
-            f"Copy {sum(split['num_samples'] for split in manifest['splits'].values()):,} frames of {folder}."
+            f"Copy {sum(split['num_samples'] for split in manifest['splits'].values()):,} frames of {folder}, "
+            f"{manifest['spacing_m']:.3g} m apart."
             for folder, manifest in self._manifests(resolved)
         ]
 
@@ -45,8 +47,21 @@ class TrajectoryMix(TrajectoryRecipe):
                 f"data {self.name}: src", "the folders differ in their rate", got=rates,
                 expected="one rate", hint="Build them again at one rate.",
             )  # fmt: skip
-        units = sorted({manifest["length_unit"] for _, manifest in manifests})
-        return {"rate_hz": next(iter(rates.values())), "length_unit": "; ".join(units), "camera": None}
+        units = {str(folder): manifest["length_unit"] for folder, manifest in manifests}
+        if len({unit.split(",")[0] for unit in units.values()}) > 1:
+            raise DataError(
+                f"data {self.name}: src", "the folders differ in their unit of length", got=units,
+                expected="one unit", hint="Build them again with a metric scale, or train on each alone.",
+            )  # fmt: skip
+        return {
+            "rate_hz": next(iter(rates.values())),
+            "length_unit": "; ".join(sorted(set(units.values()))),
+            "camera": None,
+            "parts": {
+                folder.name: {name: manifest[name] for name in ("spacing_m", "fingerprint", "length_unit")}
+                for folder, manifest in manifests
+            },
+        }
 
     def storage(self, options: Mapping[str, str]) -> Storage:
         """The splits are those of the folders."""

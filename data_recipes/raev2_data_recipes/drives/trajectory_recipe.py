@@ -1,4 +1,7 @@
-"""What the recipes of trajectories share: they say where trajectories come from, `write_trajectories` writes them."""
+"""What the recipes of trajectories share: they say where trajectories come from, `write_trajectories` writes them.
+
+On the way every trajectory is cut at gaps in time, and its motion is compared with its heading (`MotionCheck`).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,33 @@ import importlib
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raev2.errors import DataError, SpecError
 from raev2_data_recipes.base import DatasetRecipe, Option
+from raev2_data_recipes.drives.cutting import cut_gaps, cut_split
+from raev2_data_recipes.drives.pose_files import RawPoses
+from raev2_data_recipes.drives.readings import CONTRADICTION, Reading, contradiction, median_error
 from raev2_tasks.nwm.data.frames import FITS
-from raev2_tasks.nwm.data.trajectories import Source, Storage, verify_trajectories, write_trajectories
+from raev2_tasks.nwm.data.trajectories import (
+    Source,
+    Storage,
+    Trajectory,
+    validation_names,
+    verify_trajectories,
+    write_trajectories,
+)
 
-RULES = ("by-recording", "nwm-legacy", "given")
+RULES = ("by-recording", "nwm-legacy", "by-time", "given")
+HEADINGS = ("check", "keep")
+MANY_POSES = 2000  # after so many, and each doubling, heading and motion are compared
 
 
 def require(name: str) -> Any:
@@ -26,18 +46,57 @@ def require(name: str) -> Any:
         raise DataError(name, "is not installed", hint="Install it with `pip install 'raev2[nwm]'`.") from error
 
 
+class _Stop(Exception):
+    """Carries an error through the loop that leaves out single sources, so that it ends the build."""
+
+    def __init__(self, error: DataError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class MotionCheck:
+    """Compares the direction of motion with the heading, over all trajectories that pass."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self._raws, self._num, self._checked = where, list[RawPoses](), 0, 0
+
+    def add(self, one: Trajectory) -> None:
+        """Take in a trajectory; now and then, look at all so far."""
+        position, yaw = np.asarray(one.position, np.float64), np.asarray(one.yaw, np.float64)
+        if position.shape != (len(yaw), 2) or not (np.isfinite(position).all() and np.isfinite(yaw).all()):
+            return  # left out later, with the reason
+        self._raws.append(RawPoses(one.id, np.column_stack([position, np.zeros(len(yaw))]), yaw))
+        self._num += len(yaw)
+        if self._num >= max(MANY_POSES, 2 * self._checked):
+            self._checked = self._num
+            self.finish()
+
+    def finish(self) -> None:
+        """DataError when motion and heading lie more than 60 degrees apart (median)."""
+        error = median_error(self._raws, Reading())
+        if error is not None and error > CONTRADICTION:
+            raise contradiction(self.where, self._raws, Reading(), error, "yaw_offset_deg or reading, if it has it")
+
+
 class TrajectoryRecipe(DatasetRecipe):
     """A source of frames with poses. Subclasses give ``plan``, ``sources`` and ``facts``."""
 
+    checks_heading = True
     STORAGE: Mapping[str, Option] = {
         "size": Option("", "store square frames of this many pixels; empty = keep the frames as they are"),
         "fit": Option("squeeze", "how frames become square: squeeze (4:3 part, aspect not kept), crop or letterbox"),
         "format": Option("jpg", "file format of frames that are resized or decoded: jpg (quality 95) or png"),
         "split": Option(
-            "by-recording", "by-recording; nwm-legacy: single trajectories, leaks; given: as in the source"
+            "by-recording",
+            "by-recording; by-time: the end of each recording; nwm-legacy: single trajectories, leaks; given: that of "
+            "the source",
         ),
         "val_fraction": Option("0.1", "share of recordings for validation, 0 to 0.5"),
+        "split_gap_s": Option("5", "seconds that split=by-time leaves out between training and validation"),
         "min_frames": Option("5", "leave out shorter trajectories"),
+        "heading": Option(
+            "check", "check: stop where heading and motion lie over 60 degrees apart; keep: it is meant so"
+        ),
     }
 
     @abstractmethod
@@ -57,7 +116,69 @@ class TrajectoryRecipe(DatasetRecipe):
             "licence": self.licence,
             "attribution": self.attribution,
         }
-        return write_trajectories(folder, self.sources(options), self.storage(options), head, self.facts(options))
+        check = MotionCheck(f"data {self.name}")
+        keep = self._option(options, "heading", HEADINGS) == "keep" or not self.checks_heading
+        facts = self.facts(options) | {"ignored": self.ignored(options)}
+        read = partial(self._read, options, None if keep else check, facts["rate_hz"])
+        sources = (replace(source, read=partial(read, source)) for source in self.sources(options))
+        try:
+            manifest = write_trajectories(folder, sources, self.storage(options), head, facts)
+        except _Stop as stop:
+            raise stop.error from None
+        if not keep:
+            check.finish()
+        return manifest
+
+    def _read(
+        self, options: Mapping[str, str], check: MotionCheck | None, rate_hz: float, source: Source
+    ) -> Iterator[Trajectory]:
+        """The trajectories of a source: cut at gaps, split in time where asked, their motion compared with the yaw."""
+        for whole in source.read():
+            for one in cut_gaps(whole, rate_hz):
+                if check is not None:
+                    try:
+                        check.add(one)
+                    except DataError as error:
+                        raise _Stop(error) from None
+                yield from self._split(options, one)
+
+    def _split(self, options: Mapping[str, str], one: Trajectory) -> list[Trajectory]:
+        if self._option(options, "split", RULES) != "by-time":
+            return [one]
+        fraction, gap = self.number(options, "val_fraction", 0, 0.5), self.number(options, "split_gap_s", 0)
+        return cut_split(one, fraction, gap)
+
+    def _option(self, options: Mapping[str, str], name: str, known: tuple[str, ...]) -> str:
+        """An option of ``STORAGE``; a recipe that lacks it gets its default."""
+        return self.choice({name: str(self.STORAGE[name].default)} | dict(options), name, known)
+
+    def reads(self, src: Path, file: Path) -> bool:
+        """Whether a file of the source folder is one that the recipe knows; the others are counted as ignored."""
+        return True
+
+    def ignored(self, options: Mapping[str, str]) -> dict[str, int]:
+        """How many files of the source folder are not read, by the ending of their names."""
+        if "src" not in options or not Path(options["src"]).expanduser().is_dir():
+            return {}
+        src = Path(options["src"]).expanduser()
+        unread = (file for file in src.rglob("*") if file.is_file() and not self.reads(src, file))
+        return dict(sorted(Counter(file.suffix.lower() or file.name for file in unread).items()))
+
+    def split_line(self, options: Mapping[str, str], sources: Iterable[Source]) -> str:
+        """For plans: which recordings are kept for validation, as far as that is known before they are read."""
+        rule = self.storage(options).split
+        if rule != "by-recording":
+            return f"Split: {rule}."
+        names = sorted({source.recording for source in sources})
+        chosen, _ = validation_names(names, self.storage(options).val_fraction)
+        listed = ", ".join(sorted(chosen)[:5]) + (", ..." if len(chosen) > 5 else "")
+        return f"Split: {len(chosen)} of {len(names)} recordings for validation, by their names: {listed or 'none'}."
+
+    def ignored_line(self, options: Mapping[str, str]) -> list[str]:
+        """A line about `ignored`, for plans; none where nothing is."""
+        ignored = self.ignored(options)
+        listed = ", ".join(f"{count} {kind}" for kind, count in ignored.items())
+        return [f"Ignored: {sum(ignored.values())} files ({listed})."] if ignored else []
 
     def check_files(self, data_dir: Path) -> dict[str, Any]:
         """Poses and frames."""

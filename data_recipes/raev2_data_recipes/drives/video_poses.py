@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,41 +12,95 @@ import numpy as np
 
 from raev2.errors import DataError
 from raev2_data_recipes.base import Option
-from raev2_data_recipes.drives.pose_files import AXES, PoseFile, read_poses
+from raev2_data_recipes.drives.pose_files import read_raw_poses
+from raev2_data_recipes.drives.readings import (
+    AXES,
+    EPOCH,
+    MEANING,
+    TIMES,
+    PoseFile,
+    Reading,
+    apply_reading,
+    check_files,
+    parse_words,
+    understand,
+)
 from raev2_data_recipes.drives.sampling import Piece, resample, split_long
-from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, require
-from raev2_data_recipes.drives.video_frames import frame_times, read_frames
-from raev2_tasks.nwm.data.trajectories import Source, Trajectory
+from raev2_data_recipes.drives.trajectory_recipe import HEADINGS, TrajectoryRecipe, require
+from raev2_tasks.nwm.data.trajectories import Frame, Source, Trajectory
+from raev2_tasks.nwm.data.video_frames import (
+    DECODERS,
+    Picture,
+    Timeline,
+    duration_s,
+    frame_rate,
+    logger,
+    read_frames,
+    timeline,
+)
+from raev2_tasks.nwm.pose import Array
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".ts"}
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png"}
 POSE_NAMES = ("poses.csv", "poses.txt")
 POSE_SUFFIXES = (".csv", ".txt")
-AXIS_OPTIONS = {
-    "up": Option("z", f"axis of the world that points up, for TUM and KITTI files: {', '.join(AXES)}"),
-    "optical": Option("x", "axis of the moving frame that looks ahead, for TUM and KITTI files: x robots, z cameras"),
+POSE_OPTIONS = {
+    "reading": Option(
+        "auto", f"what the numbers of pose files mean: auto, plain, or words with commas: {', '.join(MEANING)}"
+    ),
+    "up": Option("", f"axis of the world that points up, for poses in space: {', '.join(AXES)}; empty = as read"),
+    "optical": Option("", "axis of the moving frame that looks ahead: x robots, z cameras; empty = as read"),
     "scale": Option("1", "metres per unit of the poses; none: no metric scale, the mean step is called 1"),
 }
 
 
 class _WithPoses(TrajectoryRecipe):
-    """What both recipes share."""
+    """What both recipes share: they read all files of poses first, to find out what the numbers mean."""
 
     licence = "that of your data"
     attribution = "The source folder named in `options`."
     size = "as the source"
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
-        """The rate; lengths are metres only with a scale."""
+        """The rate; lengths are metres only with a scale; how the poses were read."""
         unit = "mean step" if options["scale"] == "none" else "metre"
-        return {"rate_hz": self.number(options, "rate_hz", 0.01), "length_unit": unit, "camera": None}
+        reading = self.reading(options)
+        return {
+            "rate_hz": self.number(options, "rate_hz", 0.01),
+            "length_unit": unit,
+            "camera": None,
+            "reading": {"words": sorted(reading.words), "lines": reading.lines},
+        }
 
-    def check_axes(self, options: Mapping[str, str]) -> None:
-        """SpecError for an axis or a scale that is none."""
+    def pose_files(self, options: Mapping[str, str]) -> list[Path]:
+        """The files of poses of all recordings that have one."""
+        raise NotImplementedError
+
+    def period_s(self, options: Mapping[str, str]) -> float | None:
+        """Seconds between two poses of files that number frames."""
+        raise NotImplementedError
+
+    def reading(self, options: Mapping[str, str]) -> Reading:
+        """How the poses are read: as stated, or as the motion in all of the files tells."""
         for name in ("up", "optical"):
-            self.choice(options, name, tuple(AXES))
+            self.choice(options, name, ("", *AXES))
         if options["scale"] != "none":
             self.number(options, "scale", 1e-9)
+        words = parse_words(f"data {self.name}: reading", options["reading"])
+        keep = self._option(options, "heading", HEADINGS) == "keep"
+        raws = []
+        for file in self.pose_files(options):
+            try:
+                raws.append(read_raw_poses(file))
+            except DataError:
+                continue  # the recording is left out later, with this reason
+        where = f"data {self.name}: poses"
+        found = understand(
+            where, raws, words=words, up=options["up"], optical=options["optical"], keep=keep,
+            metric=options["scale"] == "1", period_s=self.period_s(options),
+        )  # fmt: skip
+        check_files(where, raws, found, keep)
+        return found
 
 
 class VideoPoses(_WithPoses):
@@ -59,115 +113,260 @@ class VideoPoses(_WithPoses):
         "rate_hz": Option("4", "frames a second"),
         "time_offset_s": Option("0", "time of the poses at the first frame of a video"),
         "segment_s": Option("60", "cut recordings into trajectories of at most so many seconds"),
-        **AXIS_OPTIONS,
+        "times": Option("auto", "auto: presentation times of the container where they can be trusted; decoded: never"),
+        "decoder": Option("pyav", "pyav; decord: for files where its pictures are those of PyAV"),
+        **POSE_OPTIONS,
         **TrajectoryRecipe.STORAGE,
     }
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
-        """What ``build`` will do; lists the source folder."""
+        """What ``build`` will do; reads the files of poses."""
         resolved = self.resolve(options)
+        sources = list(self.sources(resolved))
+        bare = len(sources) - len(self.pose_files(resolved))
+        seconds = sum(duration_s(file) for file in self._videos(resolved))
         return [
-            f"Read {len(list(self.sources(resolved)))} videos from {resolved['src']}.",
+            f"Read {len(sources)} videos ({seconds / 60:.1f} minutes) from {resolved['src']}"
+            + (f", {bare} of them without poses." if bare else "."),
+            *self.reading(resolved).lines,
             f"Sample {resolved['rate_hz']} frames a second, in pieces of at most {resolved['segment_s']} s.",
+            self.split_line(resolved, sources),
+            *self.ignored_line(resolved),
         ]
 
     def sources(self, options: Mapping[str, str]) -> Iterator[Source]:
         """One per video; a video is a recording."""
         src = self.folder(options)
-        self.check_axes(options)
         self.number(options, "time_offset_s", -np.inf)
         self.number(options, "segment_s", 1)
+        self.choice(options, "times", ("auto", "decoded"))
+        self.choice(options, "decoder", DECODERS)
         require("av")
-        files = sorted(file for file in src.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+        reading = self.reading(options)
+        files = self._videos(options)
         if not files:
             expected = f"files ending in {', '.join(sorted(VIDEO_SUFFIXES))}"
             raise DataError(f"data {self.name}: src", "no videos", got=src, expected=expected)
-        for file in files:
-            name = "_".join(file.relative_to(src).with_suffix("").parts)
-            yield Source(name, str(file), partial(_read_video, file, name, dict(options)))
+        names = ["_".join(file.relative_to(src).with_suffix("").parts) for file in files]
+        for file, name in zip(files, names, strict=True):
+            name = name if names.count(name) == 1 else f"{name}_{file.suffix[1:]}"
+            yield Source(name, str(file), partial(_read_video, file, name, reading, dict(options)))
+
+    def _videos(self, options: Mapping[str, str]) -> list[Path]:
+        return sorted(file for file in self.folder(options).rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+
+    def pose_files(self, options: Mapping[str, str]) -> list[Path]:
+        """Beside the videos."""
+        found = (_first(file.with_suffix(suffix) for suffix in POSE_SUFFIXES) for file in self._videos(options))
+        return [file for file in found if file is not None]
+
+    def period_s(self, options: Mapping[str, str]) -> float | None:
+        """That of the first video that tells its rate."""
+        rates = (frame_rate(file) for file in self._videos(options))
+        return next((1 / rate for rate in rates if rate), None)
+
+    def reads(self, src: Path, file: Path) -> bool:
+        """Videos, and files of poses beside one."""
+        beside = (file.with_suffix(suffix).is_file() for suffix in VIDEO_SUFFIXES)
+        return file.suffix.lower() in VIDEO_SUFFIXES or (file.suffix in POSE_SUFFIXES and any(beside))
 
 
 class FramesPoses(_WithPoses):
-    """Frames as they are, one pose each."""
+    """Frames as they are, with the poses of their numbers or times."""
 
     name = "frames-poses"
     summary = "folders of frames with a CSV, TUM or KITTI file of poses each"
     options = {
         "src": Option(None, "a folder with one sub-folder per trajectory: frames in order of name, poses.csv or .txt"),
-        "rate_hz": Option("4", "frames a second, where the file of poses has no times"),
+        "rate_hz": Option("4", "frames a second; where poses have times, frames are taken on this grid"),
         "every": Option("1", "take every so manieth frame; rate_hz is the rate after that"),
         "parent": Option(r"(.+)_r?\d+", "regular expression; its first group in a folder's name is the recording"),
-        **AXIS_OPTIONS,
+        **POSE_OPTIONS,
         **TrajectoryRecipe.STORAGE,
     }
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
-        """What ``build`` will do; lists the source folder."""
+        """What ``build`` will do; reads the files of poses."""
         resolved = self.resolve(options)
-        return [f"Read {len(list(self.sources(resolved)))} folders of frames from {resolved['src']}."]
+        sources = list(self.sources(resolved))
+        bare = len(sources) - len(self.pose_files(resolved))
+        recordings = len({source.recording for source in sources})
+        return [
+            f"Read {len(sources)} folders of frames of {recordings} recordings from {resolved['src']}"
+            + (f", {bare} of them without poses." if bare else "."),
+            *self.reading(resolved).lines,
+            self.split_line(resolved, sources),
+            *self.ignored_line(resolved),
+        ]
 
     def sources(self, options: Mapping[str, str]) -> Iterator[Source]:
         """One per sub-folder."""
         src = self.folder(options)
-        self.check_axes(options)
         self.number(options, "every", 1, whole=True)
-        folders = sorted(path for path in src.iterdir() if path.is_dir())
+        reading = self.reading(options)
+        folders = self._folders(options)
         if not folders:
             raise DataError(f"data {self.name}: src", "no sub-folders", got=src)
         parent = self.pattern(options, "parent")
         for folder in folders:
             match = parent.fullmatch(folder.name)
             recording = match[1] if match else folder.name
-            yield Source(recording, str(folder), partial(_read_folder, folder, dict(options)))
+            yield Source(recording, str(folder), partial(_read_folder, folder, reading, dict(options)))
+
+    def _folders(self, options: Mapping[str, str]) -> list[Path]:
+        src = self.folder(options)
+        return sorted(path for path in src.iterdir() if path.is_dir() and not path.name.startswith((".", "@", "__")))
+
+    def pose_files(self, options: Mapping[str, str]) -> list[Path]:
+        """Inside the folders."""
+        found = (_first(folder / name for name in POSE_NAMES) for folder in self._folders(options))
+        return [file for file in found if file is not None]
+
+    def period_s(self, options: Mapping[str, str]) -> float | None:
+        """As stated."""
+        return 1 / (self.number(options, "rate_hz", 0.01) * self.number(options, "every", 1, whole=True))
+
+    def reads(self, src: Path, file: Path) -> bool:
+        """Frames and files of poses in the sub-folders."""
+        inside = len(file.relative_to(src).parts) == 2 and not file.parent.name.startswith((".", "@", "__"))
+        return inside and (file.suffix.lower() in FRAME_SUFFIXES or file.name in POSE_NAMES)
 
 
-def _read_video(file: Path, name: str, options: Mapping[str, str]) -> Iterator[Trajectory]:
-    found = _poses_beside(f"video {name}", [file.with_suffix(suffix) for suffix in POSE_SUFFIXES], options)
-    times = frame_times(file)
-    rate, offset = float(options["rate_hz"]), float(options["time_offset_s"])
-    if found.t is not None:
-        pose_t = found.t - offset
-    else:
-        assert found.frame is not None
-        if found.frame.min() < 0 or found.frame.max() >= len(times):
-            got = f"frame {found.frame.max()}" if found.frame.min() >= 0 else f"frame {found.frame.min()}"
-            raise DataError(
-                f"video {name}", "poses for frames that it does not have", got=got, expected=f"0 to {len(times) - 1}"
-            )
-        pose_t = times[found.frame]
-    pieces = resample(f"video {name}", times, pose_t, found.poses, rate)
-    parts = [part for piece in pieces for part in split_long(piece, max(2, round(float(options["segment_s"]) * rate)))]
+def _read_video(file: Path, name: str, reading: Reading, options: Mapping[str, str]) -> Iterator[Trajectory]:
+    where = f"video {name}"
+    found = _poses_beside(where, [file.with_suffix(suffix) for suffix in POSE_SUFFIXES], reading)
+    shown = timeline(file, decode=options["times"] == "decoded")
+    offset = float(options["time_offset_s"])
+    pose_t = _times_of_frames(where, shown.t, found) if found.t is None else found.t - offset
+    yield from video_trajectories(name, file, shown, pose_t, found.poses, options)
+
+
+def video_trajectories(
+    name: str,
+    file: Path,
+    shown: Timeline,
+    pose_t: Array,
+    poses: Array,
+    options: Mapping[str, str],
+    window_s: tuple[float, float] = (-np.inf, np.inf),
+) -> Iterator[Trajectory]:
+    """Frames of a video on a grid with the poses at their times, in one pass over the part of it in `window_s`.
+
+    pose_t    seconds from the first frame of the video
+    """
+    rate, first = float(options["rate_hz"]), int(np.searchsorted(shown.t, window_s[0] - 1e-6))
+    last = int(np.searchsorted(shown.t, window_s[1] - 1e-6))
+    pieces = resample(f"video {name}", shown.t[first:last], pose_t, poses, rate)
+    pieces = [Piece(piece.frames + first, piece.t, piece.poses) for piece in pieces]
+    longest = len(shown) if options["split"] == "by-time" else max(2, round(float(options["segment_s"]) * rate))
+    parts = [part for piece in pieces for part in split_long(piece, longest)]
     scale = _scale(options, parts)
+    wanted = [number for part in parts for number in part.frames.tolist()]
+    logger.info("%s: %d of %d frames taken, in %d pieces", name, len(wanted), len(shown), len(parts))
+    pictures = read_frames(file, shown, wanted, options["decoder"])
     for number, part in enumerate(parts):
         yield Trajectory(
             id=name if len(parts) == 1 else f"{name}_{number}",
             t=part.t,
             position=part.poses[:, :2] * scale,
             yaw=part.poses[:, 2],
-            frames=read_frames(file, part.frames.tolist()),
+            frames=_pictures(pictures, part.frames.tolist()),
         )
 
 
-def _read_folder(folder: Path, options: Mapping[str, str]) -> Iterator[Trajectory]:
+def _pictures(pictures: Iterator[tuple[int, Picture]], numbers: Sequence[int]) -> Iterator[Picture]:
+    """The pictures of a part out of a pass over the whole video; those of parts that nobody read are passed over."""
+    for number, picture in pictures:
+        if number >= numbers[0]:
+            yield picture
+        if number >= numbers[-1]:
+            return
+
+
+def _times_of_frames(where: str, times: Array, found: PoseFile) -> Array:
+    """Times of poses that belong to frames; DataError unless they are numbers of frames that are shown."""
+    assert found.frame is not None
+    one_each = np.array_equal(found.frame, np.arange(len(found.frame)))
+    if one_each and len(found.frame) != len(times):
+        raise DataError(
+            where, "different numbers of visible frames and poses", got=f"{len(times)} and {len(found.frame)}",
+            expected="one pose for each frame that a player shows",
+            hint="Frames that an edit list cuts off need no pose; or give each pose its time, in a column t.",
+        )  # fmt: skip
+    bad = found.frame[(found.frame < 0) | (found.frame >= len(times))]
+    if len(bad):
+        expected = f"0 to {len(times) - 1}"
+        raise DataError(where, "poses for frames that it does not have", got=f"frame {bad[0]}", expected=expected)
+    return times[found.frame]
+
+
+def _read_folder(folder: Path, reading: Reading, options: Mapping[str, str]) -> Iterator[Trajectory]:
     where = f"trajectory {folder.name}"
-    found = _poses_beside(where, [folder / name for name in POSE_NAMES], options)
-    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES), key=_natural)
-    if len(files) != len(found.poses):
-        raise DataError(where, "different numbers of frames and poses", got=f"{len(files)} and {len(found.poses)}")
-    taken = slice(None, None, int(options["every"]))
-    poses, files = found.poses[taken], files[taken]
-    t = np.arange(len(files)) / float(options["rate_hz"]) if found.t is None else found.t[taken] - found.t[0]
-    scale = _scale(options, [Piece(np.arange(len(t)), t, poses)])
-    frames = (file.read_bytes() for file in files)
-    yield Trajectory(folder.name, t, poses[:, :2] * scale, poses[:, 2], frames)
+    found = _poses_beside(where, [folder / name for name in POSE_NAMES], reading)
+    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES), key=natural)
+    yield from trajectories_of(where, folder.name, files, None, found, options)
 
 
-def _poses_beside(where: str, candidates: list[Path], options: Mapping[str, str]) -> PoseFile:
-    file = next((path for path in candidates if path.is_file()), None)
+def trajectories_of(
+    where: str, name: str, files: Sequence[Path], times: Array | None, found: PoseFile, options: Mapping[str, str]
+) -> Iterator[Trajectory]:
+    """Picture files with poses, associated by time where both have times, else one by one.
+
+    times   seconds of the files; None: those in their names, or those of the poses
+    """
+    rate, every = float(options["rate_hz"]), int(options.get("every", "1"))
+    if times is None and found.t is not None and len(files) != len(found.poses):
+        times = times_in_names(files)
+    if times is None and len(files) != len(found.poses):
+        raise DataError(
+            where, "different numbers of frames and poses", got=f"{len(files)} and {len(found.poses)}",
+            hint="Frames whose names are their times, in seconds or nanoseconds since 1970, need no pose each.",
+        )  # fmt: skip
+    if found.t is None:
+        pieces = _numbered(where, files, found, rate, every)
+    else:
+        times = (found.t if times is None else times)[::every]
+        files, start = files[::every], found.t[0]
+        pieces = resample(where, times - start, found.t - start, found.poses, rate)
+    scale = _scale(options, pieces)
+    logger.info("%s: %d of %d frames taken, in %d pieces", name, sum(len(p.t) for p in pieces), len(files), len(pieces))
+    for number, piece in enumerate(pieces):
+        frames: Iterable[Frame] = (files[index].read_bytes() for index in piece.frames.tolist())
+        part = name if len(pieces) == 1 else f"{name}_{number}"
+        yield Trajectory(part, piece.t, piece.poses[:, :2] * scale, piece.poses[:, 2], frames)
+
+
+def _numbered(where: str, files: Sequence[Path], found: PoseFile, rate_hz: float, every: int) -> list[Piece]:
+    """One pose a file, in order; a piece ends where the numbers of the frames leave some out."""
+    assert found.frame is not None
+    if (np.diff(found.frame) <= 0).any():
+        raise DataError(where, "the numbers of the frames do not increase")
+    runs = np.split(np.arange(len(files)), np.flatnonzero(np.diff(found.frame) > 1) + 1)
+    taken = [run[::every] for run in runs]
+    return [Piece(run, (found.frame[run] - found.frame[0]) / every / rate_hz, found.poses[run]) for run in taken]
+
+
+def times_in_names(files: Sequence[Path]) -> Array | None:
+    """Seconds since 1970 that names of files give, in any decimal unit; None where they are no such times."""
+    try:
+        values = np.array([float(file.stem) for file in files])
+    except ValueError:
+        return None
+    units = (factor for factor in (1.0, *TIMES.values()) if EPOCH[0] <= np.median(values) * factor <= EPOCH[1])
+    factor = next(units, None) if len(values) else None
+    return None if factor is None or (np.diff(values) <= 0).any() else values * factor
+
+
+def _poses_beside(where: str, candidates: list[Path], reading: Reading) -> PoseFile:
+    file = _first(candidates)
     if file is None:
         expected = " or ".join(path.name for path in candidates)
         raise DataError(where, "its pose file is missing", expected=f"{expected} in {candidates[0].parent}")
-    return read_poses(file, options["up"], options["optical"])
+    return apply_reading(read_raw_poses(file), reading)
+
+
+def _first(candidates: Iterable[Path]) -> Path | None:
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _scale(options: Mapping[str, str], pieces: list[Piece]) -> float:
@@ -178,7 +377,7 @@ def _scale(options: Mapping[str, str], pieces: list[Piece]) -> float:
     return 1 / float(steps.mean()) if len(steps) and steps.any() else 1.0
 
 
-def _natural(file: Path) -> list[int | str]:
+def natural(file: Path) -> list[int | str]:
     """Sort key: numbers in a name by value."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
 

@@ -37,7 +37,7 @@ from raev2_tasks.nwm.pose import Array, steps
 
 logger = logging.getLogger(__name__)
 Frame = bytes | NDArray[np.uint8]
-SplitRule = Literal["by-recording", "nwm-legacy", "given"]
+SplitRule = Literal["by-recording", "nwm-legacy", "by-time", "given"]
 SPLITS = ("train", "val")
 REJECTS = "rejects.jsonl"
 QUANTILES = (0.0, 0.005, 0.5, 0.995, 1.0)
@@ -163,7 +163,7 @@ def write_trajectories(
         hint = f"First of them: {rejects[0]['reason']}" if rejects else ""
         raise DataError(f"data {head['recipe']}", f"no usable trajectory; {len(rejects)} rejected", hint=hint)
 
-    split_of = split_entries(entries, storage.split, storage.val_fraction, given)
+    split_of, notes = split_entries(entries, storage.split, storage.val_fraction, given)
     splits: dict[str, Any] = {}
     for split in SPLITS:
         lines = [entry for entry in entries if split_of[entry["id"]] == split]
@@ -182,7 +182,7 @@ def write_trajectories(
     statistics = action_statistics(stored["train"])
     every = [one for split in SPLITS for one in stored[split]]
     names = [split for split in SPLITS for _ in stored[split]]
-    odd = warnings(every, names, statistics["spacing_m"], facts["rate_hz"])
+    odd = notes + warnings(every, names, statistics["spacing_m"], facts["rate_hz"])
     odd += frame_warnings(num_frozen(every, statistics["spacing_m"]), black, sum(map(len, every)))
     sizes = sorted({tuple(entry["size_px"]) for entry in entries})
     if len(sizes) > 1:
@@ -284,32 +284,46 @@ def is_black(image: Image.Image) -> bool:
 
 def split_entries(
     entries: Sequence[Mapping[str, Any]], rule: SplitRule, val_fraction: float, given: Mapping[str, str]
-) -> dict[str, str]:
-    """Split by trajectory id.
+) -> tuple[dict[str, str], list[str]]:
+    """Split by trajectory id, and what is unusual about it.
 
-    by-recording   whole recordings, by the hash of their name, so that a new one moves no other
-    nwm-legacy     single trajectories, as published tables were made: pieces of one recording land on both sides
+    by-recording   whole recordings whose hash lies below the fraction, so that a new one moves no other
+    nwm-legacy     the same with single trajectories, as published tables were made: pieces of one recording land on
+                   both sides
+    by-time        given: the end of each recording, after a gap
     given          the split that came with the data
 
-    DataError when a split would be empty.
+    Where chance leaves a split empty, the one nearest to the fraction goes there, and a line says so. DataError when
+    a split is empty nevertheless.
     """
-    if rule == "given":
+    if rule in ("given", "by-time"):
         missing = [entry["id"] for entry in entries if entry["id"] not in given]
         if missing:
             raise DataError(
                 "data", "trajectories without a given split", got=missing[0], hint="Use split=by-recording."
             )
-        found = dict(given)
+        found, notes = dict(given), list[str]()
     else:
         unit = "recording" if rule == "by-recording" else "id"
-        units = sorted({entry[unit] for entry in entries}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-        in_val = set(units[: max(1, round(len(units) * val_fraction))])
+        in_val, notes = validation_names(sorted({entry[unit] for entry in entries}), val_fraction)
         found = {entry["id"]: "val" if entry[unit] in in_val else "train" for entry in entries}
     for split in SPLITS:
         if split not in found.values():
-            hint = "Use split=nwm-legacy to split single trajectories." if rule == "by-recording" else ""
+            hint = "Use split=by-time to keep the end of each recording for validation." if rule != "by-time" else ""
             raise DataError("data", f"nothing for the split {split}", got=f"{len(entries)} trajectories", hint=hint)
-    return found
+    return found, notes
+
+
+def validation_names(names: Sequence[str], fraction: float) -> tuple[set[str], list[str]]:
+    """The names whose hash, as a number from 0 to 1, lies below `fraction`; with two names at least one, never all."""
+    place = {name: int(hashlib.sha256(name.encode()).hexdigest()[:13], 16) / 16**13 for name in names}
+    below = {name for name in names if place[name] < fraction}
+    if len(names) < 2 or 0 < len(below) < len(names):
+        return below, []
+    nearest = min(place, key=place.__getitem__) if not below else max(place, key=place.__getitem__)
+    split = "train" if below else "val"
+    note = f"by its hash none of {len(names)} falls into {split}; {nearest} was put there, and may move when more come"
+    return below ^ {nearest}, [note]
 
 
 def action_statistics(trajectories: Sequence[StoredTrajectory]) -> dict[str, Any]:

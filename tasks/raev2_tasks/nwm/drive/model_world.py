@@ -17,6 +17,7 @@ from raev2.errors import SpecError
 from raev2.spec_io import load_spec
 from raev2.task import EvalContext
 from raev2_tasks.nwm.data.dataset import as_trajectories
+from raev2_tasks.nwm.data.own_start import OwnFile, OwnStart
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.pose import relative, velocities
@@ -53,6 +54,12 @@ def places_ahead(context: EvalContext, num: int, seconds: float) -> tuple[Places
     """`num` places of the validation split with `seconds` of recorded future, and what predicts from them."""
     places = Places(as_trajectories(context.dataset("val")), num, seconds)
     return places, Predictor(context, places)
+
+
+def own_place(context: EvalContext, own: OwnFile) -> tuple[OwnStart, Predictor]:
+    """Your own picture or clip, and what predicts from it."""
+    start = OwnStart(as_trajectories(context.dataset("val")), own)
+    return start, Predictor(context, start)
 
 
 def recorded_velocities(context: EvalContext) -> Array:
@@ -154,11 +161,18 @@ class SimulatorWorld:
         return self._maze
 
 
-def model_worlds(run: str | None, *, engine: bool) -> Callable[[], tuple[World, World | None]]:
-    """Worlds of one trained run, which is opened once; with `engine` the simulator of its data beside each."""
+def model_worlds(
+    run: str | None, *, engine: bool, own: OwnFile | None = None
+) -> Callable[[], tuple[World, World | None]]:
+    """Worlds of one trained run, which is opened once; with `engine` the simulator of its data beside each.
+
+    own   start from this picture or clip and not from places of the validation split
+    """
+    if engine and own:
+        raise SpecError("--engine", "cannot stand where your own picture was taken")
     trained = open_run(run)
     context, name = trained.context(), str(trained.run.dir)
-    places, predictor = places_ahead(context, NUM_STARTS, 0.0)
+    places, predictor = places_ahead(context, NUM_STARTS, 0.0) if own is None else own_place(context, own)
     motion = MotionRange.of(recorded_velocities(context))
     manifest = places.dataset.manifest
     if engine:

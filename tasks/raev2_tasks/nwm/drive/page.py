@@ -35,6 +35,7 @@ from pydantic import Field, ValidationError
 
 from raev2.errors import DataError, RaeError, SpecError, TaskError
 from raev2.spec import Spec
+from raev2_tasks.nwm.data.own_start import OwnFile, add_own_options, own_file
 from raev2_tasks.nwm.drive.access import HEADERS, MAX_BODY_BYTES, THIS_MACHINE, Access, Refused, in_address
 from raev2_tasks.nwm.pose import exp
 from raev2_tasks.nwm.worlds.worlds import UNDO_STEPS, Frame, Poses, ToyWorld, World
@@ -413,24 +414,30 @@ def drive(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="raev2 nwm drive", description=drive.__doc__)
     parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
     parser.add_argument("--toy", action="store_true", help="drive the built-in toy world; needs no run")
+    add_own_options(parser)
     parser.add_argument("--engine", action="store_true", help="show the simulator that made the data beside the model")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, reachable from this machine only")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME",
                         help="another name or address that this machine is reached by, with --host")  # fmt: skip
     parser.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one (default: {PORT})")
     options = parser.parse_args(argv)
-    make_worlds = open_worlds(options.run, toy=options.toy, engine=options.engine)
+    make_worlds = open_worlds(options.run, toy=options.toy, engine=options.engine, own=own_file(options))
     serve(make_worlds, options.host, options.port, options.allow_host)
 
 
-def open_worlds(run: str | None = None, *, toy: bool = False, engine: bool = False) -> MakeWorlds:
-    """Worlds of the toy, or of a trained run (None: the newest) with the simulator of its data beside it."""
+def open_worlds(
+    run: str | None = None, *, toy: bool = False, engine: bool = False, own: OwnFile | None = None
+) -> MakeWorlds:
+    """Worlds of the toy, or of a trained run (None: the newest) with the simulator of its data beside it.
+
+    own   start from this picture or clip and not from places of the data
+    """
     if not toy:
         from raev2_tasks.nwm.drive.model_world import model_worlds
 
-        return model_worlds(run, engine=engine)
-    if run or engine:
-        raise SpecError("--toy", "needs neither --run nor --engine")
+        return model_worlds(run, engine=engine, own=own)
+    if run or engine or own:
+        raise SpecError("--toy", "needs none of --run, --engine, --image, --video")
     return lambda: (ToyWorld(), None)
 
 

@@ -20,6 +20,7 @@ from raev2.files.artefact import write_json
 from raev2.files.replace import Kind, check_replaceable, new_folder
 from raev2.spec import SamplingSpec
 from raev2_tasks.nwm.data.dataset import TrajectoryDataset, as_trajectories
+from raev2_tasks.nwm.data.own_start import OwnFile, OwnStart, add_own_options, own_file
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.data.video import contact_sheet, side_by_side, write_gif, write_mp4
 from raev2_tasks.nwm.drive.model_world import open_run
@@ -44,8 +45,14 @@ def rollout_command(argv: Sequence[str]) -> None:
     parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
     parser.add_argument("--split", default="val", help="where the first frames come from (default: val)")
     parser.add_argument("--trajectory", metavar="ID", help="default: the first one that is long enough")
-    parser.add_argument("--start", type=float, metavar="S", help="now, in seconds (default: after a full context)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length, along the recorded path (default: 4)")
+    parser.add_argument(
+        "--start", type=float, metavar="S", help="now, in seconds (default: after a full context; of a clip its end)"
+    )
+    add_own_options(parser)
+    parser.add_argument(
+        "--seconds", type=float, default=4.0,
+        help="length, along the recorded path; from your own picture or clip straight ahead (default: 4)",
+    )  # fmt: skip
     parser.add_argument("--fps", type=float, default=4.0, help="frames a second (default: 4)")
     parser.add_argument(
         "--commands", metavar="FILE",
@@ -56,6 +63,8 @@ def rollout_command(argv: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", help="default: RUN/rollouts/TRAJECTORY-seed-N")
     parser.add_argument("--overwrite", action="store_true")
     options = parser.parse_args(argv)
+    if own_file(options) and options.trajectory is not None:
+        raise SpecError("--trajectory", "has no effect with --image or --video")
     if options.seconds <= 0 or options.fps <= 0:
         raise SpecError("--seconds, --fps", "must be above 0", got=f"{options.seconds:g}, {options.fps:g}")
     print(roll_out(options))
@@ -79,24 +88,31 @@ def roll_out(options: argparse.Namespace) -> Path:
 
     # Where the rollout starts, and how it goes on.
     split = record["split"] if record else options.split
-    dataset = as_trajectories(context.dataset(split))
-    if record is None:
-        places = find_place(dataset, options.trajectory, options.start, 0.0 if commands else options.seconds)
-    else:
-        if record["data"] != dataset.fingerprint:
-            raise DataError(
-                options.commands, "was made with other data", got=record["data"][:12], expected=dataset.fingerprint[:12]
-            )
-        places = Places(dataset)
-        places.moments = [(dataset.trajectory_number(record["trajectory"]), record["start_frame"])]
+    dataset, own = as_trajectories(context.dataset(split)), own_file(options)
+    if record is not None:
+        if own:
+            raise SpecError("--image, --video", "have no effect with a record, which names its start")
+        places = place_of_record(options.commands, record, dataset)
         commands = [(step["seconds"], np.array(step["commands"][0])) for step in record["steps"]]
-    follows = not options.commands or bool(record and record["follows_recorded_path"])
+    elif own:
+        places = OwnStart(dataset, own)
+    else:
+        places = find_place(dataset, options.trajectory, options.start, 0.0 if commands else options.seconds)
+    follows = bool(record["follows_recorded_path"]) if record else not options.commands and not own
     if not commands:
+<<<<<<< HEAD
         commands = recorded_commands(places, options.seconds, options.fps)
     number, start_frame = places.moments[0]
     trajectory = dataset.trajectories[number].id
     out = Path(options.out) if options.out else trained.run.dir / "rollouts" / f"{trajectory}-seed-{seed}"
     check_replaceable(out, ROLLOUT, options.overwrite, (options.run, options.commands))
+=======
+        commands = (straight_commands if own else recorded_commands)(places, options.seconds, options.fps)
+    name, start = start_of(places)
+    out = Path(options.out) if options.out else trained.run.dir / "rollouts" / f"{name}-seed-{seed}"
+    if out.exists() and any(out.iterdir()) and not options.overwrite:
+        raise CheckpointError(str(out), "exists", hint="Choose another --out, or --overwrite.")
+>>>>>>> integ-c
 
     # Predict, one frame after the other.
     predictor = Predictor(context, places)
@@ -114,6 +130,7 @@ def roll_out(options: argparse.Namespace) -> Path:
     if follows:
         rows.append(("true", torch.cat([places.images([0], float(time)) for time in times])))
     shown, fps = side_by_side(*(pixels for _, pixels in rows)), 1 / commands[0][0]
+<<<<<<< HEAD
     with new_folder(out, ROLLOUT) as folder:
         write_mp4(shown, folder / "rollout.mp4", fps)
         write_gif(shown, folder / "rollout.gif", fps)
@@ -124,6 +141,17 @@ def roll_out(options: argparse.Namespace) -> Path:
             "start_frame": start_frame, "follows_recorded_path": follows,
         }  # fmt: skip
         write_json(folder / RECORD, {**head, **session.record()})
+=======
+    write_mp4(shown, out / "rollout.mp4", fps)
+    write_gif(shown, out / "rollout.gif", fps)
+    contact_sheet(rows, ["now", *(f"+{time:g} s" for time in times[1:])], out / "sheet.png")
+    write_poses(session, out / "poses.csv")
+    head = {
+        "run": str(trained.run.dir), "data": dataset.fingerprint, "split": split, **start,
+        "follows_recorded_path": follows,
+    }  # fmt: skip
+    write_json(out / RECORD, {**head, **session.record()})
+>>>>>>> integ-c
     return out
 
 
@@ -146,14 +174,46 @@ def find_place(dataset: TrajectoryDataset, trajectory: str | None, start_s: floa
     return places
 
 
+def place_of_record(file: str, record: Mapping[str, Any], dataset: TrajectoryDataset) -> Places:
+    """Where an earlier rollout started; DataError when its data or its file have changed."""
+    if record["data"] != dataset.fingerprint:
+        raise DataError(file, "was made with other data", got=record["data"][:12], expected=dataset.fingerprint[:12])
+    if "own" in record:
+        return OwnStart(dataset, OwnFile.of_record(record["own"]))
+    places = Places(dataset)
+    places.moments = [(dataset.trajectory_number(record["trajectory"]), record["start_frame"])]
+    return places
+
+
+def start_of(places: Places) -> tuple[str, dict[str, Any]]:
+    """A name for the start, and what the record says about it."""
+    if isinstance(places, OwnStart):
+        return Path(places.own.file).stem, {"own": places.own.record()}
+    number, frame = places.moments[0]
+    trajectory = places.dataset.trajectories[number].id
+    return trajectory, {"trajectory": trajectory, "start_frame": frame}
+
+
+def straight_commands(places: Places, seconds: float, fps: float) -> Commands:
+    """Straight ahead at the mean speed of the training data, in steps of 1 / fps seconds."""
+    speed = places.dataset.spacing_m * places.dataset.rate_hz
+    return [(1 / fps, np.array([speed / fps, 0.0, 0.0]))] * num_steps(seconds, fps)
+
+
 def recorded_commands(places: Places, seconds: float, fps: float) -> Commands:
     """The recorded path of the first place in steps of 1 / fps seconds, each seen from the frame where it begins."""
+    steps = range(num_steps(seconds, fps))
+    return [(1 / fps, places.motions([0], step / fps, (step + 1) / fps)[0]) for step in steps]
+
+
+def num_steps(seconds: float, fps: float) -> int:
+    """Frames of a rollout; SpecError unless that is a whole number."""
     steps = round(seconds * fps)
     if steps < 1 or abs(steps / fps - seconds) > 1e-6:
         raise SpecError(
             "--seconds", "not a whole number of frames", got=f"{seconds:g}", expected=f"a multiple of {1 / fps:g}"
         )
-    return [(1 / fps, places.motions([0], step / fps, (step + 1) / fps)[0]) for step in range(steps)]
+    return steps
 
 
 def read_commands(file: Path) -> Commands:
@@ -181,7 +241,7 @@ def read_record(file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise DataError(str(file), "cannot be read as JSON", got=error) from error
-    if not isinstance(record, dict) or "steps" not in record or "start_frame" not in record:
+    if not isinstance(record, dict) or "steps" not in record or not {"start_frame", "own"} & set(record):
         raise DataError(str(file), "not a record of a rollout", expected=f"{RECORD} of `raev2 nwm rollout`")
     return record
 

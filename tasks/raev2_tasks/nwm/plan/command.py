@@ -21,12 +21,14 @@ from raev2.batch import MetricResult
 from raev2.errors import SpecError
 from raev2.files.artefact import write_json
 from raev2.spec_io import override_spec
+from raev2_tasks.nwm.data.own_start import add_own_options, own_file
 from raev2_tasks.nwm.plan.path_metrics import path_errors, summarise
 from raev2_tasks.nwm.plan.planning import (
     Array,
     Goal,
     GoalSource,
     Motion,
+    OwnGoal,
     Plan,
     PlanSpec,
     accumulate_batch,
@@ -117,6 +119,25 @@ def write_outcomes(
     save_plans(pictures, out.with_name(out.name + ".png"))
 
 
+def plan_own(out: Path, own: OwnGoal, motion: Motion, spec: PlanSpec, seconds: float) -> Plan:
+    """Plan from your own picture to your own goal; writes `<out>.json` and `<out>.png`."""
+    found = plan(own.score, spec, motion, spec.num_steps(seconds), spec.step_s)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        out.with_name(out.name + ".json"),
+        {
+            "format_version": RESULT_FORMAT_VERSION, "seconds": seconds, "motion": asdict(motion),
+            "spec": spec.model_dump(mode="json"), "cost": found.cost, "commands": found.commands.tolist(),
+            "path": found.path.tolist(),
+        },
+    )  # fmt: skip
+    caption = f"{seconds:g} s, cost {found.cost:.3f}"
+    save_plans(
+        [PlanPicture(caption, own.start, own.goal, found, {"plan": found.path})], out.with_name(out.name + ".png")
+    )
+    return found
+
+
 def _goal_values(outcome: Outcome) -> dict[str, Any]:
     errors = {
         name: {metric: value if np.isfinite(value) else None for metric, value in values.items()}
@@ -183,6 +204,9 @@ def plan_command(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
     parser.add_argument("--toy", action="store_true", help="plan in the built-in toy world; needs no run")
+    add_own_options(parser)
+    parser.add_argument("--start", type=float, metavar="S", help="of --video: now, in seconds (default: its end)")
+    parser.add_argument("--goal", metavar="FILE", help="with --image or --video: picture of the goal")
     parser.add_argument("--goals", type=int, default=16, metavar="N", help="number of goals (default: 16)")
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[2.0], help="how far ahead the goals are (default: 2)"
@@ -196,9 +220,12 @@ def plan_command(argv: Sequence[str]) -> None:
     spec = override_spec(PlanSpec(), options.overrides)
     for seconds in options.seconds:
         spec.num_steps(seconds)
+    own = own_file(options)
+    if (own is None) != (options.goal is None):
+        raise SpecError("--goal", "goes with --image or --video", got=options.goal, expected="both, or neither")
     if options.toy:
-        if options.run:
-            raise SpecError("--toy", "needs no --run")
+        if options.run or own:
+            raise SpecError("--toy", "needs no --run, --image or --video")
         source: GoalSource = ToyGoals()
         out = Path(options.out or "plans-toy")
     else:
@@ -206,11 +233,29 @@ def plan_command(argv: Sequence[str]) -> None:
 
         source = ModelGoals(options.run)
         out = Path(options.out or source.run_dir / "plans")
+        if own is not None:
+            problem = source.own_goal(own, Path(options.goal), spec)
+            for seconds in options.seconds:
+                found = plan_own(out / f"own-{seconds:g}s", problem, source.motion, spec, seconds)
+                _print_own(found, spec.step_s)
+            print(f"\n{out}")
+            return
     for seconds in options.seconds:
         outcomes = plan_goals(source, spec, options.goals, seconds)
         write_outcomes(out / f"{seconds:g}s", outcomes, source, spec, seconds, options.success_m)
         _print(summaries(outcomes, options.success_m), seconds, len(outcomes))
     print(f"\n{out}")
+
+
+def _print_own(found: Plan, step_s: float) -> None:
+    """The commands of a plan, in metres and degrees."""
+    print(f"\n{'seconds':>8}{'forward m':>12}{'left m':>12}{'turn deg':>12}")
+    for number, (forward, left, turn) in enumerate(found.commands, start=1):
+        print(f"{number * step_s:8g}{forward:12.3f}{left:12.3f}{np.rad2deg(turn):12.1f}")
+    x, y, yaw = found.path[-1]
+    print(
+        f"ends {x:.2f} m ahead, {y:.2f} m to the left, turned by {np.rad2deg(yaw):.0f} degrees; cost {found.cost:.3f}"
+    )
 
 
 def _print(results: dict[str, list[MetricResult]], seconds: float, num: int) -> None:

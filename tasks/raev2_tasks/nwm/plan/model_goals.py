@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from raev2.data import to_float
-from raev2_tasks.nwm.drive.model_world import as_frame, open_run, places_ahead, recorded_velocities
+from raev2_tasks.nwm.data.own_start import OwnFile, own_goal
+from raev2_tasks.nwm.drive.model_world import as_frame, open_run, own_place, places_ahead, recorded_velocities
 from raev2_tasks.nwm.eval.predict import Predictor
-from raev2_tasks.nwm.plan.planning import Array, Goal, Motion, PlanSpec, cost_between
+from raev2_tasks.nwm.plan.planning import Array, Goal, Motion, OwnGoal, PlanSpec, Score, cost_between
 from raev2_tasks.nwm.rollout import RolloutSession
 
 
@@ -30,14 +32,23 @@ class ModelGoals:
         for place in range(len(places)):
             start, goal = places.images([place], 0.0), places.images([place], seconds)
             true_path = np.stack([np.asarray(places.motions([place], 0.0, time))[0] for time in times])
-            target = (self.context.encode(goal) if spec.cost == "latent" else to_float(goal))[0]
-            score = model_score(predictor, predictor.session([place]), target, spec, place)
+            score = self._score(predictor, place, goal, spec)
             yield Goal(f"place {place}", true_path, as_frame(start), as_frame(goal), score)
 
+    def own_goal(self, own: OwnFile, goal: Path, spec: PlanSpec) -> OwnGoal:
+        """From your own picture or clip to your own picture; nothing is known of the true path."""
+        start, predictor = own_place(self.context, own)
+        wanted = own_goal(goal, start.dataset)
+        score = self._score(predictor, 0, wanted, spec)
+        return OwnGoal(as_frame(start.images([0], 0.0)), as_frame(wanted), score)
 
-def model_score(
-    predictor: Predictor, start: RolloutSession, goal: Tensor, spec: PlanSpec, number: int
-) -> Callable[[Array, float], Array]:
+    def _score(self, predictor: Predictor, place: int, goal: Tensor, spec: PlanSpec) -> Score:
+        """Of commands from a place to a frame (1, 3, Hpx, Wpx)."""
+        target = (self.context.encode(goal) if spec.cost == "latent" else to_float(goal))[0]
+        return model_score(predictor, predictor.session([place]), target, spec, place)
+
+
+def model_score(predictor: Predictor, start: RolloutSession, goal: Tensor, spec: PlanSpec, number: int) -> Score:
     """Score of commands by rollouts from `start`; all candidates see the same noise.
 
     goal     latents (C, H, W), or image (3, Hpx, Wpx) in [0, 1] for the pixel cost

@@ -260,6 +260,15 @@ class Goal:
     score: Score
 
 
+@dataclass(frozen=True)
+class OwnGoal:
+    """A planning problem of your own pictures (Hpx, Wpx, 3): nobody knows the true path."""
+
+    start: NDArray[np.uint8]
+    goal: NDArray[np.uint8]
+    score: Score
+
+
 class GoalSource(Protocol):
     """Where planning problems come from: a trained model with its validation data, or the toy world.
 

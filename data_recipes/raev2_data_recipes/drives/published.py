@@ -1,0 +1,176 @@
+"""Folders of TUM RGB-D, KITTI odometry, EuRoC and LeRobot as they are published; frames and poses meet by time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from raev2.errors import DataError
+from raev2_data_recipes.base import Option
+from raev2_data_recipes.drives.lerobot import lerobot_sources
+from raev2_data_recipes.drives.pose_files import RawPoses, read_raw_poses
+from raev2_data_recipes.drives.readings import PoseFile, Reading, apply_reading, matrices
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe
+from raev2_data_recipes.drives.video_poses import FRAME_SUFFIXES, natural, trajectories_of
+from raev2_tasks.nwm.data.trajectories import Source, Trajectory
+from raev2_tasks.nwm.pose import Array
+
+FIXED = {"scale": "1"}
+CAMERA_UP_Z, CAMERA_UP_Y = Reading(frozenset({"camera"}), up="z"), Reading(frozenset({"camera"}), up="-y")
+
+
+class PublishedDrives(TrajectoryRecipe):
+    """What the poses mean is known for each layout, so it is not found out; odd headings are only warned of."""
+
+    name = "published-drives"
+    summary = "folders of TUM RGB-D, KITTI odometry, EuRoC and LeRobot as they are published"
+    licence = "see the page of the dataset"
+    attribution = "The source folder named in `options`."
+    size = "as the source"
+    checks_heading = False  # hands and drones move otherwise than they look
+    options = {
+        "src": Option(None, "a folder that holds one or more recordings in one of the layouts"),
+        "layout": Option("auto", "auto, or tum-rgbd, kitti-odometry, euroc, lerobot"),
+        "camera": Option(
+            "", "KITTI image_0 to image_3, EuRoC cam0 or cam1, LeRobot key; empty = image_2, cam0, the first"
+        ),
+        "poses": Option("", "LeRobot: columns of x, y and yaw, such as observation.state; empty = by their names"),
+        "rate_hz": Option("4", "frames a second"),
+        "segment_s": Option("60", "cut videos into trajectories of at most so many seconds"),
+        **TrajectoryRecipe.STORAGE,
+    }
+
+    def plan(self, options: Mapping[str, str]) -> list[str]:
+        """What ``build`` will do; looks for recordings."""
+        resolved = self.resolve(options)
+        layout, found = self.layout(resolved)
+        sources = list(self.sources(resolved))
+        return [
+            f"Read {len(sources)} recordings in the layout of {layout} from {len(found)} folders of {resolved['src']}.",
+            f"Sample {resolved['rate_hz']} frames a second, poses interpolated at their times.",
+            self.split_line(resolved, sources),
+        ]
+
+    def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
+        """The rate of the grid."""
+        layout, _ = self.layout(options)
+        rate = self.number(options, "rate_hz", 0.01)
+        return {"rate_hz": rate, "length_unit": "metre", "camera": None, "layout": layout}
+
+    def layout(self, options: Mapping[str, str]) -> tuple[str, list[Path]]:
+        """The layout of the source folder, and the folders that have it."""
+        src = self.folder(options)
+        asked = self.choice(options, "layout", ("auto", *LAYOUTS))
+        for name in LAYOUTS if asked == "auto" else [asked]:
+            mark, level, _ = LAYOUTS[name]
+            found = sorted({file.parents[level] for file in src.rglob(mark)})
+            if found:
+                return name, found
+        expected = ", ".join(f"{name} ({mark})" for name, (mark, _, _) in LAYOUTS.items())
+        raise DataError(f"data {self.name}: src", "no known layout", got=src, expected=expected)
+
+    def sources(self, options: Mapping[str, str]) -> Iterator[Source]:
+        """One per recording."""
+        self.number(options, "segment_s", 1)
+        layout, folders = self.layout(options)
+        for folder in folders:
+            yield from LAYOUTS[layout][2](folder, {**options, **FIXED})
+
+
+def _tum(folder: Path, options: Mapping[str, str]) -> Iterator[Source]:
+    yield Source(folder.name, str(folder), partial(_read_tum, folder, options))
+
+
+def _read_tum(folder: Path, options: Mapping[str, str]) -> Iterator[Trajectory]:
+    """rgb.txt and groundtruth.txt; a camera in a world with z up."""
+    lines = [line.split() for line in _lines(folder / "rgb.txt")]
+    found = apply_reading(read_raw_poses(folder / "groundtruth.txt"), CAMERA_UP_Z)
+    files, times = [folder / line[1] for line in lines], np.array([float(line[0]) for line in lines])
+    yield from _associated(folder.name, files, times, found, options)
+
+
+def _kitti(folder: Path, options: Mapping[str, str]) -> Iterator[Source]:
+    """One per sequence, also of those whose poses are not published."""
+    for sequence in sorted(path for path in (folder / "sequences").iterdir() if path.is_dir()):
+        yield Source(sequence.name, str(sequence), partial(_read_kitti, folder, sequence, options))
+
+
+def _read_kitti(folder: Path, sequence: Path, options: Mapping[str, str]) -> Iterator[Trajectory]:
+    """times.txt and poses/NN.txt, one line a frame; a camera in the world of its first frame."""
+    raw = read_raw_poses(folder / "poses" / f"{sequence.name}.txt")
+    times = np.array([float(line) for line in _lines(sequence / "times.txt")])
+    pictures = sequence / (options["camera"] or "image_2")
+    files = _pictures(pictures)
+    counts = {"frames": len(files), "times": len(times), "poses": len(raw)}
+    if len(set(counts.values())) > 1:
+        got = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise DataError(f"trajectory {sequence.name}", "different numbers of frames, times and poses", got=got)
+    found = PoseFile(apply_reading(raw, CAMERA_UP_Y).poses, times, None)
+    yield from _associated(sequence.name, files, times, found, options)
+
+
+def _euroc(folder: Path, options: Mapping[str, str]) -> Iterator[Source]:
+    yield Source(folder.name, str(folder), partial(_read_euroc, folder, options))
+
+
+def _read_euroc(folder: Path, options: Mapping[str, str]) -> Iterator[Trajectory]:
+    """Poses of the body, nanoseconds; the camera sits on it as sensor.yaml says; a world with z up."""
+    camera = folder / "mav0" / (options["camera"] or "cam0")
+    rows = [line.split(",") for line in _lines(camera / "data.csv")]
+    files = [camera / "data" / row[1].strip() for row in rows]
+    raw = read_raw_poses(folder / "mav0" / "state_groundtruth_estimate0" / "data.csv")
+    assert raw.quaternion is not None
+    mounted, body = _mounted(camera / "sensor.yaml"), matrices(raw.quaternion)
+    position = raw.position + (body @ mounted[:3, 3])
+    ns = Reading(frozenset({"camera", "ns"}), up="z")
+    seen = RawPoses(raw.where, position, rotation=body @ mounted[:3, :3], t=raw.t)
+    yield from _associated(
+        folder.name, files, np.array([float(row[0]) for row in rows]) * 1e-9, apply_reading(seen, ns), options
+    )
+
+
+def _mounted(file: Path) -> Array:
+    """(4, 4) from the camera to the body."""
+    try:
+        text = "\n".join(line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("%"))
+        return np.array(yaml.safe_load(text)["T_BS"]["data"], np.float64).reshape(4, 4)
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"camera {file}", "where it sits cannot be read", got=type(error).__name__) from error
+
+
+def _associated(
+    name: str, files: Sequence[Path], times: Array, found: PoseFile, options: Mapping[str, str]
+) -> Iterator[Trajectory]:
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise DataError(f"trajectory {name}", f"{len(missing)} of {len(files)} frames are missing", got=missing[0])
+    yield from trajectories_of(f"trajectory {name}", name, files, times, found, options)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"trajectory {folder.parent.name}", "has no folder of frames", got=folder)
+    return sorted((file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES), key=natural)
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a small table without comments; DataError for a missing file."""
+    if not file.is_file():
+        raise DataError(f"data {file}", "is missing")
+    return [line.strip() for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
+
+
+Layout = tuple[str, int, Callable[[Path, Mapping[str, str]], Iterator[Source]]]
+# What marks a folder, how far below it that lies, and its recordings.
+LAYOUTS: dict[str, Layout] = {
+    "tum-rgbd": ("rgb.txt", 0, _tum),
+    "kitti-odometry": ("sequences/*/times.txt", 2, _kitti),
+    "euroc": ("mav0/cam0/data.csv", 2, _euroc),
+    "lerobot": ("meta/info.json", 1, lerobot_sources),
+}
+RECIPE = PublishedDrives()
