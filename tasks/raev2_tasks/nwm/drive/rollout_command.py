@@ -100,19 +100,10 @@ def roll_out(options: argparse.Namespace) -> Path:
         places = find_place(dataset, options.trajectory, options.start, 0.0 if commands else options.seconds)
     follows = bool(record["follows_recorded_path"]) if record else not options.commands and not own
     if not commands:
-<<<<<<< HEAD
-        commands = recorded_commands(places, options.seconds, options.fps)
-    number, start_frame = places.moments[0]
-    trajectory = dataset.trajectories[number].id
-    out = Path(options.out) if options.out else trained.run.dir / "rollouts" / f"{trajectory}-seed-{seed}"
-    check_replaceable(out, ROLLOUT, options.overwrite, (options.run, options.commands))
-=======
         commands = (straight_commands if own else recorded_commands)(places, options.seconds, options.fps)
     name, start = start_of(places)
     out = Path(options.out) if options.out else trained.run.dir / "rollouts" / f"{name}-seed-{seed}"
-    if out.exists() and any(out.iterdir()) and not options.overwrite:
-        raise CheckpointError(str(out), "exists", hint="Choose another --out, or --overwrite.")
->>>>>>> integ-c
+    check_replaceable(out, ROLLOUT, options.overwrite, (options.run, options.commands, options.image, options.video))
 
     # Predict, one frame after the other.
     predictor = Predictor(context, places)
@@ -130,28 +121,16 @@ def roll_out(options: argparse.Namespace) -> Path:
     if follows:
         rows.append(("true", torch.cat([places.images([0], float(time)) for time in times])))
     shown, fps = side_by_side(*(pixels for _, pixels in rows)), 1 / commands[0][0]
-<<<<<<< HEAD
     with new_folder(out, ROLLOUT) as folder:
         write_mp4(shown, folder / "rollout.mp4", fps)
         write_gif(shown, folder / "rollout.gif", fps)
         contact_sheet(rows, ["now", *(f"+{time:g} s" for time in times[1:])], folder / "sheet.png")
         write_poses(session, folder / "poses.csv")
         head = {
-            "run": str(trained.run.dir), "data": dataset.fingerprint, "split": split, "trajectory": trajectory,
-            "start_frame": start_frame, "follows_recorded_path": follows,
+            "run": str(trained.run.dir), "data": dataset.fingerprint, "split": split, **start,
+            "follows_recorded_path": follows,
         }  # fmt: skip
         write_json(folder / RECORD, {**head, **session.record()})
-=======
-    write_mp4(shown, out / "rollout.mp4", fps)
-    write_gif(shown, out / "rollout.gif", fps)
-    contact_sheet(rows, ["now", *(f"+{time:g} s" for time in times[1:])], out / "sheet.png")
-    write_poses(session, out / "poses.csv")
-    head = {
-        "run": str(trained.run.dir), "data": dataset.fingerprint, "split": split, **start,
-        "follows_recorded_path": follows,
-    }  # fmt: skip
-    write_json(out / RECORD, {**head, **session.record()})
->>>>>>> integ-c
     return out
 
 
