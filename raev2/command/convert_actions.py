@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,18 +10,29 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import yaml
+from accelerate import init_empty_weights
+from pydantic import ValidationError
 
 from raev2.errors import CheckpointError, SpecError
-from raev2.spec_io import override_values
-
-if TYPE_CHECKING:
-    from raev2.interop.files import Source
-    from raev2.spec import AnySpec, EncoderSpec, TokenizerSpec
-    from raev2.tokenizer.decoder import ViTDecoder
-    from raev2.tokenizer.encoders import FrozenEncoder
-    from raev2.tokenizer.latent_stats import LatentStats
-    from raev2.tokenizer.rae import RAE
+from raev2.files.artefact import FILES, load_artefact, load_strict, save_artefact
+from raev2.interop.autoencoders import export_autoencoder, import_autoencoder
+from raev2.interop.decoders import HEADS, decoder_spec, decoder_tensors, export_decoder, import_decoder
+from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
+from raev2.interop.files import Source, generator_part, read_config, read_source, tokenizer_part
+from raev2.interop.generators import convert_generator, export_generator, generator_config, nearest_multiples
+from raev2.interop.stats import export_stats, import_stats
+from raev2.pipeline import GENERATOR, TOKENIZER, load_generator, tokenizer_of
+from raev2.report.page import direction
+from raev2.spec import EncoderSpec, TokenizerSpec
+from raev2.spec_io import AnySpec, load_spec, override_values
+from raev2.tokenizer.decoder import ViTDecoder
+from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
+from raev2.tokenizer.latent_stats import LatentStats
+from raev2.tokenizer.rae import RAE
 
 Rows = list[tuple[str, str]]
 ORIGINS = {"rae": "RAE (v1)", "raev2": "RAEv2"}
@@ -38,8 +50,6 @@ TERMS = "The terms of these weights are those of the place they were published a
 
 def import_weights(options: Namespace) -> Rows:
     """Write the artefact folder `options.out` from `options.src`; what was found and done, as rows to print."""
-    from raev2.interop.files import read_source
-
     out = Path(options.out)
     source = read_source(options.src)
     if source.kind == "statistics":
@@ -67,10 +77,6 @@ def import_weights(options: Namespace) -> Rows:
 
 
 def _import_generator(source: Source, options: Namespace, out: Path) -> Rows:
-    from raev2.files.artefact import save_artefact
-    from raev2.interop.files import generator_part, read_config
-    from raev2.interop.generators import convert_generator
-
     config = override_values(generator_part(read_config(options.config)) if options.config else {}, options.overrides)
     generator, conversion = convert_generator(source.tensors, config)
     generator.extra = _extra(source, source.layout.partition(" DiT")[0].partition(" Lightning")[0])
@@ -90,23 +96,12 @@ def _import_generator(source: Source, options: Namespace, out: Path) -> Rows:
 
 
 def _import_autoencoder(source: Source, folder: Path) -> tuple[RAE, Rows]:
-    from raev2.interop.autoencoders import import_autoencoder
-
     rae = import_autoencoder(source.tensors, source.config, folder / "encoder")
     rae.extra = _extra(source, source.layout)
     return rae, [("found", source.layout), *_tokenizer_rows(rae)]
 
 
 def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
-    from accelerate import init_empty_weights
-
-    from raev2.interop.decoders import decoder_spec, decoder_tensors, import_decoder
-    from raev2.interop.files import read_source
-    from raev2.interop.stats import import_stats
-    from raev2.spec import TokenizerSpec
-    from raev2.tokenizer.encoders import build_encoder
-    from raev2.tokenizer.rae import RAE
-
     given = _given_tokenizer(options)
     origin = _origin(options, given.config)
     decoder, latent_dim, grid = decoder_spec(decoder_tensors(source.tensors), given.decoder)
@@ -154,11 +149,6 @@ class _Given:
 
 
 def _given_tokenizer(options: Namespace) -> _Given:
-    from raev2.interop.decoders import HEADS
-    from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
-    from raev2.interop.files import read_config, tokenizer_part
-    from raev2.spec import EncoderSpec, TokenizerSpec
-
     config = tokenizer_part(read_config(options.config)) if options.config else {}
     decoder: dict[str, Any] = {"heads": config[HEADS]} if HEADS in config else {}
     encoder: EncoderSpec | None = None
@@ -191,8 +181,6 @@ def _given_tokenizer(options: Namespace) -> _Given:
 
 
 def _validated(model: type[AnySpec], values: Mapping[str, Any], where: str) -> AnySpec:
-    from pydantic import ValidationError
-
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -214,8 +202,6 @@ def _origin(options: Namespace, config: Mapping[str, Any]) -> str:
 
 def _check_image_size(config: Mapping[str, Any], encoder: FrozenEncoder, grid: tuple[int, int]) -> None:
     """The pixels that a configuration of the reference states must give the decoder's tokens."""
-    from raev2.interop.generators import nearest_multiples
-
     for name, unit in (("resolution", 16), ("encoder_input_size", encoder.patch_size)):
         size = config.get(name)
         if size is None:
@@ -320,11 +306,6 @@ Written = list[tuple[str, str, str]]  # name, file in the output folder, or else
 
 def _artefacts(path: Path) -> dict[str, Path]:
     """The tokenizer and generator of a run folder, or the one artefact that a folder is."""
-    import json
-
-    from raev2.pipeline import GENERATOR, TOKENIZER, tokenizer_of
-    from raev2.spec_io import load_spec
-
     if (path / "config.json").is_file():
         kind = json.loads((path / "config.json").read_text()).get("kind")
         if kind in (TOKENIZER, GENERATOR):
@@ -344,14 +325,6 @@ def _artefacts(path: Path) -> dict[str, Path]:
 
 def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Written:
     """decoder.pt, stats.pt and generator.pt as RAEv2 reads them, and config.yaml."""
-    import torch
-    import yaml
-
-    from raev2.interop.decoders import export_decoder
-    from raev2.interop.generators import export_generator, generator_config
-    from raev2.interop.stats import export_stats
-    from raev2.pipeline import load_generator
-
     config: dict[str, Any] = {}
     rows: Written = []
     if "tokenizer" in artefacts:
@@ -373,11 +346,6 @@ def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Written:
 
 def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats | None]:
     """Spec, decoder and statistics of a tokenizer artefact; its encoder is not needed."""
-    from raev2.files.artefact import load_artefact, load_strict
-    from raev2.spec import TokenizerSpec
-    from raev2.tokenizer.decoder import ViTDecoder
-    from raev2.tokenizer.latent_stats import LatentStats
-
     config, tensors, _ = load_artefact(path, kind="tokenizer")
     if config["tokenizer"].get("kind", "rae") != "rae":
         raise CheckpointError(
@@ -393,9 +361,6 @@ def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats 
 
 def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Written:
     """The tokenizer as an AutoencoderRAE; diffusers has no class for the generators."""
-    from raev2.interop.autoencoders import export_autoencoder
-    from raev2.tokenizer.rae import RAE
-
     if "tokenizer" not in artefacts:
         raise CheckpointError(
             "--format diffusers", "diffusers has a class for tokenizers only", got="a generator",
@@ -415,8 +380,6 @@ def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Written:
 
 def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Written:
     """Complete artefact folders with the run's numbers in their model cards; each is a repository for the hub."""
-    from raev2.files.artefact import FILES
-
     rows: Written = []
     for kind, folder in artefacts.items():
         (out / kind).mkdir()
@@ -433,10 +396,6 @@ def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Written:
 
 def _evaluations(folder: Path, kind: str) -> str:
     """The results of a run that concern a part, as a section of its model card."""
-    import json
-
-    from raev2.report.page import direction
-
     sections = []
     for file in sorted(folder.glob("*.json")):
         result = json.loads(file.read_text())
