@@ -31,18 +31,6 @@ class LatentStats:
     encoder: Mapping[str, Any]
     data: str = ""
 
-    def normalise(self, latents: Latents) -> Latents:
-        """(latents - mean) / sqrt(var + 1e-5)."""
-        return normalise(latents, self.mean, self.var)
-
-    def denormalise(self, latents: Latents) -> Latents:
-        """The inverse of `normalise`."""
-        return denormalise(latents, self.mean, self.var)
-
-    def check_encoder(self, fingerprint: Mapping[str, Any]) -> None:
-        """Raise CheckpointError unless these statistics belong to that encoder."""
-        check_same_encoder(self.encoder, fingerprint)
-
 
 class LatentStatsAccumulator:
     """Streaming statistics in float64, exact up to rounding.
