@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,9 @@ def import_weights(options: Namespace) -> Rows:
         return _import_generator(source, options, out)
     with _scratch(out) as folder:
         if source.kind == "autoencoder":
-            rae, rows = _import_autoencoder(source, Path(folder))
+            rae = import_autoencoder(source.tensors, source.config, Path(folder) / "encoder")
+            rae.extra = _extra(source, source.layout)
+            rows = [("found", source.layout), *_tokenizer_rows(rae)]
         else:
             rae, rows = _import_tokenizer(source, options)
         rae.save_pretrained(out)
@@ -95,30 +96,22 @@ def _import_generator(source: Source, options: Namespace, out: Path) -> Rows:
     ]
 
 
-def _import_autoencoder(source: Source, folder: Path) -> tuple[RAE, Rows]:
-    rae = import_autoencoder(source.tensors, source.config, folder / "encoder")
-    rae.extra = _extra(source, source.layout)
-    return rae, [("found", source.layout), *_tokenizer_rows(rae)]
-
-
 def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
-    given = _given_tokenizer(options)
-    origin = _origin(options, given.config)
-    decoder, latent_dim, grid = decoder_spec(decoder_tensors(source.tensors), given.decoder)
-    encoder = build_encoder(given.encoder, grid, source=options.encoder_dir)
+    config, encoder_spec, decoder_fields, noise = _given_tokenizer(options)
+    origin = _origin(options, config)
+    decoder, latent_dim, grid = decoder_spec(decoder_tensors(source.tensors), decoder_fields)
+    encoder = build_encoder(encoder_spec, grid, source=options.encoder_dir)
     if encoder.width != latent_dim:
         raise CheckpointError(
             str(source.path), "the decoder belongs to another encoder", got=f"latents of width {latent_dim}",
             expected=f"{encoder.width}, the width of {encoder.info.name}",
         )  # fmt: skip
-    _check_image_size(given.config, encoder, grid)
+    _check_image_size(config, encoder, grid)
     with init_empty_weights(include_buffers=False):
-        spec = _validated(
-            TokenizerSpec, {"encoder": given.encoder, "decoder": decoder, "grid": grid, **given.noise}, "--set "
-        )
+        spec = _validated(TokenizerSpec, {"encoder": encoder_spec, "decoder": decoder, "grid": grid, **noise}, "--set ")
         rae = RAE(spec, encoder)
     pixels = (encoder.info.mean, encoder.info.std) if origin == ORIGINS["rae"] else (None, None)
-    rae.decoder = import_decoder(source.tensors, {**given.decoder, "grid": grid}, *pixels)
+    rae.decoder = import_decoder(source.tensors, {**decoder_fields, "grid": grid}, *pixels)
 
     files = dict(source.files)
     notes: Rows = [("statistics", "none: give them with --stats, or compute them; without them nothing is encoded")]
@@ -138,17 +131,8 @@ def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
     return rae, [("found", _found(source, f"{source.layout} of {origin}")), *_tokenizer_rows(rae), *notes]
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What options and configuration say about a tokenizer."""
-
-    config: Mapping[str, Any]  # of the reference
-    encoder: EncoderSpec
-    decoder: Mapping[str, Any]
-    noise: Mapping[str, Any]
-
-
-def _given_tokenizer(options: Namespace) -> _Given:
+def _given_tokenizer(options: Namespace) -> tuple[Mapping[str, Any], EncoderSpec, Mapping[str, Any], Mapping[str, Any]]:
+    """What options and configuration say: the reference's configuration, and our encoder, decoder and noise fields."""
     config = tokenizer_part(read_config(options.config)) if options.config else {}
     decoder: dict[str, Any] = {"heads": config[HEADS]} if HEADS in config else {}
     encoder: EncoderSpec | None = None
@@ -177,7 +161,7 @@ def _given_tokenizer(options: Namespace) -> _Given:
         raise SpecError(
             f"--set {unknown[0]}", "unknown field", expected=f"encoder.FIELD, noise_tau, {', '.join(sorted(known))}"
         )
-    return _Given(config, encoder, decoder | values, noise)
+    return config, encoder, decoder | values, noise
 
 
 def _validated(model: type[AnySpec], values: Mapping[str, Any], where: str) -> AnySpec:
