@@ -20,14 +20,13 @@ from typing import Any
 import torch
 
 from raev2.batch import Measurement
-from raev2.errors import SpecError, did_you_mean
 from raev2.files.artefact import write_json
 from raev2.flow import interpolate, training_loss
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
 from raev2.sampler import sample_latents
 from raev2.spec import CFG, DDTSpec, FlowSpec, Guidance, InternalGuidance, MuonSpec, NoGuidance, SamplingSpec
-from raev2.task import usable_tasks
+from raev2.task import check_known, usable_tasks
 from raev2.training.optim import build_optimizer
 from raev2.training.run import cpu_name, update
 
@@ -65,11 +64,7 @@ def run_benchmarks(names: Sequence[str] = (), json_file: Path | None = None) -> 
     """Run benchmarks by name (default: all) and, with `json_file`, write them with the machine's description."""
     known = benchmarks()
     for name in names:
-        if name not in known:
-            raise SpecError(
-                "raev2 bench", "unknown benchmark", got=repr(name), expected=f"one of {', '.join(known)}",
-                hint=did_you_mean(name, known),
-            )  # fmt: skip
+        check_known("raev2 bench", "unknown benchmark", name, known)
     results = {name: known[name]() for name in names or known}
     if json_file is not None:
         rows = {name: [asdict(row) for row in found] for name, found in results.items()}
