@@ -90,11 +90,7 @@ class VAETokenizer(Tokenizer):
     @torch.no_grad()
     def encode(self, images: AnyImages) -> Latents:
         """Images in [0, 1] -> normalised latents (the posterior's mode). No gradient."""
-        check_float(images, "VAETokenizer")
-        if tuple(images.shape[2:]) != tuple(self.spec.image_size):
-            images = torch.nn.functional.interpolate(images, self.spec.image_size, mode="bicubic", antialias=True)
-            images = images.clamp(0, 1)
-        return self._to_latents(images).float()
+        return self._to_latents(_resized(images, self)).float()
 
     def decode(self, latents: Latents, clamp: bool = True) -> Images:
         """Normalised latents -> images, clamped to [0, 1] unless `clamp` is False."""
@@ -121,8 +117,7 @@ class VAETokenizer(Tokenizer):
         info = VAES.get(self.spec.name)
         terms = f"{info.licence} ({info.model_id})" if info else "those of its own source"
         card = f"# VAE latents: {self.spec.name}\n\nThe weights are not in this folder. Their terms: {terms}.\n"
-        config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": None}
-        return save_artefact(path, kind="tokenizer", config=config, tensors={}, card=card)
+        return _save(path, self.spec, card)
 
     def _to_latents(self, images: Tensor) -> Tensor:
         model, pixels = self.model, images * 2 - 1
@@ -164,10 +159,7 @@ class PixelTokenizer(Tokenizer):
 
     def encode(self, images: AnyImages) -> Latents:
         """2 x - 1, at the size of the spec."""
-        check_float(images, "PixelTokenizer")
-        if tuple(images.shape[2:]) != tuple(self.spec.image_size):
-            images = torch.nn.functional.interpolate(images, self.spec.image_size, mode="bicubic", antialias=True)
-        return images.clamp(0, 1) * 2 - 1
+        return _resized(images, self).clamp(0, 1) * 2 - 1
 
     def decode(self, latents: Latents, clamp: bool = True) -> Images:
         """(x + 1) / 2."""
@@ -180,8 +172,20 @@ class PixelTokenizer(Tokenizer):
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write an artefact folder that holds the spec alone."""
-        config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": None}
-        return save_artefact(path, kind="tokenizer", config=config, tensors={}, card="# Pixels in [-1, 1]\n")
+        return _save(path, self.spec, "# Pixels in [-1, 1]\n")
+
+
+def _resized(images: Tensor, tokenizer: Tokenizer) -> Tensor:
+    check_float(images, type(tokenizer).__name__)
+    size = tokenizer.spec.image_size
+    if tuple(images.shape[2:]) == tuple(size):
+        return images
+    return torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def _save(path: str | Path, spec: VAESpec | PixelSpec, card: str) -> Path:
+    config = {"tokenizer": spec.model_dump(mode="json"), "stats": None}
+    return save_artefact(path, kind="tokenizer", config=config, tensors={}, card=card)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
