@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -199,9 +200,8 @@ def open_trained(run_dir: str | Path) -> TrainedRun:
         if checkpoint is not None:
             condition = task.condition(spec, task.dataset(spec, "train"))
             generator = Generator(spec.generator, condition, spec.flow, rae.latent_shape).to(run.device)
-            generator.load_state_dict(dict(checkpoint.tensors["model"]))
-            decay = spec.generator_training.ema_decays[0]
-            generator.load_state_dict(dict(checkpoint.tensors[f"ema-{decay}"]), strict=False)
+            averages = checkpoint.tensors[f"ema-{spec.generator_training.ema_decays[0]}"]
+            generator.load_state_dict({**checkpoint.tensors["model"], **averages})
             generator.eval()
             logger.info("using averaged weights of %s", checkpoint.path)
     return TrainedRun(run, task, rae, generator)
@@ -366,10 +366,9 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
     for file in files:
         original = read_image(file, rae.spec.image_size)[None]
         decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
-        numbers = {"psnr": psnr(decoded, original), "ssim": ssim(decoded, original)}
-        numbers["distance"] = distance(decoded, original)
+        values = [float(score(decoded, original)) for score in (psnr, ssim, distance)]
         out.mkdir(parents=True, exist_ok=True)
-        rows.append(Reconstruction(str(file), distance_name=name, **{key: float(v) for key, v in numbers.items()}))
+        rows.append(Reconstruction(str(file), values[0], values[1], values[2], name))
         Image.fromarray(decoded[0].permute(1, 2, 0).numpy()).save(out / f"{len(rows) - 1:05d}-{file.stem}.png")
         pairs.append(torch.cat([original, decoded]))
     originals, decodeds = torch.stack(pairs[:64]).unbind(1)
@@ -394,8 +393,6 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
 
 def read_image(file: Path, size: tuple[int, int]) -> Tensor:
     """One image file as uint8 (3, H_px, W_px), resized to cover `size` and centre-cropped."""
-    import numpy as np
-
     with opened_image(file, str(file)) as image:
         return torch.from_numpy(np.array(centre_crop(image.convert("RGB"), size))).permute(2, 0, 1).contiguous()
 

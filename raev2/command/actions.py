@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from argparse import Namespace
@@ -9,6 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import yaml
+from packaging.requirements import Requirement
 
 from raev2.errors import RaeError, SpecError, did_you_mean
 from raev2.files.manifest import read_manifest, verify_dataset
@@ -23,14 +27,13 @@ from raev2.task import (
     installed_tasks,
     usable_tasks,
 )
+from raev2.tokenizer.encoder_table import ENCODERS
 
 OK, FAILED = 0, 1
 
 
 def show(options: Namespace) -> int:
     """`raev2 show`."""
-    import yaml
-
     task, spec = _find_recipe(options.recipe, options.task)
     spec = apply_overrides(spec, options.overrides)
     print(yaml.safe_dump(spec_to_dict(spec), sort_keys=False, allow_unicode=True))
@@ -62,8 +65,6 @@ def tasks(options: Namespace) -> int:
 
 def encoders(options: Namespace) -> int:
     """`raev2 encoders [check NAME]`."""
-    from raev2.tokenizer.encoder_table import ENCODERS
-
     if options.action == "check":
         if options.name is None:
             raise SpecError("raev2 encoders check", "which encoder?", expected="a name, timm:ID, hf:ID or a folder")
@@ -165,7 +166,6 @@ def doctor(options: Namespace) -> int:
     """`raev2 doctor`."""
     import torch
 
-    from raev2.tokenizer.encoder_table import ENCODERS
     from raev2.tokenizer.encoders import ASSETS
     from raev2.training.run import package_versions
 
@@ -224,8 +224,6 @@ def _print_sizes(task: Task, spec: RunSpec) -> None:
 
 
 def _print_results(run_dir: Path) -> None:
-    import json
-
     for file in sorted((run_dir / "eval").glob("*.json")):
         result = json.loads(file.read_text())
         _print_metrics(result["protocol"], result["results"])
@@ -262,8 +260,6 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
 
 def _missing_of_extras() -> dict[str, list[str]]:
     """Packages that are not installed, by optional part of this package."""
-    from packaging.requirements import Requirement
-
     names = metadata.metadata("raev2").get_all("Provides-Extra") or []
     missing: dict[str, list[str]] = {name: [] for name in names if name != "dev"}
     for requirement in map(Requirement, metadata.requires("raev2") or []):

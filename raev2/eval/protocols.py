@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -253,11 +253,11 @@ def mean_and_error(values: Tensor) -> tuple[float, int, float | None]:
     return float(values.mean()), len(values), float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
-class SplitFeatures:
+class SplitFeatures(NamedTuple):
     """Features of a split: moments of all images, rows of at most `MANIFOLD_IMAGES` evenly spread ones."""
 
-    def __init__(self, moments: Moments, rows: Tensor) -> None:
-        self.moments, self.rows = moments, rows
+    moments: Moments
+    rows: Tensor
 
 
 def split_features(
