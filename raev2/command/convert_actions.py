@@ -34,6 +34,7 @@ from raev2.tokenizer.latent_stats import LatentStats
 from raev2.tokenizer.rae import RAE
 
 Rows = list[tuple[str, str]]
+NOTE = "note"  # name of a row whose text is no file
 ORIGINS = {"rae": "RAE (v1)", "raev2": "RAEv2"}
 LICENCES = {
     "RAE (v1)": "Weights published with RAE come with code under the MIT licence.",
@@ -276,16 +277,13 @@ def export_weights(options: Namespace) -> Rows:
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(entry, target)
-    return [(name, str(out / file) if file else text) for name, file, text in rows]
+    return [(name, text if name == NOTE else str(out / text)) for name, text in rows]
 
 
 def _scratch(out: Path) -> tempfile.TemporaryDirectory[str]:
     """A folder for partial output on the disk of `out`, gone in the end."""
     parent = next(folder for folder in out.resolve().parents if folder.is_dir())
     return tempfile.TemporaryDirectory(dir=parent, prefix=".raev2-")
-
-
-Written = list[tuple[str, str, str]]  # name, file in the output folder, or else a text
 
 
 def _artefacts(path: Path) -> dict[str, Path]:
@@ -307,25 +305,25 @@ def _artefacts(path: Path) -> dict[str, Path]:
     return found
 
 
-def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Written:
+def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Rows:
     """decoder.pt, stats.pt and generator.pt as RAEv2 reads them, and config.yaml."""
     config: dict[str, Any] = {}
-    rows: Written = []
+    rows: Rows = []
     if "tokenizer" in artefacts:
         spec, decoder, stats = _read_tokenizer(artefacts["tokenizer"])
         torch.save(export_decoder(decoder), out / "decoder.pt")
         config["stage_1"] = spec.model_dump(mode="json")
-        rows.append(("decoder", "decoder.pt", ""))
+        rows.append(("decoder", "decoder.pt"))
         if stats is not None:
             torch.save(export_stats(stats), out / "stats.pt")
-            rows.append(("statistics", "stats.pt", ""))
+            rows.append(("statistics", "stats.pt"))
     if "generator" in artefacts:
         generator = load_generator(artefacts["generator"])
         config["stage_2"] = generator_config(generator)
         torch.save(export_generator(generator), out / "generator.pt")
-        rows.append(("generator", "generator.pt", ""))
+        rows.append(("generator", "generator.pt"))
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    return [*rows, ("config", "config.yaml", "")]
+    return [*rows, ("config", "config.yaml")]
 
 
 def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats | None]:
@@ -343,7 +341,7 @@ def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats 
     return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
 
 
-def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Written:
+def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Rows:
     """The tokenizer as an AutoencoderRAE; diffusers has no class for the generators."""
     if "tokenizer" not in artefacts:
         raise CheckpointError(
@@ -352,19 +350,17 @@ def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Written:
         )  # fmt: skip
     rae = RAE.from_pretrained(artefacts["tokenizer"])
     export_autoencoder(rae).save_pretrained(out)
-    rows: Written = [("AutoencoderRAE", "config.json", "")]
+    rows: Rows = [("AutoencoderRAE", "config.json")]
     if rae.spec.encoder.antialias:
-        rows.append(
-            ("note", "", "diffusers never antialiases: outputs are equal for images of the encoder's input size")
-        )
+        rows.append((NOTE, "diffusers never antialiases: outputs are equal for images of the encoder's input size"))
     if "generator" in artefacts:
-        rows.append(("note", "", "the generator was left out: diffusers has no class for it"))
+        rows.append((NOTE, "the generator was left out: diffusers has no class for it"))
     return rows
 
 
-def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Written:
+def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Rows:
     """Complete artefact folders with the run's numbers in their model cards; each is a repository for the hub."""
-    rows: Written = []
+    rows: Rows = []
     for kind, folder in artefacts.items():
         (out / kind).mkdir()
         for name in FILES:
@@ -374,7 +370,7 @@ def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Written:
                 shutil.copy(folder / name, out / kind / name)
         card = out / kind / "README.md"
         card.write_text(card.read_text().rstrip() + "\n" + _evaluations(folder.parent / "eval", kind))
-        rows.append((kind, kind, ""))
+        rows.append((kind, kind))
     return rows
 
 

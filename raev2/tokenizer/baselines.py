@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from torch.nn import functional as F
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
 from raev2.files.artefact import load_artefact, save_artefact
@@ -96,10 +97,7 @@ class VAETokenizer(Tokenizer):
         """Normalised latents -> images, clamped to [0, 1] unless `clamp` is False."""
         z, model = latents, self.model
         if hasattr(model, "bn"):
-            batch, channels, rows, cols = z.shape
-            z = z * self._bn_std() + model.bn.running_mean.view(1, -1, 1, 1)
-            z = z.view(batch, channels // 4, 2, 2, rows, cols).permute(0, 1, 4, 2, 5, 3)
-            z = z.reshape(batch, channels // 4, 2 * rows, 2 * cols)
+            z = F.pixel_shuffle(z * self._bn_std() + model.bn.running_mean.view(1, -1, 1, 1), 2)
         else:
             shift, scale = self._shift_and_scale(z)
             z = z / scale + shift
@@ -126,10 +124,7 @@ class VAETokenizer(Tokenizer):
         else:
             z = model.encode(pixels).latent_dist.mode()
         if hasattr(model, "bn"):
-            batch, channels, rows, cols = z.shape
-            z = z.view(batch, channels, rows // 2, 2, cols // 2, 2).permute(0, 1, 3, 5, 2, 4)
-            z = z.reshape(batch, 4 * channels, rows // 2, cols // 2)
-            return (z - model.bn.running_mean.view(1, -1, 1, 1)) / self._bn_std()
+            return (F.pixel_unshuffle(z, 2) - model.bn.running_mean.view(1, -1, 1, 1)) / self._bn_std()
         shift, scale = self._shift_and_scale(z)
         return (z - shift) * scale
 
@@ -180,7 +175,7 @@ def _resized(images: Tensor, tokenizer: Tokenizer) -> Tensor:
     size = tokenizer.spec.image_size
     if tuple(images.shape[2:]) == tuple(size):
         return images
-    return torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def _save(path: str | Path, spec: VAESpec | PixelSpec, card: str) -> Path:

@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,11 +279,8 @@ class TransformersTrunk(Trunk):
         """See `Trunk`."""
         outputs: dict[int, Tensor] = {}
 
-        def keep(layer: int) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                outputs[layer] = output[0] if isinstance(output, tuple) else output
-
-            return hook
+        def keep(layer: int, module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[layer] = output[0] if isinstance(output, tuple) else output
 
         kwargs: dict[str, Any] = {}
         if "interpolate_pos_encoding" in self.arguments:
@@ -291,7 +289,7 @@ class TransformersTrunk(Trunk):
             num_tokens = (pixels.shape[2] // self.patch_size) * (pixels.shape[3] // self.patch_size)
             order = torch.arange(num_tokens, device=pixels.device, dtype=torch.float32)
             kwargs["noise"] = order.expand(pixels.shape[0], -1)
-        handles = [self.stack[0][layer].register_forward_hook(keep(layer)) for layer in layers]
+        handles = [self.stack[0][layer].register_forward_hook(partial(keep, layer)) for layer in layers]
         try:
             self.model(pixel_values=pixels, **kwargs)
         finally:
