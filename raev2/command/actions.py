@@ -1,4 +1,4 @@
-"""Commands that look things up, convert and measure: options in, text out. Those that work on a run are in cli.py."""
+"""All commands but `train`, which is in cli.py: options in, text out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 from packaging.requirements import Requirement
+from pydantic import ValidationError
 
 from raev2.errors import RaeError, SpecError, did_you_mean
 from raev2.files.manifest import read_manifest, verify_dataset
-from raev2.spec import RunSpec
-from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
+from raev2.spec import Guidance, RunSpec, SamplingSpec
+from raev2.spec_io import apply_overrides, fingerprint, load_spec, spec_to_dict
 from raev2.task import (
     Task,
     get_data_recipe,
@@ -30,6 +31,56 @@ from raev2.task import (
 from raev2.tokenizer.encoder_table import ENCODERS
 
 OK, FAILED = 0, 1
+
+
+def sample(options: Namespace) -> int:
+    """`raev2 sample`."""
+    from raev2 import pipeline
+
+    _check_positive("--n", options.n)
+    _check_positive("--steps", options.steps)
+    run_dir = pipeline.find_run(options.run, options.task)
+    out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
+    _refuse_existing(out, options.overwrite)
+    sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
+    given = {name: value for name in ("n", *options.conditions) if (value := getattr(options, name)) is not None}
+    pipeline.sample_run(run_dir, given, sampling, options.seed, out=out)
+    print(f"guidance: {_plan(sampling)}\n{out / 'grid.png'}")
+    return 0
+
+
+def reconstruct(options: Namespace) -> int:
+    """`raev2 reconstruct`."""
+    from raev2 import pipeline
+
+    out = Path(options.out)
+    _refuse_existing(out, options.overwrite)
+    rows = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
+    shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
+    mean = ("mean", *(f"{sum(float(row[i]) for row in shown) / len(shown):.4f}" for i in (1, 2, 3)))
+    _print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
+    print(f"\n{out / 'grid.png'}")
+    return 0
+
+
+def evaluate(options: Namespace) -> int:
+    """`raev2 eval`."""
+    from raev2 import pipeline
+
+    run_dir = pipeline.find_run(options.run, options.task)
+    for protocol, results in pipeline.evaluate_run(run_dir, options.protocol or ()).items():
+        _print_metrics(protocol, map(vars, results))
+    print(f"\n{run_dir / 'eval'}")
+    return 0
+
+
+def report(options: Namespace) -> int:
+    """`raev2 report`."""
+    from raev2 import pipeline
+    from raev2.report.page import write_report
+
+    print(write_report(pipeline.find_run(options.run, options.task)))
+    return 0
 
 
 def show(options: Namespace) -> int:
@@ -195,12 +246,52 @@ def doctor(options: Namespace) -> int:
 
 
 COMMANDS = {
+    "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
     "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents,
     "import": import_, "export": export, "analyse": analyse, "bench": bench, "doctor": doctor,
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
+    """The run's sampling settings with the options of the command line in their place."""
+    guidance: dict[str, Any] = default.guidance.model_dump()
+    if options.guidance is not None and options.guidance != guidance["kind"]:
+        guidance = {"kind": options.guidance}
+    given = {"scale": options.scale, "interval": options.interval, "weak": options.weak}
+    guidance |= {name: value for name, value in given.items() if value is not None}
+    try:
+        spec = Guidance.model_validate(guidance)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])  # for an interval, which end follows
+        if first["type"] == "extra_forbidden":
+            raise SpecError(f"--{field}", f"has no effect with guidance {guidance['kind']}") from None
+        got = None if first["type"] in ("missing", "value_error") else guidance[field]
+        what = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"--{field}", f"guidance {guidance['kind']}: {what.lower()}", got=got) from None
+    return default.replace(guidance=spec, steps=options.steps or default.steps)
+
+
+def _check_positive(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise SpecError(option, "not usable", got=value, expected="a number >= 1")
+
+
+def _plan(sampling: SamplingSpec) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in sampling.guidance.model_dump().items() if name != "kind")
+    return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
+
+
+def _data_state(spec: RunSpec) -> str:
+    if (Path(spec.data.dir) / "manifest.json").is_file():
+        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
+    if spec.data.recipe is None:
+        return "missing, and data.recipe is null"
+    recipe = get_data_recipe(spec.data.recipe)
+    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
 
 
 def _find_recipe(name: str, task_name: str | None) -> tuple[Task, RunSpec]:
