@@ -34,7 +34,7 @@ class Conversion:
     tensors: Mapping[str, Tensor]
     names: Mapping[str, Sequence[str]]
     shapes: Mapping[str, torch.Size]
-    change: Change = lambda name, start, value: value  # noqa: E731
+    change: Change = lambda name, start, value: value
 
     def check(self, what: str) -> None:
         """Raise CheckpointError unless every foreign tensor finds its place; reads no values."""
