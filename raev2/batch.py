@@ -53,11 +53,8 @@ class FrameCache:
     @staticmethod
     def cat(caches: Sequence[FrameCache]) -> FrameCache:
         """The frames of all caches, one after the other."""
-        return FrameCache(
-            torch.cat([cache.keys for cache in caches]),
-            torch.cat([cache.values for cache in caches]),
-            torch.cat([cache.tokens for cache in caches]),
-        )
+        keys, values, tokens = zip(*((cache.keys, cache.values, cache.tokens) for cache in caches), strict=True)
+        return FrameCache(torch.cat(keys), torch.cat(values), torch.cat(tokens))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -217,9 +218,8 @@ def open_trained(run_dir: str | Path) -> TrainedRun:
         if checkpoint is not None:
             condition = task.condition(spec, task.dataset(spec, "train"))
             generator = Generator(spec.generator, condition, spec.flow, rae.latent_shape).to(run.device)
-            generator.load_state_dict(dict(checkpoint.tensors["model"]))
-            decay = spec.generator_training.ema_decays[0]
-            generator.load_state_dict(dict(checkpoint.tensors[f"ema-{decay}"]), strict=False)
+            averages = checkpoint.tensors[f"ema-{spec.generator_training.ema_decays[0]}"]
+            generator.load_state_dict({**checkpoint.tensors["model"], **averages})
             generator.eval()
             logger.info("using averaged weights of %s", checkpoint.path)
     return TrainedRun(run, task, rae, generator)
@@ -385,9 +385,8 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Rec
         for file in files:
             original = read_image(file, rae.spec.image_size)[None]
             decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
-            numbers = {"psnr": psnr(decoded, original), "ssim": ssim(decoded, original)}
-            numbers["distance"] = distance(decoded, original)
-            rows.append(Reconstruction(str(file), distance_name=name, **{key: float(v) for key, v in numbers.items()}))
+            values = [float(score(decoded, original)) for score in (psnr, ssim, distance)]
+            rows.append(Reconstruction(str(file), values[0], values[1], values[2], name))
             image = Image.fromarray(decoded[0].permute(1, 2, 0).numpy())
             image.save(folder / f"{len(rows) - 1:05d}-{file.stem}.png")
             pairs.append(torch.cat([original, decoded]))
@@ -418,8 +417,6 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 def read_image(file: Path, size: tuple[int, int]) -> Tensor:
     """One image file as uint8 (3, H_px, W_px), resized to cover `size` and centre-cropped."""
-    import numpy as np
-
     rgb = centre_crop(read_rgb(file, str(file)), size)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 

@@ -152,8 +152,8 @@ def _spec_error(error: ValidationError, model: type[BaseModel], prefix: tuple[st
         return SpecError(where, str(first["ctx"]["error"]) + more)
     if first["type"] == "missing":
         return SpecError(where, "missing field", expected="a value" + more)
-    got = first["input"]
-    return SpecError(where, "not valid", got=repr(got), expected=_lower_first(first["msg"]) + more)
+    message = first["msg"]
+    return SpecError(where, "not valid", got=repr(first["input"]), expected=message[:1].lower() + message[1:] + more)
 
 
 def _union_tags(model: type[BaseModel]) -> set[str]:
@@ -204,7 +204,3 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
@@ -173,14 +173,11 @@ class Task(ABC):
         return {}
 
 
-def installed_tasks() -> dict[str, EntryPoint]:
-    """Entry points of tasks by name, not loaded."""
-    return installed(TASKS)
+installed_tasks = partial(installed, TASKS)
+"""Entry points of tasks by name, not loaded."""
 
-
-def installed_data_recipes() -> dict[str, EntryPoint]:
-    """Entry points of data recipes by name, not loaded."""
-    return installed(DATA_RECIPES)
+installed_data_recipes = partial(installed, DATA_RECIPES)
+"""Entry points of data recipes by name, not loaded."""
 
 
 def get_task(name: str) -> Task:
@@ -207,14 +204,17 @@ def get_data_recipe(name: str) -> Any:
     return load(DATA_RECIPES, name, "data recipe")
 
 
+def check_known(where: str, what: str, name: str, known: Mapping[str, Any]) -> None:
+    """Raise `SpecError` with the known names, and the closest of them, unless `name` is one."""
+    if name not in known:
+        expected = f"one of {', '.join(known)}"
+        raise SpecError(where, what, got=repr(name), expected=expected, hint=did_you_mean(name, known))
+
+
 def get_recipe(task: Task, name: str) -> RunSpec:
     """The run spec of a recipe of a task."""
     recipes = task.recipes()
-    if name not in recipes:
-        raise SpecError(
-            "--recipe", f"unknown recipe of task {task.name}", got=repr(name), expected=f"one of {', '.join(recipes)}",
-            hint=did_you_mean(name, recipes),
-        )  # fmt: skip
+    check_known("--recipe", f"unknown recipe of task {task.name}", name, recipes)
     try:
         return recipes[name]()
     except (RaeError, ValueError) as error:
@@ -225,9 +225,5 @@ def get_evaluators(task: Task, spec: RunSpec, protocols: Sequence[str]) -> list[
     """Evaluators of a task by protocol name, in the order asked for."""
     known = {evaluator.protocol: evaluator for evaluator in task.evaluators(spec)}
     for protocol in protocols:
-        if protocol not in known:
-            raise SpecError(
-                "--protocol", f"unknown protocol of task {task.name}", got=repr(protocol),
-                expected=f"one of {', '.join(known)}", hint=did_you_mean(protocol, known),
-            )  # fmt: skip
+        check_known("--protocol", f"unknown protocol of task {task.name}", protocol, known)
     return [known[protocol] for protocol in protocols]

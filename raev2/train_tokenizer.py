@@ -209,8 +209,8 @@ def measure_stats(rae: RAE, dataset: ImageDataset, device: torch.device, max_ima
     for batch in ordered_batches(dataset, STATS_BATCH, own_indices, skip_unreadable=True):
         own.update(rae.token_latents(rae.tokens(to_float(batch.images.to(device)))))
     total = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
-    for state in dist.gather_objects({name: value.cpu() for name, value in own.state().items()}):
-        total.merge(LatentStatsAccumulator.from_state(state, own.encoder, own.data))
+    for part in dist.gather_objects(own):
+        total.merge(part)
     return total.result()
 
 

@@ -15,11 +15,11 @@ from raev2.analysis.probe import probe_encoders
 from raev2.analysis.table import Table
 from raev2.analysis.width import width_table
 from raev2.data import to_float
-from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.errors import DataError, SpecError
 from raev2.pipeline import find_run, open_trained
 from raev2.report.published import published_encoders
 from raev2.spec_io import apply_overrides
-from raev2.task import get_data_recipe, get_recipe, get_task
+from raev2.task import check_known, get_data_recipe, get_recipe, get_task
 from raev2.tokenizer.rae import RAE
 from raev2.train_generator import latent_encoder
 from raev2.training.run import make_accelerator
@@ -27,11 +27,7 @@ from raev2.training.run import make_accelerator
 
 def analyse(options: Namespace) -> Table:
     """Run the analysis that `options.name` names, write its files to `options.out` and return its table."""
-    if options.name not in ANALYSES:
-        raise SpecError(
-            "raev2 analyse", "unknown analysis", got=repr(options.name), expected=f"one of {', '.join(ANALYSES)}",
-            hint=did_you_mean(options.name, ANALYSES),
-        )  # fmt: skip
+    check_known("raev2 analyse", "unknown analysis", options.name, ANALYSES)
     table = ANALYSES[options.name](options)
     table.write(Path(options.out))
     return table
@@ -78,14 +74,12 @@ def _width(options: Namespace) -> Table:
     return width_table(latents, widths, steps=options.steps, depth=4, batch_size=16, lr=1e-3)
 
 
-def _ablation(name: str) -> Callable[[Namespace], Table]:
-    def run(options: Namespace) -> Table:
-        if options.task is None:
-            raise SpecError("--task", "which task?", expected="--task T, and --recipe R for another than quickstart")
-        spec = apply_overrides(get_recipe(get_task(options.task), options.recipe), options.overrides)
-        return run_ablation(name, spec, Path(options.out))
-
-    return run
+def _ablation(options: Namespace) -> Table:
+    """Variants of a recipe, trained; --task, --recipe."""
+    if options.task is None:
+        raise SpecError("--task", "which task?", expected="--task T, and --recipe R for another than quickstart")
+    spec = apply_overrides(get_recipe(get_task(options.task), options.recipe), options.overrides)
+    return run_ablation(options.name, spec, Path(options.out))
 
 
 def _labelled_data(options: Namespace) -> Path:
@@ -107,7 +101,5 @@ ANALYSES: dict[str, Callable[[Namespace], Table]] = {
     "correlation": _correlation,
     "blocks": _blocks,
     "width": _width,
-    "layers": _ablation("layers"),
-    "time-shift": _ablation("time-shift"),
-    "decoder-noise": _ablation("decoder-noise"),
+    **dict.fromkeys(("layers", "time-shift", "decoder-noise"), _ablation),
 }

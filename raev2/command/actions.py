@@ -1,7 +1,8 @@
-"""Commands that look things up, convert and measure: options in, text out. Those that work on a run are in cli.py."""
+"""All commands but `train`, which is in cli.py: options in, text out."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from argparse import Namespace
@@ -10,12 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+from packaging.requirements import Requirement
+from pydantic import ValidationError
+
 from raev2.errors import DataError, RaeError, SpecError, did_you_mean
 from raev2.files.damage import damaged
 from raev2.files.manifest import read_manifest, verify_dataset
-from raev2.files.replace import ARTEFACT, EXPORT, Kind, check_replaceable
-from raev2.spec import RunSpec
-from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
+from raev2.files.replace import ARTEFACT, EXPORT, RECONSTRUCTIONS, SAMPLES, Kind, check_replaceable
+from raev2.spec import Guidance, RunSpec, SamplingSpec
+from raev2.spec_io import apply_overrides, fingerprint, load_spec, spec_to_dict
 from raev2.task import (
     Task,
     get_data_recipe,
@@ -25,14 +30,66 @@ from raev2.task import (
     installed_tasks,
     usable_tasks,
 )
+from raev2.tokenizer.encoder_table import ENCODERS
 
 OK, FAILED = 0, 1
 
 
+def sample(options: Namespace) -> int:
+    """`raev2 sample`."""
+    from raev2 import pipeline
+
+    _check_positive("--n", options.n)
+    _check_positive("--steps", options.steps)
+    _check_positive("--seed", options.seed, least=0)
+    run_dir = pipeline.find_run(options.run, options.task)
+    out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
+    _refuse_existing(options, out, SAMPLES)
+    sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
+    given = {name: value for name in ("n", *options.conditions) if (value := getattr(options, name)) is not None}
+    pipeline.sample_run(run_dir, given, sampling, options.seed, out=out)
+    print(f"guidance: {_plan(sampling)}\n{out / 'grid.png'}")
+    return 0
+
+
+def reconstruct(options: Namespace) -> int:
+    """`raev2 reconstruct`."""
+    from raev2 import pipeline
+
+    out = Path(options.out)
+    _refuse_existing(options, out, RECONSTRUCTIONS)
+    rows = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
+    shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
+    mean = ("mean", *(f"{sum(float(row[i]) for row in shown) / len(shown):.4f}" for i in (1, 2, 3)))
+    _print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
+    print(f"\n{out / 'grid.png'}")
+    return 0
+
+
+def evaluate(options: Namespace) -> int:
+    """`raev2 eval`."""
+    from raev2 import pipeline
+
+    run_dir = pipeline.find_run(options.run, options.task)
+    for protocol, results in pipeline.evaluate_run(run_dir, options.protocol or ()).items():
+        _print_metrics(protocol, map(vars, results))
+    print(f"\n{run_dir / 'eval'}")
+    return 0
+
+
+def report(options: Namespace) -> int:
+    """`raev2 report`."""
+    from raev2 import pipeline
+    from raev2.report.page import write_report
+
+    run_dir = pipeline.find_run(options.run, options.task)
+    with damaged(run_dir):
+        print(write_report(run_dir))
+    return 0
+
+
 def show(options: Namespace) -> int:
     """`raev2 show`."""
-    import yaml
-
     task, spec = _find_recipe(options.recipe, options.task)
     spec = apply_overrides(spec, options.overrides)
     print(yaml.safe_dump(spec_to_dict(spec), sort_keys=False, allow_unicode=True))
@@ -64,8 +121,6 @@ def tasks(options: Namespace) -> int:
 
 def encoders(options: Namespace) -> int:
     """`raev2 encoders [check NAME]`."""
-    from raev2.tokenizer.encoder_table import ENCODERS
-
     if options.action == "check":
         if options.name is None:
             raise SpecError("raev2 encoders check", "which encoder?", expected="a name, timm:ID, hf:ID or a folder")
@@ -170,7 +225,6 @@ def doctor(options: Namespace) -> int:
     """`raev2 doctor`."""
     import torch
 
-    from raev2.tokenizer.encoder_table import ENCODERS
     from raev2.tokenizer.encoders import ASSETS
     from raev2.training.run import package_versions
 
@@ -200,12 +254,52 @@ def doctor(options: Namespace) -> int:
 
 
 COMMANDS = {
+    "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
     "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents,
     "import": import_, "export": export, "analyse": analyse, "bench": bench, "doctor": doctor,
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
+    """The run's sampling settings with the options of the command line in their place."""
+    guidance: dict[str, Any] = default.guidance.model_dump()
+    if options.guidance is not None and options.guidance != guidance["kind"]:
+        guidance = {"kind": options.guidance}
+    given = {"scale": options.scale, "interval": options.interval, "weak": options.weak}
+    guidance |= {name: value for name, value in given.items() if value is not None}
+    try:
+        spec = Guidance.model_validate(guidance)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])  # for an interval, which end follows
+        if first["type"] == "extra_forbidden":
+            raise SpecError(f"--{field}", f"has no effect with guidance {guidance['kind']}") from None
+        got = None if first["type"] in ("missing", "value_error") else guidance[field]
+        what = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"--{field}", f"guidance {guidance['kind']}: {what.lower()}", got=got) from None
+    return default.replace(guidance=spec, steps=options.steps or default.steps)
+
+
+def _check_positive(option: str, value: int | None, least: int = 1) -> None:
+    if value is not None and not least <= value < 2**63:
+        raise SpecError(option, "not usable", got=value, expected=f"a number >= {least}")
+
+
+def _plan(sampling: SamplingSpec) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in sampling.guidance.model_dump().items() if name != "kind")
+    return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
+
+
+def _data_state(spec: RunSpec) -> str:
+    if (Path(spec.data.dir) / "manifest.json").is_file():
+        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
+    if spec.data.recipe is None:
+        return "missing, and data.recipe is null"
+    recipe = get_data_recipe(spec.data.recipe)
+    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
 
 
 def _find_recipe(name: str, task_name: str | None) -> tuple[Task, RunSpec]:
@@ -229,8 +323,6 @@ def _print_sizes(task: Task, spec: RunSpec) -> None:
 
 
 def _print_results(run_dir: Path) -> None:
-    import json
-
     for file in sorted((run_dir / "eval").glob("*.json")):
         result = json.loads(file.read_text())
         _print_metrics(result["protocol"], result["results"])
@@ -269,8 +361,6 @@ def _refuse_existing(options: Namespace, out: Path, kind: Kind) -> None:
 
 def _missing_of_extras() -> dict[str, list[str]]:
     """Packages that are not installed, by optional part of this package."""
-    from packaging.requirements import Requirement
-
     names = metadata.metadata("raev2").get_all("Provides-Extra") or []
     missing: dict[str, list[str]] = {name: [] for name in names if name != "dev"}
     for requirement in map(Requirement, metadata.requires("raev2") or []):

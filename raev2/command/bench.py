@@ -15,18 +15,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from raev2.batch import Measurement
-from raev2.errors import SpecError, did_you_mean
 from raev2.files.artefact import write_json
-from raev2.task import usable_tasks
-
-if TYPE_CHECKING:
-    from raev2.model.generator import Generator
+from raev2.flow import interpolate, training_loss
+from raev2.model.condition import LabelCondition
+from raev2.model.generator import Generator
+from raev2.sampler import sample_latents
+from raev2.spec import CFG, DDTSpec, FlowSpec, Guidance, InternalGuidance, MuonSpec, NoGuidance, SamplingSpec
+from raev2.task import check_known, usable_tasks
+from raev2.training.optim import build_optimizer
+from raev2.training.run import cpu_name, update
 
 Benchmark = Callable[[], "list[Measurement]"]
 ROUNDS = 7
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def timed(functions: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
@@ -39,7 +45,8 @@ def timed(functions: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> d
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            _wait_for_device()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -57,11 +64,7 @@ def run_benchmarks(names: Sequence[str] = (), json_file: Path | None = None) -> 
     """Run benchmarks by name (default: all) and, with `json_file`, write them with the machine's description."""
     known = benchmarks()
     for name in names:
-        if name not in known:
-            raise SpecError(
-                "raev2 bench", "unknown benchmark", got=repr(name), expected=f"one of {', '.join(known)}",
-                hint=did_you_mean(name, known),
-            )  # fmt: skip
+        check_known("raev2 bench", "unknown benchmark", name, known)
     results = {name: known[name]() for name in names or known}
     if json_file is not None:
         rows = {name: [asdict(row) for row in found] for name, found in results.items()}
@@ -71,10 +74,6 @@ def run_benchmarks(names: Sequence[str] = (), json_file: Path | None = None) -> 
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    import torch
-
-    from raev2.training.run import cpu_name
-
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -100,38 +99,24 @@ def table(results: Mapping[str, Sequence[Measurement]]) -> str:
 
 def small_generator() -> Generator:
     """A DiT^DH of the embedded recipes' size, random weights: 192 wide, 8 blocks, 8 x 8 latents of 192 channels."""
-    import torch
-
-    from raev2.model.condition import LabelCondition
-    from raev2.model.generator import Generator
-    from raev2.spec import DDTSpec, FlowSpec
-
     torch.manual_seed(0)
     network = DDTSpec(
         width=192, depth=8, num_heads=3, head_width=384, head_depth=2, head_num_heads=6, base_head_depth=4
     )
-    return Generator(network, LabelCondition(num_classes=100), FlowSpec(), (192, 8, 8)).to(_device())
+    return Generator(network, LabelCondition(num_classes=100), FlowSpec(), (192, 8, 8)).to(DEVICE)
 
 
 def bench_generator() -> list[Measurement]:
     """A training step (forward, backward, optimizer) in bf16 autocast and in float32."""
-    import torch
-
-    from raev2.flow import interpolate, training_loss
-    from raev2.spec import MuonSpec
-    from raev2.training.optim import build_optimizer
-    from raev2.training.run import update
-
-    batch_size, device = 32, _device()
-    generator = small_generator()
+    batch_size, generator = 32, small_generator()
     optimizer = build_optimizer(generator, MuonSpec(), 1e-3)
-    latents = torch.randn(batch_size, *generator.latent_shape, device=device)
-    cond = {"label": torch.zeros(batch_size, dtype=torch.int64, device=device)}
-    t = torch.linspace(0.1, 0.9, batch_size, device=device)
+    latents = torch.randn(batch_size, *generator.latent_shape, device=DEVICE)
+    cond = {"label": torch.zeros(batch_size, dtype=torch.int64, device=DEVICE)}
+    t = torch.linspace(0.1, 0.9, batch_size, device=DEVICE)
 
     def step(autocast: bool) -> None:
         point = interpolate(latents, torch.randn_like(latents), t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             output = generator(point.z_t, point.t, cond)
         loss = training_loss(output, point, latents, generator.flow).total
         loss.backward()
@@ -146,15 +131,9 @@ def bench_generator() -> list[Measurement]:
 
 def bench_sampling() -> list[Measurement]:
     """Latents of 16 images in 10 Euler steps for each kind of guidance; network only, no decoder."""
-    import torch
-
-    from raev2.sampler import sample_latents
-    from raev2.spec import CFG, InternalGuidance, NoGuidance, SamplingSpec
-
-    count, device = 16, _device()
-    generator = small_generator().eval()
-    noise = torch.randn(count, *generator.latent_shape, device=device)
-    cond = {"label": torch.zeros(count, dtype=torch.int64, device=device)}
+    count, generator = 16, small_generator().eval()
+    noise = torch.randn(count, *generator.latent_shape, device=DEVICE)
+    cond = {"label": torch.zeros(count, dtype=torch.int64, device=DEVICE)}
     settings = {
         "none": NoGuidance(),
         "internal": InternalGuidance(scale=1.5),
@@ -162,7 +141,7 @@ def bench_sampling() -> list[Measurement]:
         "cfg in [0.1, 0.6]": CFG(scale=2.0, interval=(0.1, 0.6)),
     }
 
-    def run(guidance: Any) -> Callable[[], Any]:
+    def run(guidance: Guidance) -> Callable[[], Any]:
         return lambda: sample_latents(generator, cond, noise, SamplingSpec(steps=10, guidance=guidance))
 
     seconds = timed({name: run(guidance) for name, guidance in settings.items()}, rounds=5)
@@ -170,16 +149,3 @@ def bench_sampling() -> list[Measurement]:
         Measurement(f"guidance {name}", count / value, "images/s", f"{seconds['none'] / value:.2f} of no guidance")
         for name, value in seconds.items()
     ]
-
-
-def _device() -> Any:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _wait_for_device() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The `raev2` command: parse, then one function a command. Those that work on a run are here, the others in actions.py.
+"""The `raev2` command: parse, then one function a command. `train` is here, the others are in actions.py.
 
 No heavy import at the top: `raev2 --help` loads neither torch nor a plugin.
 """
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raev2.errors import RaeError
-    from raev2.spec import RunSpec, SamplingSpec
     from raev2.task import Task
 
 from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
@@ -233,8 +231,8 @@ def _run(argv: list[str]) -> int:
     if options.command is None:
         parser().print_help()
         return 0
-    if options.command in RUN_COMMANDS:
-        return RUN_COMMANDS[options.command](options)
+    if options.command == "train":
+        return train(options)
     from raev2.command import actions
 
     return actions.COMMANDS[options.command](options)
@@ -298,7 +296,7 @@ def command_sentences(commands: Mapping[str, Callable[..., Any]]) -> list[tuple[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands that work on a run
+# Train
 
 
 def train(options: Namespace) -> int:
@@ -317,7 +315,7 @@ def train(options: Namespace) -> int:
     run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
     if options.dry_run:
         actions._print_sizes(task, spec)
-        print(f"\ndata {spec.data.dir}: {_data_state(spec)}")
+        print(f"\ndata {spec.data.dir}: {actions._data_state(spec)}")
         print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
         return 0
     if options.max_time is not None and not 0 < options.max_time < 1e6:
@@ -338,117 +336,6 @@ def train(options: Namespace) -> int:
     if dist.is_main():
         actions._print_results(run_dir)
     return 0
-
-
-def sample(options: Namespace) -> int:
-    """`raev2 sample`."""
-    from raev2 import pipeline
-    from raev2.command import actions
-    from raev2.files.replace import SAMPLES
-    from raev2.spec_io import load_spec
-
-    _check_positive("--n", options.n)
-    _check_positive("--steps", options.steps)
-    _check_positive("--seed", options.seed, least=0)
-    run_dir = pipeline.find_run(options.run, options.task)
-    out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
-    actions._refuse_existing(options, out, SAMPLES)
-    sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
-    given = {name: value for name in ("n", *options.conditions) if (value := getattr(options, name)) is not None}
-    pipeline.sample_run(run_dir, given, sampling, options.seed, out=out)
-    print(f"guidance: {_plan(sampling)}\n{out / 'grid.png'}")
-    return 0
-
-
-def reconstruct(options: Namespace) -> int:
-    """`raev2 reconstruct`."""
-    from raev2 import pipeline
-    from raev2.command import actions
-    from raev2.files.replace import RECONSTRUCTIONS
-
-    out = Path(options.out)
-    actions._refuse_existing(options, out, RECONSTRUCTIONS)
-    rows = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
-    shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
-    mean = ("mean", *(f"{sum(float(row[i]) for row in shown) / len(shown):.4f}" for i in (1, 2, 3)))
-    actions._print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
-    print(f"\n{out / 'grid.png'}")
-    return 0
-
-
-def evaluate(options: Namespace) -> int:
-    """`raev2 eval`."""
-    from raev2 import pipeline
-    from raev2.command import actions
-
-    run_dir = pipeline.find_run(options.run, options.task)
-    for protocol, results in pipeline.evaluate_run(run_dir, options.protocol or ()).items():
-        actions._print_metrics(protocol, map(vars, results))
-    print(f"\n{run_dir / 'eval'}")
-    return 0
-
-
-def report(options: Namespace) -> int:
-    """`raev2 report`."""
-    from raev2.files.damage import damaged
-    from raev2.pipeline import find_run
-    from raev2.report.page import write_report
-
-    run_dir = find_run(options.run, options.task)
-    with damaged(run_dir):
-        print(write_report(run_dir))
-    return 0
-
-
-RUN_COMMANDS: dict[str, Callable[[Namespace], int]] = {
-    "train": train, "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
-}  # fmt: skip
-
-
-def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
-    """The run's sampling settings with the options of the command line in their place."""
-    from pydantic import ValidationError
-
-    from raev2.spec import Guidance
-
-    guidance: dict[str, Any] = default.guidance.model_dump()
-    if options.guidance is not None and options.guidance != guidance["kind"]:
-        guidance = {"kind": options.guidance}
-    given = {"scale": options.scale, "interval": options.interval, "weak": options.weak}
-    guidance |= {name: value for name, value in given.items() if value is not None}
-    try:
-        spec = Guidance.model_validate(guidance)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0])  # for an interval, which end follows
-        if first["type"] == "extra_forbidden":
-            raise SpecError(f"--{field}", f"has no effect with guidance {guidance['kind']}") from None
-        got = None if first["type"] in ("missing", "value_error") else guidance[field]
-        what = first["msg"].removeprefix("Value error, ")
-        raise SpecError(f"--{field}", f"guidance {guidance['kind']}: {what.lower()}", got=got) from None
-    return default.replace(guidance=spec, steps=options.steps or default.steps)
-
-
-def _check_positive(option: str, value: int | None, least: int = 1) -> None:
-    if value is not None and not least <= value < 2**63:
-        raise SpecError(option, "not usable", got=value, expected=f"a number >= {least}")
-
-
-def _plan(sampling: SamplingSpec) -> str:
-    settings = ", ".join(f"{name} {value}" for name, value in sampling.guidance.model_dump().items() if name != "kind")
-    return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
-
-
-def _data_state(spec: RunSpec) -> str:
-    from raev2.files.manifest import read_manifest
-    from raev2.task import get_data_recipe
-
-    if (Path(spec.data.dir) / "manifest.json").is_file():
-        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
-    if spec.data.recipe is None:
-        return "missing, and data.recipe is null"
-    recipe = get_data_recipe(spec.data.recipe)
-    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
 
 
 if __name__ == "__main__":

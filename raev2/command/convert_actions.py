@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import yaml
+from accelerate import init_empty_weights
+from pydantic import ValidationError
 
 from raev2.errors import CheckpointError, SpecError
-from raev2.files.artefact import write_json
+from raev2.files.artefact import FILES, load_artefact, load_strict, save_artefact, write_json
 from raev2.files.replace import EXPORT, new_folder
-from raev2.spec_io import override_values
-
-if TYPE_CHECKING:
-    from raev2.interop.files import Source
-    from raev2.spec import AnySpec, EncoderSpec, TokenizerSpec
-    from raev2.tokenizer.decoder import ViTDecoder
-    from raev2.tokenizer.encoders import FrozenEncoder
-    from raev2.tokenizer.latent_stats import LatentStats
-    from raev2.tokenizer.rae import RAE
+from raev2.interop.autoencoders import export_autoencoder, import_autoencoder
+from raev2.interop.decoders import HEADS, decoder_spec, decoder_tensors, export_decoder, import_decoder
+from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
+from raev2.interop.files import Source, generator_part, read_config, read_source, tokenizer_part
+from raev2.interop.generators import convert_generator, export_generator, generator_config, nearest_multiples
+from raev2.interop.stats import export_stats, import_stats
+from raev2.pipeline import GENERATOR, TOKENIZER, load_generator, tokenizer_of
+from raev2.report.page import direction
+from raev2.spec import EncoderSpec, TokenizerSpec
+from raev2.spec_io import AnySpec, load_spec, override_values
+from raev2.tokenizer.decoder import ViTDecoder
+from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
+from raev2.tokenizer.latent_stats import LatentStats
+from raev2.tokenizer.rae import RAE
 
 Rows = list[tuple[str, str]]
+NOTE = "note"  # name of a row whose text is no file
 ORIGINS = {"rae": "RAE (v1)", "raev2": "RAEv2"}
 LICENCES = {
     "RAE (v1)": "Weights published with RAE come with code under the MIT licence.",
@@ -39,8 +50,6 @@ TERMS = "The terms of these weights are those of the place they were published a
 
 def import_weights(options: Namespace) -> Rows:
     """Write the artefact folder `options.out` from `options.src`; what was found and done, as rows to print."""
-    from raev2.interop.files import read_source
-
     out = Path(options.out)
     source = read_source(options.src)
     if source.kind == "statistics":
@@ -60,7 +69,9 @@ def import_weights(options: Namespace) -> Rows:
         return _import_generator(source, options, out)
     with _scratch(out) as folder:
         if source.kind == "autoencoder":
-            rae, rows = _import_autoencoder(source, Path(folder))
+            rae = import_autoencoder(source.tensors, source.config, Path(folder) / "encoder")
+            rae.extra = _extra(source, source.layout)
+            rows = [("found", source.layout), *_tokenizer_rows(rae)]
         else:
             rae, rows = _import_tokenizer(source, options)
         rae.save_pretrained(out)
@@ -68,10 +79,6 @@ def import_weights(options: Namespace) -> Rows:
 
 
 def _import_generator(source: Source, options: Namespace, out: Path) -> Rows:
-    from raev2.files.artefact import save_artefact
-    from raev2.interop.files import generator_part, read_config
-    from raev2.interop.generators import convert_generator
-
     config = override_values(generator_part(read_config(options.config)) if options.config else {}, options.overrides)
     generator, conversion = convert_generator(source.tensors, config)
     generator.extra = _extra(source, source.layout.partition(" DiT")[0].partition(" Lightning")[0])
@@ -90,41 +97,22 @@ def _import_generator(source: Source, options: Namespace, out: Path) -> Rows:
     ]
 
 
-def _import_autoencoder(source: Source, folder: Path) -> tuple[RAE, Rows]:
-    from raev2.interop.autoencoders import import_autoencoder
-
-    rae = import_autoencoder(source.tensors, source.config, folder / "encoder")
-    rae.extra = _extra(source, source.layout)
-    return rae, [("found", source.layout), *_tokenizer_rows(rae)]
-
-
 def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
-    from accelerate import init_empty_weights
-
-    from raev2.interop.decoders import decoder_spec, decoder_tensors, import_decoder
-    from raev2.interop.files import read_source
-    from raev2.interop.stats import import_stats
-    from raev2.spec import TokenizerSpec
-    from raev2.tokenizer.encoders import build_encoder
-    from raev2.tokenizer.rae import RAE
-
-    given = _given_tokenizer(options)
-    origin = _origin(options, given.config)
-    decoder, latent_dim, grid = decoder_spec(decoder_tensors(source.tensors), given.decoder)
-    encoder = build_encoder(given.encoder, grid, source=options.encoder_dir)
+    config, encoder_spec, decoder_fields, noise = _given_tokenizer(options)
+    origin = _origin(options, config)
+    decoder, latent_dim, grid = decoder_spec(decoder_tensors(source.tensors), decoder_fields)
+    encoder = build_encoder(encoder_spec, grid, source=options.encoder_dir)
     if encoder.width != latent_dim:
         raise CheckpointError(
             str(source.path), "the decoder belongs to another encoder", got=f"latents of width {latent_dim}",
             expected=f"{encoder.width}, the width of {encoder.info.name}",
         )  # fmt: skip
-    _check_image_size(given.config, encoder, grid)
+    _check_image_size(config, encoder, grid)
     with init_empty_weights(include_buffers=False):
-        spec = _validated(
-            TokenizerSpec, {"encoder": given.encoder, "decoder": decoder, "grid": grid, **given.noise}, "--set "
-        )
+        spec = _validated(TokenizerSpec, {"encoder": encoder_spec, "decoder": decoder, "grid": grid, **noise}, "--set ")
         rae = RAE(spec, encoder)
     pixels = (encoder.info.mean, encoder.info.std) if origin == ORIGINS["rae"] else (None, None)
-    rae.decoder = import_decoder(source.tensors, {**given.decoder, "grid": grid}, *pixels)
+    rae.decoder = import_decoder(source.tensors, {**decoder_fields, "grid": grid}, *pixels)
 
     files = dict(source.files)
     notes: Rows = [("statistics", "none: give them with --stats, or compute them; without them nothing is encoded")]
@@ -144,22 +132,8 @@ def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
     return rae, [("found", _found(source, f"{source.layout} of {origin}")), *_tokenizer_rows(rae), *notes]
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What options and configuration say about a tokenizer."""
-
-    config: Mapping[str, Any]  # of the reference
-    encoder: EncoderSpec
-    decoder: Mapping[str, Any]
-    noise: Mapping[str, Any]
-
-
-def _given_tokenizer(options: Namespace) -> _Given:
-    from raev2.interop.decoders import HEADS
-    from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
-    from raev2.interop.files import read_config, tokenizer_part
-    from raev2.spec import EncoderSpec, TokenizerSpec
-
+def _given_tokenizer(options: Namespace) -> tuple[Mapping[str, Any], EncoderSpec, Mapping[str, Any], Mapping[str, Any]]:
+    """What options and configuration say: the reference's configuration, and our encoder, decoder and noise fields."""
     config = tokenizer_part(read_config(options.config)) if options.config else {}
     decoder: dict[str, Any] = {"heads": config[HEADS]} if HEADS in config else {}
     encoder: EncoderSpec | None = None
@@ -188,12 +162,10 @@ def _given_tokenizer(options: Namespace) -> _Given:
         raise SpecError(
             f"--set {unknown[0]}", "unknown field", expected=f"encoder.FIELD, noise_tau, {', '.join(sorted(known))}"
         )
-    return _Given(config, encoder, decoder | values, noise)
+    return config, encoder, decoder | values, noise
 
 
 def _validated(model: type[AnySpec], values: Mapping[str, Any], where: str) -> AnySpec:
-    from pydantic import ValidationError
-
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -215,8 +187,6 @@ def _origin(options: Namespace, config: Mapping[str, Any]) -> str:
 
 def _check_image_size(config: Mapping[str, Any], encoder: FrozenEncoder, grid: tuple[int, int]) -> None:
     """The pixels that a configuration of the reference states must give the decoder's tokens."""
-    from raev2.interop.generators import nearest_multiples
-
     for name, unit in (("resolution", 16), ("encoder_input_size", encoder.patch_size)):
         size = config.get(name)
         if size is None:
@@ -302,7 +272,7 @@ def export_weights(options: Namespace) -> Rows:
     with new_folder(out, EXPORT) as folder:
         rows = write(artefacts, folder)
         write_json(folder / "export.json", {"format_version": 1, "format": options.format, "run": str(options.run)})
-    return [(name, str(out / file) if file else text) for name, file, text in rows]
+    return [(name, text if name == NOTE else str(out / text)) for name, text in rows]
 
 
 def _scratch(out: Path) -> tempfile.TemporaryDirectory[str]:
@@ -311,16 +281,8 @@ def _scratch(out: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(dir=parent, prefix=".raev2-")
 
 
-Written = list[tuple[str, str, str]]  # name, file in the output folder, or else a text
-
-
 def _artefacts(path: Path) -> dict[str, Path]:
     """The tokenizer and generator of a run folder, or the one artefact that a folder is."""
-    import json
-
-    from raev2.pipeline import GENERATOR, TOKENIZER, tokenizer_of
-    from raev2.spec_io import load_spec
-
     if (path / "config.json").is_file():
         kind = json.loads((path / "config.json").read_text()).get("kind")
         if kind in (TOKENIZER, GENERATOR):
@@ -338,39 +300,30 @@ def _artefacts(path: Path) -> dict[str, Path]:
     return found
 
 
-def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Written:
+def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Rows:
     """decoder.pt, stats.pt and generator.pt as RAEv2 reads them, and config.yaml."""
-    import yaml
-
-    from raev2.interop.decoders import export_decoder
-    from raev2.interop.generators import export_generator, generator_config
-    from raev2.interop.stats import export_stats
-    from raev2.pipeline import load_generator
-
     config: dict[str, Any] = {}
-    rows: Written = []
+    rows: Rows = []
     if "tokenizer" in artefacts:
         spec, decoder, stats = _read_tokenizer(artefacts["tokenizer"])
         _save_pickle(export_decoder(decoder), out / "decoder.pt")
         config["stage_1"] = spec.model_dump(mode="json")
-        rows.append(("decoder", "decoder.pt", ""))
+        rows.append(("decoder", "decoder.pt"))
         if stats is not None:
             _save_pickle(export_stats(stats), out / "stats.pt")
-            rows.append(("statistics", "stats.pt", ""))
+            rows.append(("statistics", "stats.pt"))
     if "generator" in artefacts:
         generator = load_generator(artefacts["generator"])
         config["stage_2"] = generator_config(generator)
         _save_pickle(export_generator(generator), out / "generator.pt")
-        rows.append(("generator", "generator.pt", ""))
+        rows.append(("generator", "generator.pt"))
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    return [*rows, ("config", "config.yaml", "")]
+    return [*rows, ("config", "config.yaml")]
 
 
 def _save_pickle(tensors: Mapping[str, Any], file: Path) -> None:
     """`torch.save`, whose own error of a full disk is none of files."""
     import io
-
-    import torch
 
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
@@ -379,11 +332,6 @@ def _save_pickle(tensors: Mapping[str, Any], file: Path) -> None:
 
 def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats | None]:
     """Spec, decoder and statistics of a tokenizer artefact; its encoder is not needed."""
-    from raev2.files.artefact import load_artefact, load_strict
-    from raev2.spec import TokenizerSpec
-    from raev2.tokenizer.decoder import ViTDecoder
-    from raev2.tokenizer.latent_stats import LatentStats
-
     config, tensors, _ = load_artefact(path, kind="tokenizer")
     if config["tokenizer"].get("kind", "rae") != "rae":
         raise CheckpointError(
@@ -397,11 +345,8 @@ def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats 
     return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
 
 
-def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Written:
+def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Rows:
     """The tokenizer as an AutoencoderRAE; diffusers has no class for the generators."""
-    from raev2.interop.autoencoders import export_autoencoder
-    from raev2.tokenizer.rae import RAE
-
     if "tokenizer" not in artefacts:
         raise CheckpointError(
             "--format diffusers", "diffusers has a class for tokenizers only", got="a generator",
@@ -409,21 +354,17 @@ def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Written:
         )  # fmt: skip
     rae = RAE.from_pretrained(artefacts["tokenizer"])
     export_autoencoder(rae).save_pretrained(out)
-    rows: Written = [("AutoencoderRAE", "config.json", "")]
+    rows: Rows = [("AutoencoderRAE", "config.json")]
     if rae.spec.encoder.antialias:
-        rows.append(
-            ("note", "", "diffusers never antialiases: outputs are equal for images of the encoder's input size")
-        )
+        rows.append((NOTE, "diffusers never antialiases: outputs are equal for images of the encoder's input size"))
     if "generator" in artefacts:
-        rows.append(("note", "", "the generator was left out: diffusers has no class for it"))
+        rows.append((NOTE, "the generator was left out: diffusers has no class for it"))
     return rows
 
 
-def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Written:
+def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Rows:
     """Complete artefact folders with the run's numbers in their model cards; each is a repository for the hub."""
-    from raev2.files.artefact import FILES
-
-    rows: Written = []
+    rows: Rows = []
     for kind, folder in artefacts.items():
         (out / kind).mkdir()
         for name in FILES:
@@ -433,16 +374,12 @@ def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Written:
                 shutil.copy(folder / name, out / kind / name)
         card = out / kind / "README.md"
         card.write_text(card.read_text().rstrip() + "\n" + _evaluations(folder.parent / "eval", kind))
-        rows.append((kind, kind, ""))
+        rows.append((kind, kind))
     return rows
 
 
 def _evaluations(folder: Path, kind: str) -> str:
     """The results of a run that concern a part, as a section of its model card."""
-    import json
-
-    from raev2.report.page import direction
-
     sections = []
     for file in sorted(folder.glob("*.json")):
         result = json.loads(file.read_text())

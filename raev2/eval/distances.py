@@ -148,32 +148,6 @@ def precision_recall(
     )
 
 
-def inception_score(probabilities: Float[Tensor, "S K"], num_splits: int = 10) -> tuple[float, float]:
-    """exp of the mean KL divergence of each image's class distribution from the average one: mean and spread of splits.
-
-    probabilities   class distribution of every image from a real classifier; rows sum to 1
-
-    Split s takes images s, s + num_splits, ...: mixed in class for every label policy, without a random permutation.
-
-    Source: Salimans et al., 2016, Improved techniques for training GANs
-    """
-    probabilities = probabilities.to("cpu", torch.float64)
-    if len(probabilities) < num_splits or not torch.allclose(
-        probabilities.sum(1), torch.tensor(1.0).double(), atol=1e-4
-    ):
-        raise DataError(
-            "inception score", "not class distributions", got=f"{len(probabilities)} rows",
-            expected=f"at least {num_splits} rows that sum to 1",
-        )  # fmt: skip
-    scores = []
-    for split in range(num_splits):
-        part = probabilities[split::num_splits]
-        divergence = (torch.special.entr(part.mean(0)) - torch.special.entr(part).mean(0)).sum()
-        scores.append(divergence.exp())
-    values = torch.stack(scores)
-    return float(values.mean()), float(values.std(correction=0))
-
-
 def _sqrt_psd(cov: Tensor) -> Tensor:
     """Symmetric square root; eigenvalues at the level of rounding are zero (rank deficiency), never negative."""
     values, vectors = torch.linalg.eigh(cov)

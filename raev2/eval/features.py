@@ -80,22 +80,14 @@ class InceptionFeatures(FeatureExtractor):
         file = _inception_weights()
         self.device = device
         self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file)
         ).to(device)
         self.fingerprint = json_sha256([self.preparation, file.name])  # the name holds the hash, which was checked
 
     def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
         """Pool features."""
-        return self._forward(images_u8)[0]
-
-    def probabilities(self, images_u8: ImagesU8) -> Float[Tensor, "B K"]:
-        """Class distribution without the bias of the last layer, as the Inception Score uses it."""
-        return self._forward(images_u8)[1].softmax(-1)
-
-    def _forward(self, images_u8: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            features, logits = self.network(images_u8.to(self.device))
-        return features.float().cpu(), logits.float().cpu()
+            return self.network(images_u8.to(self.device))[0].float().cpu()
 
 
 def build_extractor(name: str, device: torch.device) -> FeatureExtractor:
@@ -118,7 +110,7 @@ def frechet_about(extractor_name: str, sets: str) -> str:
 def load_encoder(name: str, device: torch.device) -> FrozenEncoder:
     """A frozen encoder at its usual input size, whatever the size of the images."""
     info = ENCODERS.get(name)
-    side = info.input_size // info.patch_size if info else 16
+    side = info.side if info else 16
     return build_encoder(EncoderSpec(name=name), (side, side)).to(device)
 
 

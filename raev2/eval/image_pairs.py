@@ -23,7 +23,8 @@ from raev2.shapes import ImagesU8
 from raev2.tokenizer.encoders import FrozenEncoder
 
 MAX_PSNR_DB = 100.0
-LPIPS_BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
+# Name of a backbone -> its model in torchvision, and the file of its weights.
+LPIPS_BACKBONES = {"vgg": ("vgg16", "vgg16-397923af.pth"), "alex": ("alexnet", "alexnet-owt-7be5be79.pth")}
 
 
 def psnr(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
@@ -62,7 +63,7 @@ class LPIPS(PairDistance):
             raise DataError(
                 f"weights {_lpips_file(backbone)}", f"LPIPS needs the {backbone} backbone of torchvision",
                 expected="the weights file in torch's cache",
-                hint=f"Run `python -c \"import torchvision; torchvision.models.{_TORCHVISION[backbone]}"
+                hint=f"Run `python -c \"import torchvision; torchvision.models.{LPIPS_BACKBONES[backbone][0]}"
                 "(weights='DEFAULT')\"` once with network, or copy the file there.",
             )  # fmt: skip
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -133,8 +134,5 @@ def build_pair_distance(name: str, device: torch.device) -> PairDistance:
     )  # fmt: skip
 
 
-_TORCHVISION = {"vgg": "vgg16", "alex": "alexnet"}
-
-
 def _lpips_file(backbone: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[backbone]
+    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[backbone][1]

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -253,11 +253,11 @@ def mean_and_error(values: Tensor) -> tuple[float, int, float | None]:
     return float(values.mean()), len(values), float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
-class SplitFeatures:
+class SplitFeatures(NamedTuple):
     """Features of a split: moments of all images, rows of at most `MANIFOLD_IMAGES` evenly spread ones."""
 
-    def __init__(self, moments: Moments, rows: Tensor) -> None:
-        self.moments, self.rows = moments, rows
+    moments: Moments
+    rows: Tensor
 
 
 def split_features(
@@ -305,15 +305,11 @@ def block_shuffle(images_u8: ImagesU8, indices: Sequence[int], blocks: int) -> I
     Pixels that are left over when the size does not divide are cropped at the right and bottom.
     """
     height, width = images_u8.shape[2] // blocks, images_u8.shape[3] // blocks
-    out = images_u8[:, :, : height * blocks, : width * blocks].clone()
-    for number, index in enumerate(indices):
-        order = torch.randperm(blocks**2, generator=torch.Generator().manual_seed(index)).tolist()
-        for target, source in enumerate(order):
-            (row, column), (from_row, from_column) = divmod(target, blocks), divmod(source, blocks)
-            out[number, :, row * height : (row + 1) * height, column * width : (column + 1) * width] = images_u8[
-                number, :, from_row * height : (from_row + 1) * height, from_column * width : (from_column + 1) * width
-            ]
-    return out
+    tiles = images_u8[:, :, : height * blocks, : width * blocks]
+    tiles = tiles.unflatten(3, (blocks, width)).unflatten(2, (blocks, height)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    orders = [torch.randperm(blocks**2, generator=torch.Generator().manual_seed(index)) for index in indices]
+    shuffled = torch.stack([own[order] for own, order in zip(tiles, orders, strict=True)])  # (B, blocks^2, 3, h, w)
+    return shuffled.unflatten(1, (blocks, blocks)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def run_protocol(
@@ -337,15 +333,10 @@ def run_protocol(
     with torch.no_grad():
         results = _results(evaluator, context)
     if eval_dir is not None and dist.is_main():
-        details = {**evaluator.describe(context), **(extra or {})}
-        write_result(
-            eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context,
-            {
-                "description": evaluator.description, "needs_generator": evaluator.needs_generator,
-                "preparation": context.dataset("val").preparation, **details,
-            },
-            images_seen=images_seen, ema_decay=ema_decay,
-        )  # fmt: skip
+        about = {"description": evaluator.description, "needs_generator": evaluator.needs_generator}
+        about |= {"preparation": context.dataset("val").preparation, **evaluator.describe(context), **(extra or {})}
+        name, file = evaluator.protocol, eval_dir / f"{evaluator.protocol}.json"
+        write_result(file, name, results, context, about, images_seen=images_seen, ema_decay=ema_decay)
     dist.barrier()
     return results
 

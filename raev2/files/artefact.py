@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,17 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
         raise CheckpointError(
             str(weights_file), "truncated or not a safetensors file", got=str(error), hint="Copy or download it again."
         ) from error
+
+
+def push_to_hub(save: Callable[[Path], Path], repo_id: str, kind: str, *, private: bool) -> str:
+    """Upload what `save` writes to the Hugging Face hub, as a model repository; returns the URL of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = save(Path(parent) / kind)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {kind}"))
 
 
 def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:

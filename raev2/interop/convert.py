@@ -21,11 +21,6 @@ from raev2.errors import CheckpointError
 Change = Callable[[str, int, Tensor], Tensor]
 
 
-def keep(name: str, start: int, value: Tensor) -> Tensor:
-    """No change."""
-    return value
-
-
 @dataclass(frozen=True)
 class Conversion:
     """Our tensors as functions of foreign ones.
@@ -39,7 +34,7 @@ class Conversion:
     tensors: Mapping[str, Tensor]
     names: Mapping[str, Sequence[str]]
     shapes: Mapping[str, torch.Size]
-    change: Change = keep
+    change: Change = lambda name, start, value: value
 
     def check(self, what: str) -> None:
         """Raise CheckpointError unless every foreign tensor finds its place; reads no values."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,8 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         except SafetensorError as error:
             raise CheckpointError(str(path), "truncated or not a safetensors file", got=str(error)) from error
     try:
-        content = _load(path)
+        mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             str(path), "holds Python objects besides tensors, which are not loaded because they can run code",
@@ -108,13 +110,6 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(str(path), "not a state dict", got=type(content).__name__, expected="tensors by name")
     return content
-
-
-def _load(path: Path) -> Any:
-    import zipfile
-
-    mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be mapped
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _read_folder(path: Path) -> Source:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from raev2.nn import Rope2D, swiglu_dim
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec
 
 UNMAPPED = ("conditioner.null_tokens",)  # without a counterpart there; empty in what comes from there
+_config_error = partial(CheckpointError, "reference config")
 NETWORKS = ("DiTwDDTHead", "DiTwDDTHeadIG", "LightningDiT", "LightningDiTIG")
 
 
@@ -51,11 +54,11 @@ def convert_generator(
     try:
         spec, condition = _network_spec(config, is_v1), _condition_spec(config, is_v1, tensors)
     except ValidationError as error:
-        raise CheckpointError("reference config", str(error.errors()[0]["msg"]), got=f"{dict(config)}") from error
+        raise _config_error(str(error.errors()[0]["msg"]), got=f"{dict(config)}") from error
     latent_shape = (int(config["in_channels"]), int(config["input_size"]), int(config["input_size"]))
     prediction = config.get("prediction", "velocity" if is_v1 else "x")
     if prediction not in ("x", "velocity"):
-        raise CheckpointError("reference config", "unknown prediction", got=prediction, expected="x or velocity")
+        raise _config_error("unknown prediction", got=prediction, expected="x or velocity")
     flow = FlowSpec(prediction=prediction)
     with init_empty_weights(include_buffers=False):
         generator = Generator(spec, condition, flow, latent_shape)
@@ -101,11 +104,9 @@ def generator_config(generator: Generator) -> dict[str, Any]:
     spec, condition = generator.network_spec, generator.condition_spec
     channels, rows, cols = generator.latent_shape
     if rows != cols:
-        raise CheckpointError(
-            "reference config", "has no place for this grid", got=f"{rows} x {cols}", expected="square"
-        )
+        raise _config_error("has no place for this grid", got=f"{rows} x {cols}", expected="square")
     if (prediction := generator.flow.prediction) not in ("x", "velocity"):
-        raise CheckpointError("reference config", "has no word for this prediction", got=prediction)
+        raise _config_error("has no word for this prediction", got=prediction)
     is_v1, is_ddt = spec.conditioning == "adaln", isinstance(spec, DDTSpec)
     config: dict[str, Any] = {
         "model": ("DiTwDDTHead" if is_ddt else "LightningDiT") + ("IG" if spec.base_head_depth else ""),
@@ -138,8 +139,8 @@ def generator_config(generator: Generator) -> dict[str, Any]:
         config |= {"condition_type": "nwm"}
         cond_arch |= {"n_action_tokens": condition.num_action_tokens}
     else:
-        raise CheckpointError(
-            "reference config", "has no place for this condition", got=condition.kind,
+        raise _config_error(
+            "has no place for this condition", got=condition.kind,
             expected="label, text, or frames with form=in_context",
         )  # fmt: skip
     if is_v1:
@@ -169,7 +170,8 @@ def infer_config(tensors: Mapping[str, Tensor], input_size: int | None = None) -
     config |= {"in_channels": embed.shape[1], "patch_size": embed.shape[2]}
 
     # Trunk and head share one list of blocks.
-    widths = _block_widths(tensors)
+    norms = takewhile(tensors.__contains__, (f"blocks.{i}.norm1.weight" for i in count()))
+    widths = [len(tensors[name]) for name in norms]
     head = _head_blocks(tensors, widths, is_v1) if is_ddt else 0
     stacks = [widths] if not is_ddt else [] if head is None else [widths[: len(widths) - head], widths[-head:]]
     tables = ("enc_rope", "dec_rope") if is_ddt else ("rope",)
@@ -231,13 +233,6 @@ def _infer_condition(
     return config if is_v1 else config | {"cond_arch": cond_arch}
 
 
-def _block_widths(tensors: Mapping[str, Tensor]) -> list[int]:
-    widths: list[int] = []
-    while (name := f"blocks.{len(widths)}.norm1.weight") in tensors:
-        widths.append(len(tensors[name]))
-    return widths
-
-
 def _head_blocks(tensors: Mapping[str, Tensor], widths: list[int], is_v1: bool) -> int | None:
     """How many of the blocks are head blocks; None where that cannot be seen (RAE v1 with equal widths)."""
     if is_v1:
@@ -248,10 +243,8 @@ def _head_blocks(tensors: Mapping[str, Tensor], widths: list[int], is_v1: bool) 
 
 
 def _head_dim(tensors: Mapping[str, Tensor], block: int, table: str) -> int | None:
-    for name in (f"blocks.{block}.attn.q_norm.weight", f"{table}.freqs_cos"):
-        if name in tensors:
-            return tensors[name].shape[-1]
-    return None
+    names = (f"blocks.{block}.attn.q_norm.weight", f"{table}.freqs_cos")
+    return next((tensors[name].shape[-1] for name in names if name in tensors), None)
 
 
 def _mlp_ratio(tensors: Mapping[str, Tensor], widths: list[int]) -> float:
@@ -269,9 +262,7 @@ def _complete(inferred: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     if "cond_arch" in inferred:
         config["cond_arch"] = {**inferred["cond_arch"], **(given.get("cond_arch") or {})}
     if config["model"] not in NETWORKS:
-        raise CheckpointError(
-            "reference config", "unknown model", got=config["model"], expected=f"one of {', '.join(NETWORKS)}"
-        )
+        raise _config_error("unknown model", got=config["model"], expected=f"one of {', '.join(NETWORKS)}")
     needed = ["input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads"]
     if config["model"].endswith("IG"):
         needed.append("base_model_depth")
@@ -281,8 +272,8 @@ def _complete(inferred: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     missing = [name for name in needed if name not in config]
     if missing:
         released = " (8 in all released RAEv2 configurations)" if "base_model_depth" in missing else ""
-        raise CheckpointError(
-            "reference config", f"the weights do not determine {', '.join(missing)}", got=f"entries {sorted(given)}",
+        raise _config_error(
+            f"the weights do not determine {', '.join(missing)}", got=f"entries {sorted(given)}",
             hint=f"Give them in the config{released}; on the command line with --config FILE or "
             f"--set {missing[0]}=VALUE.",
         )  # fmt: skip
@@ -291,24 +282,20 @@ def _complete(inferred: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
 
 def _network_spec(config: Mapping[str, Any], is_v1: bool) -> DDTSpec | DiTSpec:
     model = config["model"]
-    unsupported = {
-        "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False, "use_cfg_conds": False
-    }  # fmt: skip
+    unsupported = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False, "use_cfg_conds": False}
     for name, supported in unsupported.items():
         if config.get(name, supported) != supported:
-            raise CheckpointError(
-                "reference config", f"{name}={config[name]} is not supported", expected=str(supported)
-            )
+            raise _config_error(f"{name}={config[name]} is not supported", expected=str(supported))
     patch_sizes = {config["patch_size"]} if isinstance(config["patch_size"], int) else set(config["patch_size"])
     if len(patch_sizes) > 1 or (is_v1 and patch_sizes != {1}):
-        raise CheckpointError(
-            "reference config", "patch_size is not supported", got=config["patch_size"],
+        raise _config_error(
+            "patch_size is not supported", got=config["patch_size"],
             expected="1" if is_v1 else "one size for trunk and head",
         )  # fmt: skip
     patch_size = patch_sizes.pop()
     if config["input_size"] % patch_size:
-        raise CheckpointError(
-            "reference config", "input_size is not a multiple of patch_size", got=config["input_size"],
+        raise _config_error(
+            "input_size is not a multiple of patch_size", got=config["input_size"],
             expected=f"{' or '.join(map(str, nearest_multiples(config['input_size'], patch_size)))}",
         )  # fmt: skip
     trunk: dict[str, Any] = {
@@ -336,8 +323,8 @@ def _network_spec(config: Mapping[str, Any], is_v1: bool) -> DDTSpec | DiTSpec:
         head = {"head_width": head_width, "head_depth": head_depth, "head_num_heads": head_num_heads}
         return DDTSpec(width=width, depth=depth, num_heads=num_heads, **head, **trunk)
     except TypeError as error:
-        raise CheckpointError(
-            "reference config", f"{model} has a trunk and a head", got=f"hidden_size {sizes[0]}, depth {sizes[1]}",
+        raise _config_error(
+            f"{model} has a trunk and a head", got=f"hidden_size {sizes[0]}, depth {sizes[1]}",
             expected="two values each for hidden_size, depth and num_heads",
         ) from error  # fmt: skip
 
@@ -360,8 +347,8 @@ def _condition_spec(config: Mapping[str, Any], is_v1: bool, tensors: Mapping[str
     if kind == "nwm":
         num_action_tokens = cond_arch.get("n_action_tokens", 4)
         if "num_c_tokens" not in cond_arch:
-            raise CheckpointError(
-                "reference config", "the weights do not determine cond_arch.num_c_tokens",
+            raise _config_error(
+                "the weights do not determine cond_arch.num_c_tokens",
                 hint="It is frames * patches + action tokens + 1.",
             )  # fmt: skip
         needed = ["ctx_embedder.context_patch_embed.weight", "ctx_embedder.action_proj.weight"]
@@ -377,7 +364,7 @@ def _condition_spec(config: Mapping[str, Any], is_v1: bool, tensors: Mapping[str
             num_action_tokens=num_action_tokens,
             frame_positions=False,
         )
-    raise CheckpointError("reference config", "unknown condition_type", got=kind, expected="label, text or nwm")
+    raise _config_error("unknown condition_type", got=kind, expected="label, text or nwm")
 
 
 def _reference_names(generator: Generator) -> dict[str, list[str]]:
@@ -424,13 +411,10 @@ def _reference_names(generator: Generator) -> dict[str, list[str]]:
     blocks = [f"network.trunk.blocks.{i}" for i in range(spec.depth)]
     blocks += [f"network.head_blocks.{i}" for i in range(head_depth)]
     for i, block in enumerate(blocks):
-        theirs = f"blocks.{i}"
-        linear[f"{block}.attn.qkv"] = [f"{theirs}.attn.{part}" for part in (["qkv"] if is_v1 else "qkv")]
-        linear[f"{block}.attn.proj"] = [f"{theirs}.attn.proj"]
-        linear[f"{block}.mlp.w12"] = [f"{theirs}.mlp.{part}" for part in (["w12"] if is_v1 else ["w1", "w2"])]
-        linear[f"{block}.mlp.w3"] = [f"{theirs}.mlp.w3"]
-        for norm in ("norm1", "norm2", "attn.q_norm", "attn.k_norm"):
-            single[f"{block}.{norm}.weight"] = f"{theirs}.{norm}.weight"
+        same = ("norm1", "norm2", "attn.q_norm", "attn.k_norm", "attn.proj", "mlp.w3")
+        linear |= {f"{block}.{layer}": [f"blocks.{i}.{layer}"] for layer in same}
+        linear[f"{block}.attn.qkv"] = [f"blocks.{i}.attn.{part}" for part in (["qkv"] if is_v1 else "qkv")]
+        linear[f"{block}.mlp.w12"] = [f"blocks.{i}.mlp.{part}" for part in (["w12"] if is_v1 else ["w1", "w2"])]
 
     names = linear_names(linear)
     names |= {ours: [theirs] for ours, theirs in single.items()}

@@ -183,9 +183,7 @@ class NoConditioner(Conditioner):
     def forward(self, cond: Cond) -> None:
         return None
 
-    @override
-    def vector(self, cond: Cond) -> None:
-        return None
+    vector = forward
 
     @override
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ image tokens modulated in every block by time + condition (`"adaln"`, RAE v1).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -161,8 +162,7 @@ class Trunk(nn.Module):
         if self.spec.conditioning == "in_context":
             nn.init.normal_(self.time_tokens, std=self.spec.width**-0.5)
         else:
-            nn.init.zeros_(self.modulation.weight)
-            nn.init.zeros_(self.modulation.bias)
+            zero_init(self.modulation)
 
 
 def _mask(cond: CondTokens, num_before: int) -> Bool[Tensor, "B 1 1 NM"] | None:
@@ -185,8 +185,9 @@ class DiT(nn.Module):
 
     def __init__(self, spec: DiTSpec, latent_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        channels, self.rows, self.cols = _grid(spec, latent_shape)
+        channels, rows, cols = _grid(spec, latent_shape)
         self.patch_size = spec.patch_size
+        self._unpatchify = partial(unpatchify, patch_size=spec.patch_size, rows=rows, cols=cols)
         out_dim = channels * spec.patch_size**2
         self.trunk = Trunk(spec, latent_shape, final_modulation=spec.conditioning == "adaln")
         self.final = FinalLayer(spec.width, out_dim)
@@ -205,9 +206,6 @@ class DiT(nn.Module):
         pred = self._unpatchify(self.final(trunk.tokens, trunk.final_modulation))
         base_pred = None if self.base_final is None else self._unpatchify(self.base_final(trunk.base_tokens))
         return ModelOutput(pred, base_pred, trunk.hidden)
-
-    def _unpatchify(self, patches: Tensor) -> Tensor:
-        return unpatchify(patches, self.patch_size, self.rows, self.cols)
 
     def init_weights(self) -> None:
         """The trunk by its own table; final and base_final linear 0, so the first prediction is exactly 0.
@@ -239,15 +237,15 @@ class DDT(nn.Module):
 
     def __init__(self, spec: DDTSpec, latent_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        channels, height, width = latent_shape
-        self.trunk = Trunk(spec, latent_shape, silu_cond=True)
+        channels, rows, cols = _grid(spec, latent_shape)
         self.patch_size = spec.patch_size
-        self.rows, self.cols = height // spec.patch_size, width // spec.patch_size
+        self._unpatchify = partial(unpatchify, patch_size=spec.patch_size, rows=rows, cols=cols)
+        self.trunk = Trunk(spec, latent_shape, silu_cond=True)
         out_dim = channels * spec.patch_size**2
 
         self.join = nn.Identity() if spec.width == spec.head_width else nn.Linear(spec.width, spec.head_width)
         self.head_embed = PatchEmbed(channels, spec.head_width, spec.patch_size)
-        self.head_rope = Rope2D(spec.head_width // spec.head_num_heads, self.rows, self.cols)
+        self.head_rope = Rope2D(spec.head_width // spec.head_num_heads, rows, cols)
         self.head_blocks = nn.ModuleList(
             Block(spec.head_width, spec.head_num_heads, spec.mlp_ratio, spec.qk_norm) for _ in range(spec.head_depth)
         )
@@ -288,9 +286,6 @@ class DDT(nn.Module):
             u = F.silu(time + trunk.base_tokens)
             base_pred = self._unpatchify(self.base_final(u, self.base_modulation(F.silu(u))))
         return ModelOutput(pred, base_pred, trunk.hidden)
-
-    def _unpatchify(self, patches: Tensor) -> Tensor:
-        return unpatchify(patches, self.patch_size, self.rows, self.cols)
 
     def init_weights(self) -> None:
         """Initial values of DiT^DH; consequence: the first prediction of both heads is exactly 0.

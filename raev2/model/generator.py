@@ -8,7 +8,6 @@ generator = Generator.from_pretrained("my_generator")
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raev2.batch import Cond, FrameCache, ModelOutput
 from raev2.errors import SpecError
-from raev2.files.artefact import load_artefact, load_strict, save_artefact
+from raev2.files.artefact import load_artefact, load_strict, push_to_hub, save_artefact
 from raev2.files.damage import damaged
 from raev2.model.condition import ConditionSpec, LabelCondition, LatentShape, NoCondition, TextCondition
 from raev2.model.dit import DDT, DiT
@@ -136,13 +135,7 @@ class Generator(nn.Module):
 
     def push_to_hub(self, repo_id: str, *, card: str = "", private: bool = False) -> str:
         """Upload as a model repository of the Hugging Face hub; returns its address."""
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "generator", card=card)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "generator"))
+        return push_to_hub(lambda path: self.save_pretrained(path, card=card), repo_id, "generator", private=private)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def write_report(run_dir: str | Path) -> Path:
         "evaluations": [_evaluation(result, run_dir) for result in results],
         "history_charts": _history_charts(history, meanings), "ep_rows": ep_rows,
         "published": _published(spec), "stages": _stages(lines), "data": _flat(data),
-        "events": [line for line in lines if line.get("kind") == "event"], "provenance": _provenance(provenance),
+        "events": [line for line in lines if line.get("kind") == "event"],
+        "provenance": _flat({**provenance, "data": None}),
         "spec_text": spec_text, "glossary": glossary(meanings.values()), "version": __version__, "date": date,
     }  # fmt: skip
     template = (resources.files("raev2") / "assets" / "report.html.j2").read_text()
@@ -180,11 +181,10 @@ def _in_words(result: Mapping) -> list[str]:
 
 def _health(lines: Sequence[Mapping]) -> list[str]:
     skipped = sum(line.get("event") == "non_finite" for line in lines)
-    found = [f"Training steps skipped because loss or gradient was not finite: {skipped}."] if skipped else []
     unreadable = max((line.get("skipped_images", 0) for line in lines), default=0)
-    if unreadable:
-        found.append(f"Unreadable images replaced while training: {unreadable}.")
-    return found
+    steps = "Training steps skipped because loss or gradient was not finite"
+    counts = {steps: skipped, "Unreadable images replaced while training": unreadable}
+    return [f"{what}: {count}." for what, count in counts.items() if count]
 
 
 def _wall_seconds(lines: Sequence[Mapping]) -> float:
@@ -239,13 +239,16 @@ def _train_chart(
         if points:
             xs, ys = [x for x, _ in points], [y for _, y in points]
             series.append(Series(name, xs, smooth(ys, window), raw=ys if window > 1 else ()))
+    caption = f"{how[:1].upper()}{how[1:]}" + ("." if how else "")
+    return _chart(title, series, caption, linear=title in (LEARNING_RATE, IMAGES_PER_S))
+
+
+def _chart(title: str, series: Sequence[Series], caption: str, linear: bool = False) -> dict[str, Any] | None:
+    """Lines over images seen, on a logarithmic scale where they span a factor of 5; None without a finite value."""
     values = [y for line in series for y in line.ys if math.isfinite(y)]
-    if not values:
-        return None
-    log = min(values) > 0 and max(values) / min(values) > 5 and title not in (LEARNING_RATE, IMAGES_PER_S)
+    log = bool(values) and not linear and min(values) > 0 and max(values) / min(values) > 5
     svg = line_chart(series, title=title, x_label="images seen", log=log)
-    caption = f"{how[:1].upper()}{how[1:]}" + ("." if how else "") + (" Logarithmic scale." if log else "")
-    return {"title": title, "svg": svg, "caption": caption.strip()} if svg else None
+    return {"title": title, "svg": svg, "caption": (caption + " Logarithmic scale." * log).strip()} if svg else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,12 +283,10 @@ def _history_charts(history: History, meanings: Meanings) -> list[dict[str, Any]
         scale = _scale_of(protocol, name, meanings)
         series = [Series(name, [x for x, _ in points], [y for _, y in points], points=True)]
         series += [Series(row["name"], [0], [row["value"]], constant=True) for row in scale]
-        values = [y for line in series for y in line.ys]
-        log = min(values) > 0 and max(values) / min(values) > 5
-        svg = line_chart(series, title=name, x_label="images seen", log=log)
         caption = f"Protocol {protocol}." + (f" Better: {meaning['better']}." if meaning["better"] else "")
-        caption += (" Dashed: the scale." if scale else "") + (" Logarithmic scale." if log else "")
-        charts.append({"title": name, "svg": svg, "caption": caption, "headline": meaning["role"] == "headline"})
+        chart = _chart(name, series, caption + " Dashed: the scale." * bool(scale))
+        if chart:
+            charts.append({**chart, "headline": meaning["role"] == "headline"})
     return charts
 
 
@@ -321,19 +322,16 @@ def _scale_of(protocol: str, name: str, meanings: Meanings) -> list[Mapping]:
 
 
 def _evaluation(result: Mapping, run_dir: Path) -> dict[str, Any]:
-    reference = result.get("reference") or {}
-    parts = [str(result.get("description", "")).strip().capitalize()]
-    if result.get("images_seen") is not None:
-        ema = f", averaged with decay {result['ema_decay']}" if result.get("ema_decay") else ""
-        parts.append(f"Weights after {result['images_seen']:,} images{ema}")
-    if result.get("sampling"):
-        parts.append(f"Sampling: {_sampler(result['sampling'])}, guidance {_guidance(result['sampling'])}")
-    if result.get("label_policy"):
-        parts.append(f"Conditions: {result['label_policy']}")
-    if reference.get("fingerprint"):
-        parts.append(f"Reference {reference['fingerprint'][:12]}")
-    if result.get("date"):
-        parts.append(str(result["date"]))
+    reference, sampling = result.get("reference") or {}, result.get("sampling")
+    seen, decay = result.get("images_seen"), result.get("ema_decay")
+    parts = [
+        str(result.get("description", "")).strip().capitalize(),
+        f"Weights after {seen:,} images{f', averaged with decay {decay}' if decay else ''}" if seen is not None else "",
+        f"Sampling: {_sampler(sampling)}, guidance {_guidance(sampling)}" if sampling else "",
+        f"Conditions: {result['label_policy']}" if result.get("label_policy") else "",
+        f"Reference {reference['fingerprint'][:12]}" if reference.get("fingerprint") else "",
+        str(result.get("date") or ""),
+    ]
     rows = [
         {
             "name": entry["name"], "value": number(entry["value"]), "num_samples": f"{entry['num_samples']:,}",
@@ -435,10 +433,6 @@ def _grids(folder: Path, stage: str) -> list[dict[str, Any]]:
 def _train_samples(data: Mapping) -> int | None:
     train = (data.get("splits") or {}).get("train") or {}
     return train.get("num_samples") if isinstance(train, Mapping) else None
-
-
-def _provenance(provenance: Mapping) -> list[tuple[str, str]]:
-    return _flat({name: value for name, value in provenance.items() if name != "data"})
 
 
 def _published(spec: Mapping) -> list[dict[str, Any]]:

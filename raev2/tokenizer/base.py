@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from raev2.errors import SpecError
+from raev2.files.artefact import push_to_hub
 from raev2.shapes import Images, Latents
 
 AnyImages = Shaped[Tensor, "B 3 Hpx Wpx"]  # before the dtype was checked
@@ -50,13 +50,7 @@ class Tokenizer(nn.Module, ABC):
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload the artefact folder to the Hugging Face hub; returns the URL of the commit."""
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as parent:
-            folder = self.save_pretrained(Path(parent) / "tokenizer")
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload tokenizer"))
+        return push_to_hub(self.save_pretrained, repo_id, "tokenizer", private=private)
 
 
 def check_float(images: AnyImages, where: str) -> None:

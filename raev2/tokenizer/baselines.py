@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from torch.nn import functional as F
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
 from raev2.files.artefact import load_artefact, save_artefact
@@ -91,20 +92,13 @@ class VAETokenizer(Tokenizer):
     @torch.no_grad()
     def encode(self, images: AnyImages) -> Latents:
         """Images in [0, 1] -> normalised latents (the posterior's mode). No gradient."""
-        check_float(images, "VAETokenizer")
-        if tuple(images.shape[2:]) != tuple(self.spec.image_size):
-            images = torch.nn.functional.interpolate(images, self.spec.image_size, mode="bicubic", antialias=True)
-            images = images.clamp(0, 1)
-        return self._to_latents(images).float()
+        return self._to_latents(_resized(images, self)).float()
 
     def decode(self, latents: Latents, clamp: bool = True) -> Images:
         """Normalised latents -> images, clamped to [0, 1] unless `clamp` is False."""
         z, model = latents, self.model
         if hasattr(model, "bn"):
-            batch, channels, rows, cols = z.shape
-            z = z * self._bn_std() + model.bn.running_mean.view(1, -1, 1, 1)
-            z = z.view(batch, channels // 4, 2, 2, rows, cols).permute(0, 1, 4, 2, 5, 3)
-            z = z.reshape(batch, channels // 4, 2 * rows, 2 * cols)
+            z = F.pixel_shuffle(z * self._bn_std() + model.bn.running_mean.view(1, -1, 1, 1), 2)
         else:
             shift, scale = self._shift_and_scale(z)
             z = z / scale + shift
@@ -122,8 +116,7 @@ class VAETokenizer(Tokenizer):
         info = VAES.get(self.spec.name)
         terms = f"{info.licence} ({info.model_id})" if info else "those of its own source"
         card = f"# VAE latents: {self.spec.name}\n\nThe weights are not in this folder. Their terms: {terms}.\n"
-        config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": None}
-        return save_artefact(path, kind="tokenizer", config=config, tensors={}, card=card)
+        return _save(path, self.spec, card)
 
     def _to_latents(self, images: Tensor) -> Tensor:
         model, pixels = self.model, images * 2 - 1
@@ -132,10 +125,7 @@ class VAETokenizer(Tokenizer):
         else:
             z = model.encode(pixels).latent_dist.mode()
         if hasattr(model, "bn"):
-            batch, channels, rows, cols = z.shape
-            z = z.view(batch, channels, rows // 2, 2, cols // 2, 2).permute(0, 1, 3, 5, 2, 4)
-            z = z.reshape(batch, 4 * channels, rows // 2, cols // 2)
-            return (z - model.bn.running_mean.view(1, -1, 1, 1)) / self._bn_std()
+            return (F.pixel_unshuffle(z, 2) - model.bn.running_mean.view(1, -1, 1, 1)) / self._bn_std()
         shift, scale = self._shift_and_scale(z)
         return (z - shift) * scale
 
@@ -165,10 +155,7 @@ class PixelTokenizer(Tokenizer):
 
     def encode(self, images: AnyImages) -> Latents:
         """2 x - 1, at the size of the spec."""
-        check_float(images, "PixelTokenizer")
-        if tuple(images.shape[2:]) != tuple(self.spec.image_size):
-            images = torch.nn.functional.interpolate(images, self.spec.image_size, mode="bicubic", antialias=True)
-        return images.clamp(0, 1) * 2 - 1
+        return _resized(images, self).clamp(0, 1) * 2 - 1
 
     def decode(self, latents: Latents, clamp: bool = True) -> Images:
         """(x + 1) / 2."""
@@ -181,8 +168,20 @@ class PixelTokenizer(Tokenizer):
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write an artefact folder that holds the spec alone."""
-        config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": None}
-        return save_artefact(path, kind="tokenizer", config=config, tensors={}, card="# Pixels in [-1, 1]\n")
+        return _save(path, self.spec, "# Pixels in [-1, 1]\n")
+
+
+def _resized(images: Tensor, tokenizer: Tokenizer) -> Tensor:
+    check_float(images, type(tokenizer).__name__)
+    size = tokenizer.spec.image_size
+    if tuple(images.shape[2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def _save(path: str | Path, spec: VAESpec | PixelSpec, card: str) -> Path:
+    config = {"tokenizer": spec.model_dump(mode="json"), "stats": None}
+    return save_artefact(path, kind="tokenizer", config=config, tensors={}, card=card)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raev2.errors import SpecError
-from raev2.nn import attention, sincos_2d
+from raev2.nn import attention, sincos_2d, unpatchify
 from raev2.shapes import Images, Tokens
 from raev2.spec import DecoderSpec
 
@@ -49,7 +49,7 @@ class ViTDecoder(nn.Module):
         x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self._unpatchify(self.pred(self.norm(x[:, 1:])))
+        return unpatchify(self.pred(self.norm(x[:, 1:])), self.spec.patch_size, *self.grid)
 
     @property
     def last_layer(self) -> Tensor:
@@ -67,12 +67,6 @@ class ViTDecoder(nn.Module):
         x = x.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)  # (B, D, rows, columns)
         x = F.interpolate(x, self.grid, mode="bilinear", align_corners=False)
         return x.flatten(2).transpose(1, 2)  # (B, N, D)
-
-    def _unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, N, p * p * 3) in the order row, column, channel -> (B, 3, rows * p, columns * p)."""
-        p, (rows, columns) = self.spec.patch_size, self.grid
-        x = patches.view(patches.shape[0], rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(patches.shape[0], 3, rows * p, columns * p)
 
 
 class DecoderBlock(nn.Module):

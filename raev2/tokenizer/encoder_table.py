@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from raev2.errors import SpecError
@@ -33,59 +33,41 @@ class EncoderInfo:
     norm                default final norm per layer: without gain and bias (plain), with (affine), or none
     norm_eps            epsilon of that norm; None: the model's own
     gated               a licence must be accepted at the source before the weights may be used
-    input_size          pixels that give the usual token grid
+    side                rows and columns of the usual token grid
     """
 
     name: str
-    route: Literal["timm", "transformers", "local"]
     model_id: str
     width: int
     depth: int
     patch_size: int
-    mean: Triple
-    std: Triple
     num_prefix_tokens: int
     norm: Norm
     norm_eps: float | None
-    licence: str
-    gated: bool
-    input_size: int
+    _: KW_ONLY
+    route: Literal["timm", "transformers", "local"] = "timm"
+    mean: Triple = RGB_MEAN
+    std: Triple = RGB_STD
+    licence: str = "Apache-2.0"
+    gated: bool = False
+    side: int = 16
     note: str = ""
 
-
-def _timm(
-    name: str,
-    model_id: str,
-    width: int,
-    depth: int,
-    patch_size: int,
-    prefix: int,
-    norm: Norm,
-    eps: float | None,
-    *,
-    mean: Triple = RGB_MEAN,
-    std: Triple = RGB_STD,
-    licence: str = "Apache-2.0",
-    gated: bool = False,
-    note: str = "",
-) -> EncoderInfo:
-    return EncoderInfo(
-        name, "timm", model_id, width, depth, patch_size, mean, std, prefix, norm, eps, licence, gated,
-        16 * patch_size, note,
-    )  # fmt: skip
+    @property
+    def input_size(self) -> int:
+        """Pixels that give the usual token grid."""
+        return self.side * self.patch_size
 
 
 def _dinov2() -> list[EncoderInfo]:
     sizes = [("s", "small", 384, 12), ("b", "base", 768, 12), ("l", "large", 1024, 24), ("g", "giant", 1536, 40)]
-    registers = [
-        _timm(f"dinov2-{s}", f"vit_{size}_patch14_reg4_dinov2.lvd142m", width, depth, 14, 5, "plain", 1e-5)
+    return [
+        EncoderInfo(
+            f"dinov2-{s}{without}", f"vit_{size}_patch14{reg}_dinov2.lvd142m", width, depth, 14, prefix, "plain", 1e-5
+        )
+        for without, reg, prefix in [("", "_reg4", 5), ("-woreg", "", 1)]
         for s, size, width, depth in sizes
     ]
-    without = [
-        _timm(f"dinov2-{s}-woreg", f"vit_{size}_patch14_dinov2.lvd142m", width, depth, 14, 1, "plain", 1e-5)
-        for s, size, width, depth in sizes
-    ]
-    return registers + without
 
 
 def _dinov3() -> list[EncoderInfo]:
@@ -94,7 +76,7 @@ def _dinov3() -> list[EncoderInfo]:
         ("l16", "large", 1024, 24), ("h16plus", "huge_plus", 1280, 32), ("7b16", "7b", 4096, 40),
     ]  # fmt: skip
     return [
-        _timm(
+        EncoderInfo(
             f"dinov3-{s}", f"vit_{size}_patch16_dinov3.lvd1689m", width, depth, 16, 5, "plain", 1e-5,
             licence="DINOv3 License", gated=True, note="accept the licence at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads",
         )
@@ -104,7 +86,7 @@ def _dinov3() -> list[EncoderInfo]:
 
 def _eupe() -> list[EncoderInfo]:
     return [
-        _timm(
+        EncoderInfo(
             f"eupe-{s}16", f"vit_{size}_patch16_dinov3_qkvb.eupe_lvd1689m", width, 12, 16, 5, "plain", 1e-5,
             licence="FAIR Noncommercial Research License", gated=True, note="research use only",
         )
@@ -118,7 +100,7 @@ def _siglip2() -> list[EncoderInfo]:
         ("b", "base", 768, 12), ("l", "large", 1024, 24), ("so400m", "so400m", 1152, 27), ("g", "giantopt", 1536, 40)
     ]  # fmt: skip
     return [
-        _timm(
+        EncoderInfo(
             f"siglip2-{s}", f"vit_{size}_patch16_siglip_256.v2_webli", width, depth, 16, 0, "affine", 1e-6,
             mean=HALF, std=HALF,
         )
@@ -135,7 +117,7 @@ def _mae() -> list[EncoderInfo]:
         ("h", "huge_patch14", 1280, 32, 14),
     ]
     return [
-        _timm(f"mae-{s}", f"vit_{size}_224.mae", width, depth, patch, 1, "plain", 1e-12, licence="CC-BY-NC-4.0")
+        EncoderInfo(f"mae-{s}", f"vit_{size}_224.mae", width, depth, patch, 1, "plain", 1e-12, licence="CC-BY-NC-4.0")
         for s, size, width, depth, patch in sizes
     ]  # fmt: skip
 
@@ -147,8 +129,8 @@ def _webssl() -> list[EncoderInfo]:
     ]  # fmt: skip
     return [
         EncoderInfo(
-            f"webssl-{s}", "transformers", f"facebook/webssl-dino{model}", width, depth, 14, RGB_MEAN,
-            RGB_STD, 1, "affine", None, "CC-BY-NC-4.0", False, 224, "width and depth from the paper",
+            f"webssl-{s}", f"facebook/webssl-dino{model}", width, depth, 14, 1, "affine", None, route="transformers",
+            licence="CC-BY-NC-4.0", note="width and depth from the paper",
         )
         for s, model, width, depth in sizes
     ]  # fmt: skip
@@ -167,7 +149,7 @@ def _perception() -> list[EncoderInfo]:
         ("langpe-g", "lang_gigantic_patch14_448", 1536, 47, 14, 0),
     ]  # fmt: skip
     return [
-        _timm(name, f"vit_pe_{model}.fb", width, depth, patch, prefix, "none", None, mean=HALF, std=HALF)
+        EncoderInfo(name, f"vit_pe_{model}.fb", width, depth, patch, prefix, "none", None, mean=HALF, std=HALF)
         for name, model, width, depth, patch, prefix in rows
     ]
 
@@ -177,7 +159,7 @@ def _tipsv2() -> list[EncoderInfo]:
         ("b14", "base", 768, 12), ("l14", "large", 1024, 24), ("so14", "so400m", 1152, 27), ("g14", "giant", 1536, 40)
     ]  # fmt: skip
     return [
-        _timm(
+        EncoderInfo(
             f"tipsv2-{s}", f"vit_{size}_patch14_reg1_tipsv2.webli", width, depth, 14, 2, "plain", 1e-5,
             mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
         )
@@ -189,8 +171,8 @@ def _mocov3() -> list[EncoderInfo]:
     note = "no maintained hub copy: convert the original file to a local folder in our format"
     return [
         EncoderInfo(
-            f"mocov3-{s}", "local", f"mocov3-{s}", width, depth, 16, RGB_MEAN, RGB_STD, 1, "affine", 1e-6,
-            "CC-BY-NC-4.0", False, 256, note,
+            f"mocov3-{s}", f"mocov3-{s}", width, depth, 16, 1, "affine", 1e-6, route="local", licence="CC-BY-NC-4.0",
+            note=note,
         )
         for s, width, depth in [("s", 384, 12), ("b", 768, 12), ("l", 1024, 24)]
     ]  # fmt: skip
@@ -199,20 +181,20 @@ def _mocov3() -> list[EncoderInfo]:
 def _others() -> list[EncoderInfo]:
     return [
         EncoderInfo(
-            "micro", "local", "micro_encoder", 192, 6, 8, RGB_MEAN, RGB_STD, 1, "plain", 1e-6,
-            "Apache-2.0", False, 64, "packaged with raev2, works offline; for trying things out, not for results",
+            "micro", "micro_encoder", 192, 6, 8, 1, "plain", 1e-6, route="local", side=8,
+            note="packaged with raev2, works offline; for trying things out, not for results",
         ),
         # timm's plain '..._clip_224.openai' has exact GELU and is another network.
-        _timm(
+        EncoderInfo(
             "clip-l", "vit_large_patch14_clip_quickgelu_224.openai", 1024, 24, 14, 1, "none", None,
             mean=CLIP_MEAN, std=CLIP_STD, licence="MIT",
         ),
         # Through transformers because timm's id points to a pickle.
         EncoderInfo(
-            "ijepa-h", "transformers", "facebook/ijepa_vith14_1k", 1280, 32, 14, RGB_MEAN, RGB_STD, 0,
-            "affine", None, "CC-BY-NC-4.0", False, 224,
+            "ijepa-h", "facebook/ijepa_vith14_1k", 1280, 32, 14, 0, "affine", None, route="transformers",
+            licence="CC-BY-NC-4.0",
         ),
-        _timm(
+        EncoderInfo(
             "dino-s8", "vit_small_patch8_224.dino", 384, 12, 8, 1, "plain", 1e-6,
             note="trunk of the published discriminators",
         ),

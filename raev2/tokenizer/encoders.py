@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,11 +279,8 @@ class TransformersTrunk(Trunk):
         """See `Trunk`."""
         outputs: dict[int, Tensor] = {}
 
-        def keep(layer: int) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                outputs[layer] = output[0] if isinstance(output, tuple) else output
-
-            return hook
+        def keep(layer: int, module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[layer] = output[0] if isinstance(output, tuple) else output
 
         kwargs: dict[str, Any] = {}
         if "interpolate_pos_encoding" in self.arguments:
@@ -291,7 +289,7 @@ class TransformersTrunk(Trunk):
             num_tokens = (pixels.shape[2] // self.patch_size) * (pixels.shape[3] // self.patch_size)
             order = torch.arange(num_tokens, device=pixels.device, dtype=torch.float32)
             kwargs["noise"] = order.expand(pixels.shape[0], -1)
-        handles = [self.stack[0][layer].register_forward_hook(keep(layer)) for layer in layers]
+        handles = [self.stack[0][layer].register_forward_hook(partial(keep, layer)) for layer in layers]
         try:
             self.model(pixel_values=pixels, **kwargs)
         finally:
@@ -476,9 +474,9 @@ def _info_of_model(
     known = next((other for other in ENCODERS.values() if other.model_id == model_id), None)
     norm: Norm = "plain" if trunk.final_norm is not None else "none"
     return EncoderInfo(
-        name, route, model_id, trunk.width, trunk.depth, trunk.patch_size, _triple(mean), _triple(std),
-        trunk.num_prefix_tokens, known.norm if known else norm, known.norm_eps if known else None, licence,
-        False, 16 * trunk.patch_size,
+        name, model_id, trunk.width, trunk.depth, trunk.patch_size, trunk.num_prefix_tokens,
+        known.norm if known else norm, known.norm_eps if known else None,
+        route=route, mean=_triple(mean), std=_triple(std), licence=licence,
     )  # fmt: skip
 
 
@@ -488,11 +486,10 @@ def _triple(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _no_weights(name: str, info: EncoderInfo | None, url: str, error: Exception) -> CheckpointError:
-    hints = ["A local folder with config.json and model.safetensors is accepted in place of the name"]
+    hints = [f"They come from {url}"]
     if info is not None and info.gated:
-        hints.insert(0, f"Its licence ({info.licence}) must be accepted at {url} ({info.note})")
-    else:
-        hints.insert(0, f"They come from {url}")
+        hints = [f"Its licence ({info.licence}) must be accepted at {url} ({info.note})"]
+    hints.append("A local folder with config.json and model.safetensors is accepted in place of the name")
     if info is not None:
         hints.append(f"The nearest encoder with an open licence is {nearest_open_encoder(info).name!r}")
     reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -508,45 +505,31 @@ def _no_weights(name: str, info: EncoderInfo | None, url: str, error: Exception)
 
 def check_encoder(name: str, grid: tuple[int, int] = (16, 16)) -> list[Row]:
     """What `raev2 encoders check` prints: (check, ok, detail) per property an encoder must have."""
-    encoder = build_encoder(EncoderSpec(name=name), grid)
+    encoder, other = (build_encoder(EncoderSpec(name=name), (grid[0], cols)) for cols in (grid[1], 2 * grid[1]))
     height, width = encoder.input_size
     generator = torch.Generator().manual_seed(0)
     images = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), (height, width), mode="bilinear")
-    tokens = encoder(images)
-    rows: list[Row] = []
-
-    black_and_white = encoder.preprocess(torch.stack([torch.zeros_like(images[0]), torch.ones_like(images[0])]))
-    low, high = black_and_white[0].amin().item(), black_and_white[1].amax().item()
-    mean, std = encoder.info.mean, encoder.info.std
-    rows.append(("input", low <= 0 < high, f"[0, 1] becomes [{low:.2f}, {high:.2f}] with mean {mean}, std {std}"))
-
-    num_tokens = grid[0] * grid[1]
-    rows.append(
-        ("grid", tokens.shape == (2, num_tokens, encoder.width), f"{height} x {width} px: {tuple(tokens.shape)}")
-    )
-    other_grid = (grid[0], 2 * grid[1])
-    other = build_encoder(EncoderSpec(name=name), other_grid)
-    other_shape = other(images).shape
-    rows.append(
-        (
-            "second grid",
-            other_shape == (2, 2 * num_tokens, encoder.width),
-            f"{other.input_size[0]} x {other.input_size[1]} px: {tuple(other_shape)}",
-        )
-    )
-
-    trunk_prefix, prefix = encoder.trunk.num_prefix_tokens, encoder.info.num_prefix_tokens
-    rows.append(("prefix tokens", trunk_prefix == prefix, f"{prefix} dropped; the network has {trunk_prefix}"))
+    tokens, other_shape = encoder(images), tuple(other(images).shape)
+    same = torch.equal(tokens, encoder(images))
+    low, high = (encoder.preprocess(torch.full_like(images, value)) for value in (0, 1))
+    lowest, highest = low.amin().item(), high.amax().item()
+    trunk, info, num_tokens = encoder.trunk, encoder.info, grid[0] * grid[1]
+    num_prefix, dropped = trunk.num_prefix_tokens, info.num_prefix_tokens
     eps = f", eps {encoder._norm_eps:g}" if encoder.norm != "none" else ""
-    rows.append(("layers and norm", True, f"block {encoder.layers} of {encoder.depth}, norm {encoder.norm}{eps}"))
-
-    rows.append(("deterministic", torch.equal(tokens, encoder(images)), "same images, same tokens"))
     encoder.train()
-    unmoved = not any(module.training for module in encoder.trunk.modules())
-    trainable = sum(parameter.requires_grad for parameter in encoder.trunk.parameters())
-    rows.append(("frozen", unmoved and trainable == 0, f"train() changes nothing; {trainable} trainable parameters"))
-
-    feature_mean, feature_std = tokens.mean().item(), tokens.std().item()
-    finite = bool(torch.isfinite(tokens).all()) and feature_std > 0
-    rows.append(("features", finite, f"mean {feature_mean:.4f}, std {feature_std:.4f}"))
-    return rows
+    moved = any(module.training for module in trunk.modules())
+    trainable = sum(parameter.requires_grad for parameter in trunk.parameters())
+    mean, std = tokens.mean().item(), tokens.std().item()
+    finite = bool(torch.isfinite(tokens).all()) and std > 0
+    pixels = f"[0, 1] becomes [{lowest:.2f}, {highest:.2f}] with mean {info.mean}, std {info.std}"
+    other_size = f"{other.input_size[0]} x {other.input_size[1]} px"
+    return [
+        ("input", lowest <= 0 < highest, pixels),
+        ("grid", tokens.shape == (2, num_tokens, encoder.width), f"{height} x {width} px: {tuple(tokens.shape)}"),
+        ("second grid", other_shape == (2, 2 * num_tokens, encoder.width), f"{other_size}: {other_shape}"),
+        ("prefix tokens", num_prefix == dropped, f"{dropped} dropped; the network has {num_prefix}"),
+        ("layers and norm", True, f"block {encoder.layers} of {encoder.depth}, norm {encoder.norm}{eps}"),
+        ("deterministic", same, "same images, same tokens"),
+        ("frozen", not moved and trainable == 0, f"train() changes nothing; {trainable} trainable parameters"),
+        ("features", finite, f"mean {mean:.4f}, std {std:.4f}"),
+    ]

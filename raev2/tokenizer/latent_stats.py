@@ -31,21 +31,9 @@ class LatentStats:
     encoder: Mapping[str, Any]
     data: str = ""
 
-    def normalise(self, latents: Latents) -> Latents:
-        """(latents - mean) / sqrt(var + 1e-5)."""
-        return normalise(latents, self.mean, self.var)
-
-    def denormalise(self, latents: Latents) -> Latents:
-        """The inverse of `normalise`."""
-        return denormalise(latents, self.mean, self.var)
-
-    def check_encoder(self, fingerprint: Mapping[str, Any]) -> None:
-        """Raise CheckpointError unless these statistics belong to that encoder."""
-        check_same_encoder(self.encoder, fingerprint)
-
 
 class LatentStatsAccumulator:
-    """Streaming statistics in float64, exact up to rounding.
+    """Streaming statistics in float64 on the CPU, exact up to rounding.
 
     Batches and processes are merged with Chan's formula: with n = n_a + n_b and delta = mean_b - mean_a,
 
@@ -62,27 +50,13 @@ class LatentStatsAccumulator:
         """Add un-normalised latents."""
         values = latents.detach().double()
         mean = values.mean(dim=0)
-        self._merge(values.shape[0], mean, (values - mean).square().sum(dim=0))
+        self._merge(values.shape[0], mean.cpu(), (values - mean).square().sum(dim=0).cpu())
 
     def merge(self, other: LatentStatsAccumulator) -> None:
         """Add what another process has seen. Raises CheckpointError if it used another encoder."""
         check_same_encoder(self.encoder, other.encoder)
         if other.num_images:
             self._merge(other.num_images, other.mean, other.m2)
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors to send to another process; see `from_state`."""
-        return {"num_images": torch.tensor(self.num_images), "mean": self.mean, "m2": self.m2}
-
-    @classmethod
-    def from_state(
-        cls, state: Mapping[str, Tensor], encoder: Mapping[str, Any], data: str = ""
-    ) -> LatentStatsAccumulator:
-        """The inverse of `state`."""
-        accumulator = cls(encoder, data)
-        accumulator.num_images = int(state["num_images"])
-        accumulator.mean, accumulator.m2 = state["mean"], state["m2"]
-        return accumulator
 
     def result(self) -> LatentStats:
         """The statistics of everything added so far."""
@@ -93,9 +67,9 @@ class LatentStatsAccumulator:
 
     def _merge(self, num_images: int, mean: Tensor, m2: Tensor) -> None:
         total = self.num_images + num_images
-        delta = mean - self.mean.to(mean.device)
-        self.m2 = self.m2.to(mean.device) + m2 + delta.square() * (self.num_images * num_images / total)
-        self.mean = self.mean.to(mean.device) + delta * (num_images / total)
+        delta = mean - self.mean
+        self.m2 = self.m2 + m2 + delta.square() * (self.num_images * num_images / total)
+        self.mean = self.mean + delta * (num_images / total)
         self.num_images = total
 
 

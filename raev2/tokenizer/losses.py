@@ -18,6 +18,7 @@ from raev2.errors import CheckpointError
 from raev2.shapes import Images, Tokens
 from raev2.spec import FeatureLoss, LPIPSLoss
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder_for_pixels
+from raev2.training import dist
 
 Scalar = Float[Tensor, ""]
 Logits = Float[Tensor, "B N"]
@@ -122,15 +123,8 @@ def adaptive_weight(
         torch.autograd.grad(images_pred, last_layer, gradient, retain_graph=True)[0].float().norm()
         for gradient in (rec_grad, gan_grad)
     ]
-    rec_norm, gan_norm = _mean_over_processes(torch.stack(norms))
+    rec_norm, gan_norm = dist.mean_over_processes(torch.stack(norms))
     return (rec_norm / (gan_norm + 1e-6)).clamp(0, max_weight)
-
-
-def _mean_over_processes(values: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-        values = values / torch.distributed.get_world_size()
-    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from raev2.spec import TokenizerSpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
-from raev2.tokenizer.latent_stats import LatentStats, denormalise, normalise
+from raev2.tokenizer.latent_stats import LatentStats, check_same_encoder, denormalise, normalise
 
 
 class RAE(Tokenizer):
@@ -62,7 +62,7 @@ class RAE(Tokenizer):
 
     def set_stats(self, stats: LatentStats) -> None:
         """Use these statistics. Raises CheckpointError if they belong to another encoder or have another shape."""
-        stats.check_encoder(self.encoder.fingerprint())
+        check_same_encoder(stats.encoder, self.encoder.fingerprint())
         if not (tuple(stats.mean.shape) == tuple(stats.var.shape) == self.latent_shape):
             raise CheckpointError(
                 "latent statistics", "wrong shape", got=f"{tuple(stats.mean.shape)} and {tuple(stats.var.shape)}",

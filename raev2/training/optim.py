@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,28 +44,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def build_optimizer(
-    model: nn.Module, spec: AdamWSpec | MuonSpec, lr: float, parameters: Iterable[str] | None = None
-) -> torch.optim.Optimizer:
-    """The optimizer of a spec over the trained parameters of `model`, or those named in `parameters`."""
-    wanted = None if parameters is None else set(parameters)
-    trained = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (wanted is None or name in wanted)
-    }
+def build_optimizer(model: nn.Module, spec: AdamWSpec | MuonSpec, lr: float) -> torch.optim.Optimizer:
+    """The optimizer of a spec over the trained parameters of `model`."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if isinstance(spec, AdamWSpec):
         return torch.optim.AdamW(
             trained.values(), lr=lr, betas=spec.betas, weight_decay=spec.weight_decay, eps=spec.eps, foreach=True
         )
     muon, adamw = muon_routing(trained, spec.routing)
-    splits = _fused_splits(model)
-    return Muon(
-        [(trained[name], splits.get(name, (trained[name].shape[0],))) for name in muon],
-        [trained[name] for name in adamw],
-        spec,
-        lr,
-    )
+    # Row counts of the matrices that a fused weight holds (`FusedLinear.splits`).
+    splits = {f"{name}.weight": module.splits for name, module in model.named_modules() if hasattr(module, "splits")}
+    matrices = [(trained[name], splits.get(name, (trained[name].shape[0],))) for name in muon]
+    return Muon(matrices, [trained[name] for name in adamw], spec, lr)
 
 
 def muon_routing(parameters: dict[str, nn.Parameter], routing: str) -> tuple[list[str], list[str]]:
@@ -75,17 +65,9 @@ def muon_routing(parameters: dict[str, nn.Parameter], routing: str) -> tuple[lis
                    time MLP, modulation, output layers, norms, biases
     all_matrices   Muon: every 2-D parameter, as RAEv2 does
     """
-    muon = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.ndim == 2 and (routing != "hidden" or "blocks." in name)
-    ]
-    return muon, [name for name in parameters if name not in set(muon)]
-
-
-def _fused_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Row counts of the matrices that a fused weight holds (`FusedLinear.splits`), by parameter name."""
-    return {f"{name}.weight": module.splits for name, module in model.named_modules() if hasattr(module, "splits")}
+    hidden = routing == "hidden"
+    muon = {name: value.ndim == 2 and (not hidden or "blocks." in name) for name, value in parameters.items()}
+    return [name for name in parameters if muon[name]], [name for name in parameters if not muon[name]]
 
 
 # Polar Express coefficients (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, five iterations.

@@ -10,7 +10,6 @@ from raev2.eval.distances import (
     Moments,
     frechet_distance,
     frechet_stderr,
-    inception_score,
     moments_distance,
     precision_recall,
 )
@@ -102,11 +101,3 @@ def test_precision_counts_by_hand_and_does_not_depend_on_the_chunk_size():
     assert precision_recall(real, fake, chunk_size=7) == precision_recall(real, fake)
     with pytest.raises(DataError, match="too few images; got 3; expected > 3"):
         precision_recall(real[:3], fake)
-
-
-def test_inception_score_is_one_for_equal_and_the_class_count_for_certain_predictions():
-    assert inception_score(torch.full((100, 10), 0.1))[0] == pytest.approx(1)
-    certain = torch.eye(10).repeat_interleave(20, dim=0)  # sorted by class: splits must still be mixed
-    assert inception_score(certain)[0] == pytest.approx(10)
-    with pytest.raises(DataError, match="not class distributions"):
-        inception_score(torch.ones(100, 10))

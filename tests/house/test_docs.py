@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from raev2 import pipeline
-from raev2.command import cli
+from raev2.command import actions, cli
 from raev2.spec import FeatureLoss, RunSpec
 from raev2.spec_io import apply_overrides
 from raev2.task import Task, get_data_recipe, get_evaluators, get_recipe, get_task, installed_tasks
@@ -235,7 +235,7 @@ def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str])
         elif options.command == "show":
             assert any(options.recipe in get_task(task).recipes() for task in installed_tasks())
         elif options.command == "sample":
-            cli._sampling(get_recipe(get_task("imagenet"), "quickstart").sampling, options)
+            actions._sampling(get_recipe(get_task("imagenet"), "quickstart").sampling, options)
         elif options.command == "eval":
             task = get_task(options.task or "imagenet")
             get_evaluators(task, get_recipe(task, "quickstart"), options.protocol or [])

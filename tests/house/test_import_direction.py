@@ -26,13 +26,14 @@ ORDER = """
     files.damage files.hashes files.splits files.images files.picture_folder files.manifest files.replace
     files.artefact files.grid
     flow guidance sampler nn data
+    training.dist
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
     tokenizer.baselines tokenizer.losses tokenizer.discriminator
     model.dit model.condition model.frames model.generator
     task spec_io testing
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files
-    training.dist training.ema training.optim training.checkpoint training.lock training.run training.resume
+    training.ema training.optim training.checkpoint training.lock training.run training.resume
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
     train_tokenizer train_generator
     report.chart report.published report.page
