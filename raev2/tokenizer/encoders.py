@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from raev2.errors import CheckpointError, SpecError
 from raev2.shapes import Images, Tokens
@@ -239,8 +240,8 @@ class TimmTrunk(Trunk):
         self.num_prefix_tokens = model.num_prefix_tokens
         self.final_norm = model.norm if isinstance(model.norm, nn.LayerNorm) else None
 
+    @override
     def block_outputs(self, pixels: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """See `Trunk`."""
         outputs = self.model.forward_intermediates(  # type: ignore[operator]
             pixels, indices=list(layers), return_prefix_tokens=self.num_prefix_tokens > 0, norm=False,
             stop_early=True, output_fmt="NLC", intermediates_only=True,
@@ -275,8 +276,8 @@ class TransformersTrunk(Trunk):
         self.num_prefix_tokens = (1 if class_tokens else 0) + getattr(config, "num_register_tokens", 0)
         self.arguments = set(inspect.signature(model.forward).parameters)
 
+    @override
     def block_outputs(self, pixels: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """See `Trunk`."""
         outputs: dict[int, Tensor] = {}
 
         def keep(layer: int, module: nn.Module, inputs: Any, output: Any) -> None:

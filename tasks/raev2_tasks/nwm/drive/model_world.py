@@ -101,7 +101,7 @@ class ModelWorld:
         return as_frame(self.places.images([place], 0.0))
 
     def step(self, command: Poses, seconds: float) -> Frame:
-        """See `World.step`."""
+        """Move, and show what is seen."""
         self.session.sampling = self.session.sampling.replace(steps=self.sampler_steps)
         before = self.session.state
         latents = self.predictor.step(self.session, command, seconds)
@@ -109,7 +109,7 @@ class ModelWorld:
         return as_frame(self.predictor.context.decode(latents))
 
     def undo(self) -> None:
-        """See `World.undo`."""
+        """Take the last step back."""
         if self._states:
             self.session.state = self._states.pop()
 
@@ -148,11 +148,11 @@ class SimulatorWorld:
         return self._maze.place(self._start)
 
     def step(self, command: Poses, seconds: float) -> Frame:
-        """See `World.step`."""
+        """Move, and show what is seen."""
         return self._world.step(command, seconds)
 
     def undo(self) -> None:
-        """See `World.undo`."""
+        """Take the last step back."""
         self._world.undo()
 
     @property

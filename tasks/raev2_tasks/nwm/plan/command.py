@@ -160,7 +160,7 @@ class ToyGoals:
     spacing_m = 0.2
 
     def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
-        """See `GoalSource.goals`."""
+        """Planning problems, one after the other."""
         import torch
 
         def images(world: ToyWorld, poses: Array) -> torch.Tensor:

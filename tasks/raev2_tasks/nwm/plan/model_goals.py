@@ -26,7 +26,7 @@ class ModelGoals:
         self.spacing_m = float(self.context.dataset("train").manifest["spacing_m"])
 
     def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
-        """See `GoalSource.goals`."""
+        """Planning problems, one after the other."""
         places, predictor = places_ahead(self.context, num, seconds)
         times = [(step + 1) * spec.step_s for step in range(spec.num_steps(seconds))]
         for place in range(len(places)):

@@ -123,11 +123,11 @@ class ToyWorld:
 
     @property
     def pose(self) -> Poses:
-        """See `World.pose`."""
+        """Where it is."""
         return self._poses[-1]
 
     def reset(self, seed: int) -> Frame:
-        """See `World.reset`."""
+        """Start again."""
         rng = np.random.default_rng(seed)
         directions = np.arange(16, dtype=np.float64) * (math.pi / 8)
         while True:  # a place with room around it; more than half of the flat is
@@ -139,12 +139,12 @@ class ToyWorld:
         return self.render(self.pose[None])[0]
 
     def step(self, command: Poses, seconds: float) -> Frame:
-        """See `World.step`."""
+        """Move, and show what is seen."""
         self._poses.append(self.move(self.pose[None], np.asarray(command, dtype=np.float64)[None])[0])
         return self.render(self.pose[None])[0]
 
     def undo(self) -> None:
-        """See `World.undo`."""
+        """Take the last step back."""
         if len(self._poses) > 1:
             self._poses.pop()
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from typing_extensions import override
 
 from raev2.errors import DataError, SpecError, did_you_mean
 from raev2.files.hashes import json_sha256
@@ -172,24 +173,24 @@ class CaptionPieces(TextTokenizer):
         self.model = SentencePieceProcessor(model_file=str(CAPTION_MODEL))
         self.pad_id = self.model.pad_id()
 
+    @override
     def ids(self, caption: str) -> list[int]:
-        """See `TextTokenizer.ids`."""
         return [*self.model.encode(caption), self.model.eos_id()]
 
+    @override
     def cut(self, ids: list[int]) -> list[int]:
-        """See `TextTokenizer.cut`."""
         return ids if len(ids) <= self.max_tokens else [*ids[: self.max_tokens - 1], ids[-1]]
 
 
 class HashedWords(TextTokenizer):
     """Lower-case words by a hash of their letters; the tokenizer of the encoder 'hash'."""
 
+    @override
     def ids(self, caption: str) -> list[int]:
-        """See `TextTokenizer.ids`."""
         return [1 + zlib.crc32(word.encode()) % (HASH_WORDS - 1) for word in caption.lower().split()]
 
+    @override
     def cut(self, ids: list[int]) -> list[int]:
-        """See `TextTokenizer.cut`."""
         return ids[: self.max_tokens]
 
 
@@ -213,12 +214,12 @@ class HubTokenizer(TextTokenizer):
         self.lead = same.index(False) if False in same else (len(empty) if len(letter) > len(empty) else 0)
         self.tail = len(empty) - self.lead
 
+    @override
     def ids(self, caption: str) -> list[int]:
-        """See `TextTokenizer.ids`."""
         return [*self._special(caption), *[self.pad_id] * self.spec.keep_pad]
 
+    @override
     def cut(self, ids: list[int]) -> list[int]:
-        """See `TextTokenizer.cut`."""
         end = self.tail + self.spec.keep_pad
         if len(ids) <= self.max_tokens:
             return ids
@@ -327,8 +328,8 @@ class HashEncoder(FrozenTextEncoder):
         rows = np.random.Generator(np.random.Philox(key=[0, 0])).standard_normal((HASH_WORDS, HASH_WIDTH), np.float32)
         self.register_buffer("table", torch.from_numpy(rows))
 
+    @override
     def outputs(self, token_ids: Tensor, token_mask: Tensor, *, prefix: bool = True) -> Tensor:
-        """See `FrozenTextEncoder.outputs`."""
         frequencies = 10_000.0 ** (-torch.arange(0, HASH_WIDTH, 2, device=token_ids.device) / HASH_WIDTH)
         angles = torch.arange(token_ids.shape[1], device=token_ids.device)[:, None] * frequencies
         return self.table[token_ids] + torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -361,8 +362,8 @@ class HubEncoder(FrozenTextEncoder):
             weights, vocabulary, spec.hidden, spec.prefix, spec.dtype, spec.keep_pad, self.tokenizer.max_tokens,
         ])  # fmt: skip
 
+    @override
     def outputs(self, token_ids: Tensor, token_mask: Tensor, *, prefix: bool = True) -> Tensor:
-        """See `FrozenTextEncoder.outputs`."""
         lead, extra = self.tokenizer.lead, self.tokenizer.prefix if prefix else []
         if extra:
             shown = torch.tensor(extra, device=token_ids.device).expand(len(token_ids), -1)
