@@ -332,6 +332,7 @@ def test_the_reference_layout_goes_out_and_comes_back(run, generator, decoder):
     assert sorted(file.name for file in Path("ref").iterdir()) == [
         "config.yaml",
         "decoder.pt",
+        "export.json",
         "generator.pt",
         "stats.pt",
     ]

@@ -104,11 +104,11 @@ def test_a_checkpoint_due_with_an_evaluation_is_there_when_the_evaluation_begins
     spec = apply_overrides(spec, ["generator_training.eval_every_images=48"])
     there, evaluate = [], pipeline._evaluate
 
-    def interrupted(run, *arguments, **options):
-        there.append(checkpoints(run.dir))
+    def interrupted(trained, *arguments, **options):
+        there.append(checkpoints(trained.run.dir))
         if len(there) == 2:
             raise KeyboardInterrupt
-        return evaluate(run, *arguments, **options)
+        return evaluate(trained, *arguments, **options)
 
     monkeypatch.setattr(pipeline, "_evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
