@@ -28,7 +28,12 @@ def _installed_name(group: str, name: object) -> str:
 
 
 class Spec(BaseModel):
-    """Base of every spec: frozen, and a misspelt field is an error."""
+    """Base of every spec: frozen, and a misspelt field is an error.
+
+    added   fields that are younger than runs of others: at their default they are no part of the fingerprint
+    """
+
+    added: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

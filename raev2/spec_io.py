@@ -74,7 +74,18 @@ def save_spec(spec: RunSpec, file: str | Path) -> None:
 
 def fingerprint(spec: RunSpec) -> str:
     """Hash of everything that a run's numbers depend on (12 hex digits)."""
-    return json_sha256(_bound(spec_to_dict(spec)))[:12]
+    return json_sha256(_bound(_without_added(spec, spec_to_dict(spec))))[:12]
+
+
+def _without_added(spec: Spec, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` as the code before a spec's `added` fields wrote them."""
+    for name, field in type(spec).model_fields.items():
+        value = getattr(spec, name)
+        if name in spec.added and value == field.get_default(call_default_factory=True, validated_data={}):
+            del values[name]
+        elif isinstance(value, Spec):
+            _without_added(value, values[name])
+    return values
 
 
 def spec_differences(old: RunSpec, new: RunSpec) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from raev2.errors import CheckpointError, SpecError, TaskError
-from raev2.spec import CFG, AdamWSpec, DiTSpec, InternalGuidance
+from raev2.spec import CFG, AdamWSpec, DiTSpec, InternalGuidance, TaskSpec
 from raev2.spec_io import (
     FREE_FIELDS,
     apply_overrides,
@@ -238,3 +238,14 @@ def test_free_fields_exist(tiny_spec):
         for part in field.split("."):
             assert part in node, field
             node = node[part]
+
+
+def test_an_added_field_is_part_of_the_fingerprint_once_it_is_used(tiny_spec):
+    class Grown(TaskSpec):
+        added = ("colour",)
+
+        colour: str = "grey"
+
+    old, grown = (tiny_spec.replace(task=task) for task in (TaskSpec(name="imagenet"), Grown(name="imagenet")))
+    assert fingerprint(grown) == fingerprint(old)
+    assert fingerprint(tiny_spec.replace(task=Grown(name="imagenet", colour="red"))) != fingerprint(old)

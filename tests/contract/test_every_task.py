@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +203,13 @@ def test_a_condition_reaches_the_generator(task):
         assert output.pred.shape == z_t.shape
         if cond:
             assert not torch.allclose(output.pred, generator(z_t, t, generator.null_cond(cond)).pred)
+
+
+OLDER = json.loads((Path(__file__).parent / "recipe_fingerprints.json").read_text())
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_recipe_has_the_fingerprint_that_older_runs_of_it_carry(name):
+    """As commit 9c3efb4 computed it: run folders of that time continue."""
+    task, _, recipe = name.partition("/")
+    assert fingerprint(get_recipe(get_task(task), recipe)) == OLDER[name]

@@ -72,6 +72,8 @@ class TextEncoderSpec(Spec):
 class CaptionSpec(Spec):
     """Which caption of an image a training step sees; evaluation sees the default one."""
 
+    added = ("fields",)
+
     mix: dict[str, float] = Field(
         default_factory=dict,
         description="probability of each kind (short, long, alt, prompt, ocr, template), renormalised over the kinds "
@@ -125,6 +127,8 @@ class StreamSpec(Spec):
 
 class TextToImageSpec(TaskSpec):
     """Text-conditional image generation."""
+
+    added = ("stream", "samples")
 
     name: Literal["t2i"] = "t2i"
     text_encoder: TextEncoderSpec = Field(TextEncoderSpec(), description="how a caption becomes tokens")
