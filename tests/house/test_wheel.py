@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -72,3 +75,21 @@ def test_commands_run_outside_the_checkout(installed, tmp_path, arguments, text)
     )
     assert result.stdout.startswith(str(installed)), result.stderr
     assert text in result.stdout + result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_the_core_imports_at_the_top_is_declared():
+    """A package that others bring along today may be gone tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=; \[]", text)[0].lower().replace("-", "_") for text in project["dependencies"]}
+    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    imported = {
+        name.split(".")[0]
+        for file in (ROOT / "raev2").rglob("*.py")
+        for node in ast.parse(file.read_text()).body
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        )
+    }  # fmt: skip
+    others = imported - sys.stdlib_module_names - {"raev2", "__future__"}
+    assert {names.get(name, name) for name in others} - declared == set()
