@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from raev2.errors import DataError, SpecError, did_you_mean
 from raev2.files.images import is_picture
-from raev2.files.picture_folder import PictureFolder, scan_folder, told
-from raev2.files.splits import split_word
+from raev2.files.picture_folder import scan_folder, told
+from raev2.files.splits import split_in_name, split_word
 from raev2_data_recipes.base import Option
 from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
 from raev2_data_recipes.captions.tables import Row, Table, open_table
@@ -101,11 +101,7 @@ class CaptionedFolder(ShardRecipe):
         if not top.has_pictures():
             got = f"{src} ({told(ignored)})" if ignored else src
             raise DataError(where, "no pictures found", got=got, expected="files of a format that Pillow reads")
-        inner = _inside_wrapper(top)
-        named = any(split_word(folder.path.name) for folder in inner.filled())
-        files = _by_folder(inner, where) if named else {"train": top.all_pictures()}
-        if named and inner is not top:
-            notes.append(f"{inner.path.relative_to(src)}/ is around everything and was looked through.")
+        files = _by_folder(top.all_pictures(), src, where) or {"train": top.all_pictures()}
         if tests_validate(files):
             files["val"] = files.pop("test")
             notes.append(HELD_OUT)
@@ -306,23 +302,23 @@ def _text_file(path: Path) -> Path:
     return next((file for file in found if file.is_file()), path.with_suffix(".txt"))
 
 
-def _inside_wrapper(folder: PictureFolder) -> PictureFolder:
-    """The folder inside those that are alone around everything, if it has splits in it; else `folder`."""
-    inner = folder
-    while not inner.pictures and len(inner.filled()) == 1 and not split_word(inner.filled()[0].path.name):
-        (inner,) = inner.filled()
-    return inner if any(split_word(one.path.name) for one in inner.filled()) else folder
+def _by_folder(paths: Sequence[Path], src: Path, where: str) -> dict[str, list[Path]]:
+    """Pictures by the split that a folder around them names, the innermost; empty where none is named.
 
-
-def _by_folder(root: PictureFolder, where: str) -> dict[str, list[Path]]:
-    """Pictures by the split that their folder in `root` names; DataError where that leaves a doubt."""
-    files: dict[str, list[Path]] = {}
-    outside = list(root.pictures)
-    for folder in root.filled():
-        split = split_word(folder.path.name)
-        (files.setdefault(split, []) if split else outside).extend(folder.all_pictures())
+    Names with a word in them, such as train2017, count where all have one. DataError where that leaves a doubt.
+    """
+    above = [path.relative_to(src).parts[:-1] for path in paths]
+    splits = [next(filter(None, map(split_word, reversed(parts))), None) for parts in above]
+    if not any(splits):
+        splits = [split_in_name(parts, where) for parts in above]
+        if None in splits or "train" not in splits:
+            return {}
+    files: dict[str | None, list[Path]] = {}
+    for path, split in zip(paths, splits, strict=True):
+        files.setdefault(split, []).append(path)
+    outside = files.pop(None, [])
     if "train" not in files or outside:
-        got = f"{', '.join(files)} and {len(outside)} pictures elsewhere" + (
+        got = f"{', '.join(map(str, files))} and {len(outside)} pictures elsewhere" + (
             f", such as {outside[0]}" if outside else ""
         )
         raise DataError(
@@ -330,7 +326,7 @@ def _by_folder(root: PictureFolder, where: str) -> dict[str, list[Path]]:
             expected="all pictures in train/, val/ and test/, or none",
             hint="Move the others into train/, or rename the folders.",
         )  # fmt: skip
-    return files
+    return {str(split): found for split, found in files.items()}
 
 
 def _divide(paths: list[Path], val_fraction: float, name: Callable[[Path], str]) -> dict[str, list[Path]]:
