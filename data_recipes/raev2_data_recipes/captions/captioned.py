@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from raev2_tasks.t2i.text.encodings import decode_text
 
 IMAGE_COLUMNS = ("file_name", "image", "path", "file", "filename", "image_path", "filepath", "img")
 CAPTION_COLUMNS = tuple(dict.fromkeys(("caption", "text", "prompt", *KNOWN_FIELDS)))
+NUM_LOOKED_FOR = 1000  # pictures of a table for which a plan looks
 VAL_FRACTION = Option(
     "0.05", "share for validation, 0 to 0.5, but at least 8 samples; unused where the source has splits"
 )
@@ -152,6 +154,10 @@ class CaptionTable(ShardRecipe):
         used = {column for column, _ in table.captions}
         if more := [name for name in table.table.columns if name.lower() in CAPTION_COLUMNS and name not in used]:
             steps.append(f"Not read: {', '.join(more)}; to use them too: --set captions={','.join([*used, *more])}")
+        if missing := table.missing():
+            steps.append(
+                f"Of the first {NUM_LOOKED_FOR:,} pictures {len(missing):,} are not there, first {missing[0]}."
+            )
         if sample := table.first_caption():
             steps.append(f"A caption: {sample}")
         return [*steps, _image_step(self.size_px(options), options)]
@@ -175,6 +181,8 @@ class CaptionTable(ShardRecipe):
     def _table(self, options: Mapping[str, str]) -> CaptionRows:
         src, where = Path(options["src"]).expanduser(), f"data {self.name}"
         table = open_table(src, where, options["encoding"])
+        if not table.columns:
+            raise DataError(f"{where}: src", "an empty table", got=src)
         by_name = {name.lower(): name for name in reversed(table.columns)}
         image = options["image"] or next((by_name[name] for name in IMAGE_COLUMNS if name in by_name), "image")
         wanted = options["captions"] or next((by_name[name] for name in CAPTION_COLUMNS if name in by_name), "caption")
@@ -259,7 +267,7 @@ class CaptionRows:
         if isinstance(cell, Mapping):  # an image of a Hugging Face dataset
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, str) and cell.strip():
-            name, data = cell, (self.root / cell.strip()).read_bytes()
+            name, data = cell, self._path(cell).read_bytes()
         elif isinstance(cell, bytes):
             name, data = f"{self.file.stem}:{number + 1}", cell
         else:
@@ -270,6 +278,18 @@ class CaptionRows:
             raise BadSample("bad_caption", where, f"no caption in column {columns}")
         licence = row.get("license") or row.get("licence")
         return Example(name, prepare(data), captions, {"license": str(licence)} if licence else {})
+
+    def missing(self) -> list[str]:
+        """Those of the first paths that lead to no file."""
+        cells = (row.get(self.image) for row in islice(self.table.rows([self.image]), NUM_LOOKED_FOR))
+        return [cell for cell in cells if isinstance(cell, str) and cell.strip() and not self._path(cell).is_file()]
+
+    def _path(self, cell: str) -> Path:
+        """The file that a path names, also in another Unicode form or with the separators of Windows."""
+        texts = [cell.strip(), cell.strip().replace("\\", "/")]
+        tried = [self.root / text for text in texts]
+        tried += [self.root / unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
+        return next((path for path in tried if path.is_file()), tried[0])
 
     def _name(self, row: Row, number: int) -> str:
         cell = row.get(self.image)
