@@ -16,7 +16,7 @@ from raev2.files.images import is_picture
 from raev2.files.picture_folder import scan_folder, told
 from raev2.files.splits import split_in_name, split_word
 from raev2_data_recipes.base import Option
-from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
+from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared, trial_lines
 from raev2_data_recipes.captions.tables import Row, Table, open_table
 from raev2_tasks.t2i.shards.index import HELD_OUT, least_val, tests_validate
 from raev2_tasks.t2i.text.captions import (
@@ -82,6 +82,7 @@ class CaptionedFolder(ShardRecipe):
             steps.append("Captions in " + ", ".join(f"{name} {num}" for name, num in sorted(encodings.items())) + ".")
         if found.ignored:
             steps.append(f"Other files, not read: {told(found.ignored)}.")
+        steps += trial_lines(self.splits(options)["train"])
         return [*steps, _image_step(self.size_px(options), options)]
 
     def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
@@ -160,6 +161,7 @@ class CaptionTable(ShardRecipe):
             )
         if sample := table.first_caption():
             steps.append(f"A caption: {sample}")
+        steps += trial_lines(self.splits(options)["train"], with_caption=False)
         return [*steps, _image_step(self.size_px(options), options)]
 
     def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
