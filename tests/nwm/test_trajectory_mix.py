@@ -22,9 +22,10 @@ def test_a_mix_holds_the_trajectories_of_its_folders_and_keeps_their_splits(worl
     (tmp_path / "a").symlink_to(world)
     (tmp_path / "b").symlink_to(world)
     options, spacing = {"src": f"{tmp_path / 'a'}, {tmp_path / 'b'}"}, read_manifest(world)["spacing_m"]
-    assert RECIPE.plan(options) == [
-        f"Copy 120 frames of {tmp_path / name}, {spacing:.3g} m apart, the unit of their motions." for name in "ab"
-    ]
+    told = (
+        f"train 72, val 48 frames, {spacing:.3g} {read_manifest(world)['length_unit']} apart, the unit of its motions."
+    )
+    assert RECIPE.plan(options)[:2] == [f"Copy {tmp_path / name}: {told}" for name in "ab"]
     RECIPE.build(tmp_path / "mix", options)
     for split in ("train", "val"):
         parts, mixed = read_trajectories(world, split), read_trajectories(tmp_path / "mix", split)

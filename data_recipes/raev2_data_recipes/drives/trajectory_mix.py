@@ -35,11 +35,8 @@ class TrajectoryMix(TrajectoryRecipe):
         """What ``build`` will do; reads the manifests."""
         resolved = self.resolve(options)
         self.facts(resolved)
-        return [
-            f"Copy {sum(split['num_samples'] for split in manifest['splits'].values()):,} frames of {folder}, "
-            f"{manifest['spacing_m']:.3g} m apart, the unit of their motions."
-            for folder, manifest in self._manifests(resolved)
-        ]
+        copies = [f"Copy {folder}: {_told(manifest)}." for folder, manifest in self._manifests(resolved)]
+        return [*copies, self.frames_line(resolved)]
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
         """Those of the folders, which must agree in their rate."""
@@ -88,6 +85,12 @@ class TrajectoryMix(TrajectoryRecipe):
                 expected="two or more folders of different names",
             )
         return [(folder, read_manifest(folder)) for folder in folders]
+
+
+def _told(manifest: Mapping[str, Any]) -> str:
+    """Frames by split, and how far apart they are."""
+    counts = ", ".join(f"{split} {entry['num_samples']:,}" for split, entry in manifest["splits"].items())
+    return f"{counts} frames, {manifest['spacing_m']:.3g} {manifest['length_unit']} apart, the unit of its motions"
 
 
 def _read(one: StoredTrajectory, name: str, split: str, spacing_m: float) -> Iterator[Trajectory]:
