@@ -22,9 +22,8 @@ from raev2.batch import Cond, CondTokens, FrameCache, drop_cond
 from raev2.errors import SpecError
 from raev2.model.dit import Trunk
 from raev2.nn import RMSNorm
+from raev2.shapes import LatentShape, Vectors
 from raev2.spec import Spec, TrunkSpec
-
-LatentShape = tuple[int, int, int]  # C, H, W
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Conditioner(nn.Module, ABC):
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional condition in the shapes, dtypes and on the device of `cond`."""
 
-    def vector(self, cond: Cond) -> Float[Tensor, "B D"] | None:
+    def vector(self, cond: Cond) -> Vectors | None:
         """One vector per sample for an adaLN trunk; None when there is nothing to add."""
         raise SpecError(
             "generator.conditioning", f"{type(self).__name__} has no vector form", got="adaln", expected="in_context"
@@ -223,7 +222,7 @@ class LabelConditioner(Conditioner):
         return CondTokens(self.table(cond["label"])[:, None] + self.tokens)
 
     @override
-    def vector(self, cond: Cond) -> Float[Tensor, "B D"]:
+    def vector(self, cond: Cond) -> Vectors:
         return self.table(cond["label"])
 
     @override

@@ -17,9 +17,10 @@ from typing_extensions import override
 
 from raev2.batch import Cond, CondTokens, FrameCache, PastFrames, drop_cond
 from raev2.errors import SpecError
-from raev2.model.condition import CondField, Conditioner, ConditionSpec, LatentShape, need_tokens, tokens_parameter
+from raev2.model.condition import CondField, Conditioner, ConditionSpec, need_tokens, tokens_parameter
 from raev2.model.dit import Trunk
 from raev2.nn import FourierEmbed, PatchEmbed, WaveEmbed, patchify, sincos_2d, waves
+from raev2.shapes import LatentShape
 from raev2.spec import TrunkSpec
 
 _FRAME_FIELDS = ("context_latents", "context_age", "context_valid", "context_id")
