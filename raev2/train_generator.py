@@ -110,14 +110,14 @@ def train_generator(
                 batch, skipped = next(batches)
             skipped_images += skipped
             step = images // loop.batch_size
-            rng = step_generator(device, spec.seed, STAGE, dist.rank(), images)
+            rng = step_generator(device, spec.seed, STAGE, images)
             values: dict[str, Tensor] = {}
 
-            # Random numbers, for the whole batch at once: they do not depend on `micro_batch_size`.
-            num, size = len(batch.key), loop.micro_batch_size or len(batch.key)
-            all_drop = torch.rand(num, generator=rng, device=device)
-            all_t = sample_t(num, spec.flow, generator.time_shift, rng, device)
-            all_noise = torch.randn(num, *rae.latent_shape, generator=rng, device=device)
+            # Random numbers, those of the global batch: no number of processes or parts changes them.
+            num, size = loop.batch_size, loop.micro_batch_size or len(batch.key)
+            all_drop = dist.own_rows(torch.rand(num, generator=rng, device=device))
+            all_t = dist.own_rows(sample_t(num, spec.flow, generator.time_shift, rng, device))
+            all_noise = dist.own_rows(torch.randn(num, *rae.latent_shape, generator=rng, device=device))
 
             parts = zip(
                 micro_batches(batch, size), all_drop.split(size), all_t.split(size), all_noise.split(size), strict=True

@@ -22,6 +22,7 @@ from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
 from raev2.tokenizer.losses import (
     adaptive_weight,
+    augmentation,
     build_perceptual_loss,
     diffaug,
     generator_loss,
@@ -99,22 +100,25 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                 save_reconstructions(run, rae, val, images)
 
     def decoder_step(
-        pixels: Tensor, rng: torch.Generator, use_gan: bool, share: float
+        pixels: Tensor, noise: Tensor, draws: Tensor | None, share: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward; returns decoded images (not clamped) and named loss terms, 'loss' their weighted sum.
+
+        noise   added to the tokens
+        draws   of the augmentation before the discriminator; None: without its loss
 
         Backward goes from each loss to the images, then once from the images through the decoder.
         """
         with run.autocast():
-            decoded = decoder(rae.noisy_tokens(rae.tokens(pixels), rng)).float()
+            decoded = decoder(rae.tokens(pixels) + noise).float()
             leaf = decoded.detach().requires_grad_()
             terms = {"l1": l1_loss(leaf, pixels), "perceptual": perceptual(leaf, pixels)}
         terms["loss"] = terms["l1"] + loop.perceptual.weight * terms["perceptual"]
         (gradient,) = torch.autograd.grad(terms["loss"], leaf)
-        if use_gan and adversarial:
+        if draws is not None and adversarial:
             with run.autocast():
                 # Heads in eval mode: no power iteration of the spectral norm for the decoder's sake.
-                terms["gan"] = generator_loss(disc.eval()(diffaug(leaf, rng)))
+                terms["gan"] = generator_loss(disc.eval()(diffaug(leaf, draws)))
             (gan_gradient,) = torch.autograd.grad(terms["gan"], leaf)
             terms["adaptive_weight"] = adaptive_weight(
                 decoded, gradient, gan_gradient, rae.decoder.last_layer, adversarial.max_adaptive_weight
@@ -141,16 +145,23 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                 batch, skipped = next(batches)
             skipped_images += skipped
             step = images // loop.batch_size
-            rng = step_generator(device, spec.seed, STAGE, dist.rank(), images)
             train_disc = adversarial is not None and images >= disc_start
             use_gan = adversarial is not None and images >= gan_start
             values: dict[str, Tensor] = {}
             fakes: list[Tensor] = []
 
+            # Random numbers, those of the global batch: no number of processes or parts changes them.
+            rng, size = step_generator(device, spec.seed, STAGE, images), loop.micro_batch_size or len(batch.key)
+            all_noise = dist.own_rows(rae.token_noise(loop.batch_size, rng)).split(size)
+            before_gan, before_real, before_fake = (
+                dist.own_rows(augmentation(loop.batch_size, rng)).split(size) for _ in range(3)
+            )
+
             # Decoder.
-            for part, share, last in micro_batches(batch, loop.micro_batch_size):
+            for i, (part, share, last) in enumerate(micro_batches(batch, size)):
                 with gradient_sync(decoder, last), attention_kernels(device, num_tokens):
-                    decoded, terms = decoder_step(to_float(part.images.to(device)), rng, use_gan, share)
+                    draws = before_gan[i] if use_gan else None
+                    decoded, terms = decoder_step(to_float(part.images.to(device)), all_noise[i], draws, share)
                 fakes.append(decoded)
                 for name, term in terms.items():
                     values[name] = values.get(name, 0) + share * term.detach()
@@ -164,10 +175,11 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
             if train_disc:
                 disc.train()
                 values["disc"] = torch.zeros((), device=device)
-                for (part, share, last), fake in zip(micro_batches(batch, loop.micro_batch_size), fakes, strict=True):
+                for i, (part, share, last) in enumerate(micro_batches(batch, size)):
                     with gradient_sync(distributed_disc, last), attention_kernels(device, num_tokens), run.autocast():
                         real = to_float(part.images.to(device))
-                        both = torch.cat([diffaug(real, rng), diffaug(quantise_8bit(fake), rng)])
+                        fake = quantise_8bit(fakes[i])
+                        both = torch.cat([diffaug(real, before_real[i]), diffaug(fake, before_fake[i])])
                         disc_loss = hinge_loss(*distributed_disc(both).chunk(2))
                         (share * disc_loss).backward()
                     values["disc"] += share * disc_loss.detach()

@@ -31,6 +31,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def own_rows(values: Tensor) -> Tensor:
+    """The rows of this process of something that was drawn for the global batch: those of `train_batches`."""
+    return values[rank() :: world_size()].contiguous()
+
+
 def mean_over_processes(value: Tensor) -> Tensor:
     """Average of a tensor over all processes."""
     return sum_over_processes(value) / world_size()

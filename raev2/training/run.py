@@ -173,9 +173,13 @@ def add_provenance(run: Run, name: str, value: Any) -> None:
         write_json(file, {**read_json(file), name: value})
 
 
-def step_generator(device: torch.device, *parts: object) -> torch.Generator:
-    """Random numbers of one step: a generator seeded by a hash of (seed, stage, rank, images seen)."""
-    return torch.Generator(device).manual_seed(derived_seed(*parts))
+def step_generator(device: torch.device, seed: int, stage: str, images: int) -> torch.Generator:
+    """Random numbers of one step: a generator seeded by a hash of (seed, stage, images seen), equal on all processes.
+
+    A training step draws for the whole global batch and keeps its own rows (`dist.own_rows`), so no number of processes
+    and no `micro_batch_size` changes what a sample gets.
+    """
+    return torch.Generator(device).manual_seed(derived_seed(seed, stage, 0, images))
 
 
 class StopSignal:
