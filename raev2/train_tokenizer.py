@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8, train_batches
 from raev2.files.artefact import load_strict
 from raev2.files.grid import save_pairs
-from raev2.spec import ScheduleSpec, TokenizerSpec
+from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
 from raev2.tokenizer.losses import (
@@ -34,6 +34,7 @@ from raev2.tokenizer.rae import RAE
 from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.training.parallel import gradient_sync, parallelise
 from raev2.training.run import (
     NonFiniteGuard,
     Progress,
@@ -43,8 +44,6 @@ from raev2.training.run import (
     TrainingState,
     attention_kernels,
     crossed,
-    distribute,
-    gradient_sync,
     memory_field,
     micro_batches,
     step_generator,
@@ -68,7 +67,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
     torch.manual_seed(spec.seed)
     rae = RAE.from_spec(spec.tokenizer).to(device)
-    decoder = distribute(rae.decoder)
+    decoder = parallelise(rae.decoder, ParallelSpec())
     perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
     optimizer = build_optimizer(rae.decoder, loop.optimizer, loop.schedule.lr)
     ema = EMA(rae.decoder, (loop.ema_decay,))
@@ -76,7 +75,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     optimizers = {"decoder_optimizer": optimizer}
     if adversarial:
         disc = build_discriminator(adversarial).to(device)
-        distributed_disc = distribute(disc)
+        distributed_disc = parallelise(disc, ParallelSpec())
         disc_optimizer = build_optimizer(disc, loop.optimizer, adversarial.lr)
         disc_schedule = ScheduleSpec(lr=adversarial.lr, final_lr=adversarial.lr / 10)
         disc_start, gan_start = (int(share * loop.images) for share in (adversarial.disc_start, adversarial.gan_start))

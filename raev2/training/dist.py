@@ -49,6 +49,15 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def gather_rows(own: Tensor, count: int) -> Tensor:
+    """Rows in turn: row i is row i // world of process i % world. Every process gives as many (padded)."""
+    if not is_distributed():
+        return own[:count]
+    gathered = own.new_empty(world_size() * len(own), *own.shape[1:])
+    torch_dist.all_gather_into_tensor(gathered, own.contiguous())
+    return gathered.unflatten(0, (world_size(), len(own))).transpose(0, 1).flatten(0, 1)[:count]
+
+
 def gather_objects(value: Any) -> Sequence[Any]:
     """The value of every process, in rank order."""
     if not is_distributed():
