@@ -15,7 +15,10 @@ from raev2_tasks.nwm.data.trajectories import SPLITS, Source, Storage, StoredTra
 
 
 class TrajectoryMix(TrajectoryRecipe):
-    """Copies the trajectories of prepared folders, which keep their splits; every frame weighs the same in training."""
+    """Copies the trajectories of prepared folders, which keep their splits and the spacing of their robot.
+
+    Every frame weighs the same in training.
+    """
 
     checks_heading = False  # it was checked when the folders were built
     name = "trajectory-mix"
@@ -34,7 +37,7 @@ class TrajectoryMix(TrajectoryRecipe):
         self.facts(resolved)
         return [
             f"Copy {sum(split['num_samples'] for split in manifest['splits'].values()):,} frames of {folder}, "
-            f"{manifest['spacing_m']:.3g} m apart."
+            f"{manifest['spacing_m']:.3g} m apart, the unit of their motions."
             for folder, manifest in self._manifests(resolved)
         ]
 
@@ -69,10 +72,10 @@ class TrajectoryMix(TrajectoryRecipe):
 
     def sources(self, options: Mapping[str, str]) -> Iterator[Source]:
         """One per trajectory; names begin with the name of the folder."""
-        for folder, _ in self._manifests(options):
+        for folder, manifest in self._manifests(options):
             for split in SPLITS:
                 for one in read_trajectories(folder, split):
-                    read = partial(_read, one, f"{folder.name}-{one.id}", split)
+                    read = partial(_read, one, f"{folder.name}-{one.id}", split, one.spacing_m or manifest["spacing_m"])
                     yield Source(f"{folder.name}/{one.recording}", str(one.frames_dir), read)
 
     def _manifests(self, options: Mapping[str, str]) -> list[tuple[Path, dict[str, Any]]]:
@@ -87,9 +90,9 @@ class TrajectoryMix(TrajectoryRecipe):
         return [(folder, read_manifest(folder)) for folder in folders]
 
 
-def _read(one: StoredTrajectory, name: str, split: str) -> Iterator[Trajectory]:
+def _read(one: StoredTrajectory, name: str, split: str, spacing_m: float) -> Iterator[Trajectory]:
     frames = (one.frame_file(index).read_bytes() for index in range(len(one)))
-    yield Trajectory(name, one.t, one.poses[:, :2], one.poses[:, 2], frames, one.command, split)
+    yield Trajectory(name, one.t, one.poses[:, :2], one.poses[:, 2], frames, one.command, split, spacing_m)
 
 
 RECIPE = TrajectoryMix()
