@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from raev2_tasks.nwm.data.validate import check_trajectory
 
 RULES = ("by-recording", "nwm-legacy", "by-time", "given")
 HEADINGS = ("check", "keep")
-NUM_TRIED = 20  # recordings whose poses a plan reads
+NUM_TRIED, TRIAL_S = 20, 30.0  # a plan reads the poses of so many sources, for so many seconds
 MANY_POSES = 2000  # after so many, and each doubling, heading and motion are compared
 
 
@@ -185,9 +186,10 @@ class TrajectoryRecipe(DatasetRecipe):
         No picture is read.
         """
         least, rate = self.storage(options).min_frames, self.number(options, "rate_hz", 0.01)
-        lengths, left_out, usable = list[int](), list[str](), list[Source](sources[NUM_TRIED:])
-        for source in sources[:NUM_TRIED]:
-            before = len(lengths)
+        lengths, left_out, usable = list[int](), list[str](), list[Source]()
+        end, num = time.monotonic() + TRIAL_S, 0
+        while num < min(len(sources), NUM_TRIED) and time.monotonic() < end:
+            source, before, num = sources[num], len(lengths), num + 1
             try:
                 for one in self._read(options, None, rate, source):
                     try:
@@ -198,10 +200,11 @@ class TrajectoryRecipe(DatasetRecipe):
             except BAD_SOURCE as error:
                 left_out.append(reason_of(error))
             usable += [source] if len(lengths) > before else []
-        of = f"the first {NUM_TRIED} of {len(sources)}" if sources[NUM_TRIED:] else f"all {len(sources)}"
+        of = f"all {num}" if num == len(sources) else f"the first {num} of {len(sources)}"
         lines = [f"By their poses {of} give {len(lengths)} trajectories with {sum(lengths):,} frames."]
         lines += [f"Left out: {reason}" for reason in left_out[:5]]
-        return lines + ([f"Left out: {len(left_out) - 5} more."] if left_out[5:] else []), usable
+        lines += [f"Left out: {len(left_out) - 5} more."] if left_out[5:] else []
+        return lines, usable + list(sources[num:])
 
     def frames_line(self, options: Mapping[str, str]) -> str:
         """For plans: how frames are stored."""
