@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,7 +85,8 @@ class Moments:
         return moments
 
 
-class Gaussian(NamedTuple):
+@dataclass(frozen=True)
+class Gaussian:
     """Mean and unbiased covariance of features, as a stored reference has them; `count` None: not stated."""
 
     mean: Float[Tensor, " D"]
