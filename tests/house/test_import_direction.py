@@ -34,7 +34,7 @@ ORDER = """
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files
     training.ema training.optim training.checkpoint training.lock training.run training.resume
-    eval.features eval.distances eval.image_pairs eval.generate eval.sets eval.protocols
+    eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
     train_tokenizer train_generator
     report.chart report.published report.page
     pipeline
