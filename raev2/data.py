@@ -44,12 +44,14 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
 
     manifest      what the data is: at least name, fingerprint, licence, attribution, classes
     image_size    height and width in pixels of every image
+    group_kind    what `group` tells apart, in the plural
     """
 
     manifest: dict[str, Any]
     dir: Path
     split: str
     image_size: tuple[int, int]
+    group_kind = "groups"
     _order: tuple[tuple[int, int], Tensor] | None = None  # (seed, epoch) and its permutation
     _subset: tuple[tuple[int, int], list[int]] | None = None  # (number, seed) and its indices
 
@@ -128,6 +130,8 @@ class FolderDataset(ImageDataset):
 
     fields   index fields that become raw conditions, e.g. ('label',)
     """
+
+    group_kind = "classes"
 
     def __init__(
         self,

@@ -270,7 +270,7 @@ def _warnings(about: Mapping[str, Any], results: Sequence[MetricResult]) -> list
     found = [f"{result.name}: {result.warning}" for result in results if result.warning]
     part = about.get("coverage") or {"asked": 0, "of": 0}
     if part["asked"] < part["of"]:
-        found.append(f"covers {part['asked']} of {part['of']} {part['what']} of the data: raise evaluation.num_samples")
+        found.append("asks for {asked} of {of} {what} of the data, and says nothing about the others".format(**part))
     for text in found:
         logger.warning("%s", text)
     return found

@@ -136,7 +136,7 @@ def coverage(dataset: ImageDataset, asked: Sequence[Hashable]) -> dict[str, Any]
     known = {dataset.group(index) for index in range(len(dataset))}
     if known == {None}:
         return {}
-    return {"what": "classes" if dataset.classes else "groups", "asked": len({*asked} & known), "of": len(known)}
+    return {"what": dataset.group_kind, "asked": len({*asked} & known), "of": len(known)}
 
 
 def shuffled(pictures: PictureSet) -> PictureSet:

@@ -123,7 +123,9 @@ class BenchmarkEvaluator(Evaluator):
             }
             for split in (HELD, SEEN)
         }
-        return {"track": self.track, "prompts": prompts, "scored_at_px": 256}
+        known = {row.prompt for row in get_track(self.track).prompts(HELD)}
+        coverage = {"what": "prompts", "asked": prompts[HELD]["num_prompts"], "of": len(known)}
+        return {"track": self.track, "prompts": prompts, "coverage": coverage, "scored_at_px": 256}
 
     def run(self, context: EvalContext) -> Iterator[MetricResult]:
         """The headline, its parts by tag and tier, and the scale."""

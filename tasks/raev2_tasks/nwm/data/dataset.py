@@ -43,6 +43,8 @@ class TrajectoryDataset(ImageDataset):
     Every place (trajectory, now) that has a target occurs once per epoch, so each frame has equal weight.
     """
 
+    group_kind = "trajectories"
+
     def __init__(
         self,
         dir: str | Path,

@@ -25,6 +25,7 @@ class Places:
     moments    (number of the trajectory, frame in it) of each place
     ids        select the noise of a prediction from each place
     period_s   seconds between two frames
+    coverage   how many of the trajectories have a place
     """
 
     def __init__(
@@ -53,7 +54,10 @@ class Places:
     def _subset(self, moments: Sequence[tuple[int, int]], num: int | None) -> list[int]:
         indices = [self.dataset.frame_index(*moment) for moment in moments]
         groups = [self.dataset.group(index) for index in indices]
-        return random_subset([self.dataset.key(index) for index in indices], groups, num or len(indices))
+        chosen = random_subset([self.dataset.key(index) for index in indices], groups, num or len(indices))
+        asked = {groups[number] for number in chosen}
+        self.coverage = {"what": self.dataset.group_kind, "asked": len(asked), "of": len(set(groups))}
+        return chosen
 
     def _take(self, index: EvalIndex, num: int | None, ahead: int) -> None:
         listed = [(self.dataset.trajectory_number(place.trajectory), place.t) for place in index.places]

@@ -122,9 +122,11 @@ class PredictionEvaluator(Evaluator):
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on, for the result file."""
+        places = self._places(context)
         found = {
             "label_policy": "the true motions, each seen from the frame that was reached",
-            "places": self._places(context).identity,
+            "places": places.identity,
+            "coverage": places.coverage,
             "horizons_s": list(self.horizons_s),
             "perceptual": self.perceptual,
             "features": self.features,

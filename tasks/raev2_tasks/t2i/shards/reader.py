@@ -73,6 +73,8 @@ class TextImageDataset(ImageDataset):
                    than half of a shard
     """
 
+    group_kind = "sources"
+
     def __init__(
         self,
         dir: str | Path,
