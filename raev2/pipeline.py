@@ -39,7 +39,7 @@ from raev2.guidance import build_guidance
 from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
 from raev2.spec import AnyTokenizerSpec, Guidance, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
-from raev2.spec_io import load_spec
+from raev2.spec_io import load_spec, spec_from_dict
 from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import VAES, build_tokenizer, load_tokenizer, tokenizer_spec
@@ -268,7 +268,7 @@ class Samples:
         self.plan = {
             "run": str(run_dir), "seed": seed, "captions": self.captions, "sampling": sampling.model_dump(mode="json"),
             "time_shift": generator.time_shift, "precision": spec.precision, "size": list(self.size),
-            "weights": {GENERATOR: hash_weights(generator), TOKENIZER: hash_weights(trained.rae)},
+            "weights": _weights(trained.context(sampling)),
         }  # fmt: skip
 
     def chunks(self, start: int = 0) -> Iterator[NDArray[np.uint8]]:
@@ -380,23 +380,53 @@ def _evaluate(
     sampling   other settings than those of the run
     suffix     added to the protocol's name, with other settings
     """
-    run, context = trained.run, trained.context(sampling)
-    spec, results = context.spec, {}
+    run, spec, results = trained.run, trained.run.spec, {}
     for evaluator in get_evaluators(trained.task, spec, protocols):
+        context, name = _context_for(evaluator, trained, sampling), evaluator.protocol
         evaluator.protocol += suffix
-        if evaluator.needs_generator:
-            own, stage, seen, decay = context, GENERATOR, images, spec.generator_training.ema_decays[0]
-        else:
-            own, stage = replace(context, generate=None, generator=None, weak=None), TOKENIZER
-            seen, decay = spec.tokenizer_training.final_images, spec.tokenizer_training.ema_decay
-        own = replace(own, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
-        found = run_protocol(evaluator, own, run.dir / EVAL, images_seen=seen, ema_decay=decay)
+        stage, seen, decay = GENERATOR, images, spec.generator_training.ema_decays[0]
+        if not evaluator.needs_generator:
+            loop = spec.tokenizer_training
+            stage, seen, decay = TOKENIZER, loop.final_images, loop.ema_decay
+        context = replace(context, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
+        origin = {"evaluator": name, "run": str(run.dir.resolve()), "weights": _weights(context)}
+        found = run_protocol(evaluator, context, run.dir / EVAL, images_seen=seen, ema_decay=decay, extra=origin)
         run.log(
             stage=stage, kind="eval", images=seen, protocol=evaluator.protocol,
             metrics={result.name: result.value for result in found},
         )  # fmt: skip
         results[evaluator.protocol] = found
     return results
+
+
+def _context_for(evaluator: Evaluator, trained: TrainedRun, sampling: SamplingSpec | None = None) -> EvalContext:
+    context = trained.context(sampling)
+    return context if evaluator.needs_generator else replace(context, generate=None, generator=None, weak=None)
+
+
+def _weights(context: EvalContext) -> dict[str, str]:
+    networks = {TOKENIZER: context.rae, GENERATOR: context.generator}
+    return {name: hash_weights(network) for name, network in networks.items() if network is not None}
+
+
+def rerun(file: Path) -> list[MetricResult]:
+    """The numbers of a result file once more, as the file says and whatever the spec of its run says by now.
+
+    Raises CheckpointError where weights or data are no longer those of the file.
+    """
+    said = json.loads(file.read_text())
+    home = Path(said["run"])
+    trained = open_trained(home if home.is_dir() else file.absolute().parent.parent)
+    trained = replace(trained, run=replace(trained.run, spec=spec_from_dict(said["spec"])))
+    (evaluator,) = get_evaluators(trained.task, trained.run.spec, [said["evaluator"]])
+    context = _context_for(evaluator, trained)
+    now = {"weights": _weights(context), **json.loads(json.dumps(evaluator.describe(context)))}
+    changed = [name for name, value in now.items() if said.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            str(file), "what it measured is another now", got=", ".join(changed), hint="Evaluate the run again."
+        )
+    return run_protocol(evaluator, context)
 
 
 def guidance_name(guidance: Guidance) -> str:

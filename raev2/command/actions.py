@@ -386,7 +386,7 @@ def _print_metrics(protocol: str, results: Iterable[Mapping[str, Any]]) -> None:
     rows = [
         (
             r["name"], f"{r['value']:.6g}", "" if r["stderr"] is None else f"{r['stderr']:.2g}", r["num_samples"],
-            direction(r), r["note"],
+            direction(r), r.get("warning") or r["note"],
         ) for r in results
     ]  # fmt: skip
     _print_table(("metric", "value", "stderr", "n", "better", "note"), rows)

@@ -34,7 +34,8 @@ ORDER = """
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files
     training.ema training.optim training.checkpoint training.lock training.run training.resume
-    eval.features eval.distances eval.image_pairs eval.generate eval.protocols eval.reconstruct
+    eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
+    eval.reconstruct
     train_tokenizer train_generator
     report.chart report.published report.page
     pipeline

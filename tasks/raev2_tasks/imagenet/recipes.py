@@ -94,7 +94,7 @@ def quickstart() -> RunSpec:
         evaluation=EvaluationSpec(
             protocols=("reconstruction-micro", "generation-micro"),
             in_training=("generation-micro",),
-            num_samples=256,
+            num_samples=354,  # the whole validation split: all 70 classes
             compare_guidance=(NoGuidance(),),
         ),
     )
