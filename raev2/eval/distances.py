@@ -102,7 +102,7 @@ class FrechetTo:
     With cov_ref = F F^T, the last trace is the sum of the square roots of the eigenvalues of F^T cov F, which is
     symmetric. No more of them count than the sets have images, so rounding never stands in for a missing rank.
 
-    rows   the features of the reference: with fewer images than features they are F, and nothing is decomposed
+    rows   features of the reference: all of them, and no more than they are long, are F without a decomposition
 
     Source: Heusel et al., 2017, GANs trained by a two time-scale update rule, eq. 6
     """
@@ -110,7 +110,7 @@ class FrechetTo:
     def __init__(self, reference: Moments | Gaussian, rows: Float[Tensor, "R D"] | None = None) -> None:
         self.mean, cov = reference.mean.double(), reference.cov.double()
         self.trace, self.rank = cov.trace(), _rank(reference, len(cov))
-        if rows is not None and len(rows) <= len(cov):
+        if rows is not None and len(rows) == reference.count and len(rows) <= len(cov):
             self.factor = (rows.double() - self.mean).T / (len(rows) - 1) ** 0.5
         else:
             self.factor = _factor(cov, self.rank)
@@ -169,15 +169,6 @@ def paired_frechet(
     return distance, _jackknife(values)
 
 
-def frechet_stderr(
-    features: Float[Tensor, "S D"], reference: Moments | Gaussian | Float[Tensor, "S D"], num_groups: int = 10
-) -> float | None:
-    """Jackknife error of the Fréchet distance to a fixed reference, or to features paired with `features`."""
-    if isinstance(reference, Tensor):
-        return paired_frechet(features, reference, num_groups)[1]
-    return FrechetTo(reference).stderr(features, num_groups)
-
-
 def inception_score(logits: Float[Tensor, "S D"], num_splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """Inception Score: mean over splits of exp(KL(p(y|x) || p(y))), and its standard deviation over splits.
 
@@ -203,25 +194,31 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 2020,
 ) -> tuple[float, float]:
-    """Kernel distance (KID in Inception's features): unbiased MMD^2 over subsets, mean and standard deviation.
+    """Kernel distance, KID in Inception's features: `squared_mmd` of subsets, mean and standard deviation.
 
-    kernel (x . y / D + 1)^3; subsets and their seed are those of torch-fidelity, smaller for sets that are smaller
+    The subsets and their seed are those of torch-fidelity; sets with fewer images have smaller subsets.
 
     Source: Binkowski et al., 2018, Demystifying MMD GANs
     """
     size, draw = min(subset_size, len(features), len(reference)), np.random.RandomState(seed).choice
+    values = [
+        squared_mmd(*(rows[draw(len(rows), size, replace=False)] for rows in (features, reference)))
+        for _ in range(num_subsets)
+    ]
+    return float(np.mean(values)), float(np.std(values))
+
+
+def squared_mmd(features: Float[Tensor, "S D"], reference: Float[Tensor, "R D"]) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3; may be slightly negative."""
+    x, y = features.double(), reference.double()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def others(own: Tensor) -> Tensor:
-        return (own.sum() - own.trace()) / (size * (size - 1))
+    def mean_of_others(own: Tensor) -> Tensor:
+        return (own.sum() - own.trace()) / (len(own) * (len(own) - 1))
 
-    values = []
-    for _ in range(num_subsets):
-        a, b = (rows[draw(len(rows), size, replace=False)].double() for rows in (features, reference))
-        values.append(float(others(kernel(a, a)) + others(kernel(b, b)) - 2 * kernel(a, b).mean()))
-    return float(np.mean(values)), float(np.std(values))
+    return float(mean_of_others(kernel(x, x)) + mean_of_others(kernel(y, y)) - 2 * kernel(x, y).mean())
 
 
 def precision_recall(

@@ -22,8 +22,8 @@ from torch import Tensor
 from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
 from raev2.errors import DataError, TaskError
-from raev2.eval.distances import Moments, frechet_stderr, moments_distance
-from raev2.eval.features import FeatureExtractor, build_extractor, frechet_about, frechet_name
+from raev2.eval.distances import paired_frechet
+from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name
 from raev2.eval.generate import CHUNK_SIZE, collect, gathered, generated_images
 from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.sets import (
@@ -34,9 +34,11 @@ from raev2.eval.sets import (
     compare,
     coverage,
     of_groups,
+    outputs,
     set_features,
     shuffled,
     split_pictures,
+    too_few,
 )
 from raev2.files.artefact import write_json
 from raev2.shapes import ImagesU8
@@ -106,7 +108,7 @@ class ReconstructionEvaluator(Evaluator):
         extractors = [self.build(name, context.device) for name in self.extractors]
         pair_distance = self.build_pairs(self._available(), context.device)
 
-        def rows(originals: ImagesU8) -> dict[str, Tensor]:
+        def rows(numbers: Sequence[int], originals: ImagesU8) -> dict[str, Tensor]:
             images = context.reconstruct(originals)
             if images.shape != originals.shape:
                 raise DataError(
@@ -119,20 +121,22 @@ class ReconstructionEvaluator(Evaluator):
                 pair_distance.name: pair_distance(images, originals),
             }
             for extractor in extractors:
-                values[f"original/{extractor.name}"] = extractor(originals)
-                values[f"image/{extractor.name}"] = extractor(images)
+                for kind, own in (("original", originals), ("image", images)):
+                    values[f"{kind}/{extractor.name}"] = extractor(own)
+                    check_finite(extractor.name, f"{kind}s", numbers, {"": values[f"{kind}/{extractor.name}"]})
             return values
 
         chunks = pictures.chunks(context.spec.data.num_workers)
-        found = gathered((numbers, rows(originals)) for numbers, originals in chunks)
+        found = gathered((numbers, rows(numbers, originals)) for numbers, originals in chunks)
         for name, about in {**PAIR_ABOUT, pair_distance.name: pair_distance.about}.items():
             better: Better = "higher" if name in PAIR_ABOUT else "lower"
             yield MetricResult(name, *mean_and_error(found[name]), better=better, role="headline", about=about)
         for extractor in extractors:
             images, originals = found[f"image/{extractor.name}"], found[f"original/{extractor.name}"]
-            value, stderr = dist.on_main(partial(paired_distance, images, originals))
+            value, stderr = dist.on_main(partial(paired_frechet, images, originals))
             yield MetricResult(
                 f"r{frechet_name(extractor.name)}", value, pictures.num, stderr, better="lower", role="headline",
+                warning=too_few(extractor.dim, pictures.num),
                 about=frechet_about(extractor.name, "reconstructions and originals, a score of the tokenizer alone,"),
             )  # fmt: skip
 
@@ -194,7 +198,11 @@ class GenerationEvaluator(Evaluator):
 
         def rows(indices: Sequence[int]) -> dict[str, Tensor]:
             images = generated_images(context, lambda i: self.cond(context.spec, conditions, i), indices)
-            return {extractor.name: extractor(images) for extractor in extractors}
+            return {
+                f"{extractor.name}/{output}": values
+                for extractor in extractors
+                for output, values in outputs(extractor, "generated pictures", indices, images).items()
+            }
 
         found = collect(self.num_samples, CHUNK_SIZE, rows, "generated pictures")
         sets = self._sets(context)
@@ -202,7 +210,8 @@ class GenerationEvaluator(Evaluator):
             reference, *scale = (
                 set_features(pictures, extractor, context.cache_dir, context.spec.data.num_workers) for pictures in sets
             )
-            generated = SetFeatures.of("generated pictures", found[extractor.name])
+            more = {output: found[f"{extractor.name}/{output}"] for output in extractor.more}
+            generated = SetFeatures.of("generated pictures", found[f"{extractor.name}/"], **more)
             yield from compare(extractor, generated, reference, Scale(*scale))
 
     def _sets(self, context: EvalContext) -> list[PictureSet]:
@@ -218,11 +227,6 @@ class GenerationEvaluator(Evaluator):
         if self.groups is not None:
             return self.groups(context.spec, conditions, numbers)
         return [conditions.group(index) for index in conditions.asked(self.num_samples, numbers)]
-
-
-def paired_distance(images: Tensor, originals: Tensor) -> tuple[float, float | None]:
-    """Fréchet distance of two sets of paired features, and its standard error."""
-    return moments_distance(Moments.of(images), Moments.of(originals)), frechet_stderr(images, originals)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, int, float | None]:

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from raev2.batch import MetricResult, Role
+from raev2.batch import Better, MetricResult, Role
 from raev2.data import ImageDataset, ignore_signals
 from raev2.errors import DataError
-from raev2.eval.distances import Moments, frechet_stderr, moments_distance, precision_recall
-from raev2.eval.features import INCEPTION, FeatureExtractor, frechet_about, frechet_name
+from raev2.eval.distances import (
+    FrechetTo,
+    Gaussian,
+    Moments,
+    inception_score,
+    kernel_distance,
+    moments_distance,
+    precision_recall,
+)
+from raev2.eval.features import (
+    INCEPTION,
+    LOGITS,
+    SPATIAL,
+    FeatureExtractor,
+    check_finite,
+    frechet_about,
+    frechet_name,
+)
 from raev2.eval.generate import CHUNK_SIZE, local_chunks
 from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
@@ -157,18 +173,20 @@ class SetFeatures:
 
     moments   of all its pictures
     rows      by number: all, or the first so many; None where only statistics are stored
+    more      the same for further outputs of the network
     """
 
     name: str
-    moments: Moments
+    moments: Moments | Gaussian
     rows: Tensor | None
+    more: Mapping[str, SetFeatures] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, rows: Tensor) -> SetFeatures:
+    def of(cls, name: str, rows: Tensor, **more: Tensor) -> SetFeatures:
         """A set of which all rows are at hand."""
-        return cls(name, Moments.of(rows), rows)
+        return cls(name, Moments.of(rows), rows, {output: cls.of(name, own) for output, own in more.items()})
 
-    def first(self, num: int) -> Moments:
+    def first(self, num: int) -> Moments | Gaussian:
         """Moments of the first `num` pictures."""
         if num == self.moments.count:
             return self.moments
@@ -184,28 +202,51 @@ def set_features(
     max_rows: int = MANIFOLD_IMAGES,
 ) -> SetFeatures:
     """Features of a set, by all processes together, kept in `cache_dir` under the hash of what they depend on."""
-    identity = {**pictures.identity, "extractor": extractor.fingerprint, "rows": max_rows}
+    sizes = {"": extractor.dim, **extractor.more}
+    identity = {**pictures.identity, "extractor": extractor.fingerprint, "rows": max_rows, "outputs": sizes}
     name = extractor.name.replace("/", "_").replace(":", "_")
     file = cache_dir / f"features-{name}-{json_sha256(identity)[:16]}.safetensors"
-    if all(dist.gather_objects(file.is_file())):
-        tensors = load_file(file)
-        return SetFeatures(pictures.name, Moments.from_tensors(tensors), tensors["rows"])
+    if not all(dist.gather_objects(file.is_file())):
+        tensors = _features(pictures, extractor, sizes, num_workers, max_rows)
+        if dist.is_main():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            partial_file = file.with_suffix(f".{os.getpid()}.partial")
+            save_file(tensors, partial_file, metadata={"identity": json.dumps(identity)})
+            partial_file.replace(file)
+        dist.barrier()
+    tensors = load_file(file)
+    found = {}
+    for output in sizes:
+        moments = Moments.from_tensors({key: tensors[output + key] for key in ("count", "sum", "outer")})
+        found[output] = SetFeatures(pictures.name, moments, tensors.get(f"{output}rows"))
+    return replace(found.pop(""), more=found)
 
-    moments, kept = Moments(extractor.dim), dict[int, Tensor]()
+
+def outputs(extractor: FeatureExtractor, name: str, numbers: Sequence[int], images: ImagesU8) -> dict[str, Tensor]:
+    """All outputs of a feature network for pictures of a set; one that is not finite is an error."""
+    found = extractor.outputs(images)
+    check_finite(extractor.name, name, numbers, found)
+    return found
+
+
+def _features(
+    pictures: PictureSet, extractor: FeatureExtractor, sizes: Mapping[str, int], num_workers: int, max_rows: int
+) -> dict[str, Tensor]:
+    """Moments and rows of all outputs, with the output in front of their names; of `spatial` there are no rows."""
+    moments = {output: Moments(size) for output, size in sizes.items()}
+    kept = {output: dict[int, Tensor]() for output in sizes if output != SPATIAL}
     for numbers, images in pictures.chunks(num_workers):
-        features = extractor(images)
-        moments.update(features)
-        kept |= {number: row for number, row in zip(numbers, features, strict=True) if number < max_rows}
-    moments = moments.over_processes()
-    merged = {number: row for part in dist.gather_objects(kept) for number, row in part.items()}
-    rows = torch.stack([merged[number] for number in range(len(merged))])
-    if dist.is_main():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        partial_file = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({**moments.tensors(), "rows": rows}, partial_file, metadata={"identity": json.dumps(identity)})
-        partial_file.replace(file)
-    dist.barrier()
-    return SetFeatures(pictures.name, moments, rows)
+        for output, values in outputs(extractor, pictures.name, numbers, images).items():
+            moments[output].update(values)
+            if output in kept:
+                kept[output] |= {number: row for number, row in zip(numbers, values, strict=True) if number < max_rows}
+    tensors = {
+        output + key: value for output, own in moments.items() for key, value in own.over_processes().tensors().items()
+    }
+    for output, own in kept.items():
+        merged = {number: row for part in dist.gather_objects(own) for number, row in part.items()}
+        tensors[f"{output}rows"] = torch.stack([merged[number] for number in range(len(merged))])
+    return tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,6 +279,10 @@ def compare(
 
 def _compare(net: str, pictures: SetFeatures, reference: SetFeatures, scale: Scale | None) -> Iterator[MetricResult]:
     yield from _distances(net, pictures, reference, scale)
+    if net == INCEPTION:
+        yield from _of_inception(pictures, reference)
+        if scale is not None:
+            yield from _of_inception(scale.held_out, reference, scale.held_out.name)
     if pictures.rows is None or reference.rows is None:
         return
     yield from _manifolds(net, pictures.name, pictures.rows, reference.rows)
@@ -249,16 +294,15 @@ def _compare(net: str, pictures: SetFeatures, reference: SetFeatures, scale: Sca
 def _distances(net: str, pictures: SetFeatures, reference: SetFeatures, scale: Scale | None) -> Iterator[MetricResult]:
     """The Fréchet distance, its ratio to that of real pictures, and the same distance of sets with a known place."""
 
-    def distance(moments: Moments) -> float:
-        return moments_distance(moments, reference.moments)
-
-    name, num, value, warning = frechet_name(net), pictures.moments.count, distance(pictures.moments), ""
+    distance = FrechetTo(reference.moments, reference.rows)
+    name, num, value = frechet_name(net), pictures.moments.count or 0, distance(pictures.moments)
+    warning = too_few(len(distance.mean), num, reference.moments.count)
     floor = distance(scale.floor.moments) if scale else 0.0
     if value < floor:
         warning = f"no headroom at this size: as many real pictures of '{reference.name}' have {floor:.4g}"
     yield MetricResult(
-        name, value, num, None if pictures.rows is None else frechet_stderr(pictures.rows, reference.moments),
-        f"against {reference.moments.count:,} pictures", warning=warning,
+        name, value, num, None if pictures.rows is None else distance.stderr(pictures.rows),
+        f"against {reference.moments.count or 'a stored number of'} pictures", warning=warning,
         better="lower", role="headline", levels=PUBLISHED_LEVELS.get(net, ()),
         about=frechet_about(net, f"{pictures.name} and those of '{reference.name}'"),
     )  # fmt: skip
@@ -281,6 +325,35 @@ def _distances(net: str, pictures: SetFeatures, reference: SetFeatures, scale: S
     yield row(f"{name}_{split}", real, num_real, note=note, about=f"{about}: as good as it gets without copying.")
     about += f", cut into {SHUFFLE_BLOCKS} x {SHUFFLE_BLOCKS} blocks and shuffled: right colours, no shapes."
     yield row(f"{name}_shuffled", distance(scale.blocks.moments), num_real, note=note, about=about)
+
+
+def too_few(dim: int, *counts: int | None) -> str:
+    """A warning where a set has no more pictures than features, so that its covariance lacks rank."""
+    num = min(count for count in (*counts, dim + 1) if count is not None)
+    return "" if num > dim else f"only {num:,} pictures for {dim:,} features: biased, compare at equal numbers alone"
+
+
+def _of_inception(pictures: SetFeatures, reference: SetFeatures, split: str = "") -> Iterator[MetricResult]:
+    """Inception Score, sFID and KID of a set, or as their scale those of real pictures of a split."""
+
+    def result(name: str, value: float, num: int, stderr: float | None, better: Better, about: str) -> MetricResult:
+        own, of, role = (f"{name}_{split}", name, "scale") if split else (name, None, "headline")
+        return MetricResult(own, value, num, stderr, better=better, role=role, about=about, of=of)
+
+    logits, spatial = pictures.more.get(LOGITS), reference.more.get(SPATIAL)
+    if logits is not None and logits.rows is not None:
+        value, spread = inception_score(logits.rows)
+        about = "Inception Score, mean of 10 splits: are the pictures clear and their classes many? Grows with n."
+        yield result("inception_score", value, len(logits.rows), spread / 10**0.5, "higher", about)
+    if spatial is not None and SPATIAL in pictures.more:
+        value = moments_distance(pictures.more[SPATIAL].moments, spatial.moments)
+        about = "sFID: the Fréchet distance of 2,023 spatial features of Inception; sees where things are."
+        yield result("sfid", value, pictures.moments.count or 0, None, "lower", about)
+    if pictures.rows is not None and reference.rows is not None:
+        num = min(len(pictures.rows), len(reference.rows))
+        value, spread = kernel_distance(pictures.rows, reference.rows)
+        about = "Kernel Inception Distance, mean of 100 subsets of up to 1,000: unlike FID it does not grow with few."
+        yield result("kid", value, num, spread / max(num / 1000, 1) ** 0.5, "lower", about)
 
 
 def _manifolds(net: str, what: str, rows: Tensor, reference: Tensor, split: str = "") -> Iterator[MetricResult]:

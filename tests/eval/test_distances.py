@@ -10,7 +10,6 @@ from raev2.eval.distances import (
     FrechetTo,
     Gaussian,
     Moments,
-    frechet_stderr,
     inception_score,
     kernel_distance,
     moments_distance,
@@ -81,10 +80,10 @@ def test_jackknife_error_matches_the_spread_over_independent_draws():
     reference = Moments.of(randn(4000, 4, seed=99))
     draws = [randn(200, 4, seed=seed) + 0.5 for seed in range(40)]
     spread = torch.tensor([moments_distance(Moments.of(draw), reference) for draw in draws]).std()
-    estimates = [frechet_stderr(draw, reference) for draw in draws]
+    estimates = [FrechetTo(reference).stderr(draw) for draw in draws]
     estimate = torch.tensor([value for value in estimates if value is not None]).mean()
     assert 0.7 < estimate / spread < 1.4
-    assert frechet_stderr(draws[0][:20], reference) is None
+    assert FrechetTo(reference).stderr(draws[0][:20]) is None
 
 
 def test_precision_and_recall_of_equal_distant_and_collapsed_sets():
@@ -146,8 +145,8 @@ def test_the_error_is_the_jackknife_over_ten_groups_that_are_left_out(num):
     features, reference = spectrum(num, 64, 0), spectrum(num, 64, 1)
     rest = [torch.arange(num) % 10 != group for group in range(10)]
     for found, left_out in (
-        (frechet_stderr(features, Moments.of(reference)), [reference] * 10),
-        (frechet_stderr(features, reference), [reference[keep] for keep in rest]),
+        (FrechetTo(Moments.of(reference)).stderr(features), [reference] * 10),
+        (paired_frechet(features, reference)[1], [reference[keep] for keep in rest]),
     ):
         values = [by_singular_values(features[keep], other) for keep, other in zip(rest, left_out, strict=True)]
         spread = torch.tensor(values, dtype=torch.float64)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raev2.batch import Better, MetricResult
+from raev2.eval.distances import squared_mmd
 from raev2.eval.features import FeatureExtractor, build_extractor, frechet_about, frechet_name
 from raev2.eval.generate import collect
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr
@@ -27,7 +28,7 @@ from raev2_tasks.nwm.data.dataset import as_trajectories
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.data.video import contact_sheet
 from raev2_tasks.nwm.eval.action_following import ActionFollowing
-from raev2_tasks.nwm.eval.metrics import clip_features, frechet, kernel_distance, latent_distance, mean
+from raev2_tasks.nwm.eval.metrics import clip_features, frechet, latent_distance, mean
 from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.spec import task_spec
 
@@ -213,7 +214,7 @@ class PredictionEvaluator(Evaluator):
             yield MetricResult(
                 *frechet(_name(of, name), features, true), **_meaning(of, name, "lower", f"Fréchet {about}")
             )
-            of, value = f"kvd_enc_{net}", kernel_distance(features, true)
+            of, value = f"kvd_enc_{net}", squared_mmd(features, true)
             meaning = _meaning(of, name, "lower", f"Unbiased kernel {about}")
             yield MetricResult(_name(of, name), value, len(true), note="compare at equal n only", **meaning)
 
