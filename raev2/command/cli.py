@@ -81,7 +81,11 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     )
     sample.add_argument("--weak", metavar="DIR", help="weak generator for --guidance auto")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--out", metavar="DIR", help="default: RUN/samples/seed-N")
+    where = sample.add_mutually_exclusive_group()
+    where.add_argument("--out", metavar="DIR", help="default: RUN/samples/seed-N")
+    where.add_argument(
+        "--npz", metavar="FILE", help="one array instead, as other evaluators read it; an interrupted one is continued"
+    )
     sample.add_argument("--overwrite", action="store_true")
     if sampled is not None:
         _add_conditions(sample, sampled)
@@ -95,6 +99,13 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     evaluate = command("eval", "evaluate by protocol name; writes RUN/eval/PROTOCOL.json")
     _run_options(evaluate)
     evaluate.add_argument("--protocol", nargs="+", help="default: the protocols of the recipe")
+    evaluate.add_argument(
+        "--expect",
+        nargs="?",
+        const="",
+        metavar="RECIPE",
+        help="compare with the numbers that a recipe states, by default that of the run; exit code 1 outside",
+    )
 
     report = command("report", "write RUN/report.html")
     _run_options(report)
