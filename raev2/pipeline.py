@@ -25,6 +25,7 @@ from torch import Tensor
 from raev2.batch import Cond, MetricResult
 from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.errors import CheckpointError, FileError, SpecError
+from raev2.eval.features import NotFinite
 from raev2.eval.generate import PROGRESS_SECONDS
 from raev2.eval.protocols import run_protocol
 from raev2.eval.reconstruct import Reconstruction, reconstruct_pictures
@@ -125,7 +126,10 @@ def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, ori
 
             def evaluate_now(generator: Generator, images: int) -> None:
                 now = TrainedRun(run, task, rae, generator)
-                _evaluate(now, spec.evaluation.in_training, images, unguided, suffix="-none")
+                try:
+                    _evaluate(now, spec.evaluation.in_training, images, unguided, suffix="-none")
+                except NotFinite as error:
+                    logger.error("no evaluation after %s images, the training goes on: %s", f"{images:,}", error)
 
             def look(generator: Generator, images: int) -> None:
                 file = run.dir / "samples" / f"{GENERATOR}-{images:09d}.png"

@@ -122,14 +122,19 @@ class NotFinite(DataError):
     """Features that are no numbers: evaluation ends, training goes on without this evaluation."""
 
 
-def check_finite(space: str, pictures: str, numbers: Sequence[int], outputs: Mapping[str, Tensor]) -> None:
-    """Raise NotFinite, which names the space and the pictures, where a feature is not finite."""
+def not_finite(numbers: Sequence[int], outputs: Mapping[str, Tensor]) -> list[int]:
+    """Numbers of the pictures that have an output which is not finite."""
     fine = torch.stack([value.isfinite().all(1) for value in outputs.values()]).all(0)
-    if not fine.all():
-        bad = [number for number, good in zip(numbers, fine.tolist(), strict=True) if not good]
+    return [number for number, good in zip(numbers, fine.tolist(), strict=True) if not good]
+
+
+def check_finite(space: str, pictures: str, bad: Sequence[int]) -> None:
+    """Raise NotFinite on all processes, with space and pictures in it, where one of them has found bad ones."""
+    bad = sorted({number for part in dist.gather_objects(list(bad)) for number in part})
+    if bad:
         raise NotFinite(
-            f"features '{space}' of {pictures}", "not finite", got=f"pictures {', '.join(map(str, bad[:5]))}",
-            hint="The feature network or its weights are broken.",
+            f"features '{space}' of {pictures}", f"not finite for {len(bad):,} pictures",
+            got=f"numbers {', '.join(map(str, bad[:5]))}", hint="The feature network or its weights are broken.",
         )  # fmt: skip
 
 

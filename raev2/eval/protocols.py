@@ -23,7 +23,7 @@ from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
 from raev2.errors import CheckpointError, DataError, TaskError
 from raev2.eval.distances import paired_frechet
-from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name
+from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name, not_finite
 from raev2.eval.generate import CHUNK_SIZE, collect, gathered, generated_images
 from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.sets import (
@@ -34,7 +34,6 @@ from raev2.eval.sets import (
     compare,
     coverage,
     of_groups,
-    outputs,
     set_features,
     shuffled,
     split_pictures,
@@ -124,7 +123,6 @@ class ReconstructionEvaluator(Evaluator):
             for extractor in extractors:
                 for kind, own in (("original", originals), ("image", images)):
                     values[f"{kind}/{extractor.name}"] = extractor(own)
-                    check_finite(extractor.name, f"{kind}s", numbers, {"": values[f"{kind}/{extractor.name}"]})
             return values
 
         chunks = pictures.chunks(context.spec.data.num_workers)
@@ -134,6 +132,8 @@ class ReconstructionEvaluator(Evaluator):
             yield MetricResult(name, *mean_and_error(found[name]), better=better, role="headline", about=about)
         for extractor in extractors:
             images, originals = found[f"image/{extractor.name}"], found[f"original/{extractor.name}"]
+            bad = not_finite(range(len(images)), {"image": images, "original": originals})
+            check_finite(extractor.name, "reconstructions and originals", bad)
             value, stderr = dist.on_main(partial(paired_frechet, images, originals))
             yield MetricResult(
                 f"r{frechet_name(extractor.name)}", value, pictures.num, stderr, better="lower", role="headline",
@@ -211,7 +211,7 @@ class GenerationEvaluator(Evaluator):
             return {
                 f"{extractor.name}/{output}": values
                 for extractor in extractors
-                for output, values in outputs(extractor, "generated pictures", indices, images).items()
+                for output, values in extractor.outputs(images).items()
             }
 
         found = collect(self.num_samples, CHUNK_SIZE, rows, "generated pictures")
@@ -220,9 +220,10 @@ class GenerationEvaluator(Evaluator):
         )
         sets, results = self._sets(context), list[MetricResult]()
         for extractor in extractors:
+            own = {output: found[f"{extractor.name}/{output}"] for output in ("", *extractor.more)}
+            check_finite(extractor.name, "generated pictures", not_finite(range(self.num_samples), own))
             reference, *scale = (features(pictures, extractor) for pictures in sets)
-            more = {output: found[f"{extractor.name}/{output}"] for output in extractor.more}
-            generated = SetFeatures.of("generated pictures", found[f"{extractor.name}/"], **more)
+            generated = SetFeatures.of("generated pictures", own.pop(""), **own)
             results += self.metrics(extractor, generated, reference, Scale(*scale))
         yield from (*results, *self.summary(results))
 

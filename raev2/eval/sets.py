@@ -39,6 +39,7 @@ from raev2.eval.features import (
     check_finite,
     frechet_about,
     frechet_name,
+    not_finite,
 )
 from raev2.eval.generate import CHUNK_SIZE, local_chunks
 from raev2.files.hashes import json_sha256
@@ -221,24 +222,20 @@ def set_features(
     return replace(found.pop(""), more=found)
 
 
-def outputs(extractor: FeatureExtractor, name: str, numbers: Sequence[int], images: ImagesU8) -> dict[str, Tensor]:
-    """All outputs of a feature network for pictures of a set; one that is not finite is an error."""
-    found = extractor.outputs(images)
-    check_finite(extractor.name, name, numbers, found)
-    return found
-
-
 def _features(
     pictures: PictureSet, extractor: FeatureExtractor, sizes: Mapping[str, int], num_workers: int, max_rows: int
 ) -> dict[str, Tensor]:
     """Moments and rows of all outputs, with the output in front of their names; of `spatial` there are no rows."""
     moments = {output: Moments(size) for output, size in sizes.items()}
-    kept = {output: dict[int, Tensor]() for output in sizes if output != SPATIAL}
+    kept, bad = {output: dict[int, Tensor]() for output in sizes if output != SPATIAL}, list[int]()
     for numbers, images in pictures.chunks(num_workers):
-        for output, values in outputs(extractor, pictures.name, numbers, images).items():
+        found = extractor.outputs(images)
+        bad += (broken := not_finite(numbers, found))
+        for output, values in ({} if broken else found).items():
             moments[output].update(values)
             if output in kept:
                 kept[output] |= {number: row for number, row in zip(numbers, values, strict=True) if number < max_rows}
+    check_finite(extractor.name, pictures.name, [(pictures.places or range(pictures.num))[number] for number in bad])
     tensors = {
         output + key: value for output, own in moments.items() for key, value in own.over_processes().tensors().items()
     }
