@@ -176,6 +176,7 @@ def inception_score(logits: Float[Tensor, "S D"], num_splits: int = 10, seed: in
 
     Source: Salimans et al., 2016, Improved techniques for training GANs
     """
+    num_splits = min(num_splits, len(logits))
     order = np.random.RandomState(seed).permutation(len(logits))
     log_probs = logits.double().log_softmax(1)[order]
     bounds = [split * len(logits) // num_splits for split in range(num_splits + 1)]

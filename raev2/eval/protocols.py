@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
-from raev2.errors import DataError, TaskError
+from raev2.errors import CheckpointError, DataError, TaskError
 from raev2.eval.distances import paired_frechet
 from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name
 from raev2.eval.generate import CHUNK_SIZE, collect, gathered, generated_images
@@ -57,6 +57,7 @@ PAIR_ABOUT = {
 }
 
 Build = Callable[[str, torch.device], FeatureExtractor]
+Metrics = Callable[[FeatureExtractor, SetFeatures, SetFeatures, Scale | None], Iterator[MetricResult]]
 
 
 class ReconstructionEvaluator(Evaluator):
@@ -171,6 +172,10 @@ class GenerationEvaluator(Evaluator):
         cond_split: str = "val",
         groups: Callable[[RunSpec, ImageDataset, Sequence[int]], Sequence[Hashable]] | None = None,
         build: Build = build_extractor,
+        metrics: Metrics = compare,
+        summary: Callable[[Sequence[MetricResult]], Iterator[MetricResult]] = lambda results: iter(()),
+        max_rows: int = MANIFOLD_IMAGES,
+        made_for: str = "",
     ) -> None:
         """Name a protocol.
 
@@ -180,10 +185,15 @@ class GenerationEvaluator(Evaluator):
         cond_split      the split that `cond` gets
         groups          which group of the data each sample is to show (`ImageDataset.group`), by global sample number;
                         None: that of the sample whose condition `ImageDataset.asked` gives it
+        metrics         what is computed in each space
+        summary         further numbers, from those of all spaces
+        max_rows        references whose features are kept
+        made_for        published statistics that `--reference` may name, for people
         """
         self.protocol, self.cond, self.extractors, self.build = protocol, cond, tuple(extractors), build
         self.label_policy, self.num_samples, self.groups = label_policy, num_samples, groups
         self.reference_split, self.scale_split, self.cond_split = reference_split, scale_split, cond_split
+        self.metrics, self.summary, self.max_rows, self.made_for = metrics, summary, max_rows, made_for
         self.description = f"{num_samples:,} generated images against '{reference_split}'"
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
@@ -192,14 +202,14 @@ class GenerationEvaluator(Evaluator):
         return {
             "reference": {**split_pictures(reference).identity, "what": "all images of the split"},
             "label_policy": self.label_policy,
+            "made_for": self.made_for,
             "coverage": coverage(reference, self._asked(context)),
             "precision_recall": {"k": 3, "max_references": MANIFOLD_IMAGES},
         }
 
     def run(self, context: EvalContext) -> Iterator[MetricResult]:
         """For each feature network what `compare` yields."""
-        extractors = [self.build(name, context.device) for name in self.extractors]
-        conditions = context.dataset(self.cond_split)
+        extractors, conditions = self.open(context.device), context.dataset(self.cond_split)
 
         def rows(indices: Sequence[int]) -> dict[str, Tensor]:
             images = generated_images(context, lambda i: self.cond(context.spec, conditions, i), indices)
@@ -210,14 +220,30 @@ class GenerationEvaluator(Evaluator):
             }
 
         found = collect(self.num_samples, CHUNK_SIZE, rows, "generated pictures")
-        sets = self._sets(context)
+        features = partial(
+            set_features, cache_dir=context.cache_dir, num_workers=context.spec.data.num_workers, max_rows=self.max_rows
+        )
+        sets, results = self._sets(context), list[MetricResult]()
         for extractor in extractors:
-            reference, *scale = (
-                set_features(pictures, extractor, context.cache_dir, context.spec.data.num_workers) for pictures in sets
-            )
+            reference, *scale = (features(pictures, extractor) for pictures in sets)
             more = {output: found[f"{extractor.name}/{output}"] for output in extractor.more}
             generated = SetFeatures.of("generated pictures", found[f"{extractor.name}/"], **more)
-            yield from compare(extractor, generated, reference, Scale(*scale))
+            results += self.metrics(extractor, generated, reference, Scale(*scale))
+        yield from (*results, *self.summary(results))
+
+    def open(self, device: torch.device) -> list[FeatureExtractor]:
+        """The feature networks of this protocol. One that cannot be had is told before the others begin."""
+        found, errors = [], []
+        for name in self.extractors:
+            try:
+                found.append(self.build(name, device))
+            except (DataError, CheckpointError) as error:
+                errors.append(error)
+        if not found:
+            raise errors[0]
+        for error in errors:
+            logger.warning("%s: goes on without this feature space: %s", self.protocol, error)
+        return found
 
     def _sets(self, context: EvalContext) -> list[PictureSet]:
         """The reference and the parts of its `Scale`."""

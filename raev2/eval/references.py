@@ -30,7 +30,7 @@ NAMES = {"": (("mu", "sigma"), ("ref_mu", "ref_sigma")), "spatial": (("mu_s", "s
 STATISTICS = {name for pairs in NAMES.values() for pair in pairs for name in pair}
 FORMATS = {".npz": "an archive of numpy", ".pt": "statistics of torch-fidelity", ".safetensors": "features of ours"}
 REBUILD = np.zeros(0).__reduce__()[0]  # how numpy's arrays come out of a file, whatever its module is called
-NUMPY = [
+NUMPY: list[Any] = [
     REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, codecs.encode,
     np.dtypes.Float32DType, np.dtypes.Float64DType,
 ]  # fmt: skip

@@ -29,7 +29,6 @@ from raev2.eval.distances import (
     Moments,
     inception_score,
     kernel_distance,
-    moments_distance,
     precision_recall,
 )
 from raev2.eval.features import (
@@ -354,7 +353,7 @@ def _of_inception(pictures: SetFeatures, reference: SetFeatures, split: str = ""
         about = "Inception Score, mean of 10 splits: are the pictures clear and their classes many? Grows with n."
         yield result("inception_score", value, len(logits.rows), spread / 10**0.5, "higher", about)
     if spatial is not None and SPATIAL in pictures.more:
-        value = moments_distance(pictures.more[SPATIAL].moments, spatial.moments)
+        value = FrechetTo(spatial.moments, spatial.rows)(pictures.more[SPATIAL].moments)
         about = "sFID: the Fréchet distance of 2,023 spatial features of Inception; sees where things are."
         yield result("sfid", value, pictures.moments.count or 0, None, "lower", about)
     if pictures.rows is not None and reference.rows is not None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
+import logging
 import platform
 import re
 from pathlib import Path
@@ -21,6 +23,7 @@ from raev2.eval.protocols import (
     run_protocol,
 )
 from raev2.eval.sets import block_shuffle, set_features, split_pictures
+from raev2.report.page import write_report
 from raev2.spec import (
     DataSpec,
     DDTSpec,
@@ -270,6 +273,26 @@ def test_the_result_file_says_what_the_numbers_depend_on(context, tmp_path):
     installed = {name: version for name, version in package_versions().items() if version is not None}
     assert written["versions"] == {"python": platform.python_version(), **installed}, "the list of provenance.json"
     assert written["spec"]["tokenizer"]["grid"] == [2, 2] and written["date"]
+
+
+def test_what_forbids_to_read_a_number_stands_in_file_log_and_report(context, data_dir, tmp_path, caplog):
+    """A generator that shows every training picture once, in the name of a single class."""
+    train = FolderDataset(data_dir, "train", (SIZE, SIZE))
+    memory = dataclasses.replace(context, generate=lambda cond, indices: torch.stack([train.image(i) for i in indices]))
+    evaluator = generation(num_samples=90, groups=lambda spec, dataset, numbers: [0] * len(numbers))
+    with caplog.at_level(logging.WARNING):
+        found = {result.name: result for result in run_protocol(evaluator, memory, tmp_path / "eval")}
+    assert found["fd_pixels"].value < 1e-6 < found["fd_pixels_floor"].value
+    written = json.loads((tmp_path / "eval/generation.json").read_text())
+    classes = len(train.classes)
+    assert written["coverage"] == {"what": "classes", "asked": 1, "of": classes}
+    headroom = f"no headroom at this size: as many real pictures of 'train' have {found['fd_pixels_floor'].value:.4g}"
+    expected = [f"fd_pixels: {headroom}", f"fd_ratio_pixels: {headroom}"]
+    expected += [f"asks for 1 of {classes} classes of the data, and says nothing about the others"]
+    assert written["warnings"] == caplog.messages == expected
+    page = html.unescape(write_report(tmp_path).read_text())
+    assert all(f"generation: {text}." in page for text in expected)
+    assert f"n = 90; {headroom}" in page and "n = 90; lower is better" not in page
 
 
 def test_the_same_protocol_twice_gives_the_same_numbers(context, tmp_path):
