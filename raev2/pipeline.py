@@ -27,6 +27,7 @@ from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float, t
 from raev2.errors import CheckpointError, FileError, SpecError
 from raev2.eval.features import NotFinite
 from raev2.eval.generate import PROGRESS_SECONDS
+from raev2.eval.pictures import cache_dir
 from raev2.eval.protocols import run_protocol
 from raev2.eval.reconstruct import Reconstruction, reconstruct_pictures
 from raev2.files.artefact import load_artefact, write_json
@@ -204,7 +205,7 @@ class TrainedRun:
             build_guidance(sampling.guidance, generator, weak)  # an unusable setting is reported before any work
         spec = spec.replace(sampling=sampling, evaluation=evaluation)
         context = EvalContext(
-            spec, self.rae, lambda split: task.dataset(spec, split), run.device, run.dir / EVAL / "reference",
+            spec, self.rae, lambda split: task.dataset(spec, split), run.device, cache_dir(),
             generator=generator, weak=weak,
         )  # fmt: skip
         return context if generator is None else replace(context, generate=_image_sampler(task, context))

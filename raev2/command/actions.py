@@ -79,9 +79,16 @@ def reconstruct(options: Namespace) -> int:
 
 
 def evaluate(options: Namespace) -> int:
-    """`raev2 eval`."""
+    """`raev2 eval`: a run, or pictures of any origin."""
+    if options.action == "reference":
+        return _build_reference(options)
+    if options.images:
+        return _evaluate_pictures(options)
     from raev2 import pipeline
 
+    for name in ("reference", "out"):
+        if getattr(options, name):
+            raise SpecError(f"--{name}", "has no effect without --images")
     run_dir = pipeline.find_run(options.run, options.task)
     spec = load_spec(run_dir / "spec.yaml")
     expected = _expected(options, spec)
@@ -91,6 +98,44 @@ def evaluate(options: Namespace) -> int:
         _print_metrics(protocol, map(vars, found))
     print(f"\n{run_dir / 'eval'}")
     return _compare_expected(expected, results)
+
+
+def _evaluate_pictures(options: Namespace) -> int:
+    """`raev2 eval --images`."""
+    from raev2.eval.pictures import find_evaluator, score_pictures
+    from raev2.eval.protocols import write_numbers
+    from raev2.training.run import make_accelerator
+
+    for option, given in {"--reference": options.reference, "--protocol": options.protocol}.items():
+        if not given:
+            raise SpecError(option, "needed with --images")
+    if len(options.protocol) > 1:
+        raise SpecError("--protocol", "one at a time with --images", got=" ".join(options.protocol))
+    (protocol,), expected = options.protocol, _expected(options, None)
+    images, device = Path(options.images), make_accelerator("fp32").device
+    out = Path(options.out or images.with_name(f"{images.name}.{protocol}.json"))
+    evaluator = find_evaluator([get_task(options.task)] if options.task else usable_tasks(), protocol)
+    results, about = score_pictures(evaluator, images, Path(options.reference), device, _workers(options))
+    write_numbers(out, protocol, results, about, device)
+    _print_metrics(protocol, map(vars, results))
+    print(f"\n{out}")
+    return _compare_expected(expected, {protocol: results})
+
+
+def _build_reference(options: Namespace) -> int:
+    """`raev2 eval reference build`."""
+    from raev2.eval.pictures import build_reference, find_evaluator
+    from raev2.training.run import make_accelerator
+
+    tasks, device = [get_task(options.task)] if options.task else usable_tasks(), make_accelerator("fp32").device
+    for evaluator in [find_evaluator(tasks, protocol) for protocol in options.protocol]:
+        for file in build_reference(evaluator, Path(options.data), options.split, device, _workers(options)):
+            print(file)
+    return OK
+
+
+def _workers(options: Namespace) -> int:
+    return min(8, os.cpu_count() or 1) if options.workers is None else options.workers
 
 
 def report(options: Namespace) -> int:

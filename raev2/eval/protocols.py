@@ -11,7 +11,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -98,18 +98,24 @@ class ReconstructionEvaluator(Evaluator):
             "reference": {**split_pictures(dataset, indices).identity, "what": "originals of the same images"},
             "label_policy": "none, the tokenizer sees no condition",
             "coverage": coverage(dataset, [dataset.group(index) for index in indices]),
-            "perceptual": self._available(),
+            "perceptual": self.available(),
         }
 
     def run(self, context: EvalContext) -> Iterator[MetricResult]:
         """PSNR, SSIM, perceptual distance, then one Fréchet distance for each feature network."""
         dataset = context.dataset(self.split)
-        pictures = split_pictures(dataset, dataset.subset(self.max_images))
-        extractors = [self.build(name, context.device) for name in self.extractors]
-        pair_distance = self.build_pairs(self._available(), context.device)
+        chunks = split_pictures(dataset, dataset.subset(self.max_images)).chunks(context.spec.data.num_workers)
+        pairs = ((numbers, context.reconstruct(originals), originals) for numbers, originals in chunks)
+        yield from self.scores(pairs, context.device)
 
-        def rows(numbers: Sequence[int], originals: ImagesU8) -> dict[str, Tensor]:
-            images = context.reconstruct(originals)
+    def scores(
+        self, pairs: Iterable[tuple[Sequence[int], ImagesU8, ImagesU8]], device: torch.device
+    ) -> Iterator[MetricResult]:
+        """The numbers of any pictures and their originals, from numbered chunks of both."""
+        extractors = [self.build(name, device) for name in self.extractors]
+        pair_distance = self.build_pairs(self.available(), device)
+
+        def rows(numbers: Sequence[int], images: ImagesU8, originals: ImagesU8) -> dict[str, Tensor]:
             if images.shape != originals.shape:
                 raise DataError(
                     f"protocol {self.protocol}", "reconstruction and original differ in size",
@@ -125,8 +131,7 @@ class ReconstructionEvaluator(Evaluator):
                     values[f"{kind}/{extractor.name}"] = extractor(own)
             return values
 
-        chunks = pictures.chunks(context.spec.data.num_workers)
-        found = gathered((numbers, rows(numbers, originals)) for numbers, originals in chunks)
+        found = gathered((numbers, rows(numbers, images, originals)) for numbers, images, originals in pairs)
         for name, about in {**PAIR_ABOUT, pair_distance.name: pair_distance.about}.items():
             better: Better = "higher" if name in PAIR_ABOUT else "lower"
             yield MetricResult(name, *mean_and_error(found[name]), better=better, role="headline", about=about)
@@ -136,12 +141,12 @@ class ReconstructionEvaluator(Evaluator):
             check_finite(extractor.name, "reconstructions and originals", bad)
             value, stderr = dist.on_main(partial(paired_frechet, images, originals))
             yield MetricResult(
-                f"r{frechet_name(extractor.name)}", value, pictures.num, stderr, better="lower", role="headline",
-                warning=too_few(extractor.dim, pictures.num),
+                f"r{frechet_name(extractor.name)}", value, len(images), stderr, better="lower", role="headline",
+                warning=too_few(extractor.dim, len(images)),
                 about=frechet_about(extractor.name, "reconstructions and originals, a score of the tokenizer alone,"),
             )  # fmt: skip
 
-    def _available(self) -> str:
+    def available(self) -> str:
         """The first perceptual distance that needs no missing weights."""
         for name in self.perceptual:
             if not name.startswith("lpips_") or lpips_available(name.removeprefix("lpips_")):
@@ -348,8 +353,28 @@ def write_result(
     images_seen: int | None = None,
     ema_decay: float | None = None,
 ) -> None:
-    """Write the numbers of a protocol with everything they depend on."""
+    """Write the numbers of a protocol of a run with everything they depend on."""
     spec = context.spec
+    about = {
+        "images_seen": images_seen,
+        "ema_decay": ema_decay,
+        "sampling": spec.sampling.model_dump(mode="json") if context.generate else None,
+        "seed": spec.evaluation.seed,
+        "seed_scheme": "noise and condition of a sample depend on the seed and its global number alone",
+        "precision": {"generator": spec.precision, "tokenizer": "fp32", "features": "fp32", "sums": "fp64"},
+        "image_size": list(spec.tokenizer.image_size),
+        "to_uint8": "clamp to [0, 1], times 255, rounded",
+        **extra,
+        "spec_fingerprint": fingerprint(spec),
+        "spec": spec_to_dict(spec),
+    }
+    write_numbers(path, protocol, results, about, context.device)
+
+
+def write_numbers(
+    path: Path, protocol: str, results: Sequence[MetricResult], about: Mapping[str, Any], device: torch.device
+) -> None:
+    """Write numbers with what they depend on, and the machine and the versions that made them."""
     installed = {name: version for name, version in package_versions().items() if version}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -360,22 +385,12 @@ def write_result(
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "results": [vars(result) for result in results],
             "num_samples": max((result.num_samples for result in results), default=0),
-            "images_seen": images_seen,
-            "ema_decay": ema_decay,
-            "sampling": spec.sampling.model_dump(mode="json") if context.generate else None,
-            "seed": spec.evaluation.seed,
-            "seed_scheme": "noise and condition of a sample depend on the seed and its global number alone",
-            "precision": {"generator": spec.precision, "tokenizer": "fp32", "features": "fp32", "sums": "fp64"},
-            "image_size": list(spec.tokenizer.image_size),
-            "to_uint8": "clamp to [0, 1], times 255, rounded",
-            **extra,
-            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
+            **about,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "processes": dist.world_size(),
             "versions": {"python": platform.python_version(), **installed},
-            "spec_fingerprint": fingerprint(spec),
-            "spec": spec_to_dict(spec),
         },
-    )  # fmt: skip
+    )
 
 
 def ep_fid(history: Sequence[tuple[float | int, float | int]], k: float | int) -> float | None:

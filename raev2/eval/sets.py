@@ -203,9 +203,7 @@ def set_features(
 ) -> SetFeatures:
     """Features of a set, by all processes together, kept in `cache_dir` under the hash of what they depend on."""
     sizes = {"": extractor.dim, **extractor.more}
-    identity = {**pictures.identity, "extractor": extractor.fingerprint, "rows": max_rows, "outputs": sizes}
-    name = extractor.name.replace("/", "_").replace(":", "_")
-    file = cache_dir / f"features-{name}-{json_sha256(identity)[:16]}.safetensors"
+    file, identity = features_file(pictures, extractor, cache_dir, max_rows)
     if not all(dist.gather_objects(file.is_file())):
         tensors = _features(pictures, extractor, sizes, num_workers, max_rows)
         if dist.is_main():
@@ -220,6 +218,16 @@ def set_features(
         moments = Moments.from_tensors({key: tensors[output + key] for key in ("count", "sum", "outer")})
         found[output] = SetFeatures(pictures.name, moments, tensors.get(f"{output}rows"))
     return replace(found.pop(""), more=found)
+
+
+def features_file(
+    pictures: PictureSet, extractor: FeatureExtractor, cache_dir: Path, max_rows: int = MANIFOLD_IMAGES
+) -> tuple[Path, dict[str, Any]]:
+    """Where `set_features` keeps the features of a set, and all that they depend on."""
+    sizes = {"": extractor.dim, **extractor.more}
+    identity = {**pictures.identity, "extractor": extractor.fingerprint, "rows": max_rows, "outputs": sizes}
+    name = extractor.name.replace("/", "_").replace(":", "_")
+    return cache_dir / f"features-{name}-{json_sha256(identity)[:16]}.safetensors", identity
 
 
 def _features(

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,66 +21,47 @@ from numpy.typing import NDArray
 from raev2.errors import DataError, FileError
 
 ARRAY, PLAN = "arr_0.npy", "plan.json"  # members of the archive
-LOCAL_HEADER = 30  # bytes before the name of a member
 
 
 class PictureArray:
-    """The pictures of an .npz file, read by number. A compressed array is unpacked into a temporary file first.
+    """The pictures of an .npz file, compressed or not, read by number; going forward is fast.
 
     Raises DataError for a file that holds anything else than 8-bit RGB pictures.
     """
 
     def __init__(self, file: Path) -> None:
-        self.where = f"pictures {file}"
+        self.file, self.process, where = file, 0, f"pictures {file}"
+        hint = "Write it with np.savez(FILE, arr_0=pictures); a file of statistics belongs to --reference."
         try:
             with zipfile.ZipFile(file) as archive:
-                if ARRAY not in archive.namelist():
-                    raise self._unsuitable("no array arr_0 in it", ", ".join(archive.namelist()))
-                self.shape = self._shape(archive)
-                self.data, self.offset = self._data(archive, file)
-        except zipfile.BadZipFile as error:
-            raise DataError(self.where, "damaged, or not an .npz file", got=str(error)) from error
-
-    def __len__(self) -> int:
-        return self.shape[0]
+                names = archive.namelist()
+                if ARRAY not in names:
+                    raise DataError(where, "no array arr_0 in it", got=", ".join(names), hint=hint)
+                size = archive.getinfo(ARRAY).file_size
+                with archive.open(ARRAY) as member:
+                    read = npy.read_array_header_1_0 if npy.read_magic(member)[0] == 1 else npy.read_array_header_2_0
+                    self.shape, by_column, dtype = read(member)
+                    self.start = member.tell()
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            raise DataError(where, "damaged, or not an .npz file", got=str(error)) from error
+        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or by_column or 0 in self.shape:
+            raise DataError(
+                where, "arr_0 does not hold 8-bit RGB pictures", got=f"{dtype} {self.shape}",
+                expected="uint8 (N, H, W, 3)", hint=hint,
+            )  # fmt: skip
+        if size != self.start + math.prod(self.shape):
+            raise DataError(where, "arr_0 is cut short", expected=f"{math.prod(self.shape):,} bytes of pixels")
 
     def read(self, numbers: Sequence[int]) -> NDArray[np.uint8]:
         """Pictures (B, H, W, 3)."""
-        # Opened for each reading: other processes get the name of the file, not its content.
-        return np.memmap(self.data, np.uint8, "r", self.offset, self.shape)[list(numbers)]
-
-    def _shape(self, archive: zipfile.ZipFile) -> tuple[int, ...]:
-        with archive.open(ARRAY) as member:
-            try:
-                version = npy.read_magic(member)
-                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shape, by_column, dtype = read(member)
-            except ValueError as error:
-                raise DataError(self.where, "arr_0 is damaged", got=str(error)) from error
-            self.header = member.tell()
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or by_column or 0 in shape:
-            raise self._unsuitable("arr_0 does not hold 8-bit RGB pictures", f"{dtype} {shape}")
-        if archive.getinfo(ARRAY).file_size != self.header + math.prod(shape):
-            raise DataError(self.where, "arr_0 is cut short", expected=f"{math.prod(shape):,} bytes of pixels")
-        return shape
-
-    def _data(self, archive: zipfile.ZipFile, file: Path) -> tuple[Path, int]:
-        """The file with the pixels, and where in it they begin."""
-        info = archive.getinfo(ARRAY)
-        if info.compress_type == zipfile.ZIP_STORED:
-            with file.open("rb") as opened:
-                opened.seek(info.header_offset + LOCAL_HEADER - 4)
-                names = int.from_bytes(opened.read(2), "little") + int.from_bytes(opened.read(2), "little")
-            return file, info.header_offset + LOCAL_HEADER + names + self.header
-        self.unpacked = tempfile.NamedTemporaryFile(suffix=".npy")  # noqa: SIM115, kept as long as this object
-        with archive.open(ARRAY) as member:
-            shutil.copyfileobj(member, self.unpacked, 2**20)
-        self.unpacked.flush()
-        return Path(self.unpacked.name), self.header
-
-    def _unsuitable(self, what: str, got: str) -> DataError:
-        hint = "Write it with np.savez(FILE, arr_0=pictures); a file of statistics belongs to --reference."
-        return DataError(self.where, what, got=got, expected="arr_0, (N, H, W, 3), uint8", hint=hint)
+        if self.process != os.getpid():  # each process has its own place in the file
+            self.process, self.member = os.getpid(), zipfile.ZipFile(self.file).open(ARRAY)  # noqa: SIM115
+        size = math.prod(self.shape[1:])
+        pictures = bytearray()
+        for number in numbers:
+            self.member.seek(self.start + number * size)
+            pictures += self.member.read(size)
+        return np.frombuffer(pictures, np.uint8).reshape(-1, *self.shape[1:])
 
 
 def holds_plan(file: Path) -> bool:
@@ -109,22 +89,22 @@ class PictureArrayWriter:
         self.file, self.picture, self.block = file, (*size, 3), block
         self.head = (json.dumps(plan) + "\n").encode()
         self.partial = file.with_name(f".{file.name}.partial")
-        file.parent.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> PictureArrayWriter:
-        begun = b""
-        if self.partial.is_file():
-            with self.partial.open("rb") as opened:
-                begun = opened.read(len(self.head))
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        self.partial.touch()
+        self.opened = self.partial.open("r+b")
+        begun = self.opened.read(len(self.head))
         if not self.head.startswith(begun):
+            self.opened.close()
             raise FileError(
                 str(self.partial), "holds a part of other pictures",
                 hint="Give the options it was begun with, choose another file, or delete it.",
             )  # fmt: skip
-        self.opened = self.partial.open("r+b" if begun == self.head else "w+b")
+        self.opened.seek(0)
         self.opened.write(self.head)
-        whole = (self.partial.stat().st_size - len(self.head)) // math.prod(self.picture)
-        self.done = max(whole, 0) // self.block * self.block
+        whole = (self.opened.seek(0, os.SEEK_END) - len(self.head)) // math.prod(self.picture)
+        self.done = whole // self.block * self.block
         self.opened.truncate(len(self.head) + self.done * math.prod(self.picture))
         self.opened.seek(0, os.SEEK_END)
         return self
@@ -140,17 +120,15 @@ class PictureArrayWriter:
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         """Write the archive and give it its name, unless something failed."""
         with self.opened:
-            if failed is None:
-                whole = self.file.with_name(f".{self.file.name}.whole")
-                with zipfile.ZipFile(whole, "w") as archive:
-                    self._write(archive)
-                os.replace(whole, self.file)
-                self.partial.unlink()
-
-    def _write(self, archive: zipfile.ZipFile) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.done, *self.picture)}
-        with archive.open(zipfile.ZipInfo(ARRAY), "w", force_zip64=True) as member:  # without the date of today
-            npy.write_array_header_1_0(member, header)
-            self.opened.seek(len(self.head))
-            shutil.copyfileobj(self.opened, member, 2**20)
-        archive.writestr(zipfile.ZipInfo(PLAN), self.head)
+            if failed is not None:
+                return
+            whole = self.file.with_name(f".{self.file.name}.whole")
+            header = {"descr": "|u1", "fortran_order": False, "shape": (self.done, *self.picture)}
+            with zipfile.ZipFile(whole, "w") as archive:  # its members without the date of today
+                with archive.open(zipfile.ZipInfo(ARRAY), "w", force_zip64=True) as member:
+                    npy.write_array_header_1_0(member, header)
+                    self.opened.seek(len(self.head))
+                    shutil.copyfileobj(self.opened, member, 2**20)
+                archive.writestr(zipfile.ZipInfo(PLAN), self.head)
+        os.replace(whole, self.file)
+        self.partial.unlink()

@@ -35,7 +35,7 @@ ORDER = """
     interop.encoders interop.autoencoders interop.files
     training.ema training.optim training.checkpoint training.lock training.run training.resume
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
-    eval.reconstruct
+    eval.pictures eval.reconstruct
     train_tokenizer train_generator
     report.chart report.published report.page
     pipeline
