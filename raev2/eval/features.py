@@ -38,6 +38,7 @@ class FeatureExtractor(ABC):
     preparation   how images are resized and normalised, in words, for the result files
     fingerprint   SHA-256 of the network's name, preparation and weights
     more          length of further outputs of the same pass, by name
+    model         what files of published statistics have in their names
     """
 
     name: str
@@ -45,6 +46,7 @@ class FeatureExtractor(ABC):
     preparation: str
     fingerprint: str
     more: Mapping[str, int] = MappingProxyType({})
+    model: str = ""
 
     @abstractmethod
     def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
@@ -81,7 +83,7 @@ class InceptionFeatures(FeatureExtractor):
     file   weights; None: those of FID
     """
 
-    name, dim, more = INCEPTION, 2048, MappingProxyType({LOGITS: 1008, SPATIAL: 17 * 17 * 7})
+    name, model, dim, more = INCEPTION, INCEPTION, 2048, MappingProxyType({LOGITS: 1008, SPATIAL: 17 * 17 * 7})
     preparation = "torch-fidelity inception-v3-compat: TensorFlow 1 bilinear resize to 299 px, pool features"
 
     def __init__(self, device: torch.device, file: Path | None = None) -> None:

@@ -25,10 +25,8 @@ from raev2.eval.features import FeatureExtractor
 from raev2.eval.protocols import GenerationEvaluator, ReconstructionEvaluator
 from raev2.eval.references import FORMATS, Reference, check_originals, read_reference
 from raev2.eval.sets import (
-    MANIFOLD_IMAGES,
     PictureSet,
     SetFeatures,
-    compare,
     features_file,
     set_features,
     split_pictures,
@@ -74,18 +72,17 @@ def score_pictures(
         return _score_pairs(evaluator, images, reference, device, num_workers)
     pictures, _ = open_pictures(images)
     features = partial(set_features, num_workers=num_workers)
-    against, about = _reference(
-        reference, pictures, evaluator.reference_split, partial(features, cache_dir=cache_dir())
-    )
+    kept = partial(features, cache_dir=cache_dir(), max_rows=evaluator.max_rows)
+    against, about = _reference(reference, pictures, evaluator.reference_split, kept)
+    extractors = evaluator.open(device)
+    known = [against(extractor) for extractor in extractors]  # first: one may not fit
     results: list[MetricResult] = []
-    spaces = {}
     with TemporaryDirectory() as folder:
-        for name in evaluator.extractors:
-            extractor = evaluator.build(name, device)
-            known = against(extractor)  # first: it may not fit
+        for extractor, theirs in zip(extractors, known, strict=True):
             once = features(pictures, extractor, cache_dir=Path(dist.from_main(folder)), max_rows=pictures.num)
-            results += compare(extractor, once, known)
-            spaces[name] = {"preparation": extractor.preparation, "fingerprint": extractor.fingerprint}
+            results += evaluator.metrics(extractor, once, theirs, None)
+    results += evaluator.summary(results)
+    spaces = {own.name: {"preparation": own.preparation, "fingerprint": own.fingerprint} for own in extractors}
     own = {"path": str(images), **pictures.identity}
     return results, {"num_samples": pictures.num, "pictures": own, "reference": about, "features": spaces}
 
@@ -198,22 +195,34 @@ def _reference(
     path: Path, pictures: PictureSet, split: str, features: Features
 ) -> tuple[Callable[[FeatureExtractor], SetFeatures], dict[str, Any]]:
     """Features of a reference of generation in any space, and what it is."""
-    if path.suffix in FORMATS:
-        stored = read_reference(path)
-        return partial(_stored, stored, features), {"path": str(path), **stored.identity()}
+    files = [path] if path.suffix in FORMATS else sorted(path.glob("*.npz"))
+    if split == "train" and files:  # of validation there are pictures, no statistics
+        stored = [read_reference(file) for file in files]
+        about = stored[0].identity() if files == [path] else {"files": [own.identity() for own in stored]}
+        return partial(_stored, stored, features), {"path": str(path), **about}
     size = pictures.identity["image_size"]
     reference = _split(path, split, size) if is_dataset(path) else open_pictures(path, "the reference")[0]
     _check_size(path, pictures, reference)
     about = {"path": str(path), **reference.identity}
-    return lambda extractor: features(reference, extractor, max_rows=MANIFOLD_IMAGES), about
+    return lambda extractor: features(reference, extractor), about
 
 
-def _stored(stored: Reference, features: Features, extractor: FeatureExtractor) -> SetFeatures:
-    """Statistics in a file; pictures beside them, or their features, give precision, recall and KID."""
+def _stored(several: Sequence[Reference], features: Features, extractor: FeatureExtractor) -> SetFeatures:
+    """Statistics in a file; pictures beside them, or their features, give precision, recall and KID.
+
+    Of several files it is the one with the model in its name.
+    """
+    fitting = [own for own in several if len(several) == 1 or extractor.model in own.file.name]
+    if len(fitting) != 1:
+        raise DataError(
+            f"reference {several[0].file.parent}", f"not one file of statistics for the space '{extractor.name}'",
+            got=", ".join(own.file.name for own in several), expected=f"a name with {extractor.model!r} in it",
+        )  # fmt: skip
+    stored = fitting[0]
     own, rows, name = stored.of_space(extractor.name, extractor.dim), stored.rows, "the reference"
     assert own is not None, "every reference has these"
     if stored.has_pictures:
-        rows = features(open_pictures(stored.file, name)[0], extractor, max_rows=MANIFOLD_IMAGES).rows
+        rows = features(open_pictures(stored.file, name)[0], extractor).rows
     more = {output: stored.of_space(extractor.name, dim, output) for output, dim in extractor.more.items()}
     spatial = {output: SetFeatures(name, found, None) for output, found in more.items() if found is not None}
     return SetFeatures(name, own, rows, spatial)

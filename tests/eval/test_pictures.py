@@ -224,7 +224,7 @@ def test_options_that_are_missing_or_have_no_effect(folder, capsys, trained_run)
     assert refused(capsys, 2, "--run", trained_run, "--out", "x") == "--out: has no effect without --images"
     assert refused(capsys, 2, "--run", trained_run, "--reference", "x") == "--reference: has no effect without --images"
     message = refused(capsys, 2, *images, "--reference", folder, "--protocol", "nope")
-    assert message.startswith("--protocol: unknown protocol; got 'nope'; expected one of generation-inception, ")
+    assert message.startswith("--protocol: unknown protocol; got 'nope'; expected one of generation-fdr6, ")
     message = refused(capsys, 2, *images, "--reference", folder, "--protocol", "action-following")
     assert message.startswith("--protocol: needs a run, it does not score pictures alone; got 'action-following'")
 
