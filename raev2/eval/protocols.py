@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
-from raev2.errors import CheckpointError, DataError, TaskError
+from raev2.errors import CheckpointError, DataError, RaeError, TaskError
 from raev2.eval.distances import paired_frechet
 from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name, not_finite
 from raev2.eval.generate import CHUNK_SIZE, collect, gathered, generated_images
@@ -234,7 +234,7 @@ class GenerationEvaluator(Evaluator):
 
     def open(self, device: torch.device) -> list[FeatureExtractor]:
         """The feature networks of this protocol. One that cannot be had is told before the others begin."""
-        found, errors = [], []
+        found, errors = list[FeatureExtractor](), list[RaeError]()
         for name in self.extractors:
             try:
                 found.append(self.build(name, device))
@@ -242,8 +242,8 @@ class GenerationEvaluator(Evaluator):
                 errors.append(error)
         if not found:
             raise errors[0]
-        for error in errors:
-            logger.warning("%s: goes on without this feature space: %s", self.protocol, error)
+        for missing in errors:
+            logger.warning("%s: goes on without this feature space: %s", self.protocol, missing)
         return found
 
     def _sets(self, context: EvalContext) -> list[PictureSet]:
