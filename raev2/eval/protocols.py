@@ -115,7 +115,7 @@ class ReconstructionEvaluator(Evaluator):
         extractors = [self.build(name, device) for name in self.extractors]
         pair_distance = self.build_pairs(self.available(), device)
 
-        def rows(numbers: Sequence[int], images: ImagesU8, originals: ImagesU8) -> dict[str, Tensor]:
+        def rows(numbers: Sequence[int], images: Tensor, originals: Tensor) -> dict[str, Tensor]:
             if images.shape != originals.shape:
                 raise DataError(
                     f"protocol {self.protocol}", "reconstruction and original differ in size",
