@@ -393,9 +393,12 @@ def _evaluate(
         if not evaluator.needs_generator:
             loop = spec.tokenizer_training
             stage, seen, decay = TOKENIZER, loop.final_images, loop.ema_decay
+        origin = {
+            "images_seen": seen, "ema_decay": decay,
+            "evaluator": name, "run": str(run.dir.resolve()), "weights": _weights(context),
+        }  # fmt: skip
         context = replace(context, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
-        origin = {"evaluator": name, "run": str(run.dir.resolve()), "weights": _weights(context)}
-        found = run_protocol(evaluator, context, run.dir / EVAL, images_seen=seen, ema_decay=decay, extra=origin)
+        found = run_protocol(evaluator, context, run.dir / EVAL, origin)
         run.log(
             stage=stage, kind="eval", images=seen, protocol=evaluator.protocol,
             metrics={result.name: result.value for result in found},

@@ -271,12 +271,9 @@ def run_protocol(
     evaluator: Evaluator,
     context: EvalContext,
     eval_dir: Path | None = None,
-    *,
-    images_seen: int | None = None,
-    ema_decay: float | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> list[MetricResult]:
-    """Run one protocol on all processes and write `<eval_dir>/<protocol>.json` on the main one.
+    """Run one protocol on all processes and write `<eval_dir>/<protocol>.json` on the main one, with `extra` in it.
 
     `context.spec` must be the spec as it is used, with changed sampling settings in it: the file quotes it.
     """
@@ -291,8 +288,7 @@ def run_protocol(
         about = {"description": evaluator.description, "needs_generator": evaluator.needs_generator}
         about |= {"preparation": context.dataset("val").preparation, **evaluator.describe(context), **(extra or {})}
         about["warnings"] = _warnings(about, results)
-        name, file = evaluator.protocol, eval_dir / f"{evaluator.protocol}.json"
-        write_result(file, name, results, context, about, images_seen=images_seen, ema_decay=ema_decay)
+        write_result(eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context, about)
     dist.barrier()
     return results
 
@@ -349,15 +345,10 @@ def write_result(
     results: Sequence[MetricResult],
     context: EvalContext,
     extra: Mapping[str, Any],
-    *,
-    images_seen: int | None = None,
-    ema_decay: float | None = None,
 ) -> None:
     """Write the numbers of a protocol of a run with everything they depend on."""
     spec = context.spec
     about = {
-        "images_seen": images_seen,
-        "ema_decay": ema_decay,
         "sampling": spec.sampling.model_dump(mode="json") if context.generate else None,
         "seed": spec.evaluation.seed,
         "seed_scheme": "noise and condition of a sample depend on the seed and its global number alone",

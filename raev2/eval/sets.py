@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from raev2.batch import MetricResult
 from raev2.data import ImageDataset, ignore_signals
@@ -62,42 +62,32 @@ class PictureSet:
     num       how many
     identity  all that the pictures depend on, as JSON; its SHA-256 names features that are kept
     read      numbers -> pictures (B, 3, Hpx, Wpx) uint8; workers call it, so it can be pickled
-    places    where each picture lies in its source, so that reading goes forward; None: as numbered
     """
 
     name: str
     num: int
     identity: Mapping[str, Any]
     read: Callable[[Sequence[int]], Tensor]
-    places: Sequence[int] | None = None
 
     def chunks(self, num_workers: int = 0) -> Iterator[tuple[list[int], ImagesU8]]:
         """Numbers and pictures of this process's share, read ahead by workers. An unreadable picture is an error."""
-        order = sorted(range(self.num), key=(self.places or range(self.num)).__getitem__)
-        chunks = [[order[i] for i in chunk] for chunk in local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}")]
         reader: DataLoader[Any] = DataLoader(
-            _Reader(self.read, chunks), batch_size=None, num_workers=num_workers, worker_init_fn=ignore_signals
-        )
-        for numbers, images in zip(chunks, reader, strict=True):
+            [*local_chunks(self.num, CHUNK_SIZE)],  # type: ignore[arg-type]  # any sequence will do
+            batch_size=None, collate_fn=partial(_read, self.read), num_workers=num_workers,
+            worker_init_fn=ignore_signals,
+        )  # fmt: skip
+        for images, numbers in zip(reader, local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}"), strict=True):
             if isinstance(images, DataError):
                 raise images
             yield numbers, images
 
 
-class _Reader(Dataset[Tensor | DataError]):
-    """Chunk -> its pictures. An error is a value: DataLoader would make a RuntimeError with a traceback of it."""
-
-    def __init__(self, read: Callable[[Sequence[int]], Tensor], chunks: Sequence[Sequence[int]]) -> None:
-        self.read, self.chunks = read, chunks
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, number: int) -> Tensor | DataError:
-        try:
-            return self.read(self.chunks[number])
-        except DataError as error:
-            return error
+def _read(read: Callable[[Sequence[int]], Tensor], numbers: Sequence[int]) -> Tensor | DataError:
+    """An error is a value: DataLoader would make a RuntimeError with a traceback of it."""
+    try:
+        return read(numbers)
+    except DataError as error:
+        return error
 
 
 def split_pictures(dataset: ImageDataset, indices: Sequence[int] | None = None) -> PictureSet:
@@ -109,7 +99,7 @@ def split_pictures(dataset: ImageDataset, indices: Sequence[int] | None = None) 
         "pictures": json_sha256([dataset.key(index) for index in indices]),
     }  # fmt: skip
     identity["fingerprint"] = json_sha256(identity)
-    return PictureSet(dataset.split, len(indices), identity, partial(_read_split, dataset, indices), indices)
+    return PictureSet(dataset.split, len(indices), identity, partial(_read_split, dataset, indices))
 
 
 def _read_split(dataset: ImageDataset, indices: Sequence[int], numbers: Sequence[int]) -> Tensor:
@@ -124,12 +114,8 @@ def of_groups(dataset: ImageDataset, groups: Sequence[Hashable]) -> list[int]:
     members: dict[Hashable, list[int]] = {}
     for index in dataset.subset():
         members.setdefault(dataset.group(index), []).append(index)
-    taken, found = Counter[Hashable](), []
-    for group in groups:
-        pool = members.get(group) or dataset.subset()
-        found.append(pool[taken[group] % len(pool)])
-        taken[group] += 1
-    return found
+    pools = {group: cycle(members.get(group) or dataset.subset()) for group in set(groups)}
+    return [next(pools[group]) for group in groups]
 
 
 def coverage(dataset: ImageDataset, asked: Sequence[Hashable]) -> dict[str, Any]:
@@ -143,18 +129,15 @@ def coverage(dataset: ImageDataset, asked: Sequence[Hashable]) -> dict[str, Any]
 def shuffled(pictures: PictureSet) -> PictureSet:
     """The same pictures, each cut into blocks and these shuffled: right colours and textures, no shapes."""
     identity = {**pictures.identity, "shuffle_blocks": SHUFFLE_BLOCKS}
-    return replace(pictures, identity=identity, read=partial(_read_shuffled, pictures.read))
+    return replace(pictures, identity=identity, read=partial(block_shuffle, pictures.read, SHUFFLE_BLOCKS))
 
 
-def _read_shuffled(read: Callable[[Sequence[int]], Tensor], numbers: Sequence[int]) -> Tensor:
-    return block_shuffle(read(numbers), numbers, SHUFFLE_BLOCKS)
-
-
-def block_shuffle(images_u8: ImagesU8, numbers: Sequence[int], blocks: int) -> ImagesU8:
-    """Cut each image into blocks x blocks pieces and shuffle them; the order depends on the image's number alone.
+def block_shuffle(read: Callable[[Sequence[int]], Tensor], blocks: int, numbers: Sequence[int]) -> ImagesU8:
+    """Cut each picture into blocks x blocks pieces and shuffle them; the order depends on the picture's number alone.
 
     Pixels that are left over when the size does not divide are cropped at the right and bottom.
     """
+    images_u8 = read(numbers)
     height, width = images_u8.shape[2] // blocks, images_u8.shape[3] // blocks
     tiles = images_u8[:, :, : height * blocks, : width * blocks]
     tiles = tiles.unflatten(3, (blocks, width)).unflatten(2, (blocks, height)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
