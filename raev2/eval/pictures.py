@@ -195,9 +195,12 @@ def _reference(
     path: Path, pictures: PictureSet, split: str, features: Features
 ) -> tuple[Callable[[FeatureExtractor], SetFeatures], dict[str, Any]]:
     """Features of a reference of generation in any space, and what it is."""
-    files = [path] if path.suffix in FORMATS else sorted(path.glob("*.npz"))
+    files = [path] if path.suffix in FORMATS else sorted(path.glob("*stats*.npz"))
     if split == "train" and files:  # of validation there are pictures, no statistics
         stored = [read_reference(file) for file in files]
+        for own in stored:
+            if own.has_pictures:
+                _check_size(path, pictures, open_pictures(own.file)[0])
         about = stored[0].identity() if files == [path] else {"files": [own.identity() for own in stored]}
         return partial(_stored, stored, features), {"path": str(path), **about}
     size = pictures.identity["image_size"]

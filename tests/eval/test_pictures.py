@@ -245,6 +245,11 @@ def test_pictures_that_cannot_be_scored(folder, tmp_path, capsys):
         f"reference {folder}: pictures of another size; got 32 x 32 px; expected 40 x 40 px. Prepare both sets in the "
         "same way."
     )
+    np.savez(tmp_path / "adm.npz", arr_0=noise(4, seed=0), mu=np.zeros(192), sigma=np.eye(192))
+    message = refused(capsys, 3, *common, large, "--reference", tmp_path / "adm.npz")
+    assert message.startswith(
+        f"reference {tmp_path / 'adm.npz'}: pictures of another size; got 32 x 32 px; expected 40"
+    )
     shutil.copy(large / "a" / "000.png", folder / "b" / "z.png")
     message = refused(capsys, 3, *common, folder, "--reference", large)
     assert message.startswith(
