@@ -25,6 +25,7 @@ from torch import Tensor
 from raev2.batch import Cond, MetricResult
 from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.errors import CheckpointError, FileError, SpecError
+from raev2.eval.features import NotFinite
 from raev2.eval.generate import PROGRESS_SECONDS
 from raev2.eval.pictures import cache_dir
 from raev2.eval.protocols import run_protocol
@@ -126,7 +127,10 @@ def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, ori
 
             def evaluate_now(generator: Generator, images: int) -> None:
                 now = TrainedRun(run, task, rae, generator)
-                _evaluate(now, spec.evaluation.in_training, images, unguided, suffix="-none")
+                try:
+                    _evaluate(now, spec.evaluation.in_training, images, unguided, suffix="-none")
+                except NotFinite as error:
+                    logger.error("no evaluation after %s images, the training goes on: %s", f"{images:,}", error)
 
             def look(generator: Generator, images: int) -> None:
                 file = run.dir / "samples" / f"{GENERATOR}-{images:09d}.png"
@@ -389,9 +393,12 @@ def _evaluate(
         if not evaluator.needs_generator:
             loop = spec.tokenizer_training
             stage, seen, decay = TOKENIZER, loop.final_images, loop.ema_decay
+        origin = {
+            "images_seen": seen, "ema_decay": decay,
+            "evaluator": name, "run": str(run.dir.resolve()), "weights": _weights(context),
+        }  # fmt: skip
         context = replace(context, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
-        origin = {"evaluator": name, "run": str(run.dir.resolve()), "weights": _weights(context)}
-        found = run_protocol(evaluator, context, run.dir / EVAL, images_seen=seen, ema_decay=decay, extra=origin)
+        found = run_protocol(evaluator, context, run.dir / EVAL, origin)
         run.log(
             stage=stage, kind="eval", images=seen, protocol=evaluator.protocol,
             metrics={result.name: result.value for result in found},

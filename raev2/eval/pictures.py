@@ -73,12 +73,12 @@ def score_pictures(
     features = partial(set_features, num_workers=num_workers)
     kept = partial(features, cache_dir=cache_dir(), max_rows=evaluator.max_rows)
     against, about = _reference(reference, pictures, evaluator.reference_split, kept)
-    results, extractors = list[MetricResult](), evaluator.open(device)
+    extractors = evaluator.open(device)
+    known, results = [against(extractor) for extractor in extractors], list[MetricResult]()  # first: one may not fit
     with TemporaryDirectory() as folder:
         once = partial(features, pictures, cache_dir=Path(dist.from_main(folder)), max_rows=pictures.num)
-        for extractor in extractors:
-            known = against(extractor)  # first: it may not fit
-            results += evaluator.metrics(extractor, once(extractor), known, None)
+        for extractor, theirs in zip(extractors, known, strict=True):
+            results += evaluator.metrics(extractor, once(extractor), theirs, None)
     return [*results, *evaluator.summary(results)], {
         "num_samples": pictures.num, "pictures": {"path": str(images), **pictures.identity}, "reference": about,
         "features": {own.name: {"preparation": own.preparation, "fingerprint": own.fingerprint} for own in extractors},
@@ -172,17 +172,28 @@ def _reference(
     path: Path, pictures: PictureSet, split: str, features: Features
 ) -> tuple[Callable[[FeatureExtractor], SetFeatures], dict[str, Any]]:
     """Features of a reference of generation in any space, and what it is."""
-    if path.suffix in FORMATS:
-        stored = read_reference(path)
-        return partial(_stored, stored, features), {"path": str(path), **stored.identity()}
+    files = [path] if path.suffix in FORMATS else sorted(path.glob("*.npz"))
+    if split == "train" and files:  # of validation there are pictures, no statistics
+        stored = [read_reference(file) for file in files]
+        about = stored[0].identity() if files == [path] else {"files": [own.identity() for own in stored]}
+        return partial(_stored, stored, features), {"path": str(path), **about}
     reference = _reference_set(path, split, pictures.identity["image_size"])
     _check_size(path, pictures, reference)
-    about = {"path": str(path), **reference.identity}
-    return partial(features, reference), about
+    return partial(features, reference), {"path": str(path), **reference.identity}
 
 
-def _stored(stored: Reference, features: Features, extractor: FeatureExtractor) -> SetFeatures:
-    """Statistics in a file; pictures beside them, or their features, give precision, recall and KID."""
+def _stored(several: Sequence[Reference], features: Features, extractor: FeatureExtractor) -> SetFeatures:
+    """Statistics in a file; pictures beside them, or their features, give precision, recall and KID.
+
+    Of several files it is the one with the model in its name.
+    """
+    fitting = [own for own in several if len(several) == 1 or extractor.model in own.file.name]
+    if len(fitting) != 1:
+        raise DataError(
+            f"reference {several[0].file.parent}", f"not one file of statistics for the space '{extractor.name}'",
+            got=", ".join(own.file.name for own in several), expected=f"a name with {extractor.model!r} in it",
+        )  # fmt: skip
+    stored = fitting[0]
     own, rows, name = stored.of_space(extractor.name, extractor.dim), stored.rows, "the reference"
     assert own is not None, "every reference has these"
     if stored.has_pictures:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
-from raev2.errors import CheckpointError, DataError, TaskError
+from raev2.errors import CheckpointError, DataError, RaeError, TaskError
 from raev2.eval.distances import paired_frechet
-from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name
+from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name, not_finite
 from raev2.eval.generate import CHUNK_SIZE, collect, gathered, generated_images
 from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.sets import (
@@ -34,7 +34,6 @@ from raev2.eval.sets import (
     compare,
     coverage,
     of_groups,
-    outputs,
     set_features,
     shuffled,
     split_pictures,
@@ -116,7 +115,7 @@ class ReconstructionEvaluator(Evaluator):
         extractors = [self.build(name, device) for name in self.extractors]
         pair_distance = self.build_pairs(self.available(), device)
 
-        def rows(numbers: Sequence[int], images: ImagesU8, originals: ImagesU8) -> dict[str, Tensor]:
+        def rows(numbers: Sequence[int], images: Tensor, originals: Tensor) -> dict[str, Tensor]:
             if images.shape != originals.shape:
                 raise DataError(
                     f"protocol {self.protocol}", "reconstruction and original differ in size",
@@ -130,7 +129,6 @@ class ReconstructionEvaluator(Evaluator):
             for extractor in extractors:
                 for kind, own in (("original", originals), ("image", images)):
                     values[f"{kind}/{extractor.name}"] = extractor(own)
-                    check_finite(extractor.name, f"{kind}s", numbers, {"": values[f"{kind}/{extractor.name}"]})
             return values
 
         found = gathered((numbers, rows(numbers, images, originals)) for numbers, images, originals in pairs)
@@ -139,6 +137,8 @@ class ReconstructionEvaluator(Evaluator):
             yield MetricResult(name, *mean_and_error(found[name]), better=better, role="headline", about=about)
         for extractor in extractors:
             images, originals = found[f"image/{extractor.name}"], found[f"original/{extractor.name}"]
+            bad = not_finite(range(len(images)), {"image": images, "original": originals})
+            check_finite(extractor.name, "reconstructions and originals", bad)
             value, stderr = dist.on_main(partial(paired_frechet, images, originals))
             yield MetricResult(
                 f"r{frechet_name(extractor.name)}", value, len(images), stderr, better="lower", role="headline",
@@ -216,7 +216,7 @@ class GenerationEvaluator(Evaluator):
             return {
                 f"{extractor.name}/{output}": values
                 for extractor in extractors
-                for output, values in outputs(extractor, "generated pictures", indices, images).items()
+                for output, values in extractor.outputs(images).items()
             }
 
         found = collect(self.num_samples, CHUNK_SIZE, rows, "generated pictures")
@@ -225,15 +225,16 @@ class GenerationEvaluator(Evaluator):
         )
         sets, results = self._sets(context), list[MetricResult]()
         for extractor in extractors:
+            own = {output: found[f"{extractor.name}/{output}"] for output in ("", *extractor.more)}
+            check_finite(extractor.name, "generated pictures", not_finite(range(self.num_samples), own))
             reference, *scale = (features(pictures, extractor) for pictures in sets)
-            more = {output: found[f"{extractor.name}/{output}"] for output in extractor.more}
-            generated = SetFeatures.of("generated pictures", found[f"{extractor.name}/"], **more)
+            generated = SetFeatures.of("generated pictures", own.pop(""), **own)
             results += self.metrics(extractor, generated, reference, Scale(*scale))
         yield from (*results, *self.summary(results))
 
     def open(self, device: torch.device) -> list[FeatureExtractor]:
         """The feature networks of this protocol. One that cannot be had is told before the others begin."""
-        found, errors = [], []
+        found, errors = list[FeatureExtractor](), list[RaeError]()
         for name in self.extractors:
             try:
                 found.append(self.build(name, device))
@@ -241,8 +242,8 @@ class GenerationEvaluator(Evaluator):
                 errors.append(error)
         if not found:
             raise errors[0]
-        for error in errors:
-            logger.warning("%s: goes on without this feature space: %s", self.protocol, error)
+        for missing in errors:
+            logger.warning("%s: goes on without this feature space: %s", self.protocol, missing)
         return found
 
     def _sets(self, context: EvalContext) -> list[PictureSet]:
@@ -270,12 +271,9 @@ def run_protocol(
     evaluator: Evaluator,
     context: EvalContext,
     eval_dir: Path | None = None,
-    *,
-    images_seen: int | None = None,
-    ema_decay: float | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> list[MetricResult]:
-    """Run one protocol on all processes and write `<eval_dir>/<protocol>.json` on the main one.
+    """Run one protocol on all processes and write `<eval_dir>/<protocol>.json` on the main one, with `extra` in it.
 
     `context.spec` must be the spec as it is used, with changed sampling settings in it: the file quotes it.
     """
@@ -290,8 +288,7 @@ def run_protocol(
         about = {"description": evaluator.description, "needs_generator": evaluator.needs_generator}
         about |= {"preparation": context.dataset("val").preparation, **evaluator.describe(context), **(extra or {})}
         about["warnings"] = _warnings(about, results)
-        name, file = evaluator.protocol, eval_dir / f"{evaluator.protocol}.json"
-        write_result(file, name, results, context, about, images_seen=images_seen, ema_decay=ema_decay)
+        write_result(eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context, about)
     dist.barrier()
     return results
 
@@ -348,15 +345,10 @@ def write_result(
     results: Sequence[MetricResult],
     context: EvalContext,
     extra: Mapping[str, Any],
-    *,
-    images_seen: int | None = None,
-    ema_decay: float | None = None,
 ) -> None:
     """Write the numbers of a protocol of a run with everything they depend on."""
     spec = context.spec
     about = {
-        "images_seen": images_seen,
-        "ema_decay": ema_decay,
         "sampling": spec.sampling.model_dump(mode="json") if context.generate else None,
         "seed": spec.evaluation.seed,
         "seed_scheme": "noise and condition of a sample depend on the seed and its global number alone",

@@ -15,7 +15,7 @@ import torch.multiprocessing as multiprocessing
 from raev2.data import ImageDataset, random_subset
 from raev2.errors import DataError
 from raev2.eval import sets
-from raev2.eval.distances import Moments, frechet_stderr, inception_score, moments_distance, precision_recall
+from raev2.eval.distances import FrechetTo, Moments, inception_score, moments_distance, precision_recall
 from raev2.eval.features import FeatureExtractor
 from raev2.eval.protocols import GenerationEvaluator
 from raev2.eval.sets import SetFeatures, compare, coverage, of_groups, set_features, split_pictures
@@ -132,8 +132,8 @@ def test_recall_error_and_inception_score_of_one_distribution_against_itself_are
     assert precision_recall(reference, own)[1] == pytest.approx(float(recalls.mean()), abs=0.05)
     assert precision_recall(reference, first)[1] < 0.5 * recalls.mean(), "what the first pictures gave"
 
-    errors = torch.tensor([frechet_stderr(rows, moments) for rows in drawn])
-    assert frechet_stderr(own, moments) == pytest.approx(float(errors.mean()), rel=0.5)
+    errors = torch.tensor([FrechetTo(moments).stderr(rows) for rows in drawn])
+    assert FrechetTo(moments).stderr(own) == pytest.approx(float(errors.mean()), rel=0.5)
     distances = torch.tensor([moments_distance(Moments.of(rows), moments) for rows in drawn])
     assert moments_distance(Moments.of(own), moments) < distances.max()
     assert moments_distance(Moments.of(first), moments) > 10 * distances.max()
@@ -149,7 +149,7 @@ def test_the_error_of_a_distance_is_no_less_than_its_spread_over_subsets():
     moments, val = Moments.of(features(Sorted("train", 4000), range(4000))), Sorted("val", 4000)
     subsets = [features(val, val.subset(400, seed)) for seed in range(12)]
     spread = torch.tensor([moments_distance(Moments.of(rows), moments) for rows in subsets]).std()
-    errors = torch.tensor([frechet_stderr(rows, moments) for rows in subsets])
+    errors = torch.tensor([FrechetTo(moments).stderr(rows) for rows in subsets])
     assert spread < errors.mean() < 10 * spread
 
 
@@ -161,18 +161,16 @@ def test_jackknife_groups_of_a_whole_set_are_random_parts_of_it():
     spread = torch.tensor(
         [moments_distance(Moments.of(whole[torch.randint(1000, (1000,))]), moments) for _ in range(30)]
     )
-    assert frechet_stderr(whole, moments) < 3 * float(spread.std())
+    assert FrechetTo(moments).stderr(whole) < 3 * float(spread.std())
     blocks = features(val, range(1000)).unflatten(0, (10, 100)).transpose(0, 1).flatten(0, 1)
-    assert frechet_stderr(blocks, moments) > 3 * float(spread.std()), "groups that are runs of sorted data"
+    assert FrechetTo(moments).stderr(blocks) > 3 * float(spread.std()), "groups that are runs of sorted data"
 
 
 # Sets of pictures.
 
 
-def test_a_set_is_read_forward_and_numbered_in_random_order(tmp_path):
+def test_features_of_a_set_are_in_its_random_order_and_kept(tmp_path):
     dataset = Sorted("train", 150)
-    read = [index for numbers, _ in split_pictures(dataset).chunks() for index in numbers]
-    assert [dataset.subset()[number] for number in read] == list(range(150))
     found = set_features(split_pictures(dataset), Means(), tmp_path)
     assert torch.equal(found.rows, features(dataset, dataset.subset()))
     again = set_features(split_pictures(dataset), Means(), tmp_path)

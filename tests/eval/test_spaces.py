@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import functional as pictures_of_torchvision
 
 from raev2.batch import MetricResult
+from raev2.command.cli import main
 from raev2.errors import DataError
 from raev2.eval.distances import Gaussian, Moments
 from raev2.eval.features import FeatureExtractor
@@ -219,3 +223,74 @@ def test_mind6_is_the_mean_over_six_spaces_with_a_scale_beside_each():
     ):
         list(mind_of(Toy(), made, SetFeatures("statistics", Moments.of(made.rows), None)))
     assert math.isfinite(found[0].value)
+
+
+# Pictures of any origin, in six spaces of means of rows of pixels.
+
+
+class Rows(FeatureExtractor):
+    dim, preparation = 8, "means of eight rows"
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.fingerprint = name, name
+        self.model = SPACES[name].model if name in SPACES else name
+
+    def __call__(self, images_u8):
+        rows = images_u8.float().mean((1, 3))
+        return rows + rows.roll(1, 1) * list(FD_VAL).index(self.name)
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch):
+    """The scores of 40 pictures by `raev2 eval --images`."""
+    monkeypatch.setattr("raev2_tasks.imagenet.protocols.build_space", Rows)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = np.random.RandomState(0).randint(0, 256, (40, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+
+    def run(protocol, reference, code=0):
+        files = [
+            "--images",
+            str(tmp_path / "images.npz"),
+            "--reference",
+            str(reference),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        assert main(["eval", *files, "--protocol", protocol, "--workers", "0"]) == code
+        return code or {row["name"]: row["value"] for row in json.loads((tmp_path / "out").read_text())["results"]}
+
+    return run, torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def test_fdr6_against_published_statistics_of_each_network(score, tmp_path, capsys):
+    run, images = score
+    folder, expected = tmp_path / "statistics", {}
+    folder.mkdir()
+    for name, value in FD_VAL.items():
+        extractor = Rows(name, CPU)
+        features = extractor(images).double()
+        np.savez(
+            folder / f"{extractor.model}_in256_t224_stats.npz", ref_mu=features.mean(0) + 1, ref_sigma=features.T.cov()
+        )
+        expected[name] = 8 / value  # the distance of a shift by one in eight features
+    found = run("generation-fdr6", folder)
+    assert {name: found[f"fdr_{name}"] for name in FD_VAL} == pytest.approx(expected, rel=1e-4)
+    assert found["fdr6"] == pytest.approx(sum(expected.values()) / 6, rel=1e-4)
+    assert not [name for name in found if "precision" in name]
+    (folder / f"{SPACES['clip'].model}_in256_t224_stats.npz").unlink()
+    run("generation-fdr6", folder, code=3)
+    message = (
+        "not one file of statistics for the space 'clip'; got .*stats.npz; expected a name with 'vit_large_patch14"
+    )
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_mind6_against_an_array_of_validation_pictures(score, tmp_path):
+    run, images = score
+    reference = images.flip(3).roll(3, 0) // 2
+    np.savez(tmp_path / "val.npz", arr_0=reference.permute(0, 2, 3, 1).numpy())
+    found = run("generation-mind6", tmp_path / "val.npz")
+    expected = [mind(Rows(name, CPU)(images), Rows(name, CPU)(reference)) for name in FD_VAL]
+    assert [found[f"mind_{name}"] for name in FD_VAL] == pytest.approx(expected, rel=1e-5)
+    assert found["mind6"] == pytest.approx(sum(expected) / 6, rel=1e-5)

@@ -62,14 +62,14 @@ class TimmFeatures(FeatureExtractor):
         import timm
 
         file = _weights(space.model)
-        vit = {} if space.output == "mean" else {"dynamic_img_size": True, "dynamic_img_pad": True}
-        self.model: Any = timm.create_model(
-            space.model, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": str(file)}, **vit
-        )
-        self.model.to(device).eval().requires_grad_(False)
-        stats = [torch.tensor(self.model.pretrained_cfg[key], device=device) for key in ("mean", "std")]
+        options: dict[str, Any] = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": {"file": str(file)}}
+        if space.output != "mean":
+            options |= {"dynamic_img_size": True, "dynamic_img_pad": True}
+        network: Any = timm.create_model(space.model, **options)
+        self.network = network.to(device).eval().requires_grad_(False)
+        stats = [torch.tensor(network.pretrained_cfg[key], device=device) for key in ("mean", "std")]
         self.mean, self.std = (255 * value.view(3, 1, 1) for value in stats)
-        self.name, self.dim, self.space, self.device = name, space.dim, space, device
+        self.name, self.model, self.dim, self.space, self.device = name, space.model, space.dim, space, device
         precision = "bf16" if device.type == "cuda" and space.output != "mean" else "fp32"
         self.preparation = f"{space.model}: bicubic to {space.side} px, antialiased; {space.output}; {precision}"
         self.fingerprint = json_sha256([self.preparation, file_sha256(file)])
@@ -82,10 +82,10 @@ class TimmFeatures(FeatureExtractor):
             images = interpolate(images, (side, side), mode="bicubic", antialias=True)
         half = self.device.type == "cuda" and output != "mean"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            features = self.model.forward_features((images - self.mean) / self.std)
+            features = self.network.forward_features((images - self.mean) / self.std)
         features = features.float()
         if output == "pool":
-            return self.model.attn_pool(features).cpu()
+            return self.network.attn_pool(features).cpu()
         return (features[:, 0] if output == "token" else features.mean((2, 3))).cpu()
 
 
