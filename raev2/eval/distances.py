@@ -128,15 +128,17 @@ class FrechetTo:
         """
         if len(features) < 4 * num_groups:
             return None
-        centred = [(features[group::num_groups].double() - self.mean) for group in range(num_groups)]
-        inner = [Moments.of(rows @ self.factor) for rows in centred]
-        sums, squares = torch.stack([rows.sum(0) for rows in centred]), [rows.square().sum() for rows in centred]
-        total = reduce(Moments.merge, inner)
-        values = []
+        inner, sums, squares = list[Moments](), list[Tensor](), list[Tensor]()
         for group in range(num_groups):
-            rest = total.merge(inner[group], sign=-1)
-            offset = (sums.sum(0) - sums[group]) / rest.count
-            trace = (sum(squares) - squares[group] - rest.count * offset.square().sum()) / (rest.count - 1)
+            rows = features[group::num_groups].double() - self.mean
+            inner.append(Moments.of(rows @ self.factor))
+            sums.append(rows.sum(0))
+            squares.append(rows.square().sum())
+        values, total = [], reduce(Moments.merge, inner)
+        for own, own_sum, own_square in zip(inner, sums, squares, strict=True):
+            rest = total.merge(own, sign=-1)
+            offset = (sum(sums) - own_sum) / rest.count
+            trace = (sum(squares) - own_square - rest.count * offset.square().sum()) / (rest.count - 1)
             values.append(self._distance(offset, trace, rest.cov, _rank(rest, self.rank)))
         return _jackknife(values)
 

@@ -38,6 +38,7 @@ class FeatureExtractor(ABC):
     preparation   how images are resized and normalised, in words, for the result files
     fingerprint   SHA-256 of the network's name, preparation and weights
     more          length of further outputs of the same pass, by name
+    model         what files of published statistics have in their names
     """
 
     name: str
@@ -45,6 +46,7 @@ class FeatureExtractor(ABC):
     preparation: str
     fingerprint: str
     more: Mapping[str, int] = MappingProxyType({})
+    model: str = ""
 
     @abstractmethod
     def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
@@ -81,7 +83,7 @@ class InceptionFeatures(FeatureExtractor):
     file   weights; None: those of FID
     """
 
-    name, dim, more = INCEPTION, 2048, MappingProxyType({LOGITS: 1008, SPATIAL: 17 * 17 * 7})
+    name, model, dim, more = INCEPTION, INCEPTION, 2048, MappingProxyType({LOGITS: 1008, SPATIAL: 17 * 17 * 7})
     preparation = "torch-fidelity inception-v3-compat: TensorFlow 1 bilinear resize to 299 px, pool features"
 
     def __init__(self, device: torch.device, file: Path | None = None) -> None:
@@ -122,14 +124,19 @@ class NotFinite(DataError):
     """Features that are no numbers: evaluation ends, training goes on without this evaluation."""
 
 
-def check_finite(space: str, pictures: str, numbers: Sequence[int], outputs: Mapping[str, Tensor]) -> None:
-    """Raise NotFinite, which names the space and the pictures, where a feature is not finite."""
+def not_finite(numbers: Sequence[int], outputs: Mapping[str, Tensor]) -> list[int]:
+    """Numbers of the pictures that have an output which is not finite."""
     fine = torch.stack([value.isfinite().all(1) for value in outputs.values()]).all(0)
-    if not fine.all():
-        bad = [number for number, good in zip(numbers, fine.tolist(), strict=True) if not good]
+    return [number for number, good in zip(numbers, fine.tolist(), strict=True) if not good]
+
+
+def check_finite(space: str, pictures: str, bad: Sequence[int]) -> None:
+    """Raise NotFinite on all processes, with space and pictures in it, where one of them has found bad ones."""
+    bad = sorted({number for part in dist.gather_objects(list(bad)) for number in part})
+    if bad:
         raise NotFinite(
-            f"features '{space}' of {pictures}", "not finite", got=f"pictures {', '.join(map(str, bad[:5]))}",
-            hint="The feature network or its weights are broken.",
+            f"features '{space}' of {pictures}", f"not finite for {len(bad):,} pictures",
+            got=f"numbers {', '.join(map(str, bad[:5]))}", hint="The feature network or its weights are broken.",
         )  # fmt: skip
 
 

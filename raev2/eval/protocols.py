@@ -11,7 +11,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
-from raev2.errors import DataError, TaskError
+from raev2.errors import CheckpointError, DataError, TaskError
 from raev2.eval.distances import paired_frechet
-from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name
+from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name, not_finite
 from raev2.eval.generate import CHUNK_SIZE, collect, gathered, generated_images
 from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.sets import (
@@ -34,7 +34,6 @@ from raev2.eval.sets import (
     compare,
     coverage,
     of_groups,
-    outputs,
     set_features,
     shuffled,
     split_pictures,
@@ -57,6 +56,7 @@ PAIR_ABOUT = {
 }
 
 Build = Callable[[str, torch.device], FeatureExtractor]
+Metrics = Callable[[FeatureExtractor, SetFeatures, SetFeatures, Scale | None], Iterator[MetricResult]]
 
 
 class ReconstructionEvaluator(Evaluator):
@@ -98,18 +98,24 @@ class ReconstructionEvaluator(Evaluator):
             "reference": {**split_pictures(dataset, indices).identity, "what": "originals of the same images"},
             "label_policy": "none, the tokenizer sees no condition",
             "coverage": coverage(dataset, [dataset.group(index) for index in indices]),
-            "perceptual": self._available(),
+            "perceptual": self.available(),
         }
 
     def run(self, context: EvalContext) -> Iterator[MetricResult]:
         """PSNR, SSIM, perceptual distance, then one Fréchet distance for each feature network."""
         dataset = context.dataset(self.split)
-        pictures = split_pictures(dataset, dataset.subset(self.max_images))
-        extractors = [self.build(name, context.device) for name in self.extractors]
-        pair_distance = self.build_pairs(self._available(), context.device)
+        chunks = split_pictures(dataset, dataset.subset(self.max_images)).chunks(context.spec.data.num_workers)
+        pairs = ((numbers, context.reconstruct(originals), originals) for numbers, originals in chunks)
+        yield from self.scores(pairs, context.device)
 
-        def rows(numbers: Sequence[int], originals: ImagesU8) -> dict[str, Tensor]:
-            images = context.reconstruct(originals)
+    def scores(
+        self, pairs: Iterable[tuple[Sequence[int], ImagesU8, ImagesU8]], device: torch.device
+    ) -> Iterator[MetricResult]:
+        """The numbers of any pictures and their originals, from numbered chunks of both."""
+        extractors = [self.build(name, device) for name in self.extractors]
+        pair_distance = self.build_pairs(self.available(), device)
+
+        def rows(numbers: Sequence[int], images: ImagesU8, originals: ImagesU8) -> dict[str, Tensor]:
             if images.shape != originals.shape:
                 raise DataError(
                     f"protocol {self.protocol}", "reconstruction and original differ in size",
@@ -123,24 +129,24 @@ class ReconstructionEvaluator(Evaluator):
             for extractor in extractors:
                 for kind, own in (("original", originals), ("image", images)):
                     values[f"{kind}/{extractor.name}"] = extractor(own)
-                    check_finite(extractor.name, f"{kind}s", numbers, {"": values[f"{kind}/{extractor.name}"]})
             return values
 
-        chunks = pictures.chunks(context.spec.data.num_workers)
-        found = gathered((numbers, rows(numbers, originals)) for numbers, originals in chunks)
+        found = gathered((numbers, rows(numbers, images, originals)) for numbers, images, originals in pairs)
         for name, about in {**PAIR_ABOUT, pair_distance.name: pair_distance.about}.items():
             better: Better = "higher" if name in PAIR_ABOUT else "lower"
             yield MetricResult(name, *mean_and_error(found[name]), better=better, role="headline", about=about)
         for extractor in extractors:
             images, originals = found[f"image/{extractor.name}"], found[f"original/{extractor.name}"]
+            bad = not_finite(range(len(images)), {"image": images, "original": originals})
+            check_finite(extractor.name, "reconstructions and originals", bad)
             value, stderr = dist.on_main(partial(paired_frechet, images, originals))
             yield MetricResult(
-                f"r{frechet_name(extractor.name)}", value, pictures.num, stderr, better="lower", role="headline",
-                warning=too_few(extractor.dim, pictures.num),
+                f"r{frechet_name(extractor.name)}", value, len(images), stderr, better="lower", role="headline",
+                warning=too_few(extractor.dim, len(images)),
                 about=frechet_about(extractor.name, "reconstructions and originals, a score of the tokenizer alone,"),
             )  # fmt: skip
 
-    def _available(self) -> str:
+    def available(self) -> str:
         """The first perceptual distance that needs no missing weights."""
         for name in self.perceptual:
             if not name.startswith("lpips_") or lpips_available(name.removeprefix("lpips_")):
@@ -166,6 +172,10 @@ class GenerationEvaluator(Evaluator):
         cond_split: str = "val",
         groups: Callable[[RunSpec, ImageDataset, Sequence[int]], Sequence[Hashable]] | None = None,
         build: Build = build_extractor,
+        metrics: Metrics = compare,
+        summary: Callable[[Sequence[MetricResult]], Iterator[MetricResult]] = lambda results: iter(()),
+        max_rows: int = MANIFOLD_IMAGES,
+        made_for: str = "",
     ) -> None:
         """Name a protocol.
 
@@ -175,10 +185,15 @@ class GenerationEvaluator(Evaluator):
         cond_split      the split that `cond` gets
         groups          which group of the data each sample is to show (`ImageDataset.group`), by global sample number;
                         None: that of the sample whose condition `ImageDataset.asked` gives it
+        metrics         what is computed in each space
+        summary         further numbers, from those of all spaces
+        max_rows        references whose features are kept
+        made_for        published statistics that `--reference` may name, for people
         """
         self.protocol, self.cond, self.extractors, self.build = protocol, cond, tuple(extractors), build
         self.label_policy, self.num_samples, self.groups = label_policy, num_samples, groups
         self.reference_split, self.scale_split, self.cond_split = reference_split, scale_split, cond_split
+        self.metrics, self.summary, self.max_rows, self.made_for = metrics, summary, max_rows, made_for
         self.description = f"{num_samples:,} generated images against '{reference_split}'"
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
@@ -187,32 +202,49 @@ class GenerationEvaluator(Evaluator):
         return {
             "reference": {**split_pictures(reference).identity, "what": "all images of the split"},
             "label_policy": self.label_policy,
+            "made_for": self.made_for,
             "coverage": coverage(reference, self._asked(context)),
             "precision_recall": {"k": 3, "max_references": MANIFOLD_IMAGES},
         }
 
     def run(self, context: EvalContext) -> Iterator[MetricResult]:
         """For each feature network what `compare` yields."""
-        extractors = [self.build(name, context.device) for name in self.extractors]
-        conditions = context.dataset(self.cond_split)
+        extractors, conditions = self.open(context.device), context.dataset(self.cond_split)
 
         def rows(indices: Sequence[int]) -> dict[str, Tensor]:
             images = generated_images(context, lambda i: self.cond(context.spec, conditions, i), indices)
             return {
                 f"{extractor.name}/{output}": values
                 for extractor in extractors
-                for output, values in outputs(extractor, "generated pictures", indices, images).items()
+                for output, values in extractor.outputs(images).items()
             }
 
         found = collect(self.num_samples, CHUNK_SIZE, rows, "generated pictures")
-        sets = self._sets(context)
+        features = partial(
+            set_features, cache_dir=context.cache_dir, num_workers=context.spec.data.num_workers, max_rows=self.max_rows
+        )
+        sets, results = self._sets(context), list[MetricResult]()
         for extractor in extractors:
-            reference, *scale = (
-                set_features(pictures, extractor, context.cache_dir, context.spec.data.num_workers) for pictures in sets
-            )
-            more = {output: found[f"{extractor.name}/{output}"] for output in extractor.more}
-            generated = SetFeatures.of("generated pictures", found[f"{extractor.name}/"], **more)
-            yield from compare(extractor, generated, reference, Scale(*scale))
+            own = {output: found[f"{extractor.name}/{output}"] for output in ("", *extractor.more)}
+            check_finite(extractor.name, "generated pictures", not_finite(range(self.num_samples), own))
+            reference, *scale = (features(pictures, extractor) for pictures in sets)
+            generated = SetFeatures.of("generated pictures", own.pop(""), **own)
+            results += self.metrics(extractor, generated, reference, Scale(*scale))
+        yield from (*results, *self.summary(results))
+
+    def open(self, device: torch.device) -> list[FeatureExtractor]:
+        """The feature networks of this protocol. One that cannot be had is told before the others begin."""
+        found, errors = [], []
+        for name in self.extractors:
+            try:
+                found.append(self.build(name, device))
+            except (DataError, CheckpointError) as error:
+                errors.append(error)
+        if not found:
+            raise errors[0]
+        for missing in errors:
+            logger.warning("%s: goes on without this feature space: %s", self.protocol, missing)
+        return found
 
     def _sets(self, context: EvalContext) -> list[PictureSet]:
         """The reference and the parts of its `Scale`."""
@@ -314,8 +346,26 @@ def write_result(
     context: EvalContext,
     extra: Mapping[str, Any],
 ) -> None:
-    """Write the numbers of a protocol with everything they depend on."""
+    """Write the numbers of a protocol of a run with everything they depend on."""
     spec = context.spec
+    about = {
+        "sampling": spec.sampling.model_dump(mode="json") if context.generate else None,
+        "seed": spec.evaluation.seed,
+        "seed_scheme": "noise and condition of a sample depend on the seed and its global number alone",
+        "precision": {"generator": spec.precision, "tokenizer": "fp32", "features": "fp32", "sums": "fp64"},
+        "image_size": list(spec.tokenizer.image_size),
+        "to_uint8": "clamp to [0, 1], times 255, rounded",
+        **extra,
+        "spec_fingerprint": fingerprint(spec),
+        "spec": spec_to_dict(spec),
+    }
+    write_numbers(path, protocol, results, about, context.device)
+
+
+def write_numbers(
+    path: Path, protocol: str, results: Sequence[MetricResult], about: Mapping[str, Any], device: torch.device
+) -> None:
+    """Write numbers with what they depend on, and the machine and the versions that made them."""
     installed = {name: version for name, version in package_versions().items() if version}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -326,20 +376,12 @@ def write_result(
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "results": [vars(result) for result in results],
             "num_samples": max((result.num_samples for result in results), default=0),
-            "sampling": spec.sampling.model_dump(mode="json") if context.generate else None,
-            "seed": spec.evaluation.seed,
-            "seed_scheme": "noise and condition of a sample depend on the seed and its global number alone",
-            "precision": {"generator": spec.precision, "tokenizer": "fp32", "features": "fp32", "sums": "fp64"},
-            "image_size": list(spec.tokenizer.image_size),
-            "to_uint8": "clamp to [0, 1], times 255, rounded",
-            **extra,
-            "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "cpu",
+            **about,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "processes": dist.world_size(),
             "versions": {"python": platform.python_version(), **installed},
-            "spec_fingerprint": fingerprint(spec),
-            "spec": spec_to_dict(spec),
         },
-    )  # fmt: skip
+    )
 
 
 def ep_fid(history: Sequence[tuple[float | int, float | int]], k: float | int) -> float | None:

@@ -7,8 +7,6 @@ for each picture. They are never interchanged: FID to training statistics and rF
 from __future__ import annotations
 
 import codecs
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,15 +22,13 @@ from raev2.eval.distances import Gaussian, Moments
 from raev2.files.hashes import file_sha256
 
 PICTURES = "arr_0"
-# Output of a feature network -> names of its mean and covariance: of ADM, clean-fid and torch-fidelity, and of JiT.
+# Output of a network -> names of its mean and covariance in files of ADM, clean-fid and torch-fidelity, and of JiT.
 NAMES = {"": (("mu", "sigma"), ("ref_mu", "ref_sigma")), "spatial": (("mu_s", "sigma_s"),)}
 STATISTICS = {name for pairs in NAMES.values() for pair in pairs for name in pair}
 FORMATS = {".npz": "an archive of numpy", ".pt": "statistics of torch-fidelity", ".safetensors": "features of ours"}
-REBUILD = np.zeros(0).__reduce__()[0]  # how numpy's arrays come out of a file, whatever its module is called
-NUMPY: list[Any] = [
-    REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, codecs.encode,
-    np.dtypes.Float32DType, np.dtypes.Float64DType,
-]  # fmt: skip
+REBUILD = np.zeros(0).__reduce__()[0]  # how arrays come out of a file, whatever numpy calls its module
+NUMPY: list[Any] = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, codecs.encode]
+NUMPY += [np.dtypes.Float32DType, np.dtypes.Float64DType]
 
 
 @dataclass(frozen=True)
@@ -94,12 +89,9 @@ def check_originals(file: Path) -> None:
 
 def _arrays(file: Path) -> dict[str, Any]:
     """What is in a file by name; None for arrays that are no statistics."""
-    where = f"reference {file}"
-    if not file.is_file():
-        raise DataError(where, "no such file")
     if file.suffix not in FORMATS:
         raise DataError(
-            where, "not one of the formats that run nothing when they are read", got=repr(file.suffix),
+            f"reference {file}", "not one of the formats that run nothing when they are read", got=repr(file.suffix),
             expected=", ".join(FORMATS),
             hint="Where you trust a pickle, load it and np.savez('reference.npz', mu=mu, sigma=sigma).",
         )  # fmt: skip
@@ -113,20 +105,15 @@ def _arrays(file: Path) -> dict[str, Any]:
         tensors = load_file(file)
         moments = Moments.from_tensors(tensors)
         return {"mu": moments.mean, "sigma": moments.cov, "count": moments.count, "rows": tensors.get("rows")}
-    except (
-        OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:  # fmt: skip
-        expected = FORMATS[file.suffix]
-        raise DataError(where, "cannot be read", got=str(error).split("\n")[0], expected=expected) from error
+    except Exception as error:  # of the file system, numpy, zipfile, pickle, torch and safetensors
+        what, expected = str(error).split("\n")[0], FORMATS[file.suffix]
+        raise DataError(f"reference {file}", "cannot be read", got=what, expected=expected) from error
 
 
 def _gaussian(file: Path, arrays: Mapping[str, Any], pairs: tuple[tuple[str, str], ...]) -> Gaussian | None:
     """The statistics with the first of these names that the file has."""
-    for names in pairs:
-        if arrays.keys() & set(names):
-            break
-    else:
+    names = next((pair for pair in pairs if arrays.keys() & {*pair}), None)
+    if names is None:
         return None
     where = f"reference {file}"
     if missing := [name for name in names if name not in arrays]:
@@ -134,9 +121,9 @@ def _gaussian(file: Path, arrays: Mapping[str, Any], pairs: tuple[tuple[str, str
     mean, cov = (torch.as_tensor(arrays[name]) for name in names)
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not cov.is_floating_point():
         raise DataError(
-            where, f"{names[0]} and {names[1]} are not a mean and a covariance",
+            where, f"{' and '.join(names)} are not a mean and a covariance",
             got=f"shapes {tuple(mean.shape)} and {tuple(cov.shape)}", expected="(D,) and (D, D)",
         )  # fmt: skip
     if not (mean.isfinite().all() and cov.isfinite().all()):
-        raise DataError(where, f"{names[0]} or {names[1]} is not finite", hint="The file is broken; fetch it again.")
+        raise DataError(where, f"{' or '.join(names)} is not finite", hint="The file is broken; fetch it again.")
     return Gaussian(mean.double(), cov.double(), arrays.get("count"))

@@ -23,8 +23,24 @@ from torch.utils.data import DataLoader
 from raev2.batch import Better, MetricResult, Role
 from raev2.data import ImageDataset, ignore_signals
 from raev2.errors import DataError
-from raev2.eval.distances import FrechetTo, Gaussian, Moments, inception_score, kernel_distance, precision_recall
-from raev2.eval.features import INCEPTION, LOGITS, SPATIAL, FeatureExtractor, check_finite, frechet_about, frechet_name
+from raev2.eval.distances import (
+    FrechetTo,
+    Gaussian,
+    Moments,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from raev2.eval.features import (
+    INCEPTION,
+    LOGITS,
+    SPATIAL,
+    FeatureExtractor,
+    check_finite,
+    frechet_about,
+    frechet_name,
+    not_finite,
+)
 from raev2.eval.generate import CHUNK_SIZE, local_chunks
 from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
@@ -46,21 +62,26 @@ class PictureSet:
     num       how many
     identity  all that the pictures depend on, as JSON; its SHA-256 names features that are kept
     read      numbers -> pictures (B, 3, Hpx, Wpx) uint8; workers call it, so it can be pickled
+    places    where each picture lies in its source, so that reading goes forward; None: as numbered
     """
 
     name: str
     num: int
     identity: Mapping[str, Any]
     read: Callable[[Sequence[int]], Tensor]
+    places: Sequence[int] | None = None
 
     def chunks(self, num_workers: int = 0) -> Iterator[tuple[list[int], ImagesU8]]:
         """Numbers and pictures of this process's share, read ahead by workers. An unreadable picture is an error."""
+        order = sorted(range(self.num), key=(self.places or range(self.num)).__getitem__)
+        chunks = [[order[i] for i in chunk] for chunk in local_chunks(self.num, CHUNK_SIZE)]
         reader: DataLoader[Any] = DataLoader(
-            [*local_chunks(self.num, CHUNK_SIZE)],  # type: ignore[arg-type]  # any sequence will do
+            chunks,  # type: ignore[arg-type]  # any sequence will do
             batch_size=None, collate_fn=partial(_read, self.read), num_workers=num_workers,
             worker_init_fn=ignore_signals,
         )  # fmt: skip
-        for images, numbers in zip(reader, local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}"), strict=True):
+        progress = local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}")
+        for numbers, images, _ in zip(chunks, reader, progress, strict=True):
             if isinstance(images, DataError):
                 raise images
             yield numbers, images
@@ -83,7 +104,7 @@ def split_pictures(dataset: ImageDataset, indices: Sequence[int] | None = None) 
         "pictures": json_sha256([dataset.key(index) for index in indices]),
     }  # fmt: skip
     identity["fingerprint"] = json_sha256(identity)
-    return PictureSet(dataset.split, len(indices), identity, partial(_read_split, dataset, indices))
+    return PictureSet(dataset.split, len(indices), identity, partial(_read_split, dataset, indices), indices)
 
 
 def _read_split(dataset: ImageDataset, indices: Sequence[int], numbers: Sequence[int]) -> Tensor:
@@ -170,9 +191,7 @@ def set_features(
 ) -> SetFeatures:
     """Features of a set, by all processes together, kept in `cache_dir` under the hash of what they depend on."""
     sizes = {"": extractor.dim, **extractor.more}
-    identity = {**pictures.identity, "extractor": extractor.fingerprint, "rows": max_rows, "outputs": sizes}
-    name = extractor.name.replace("/", "_").replace(":", "_")
-    file = cache_dir / f"features-{name}-{json_sha256(identity)[:16]}.safetensors"
+    file, identity = features_file(pictures, extractor, cache_dir, max_rows)
     if not all(dist.gather_objects(file.is_file())):
         tensors = _features(pictures, extractor, sizes, num_workers, max_rows)
         if dist.is_main():
@@ -189,11 +208,14 @@ def set_features(
     return replace(found.pop(""), more=found)
 
 
-def outputs(extractor: FeatureExtractor, name: str, numbers: Sequence[int], images: ImagesU8) -> dict[str, Tensor]:
-    """All outputs of a feature network for pictures of a set; one that is not finite is an error."""
-    found = extractor.outputs(images)
-    check_finite(extractor.name, name, numbers, found)
-    return found
+def features_file(
+    pictures: PictureSet, extractor: FeatureExtractor, cache_dir: Path, max_rows: int = MANIFOLD_IMAGES
+) -> tuple[Path, dict[str, Any]]:
+    """Where `set_features` keeps the features of a set, and all that they depend on."""
+    sizes = {"": extractor.dim, **extractor.more}
+    identity = {**pictures.identity, "extractor": extractor.fingerprint, "rows": max_rows, "outputs": sizes}
+    name = extractor.name.replace("/", "_").replace(":", "_")
+    return cache_dir / f"features-{name}-{json_sha256(identity)[:16]}.safetensors", identity
 
 
 def _features(
@@ -201,12 +223,15 @@ def _features(
 ) -> dict[str, Tensor]:
     """Moments and rows of all outputs, with the output in front of their names; of `spatial` there are no rows."""
     moments = {output: Moments(size) for output, size in sizes.items()}
-    kept = {output: dict[int, Tensor]() for output in sizes if output != SPATIAL}
+    kept, bad = {output: dict[int, Tensor]() for output in sizes if output != SPATIAL}, list[int]()
     for numbers, images in pictures.chunks(num_workers):
-        for output, values in outputs(extractor, pictures.name, numbers, images).items():
+        found = extractor.outputs(images)
+        bad += (broken := not_finite(numbers, found))
+        for output, values in ({} if broken else found).items():
             moments[output].update(values)
             if output in kept:
                 kept[output] |= {number: row for number, row in zip(numbers, values, strict=True) if number < max_rows}
+    check_finite(extractor.name, pictures.name, [(pictures.places or range(pictures.num))[number] for number in bad])
     tensors = {
         output + key: value for output, own in moments.items() for key, value in own.over_processes().tensors().items()
     }
@@ -276,7 +301,7 @@ def _distances(net: str, pictures: SetFeatures, reference: SetFeatures, scale: S
     if scale is None:
         return
 
-    split, num_real = scale.held_out.name, scale.held_out.moments.count
+    split, num_real = scale.held_out.name, scale.held_out.moments.count or 0
     real, same = distance(scale.held_out.moments), distance(pictures.first(num_real))
     if real > 0:
         yield MetricResult(
@@ -304,7 +329,8 @@ def _of_inception(pictures: SetFeatures, reference: SetFeatures, split: str = ""
     """Inception Score, sFID and KID of a set, or as their scale those of real pictures of a split."""
 
     def result(name: str, value: float, num: int, stderr: float | None, better: Better, about: str) -> MetricResult:
-        own, of, role = (f"{name}_{split}", name, "scale") if split else (name, None, "headline")
+        role: Role = "scale" if split else "headline"
+        own, of = (f"{name}_{split}", name) if split else (name, None)
         return MetricResult(own, value, num, stderr, better=better, role=role, about=about, of=of)
 
     logits, spatial = pictures.more.get(LOGITS), reference.more.get(SPATIAL)

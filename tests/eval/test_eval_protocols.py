@@ -176,7 +176,7 @@ def test_the_perceptual_distance_falls_back_only_under_its_own_name(monkeypatch)
     evaluator = ReconstructionEvaluator("reconstruction")
     for available, expected in ((True, "lpips_vgg"), (False, "feature_distance_micro")):
         monkeypatch.setattr("raev2.eval.protocols.lpips_available", lambda backbone, found=available: found)
-        assert evaluator._available() == expected
+        assert evaluator.available() == expected
     assert frechet_name("inception") == "fid" and frechet_name("micro") == "fd_micro"
 
 

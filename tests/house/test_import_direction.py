@@ -24,7 +24,7 @@ MAX_LINES = 600
 ORDER = """
     errors files.plugins shapes spec batch
     files.damage files.hashes files.splits files.images files.picture_folder files.manifest files.replace
-    files.artefact files.grid
+    files.artefact files.grid files.picture_array
     flow guidance sampler nn data
     training.dist
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
@@ -35,6 +35,7 @@ ORDER = """
     interop.encoders interop.autoencoders interop.files
     training.ema training.optim training.checkpoint training.lock training.run training.resume
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
+    eval.pictures eval.reconstruct
     train_tokenizer train_generator
     report.chart report.published report.page
     pipeline

@@ -1,7 +1,8 @@
 """Evaluation protocols of this task; every name is a complete recipe for numbers.
 
-`*-micro` measure in the space of the embedded encoder and run anywhere; `*-inception` are rFID and gFID. A generation
-protocol has the labels of random validation pictures; with `-balanced` or `-uniform` after its name it has others.
+`*-micro` measure in the space of the embedded encoder and run anywhere; `*-inception` are rFID and gFID with all that
+Inception gives; `generation-fdr6` and `generation-mind6` look through six networks (spaces.py). A generation protocol
+has the labels of random validation pictures; with `-balanced` or `-uniform` after its name it has others.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ import torch
 
 from raev2.batch import Cond
 from raev2.data import ImageDataset, derived_seed
+from raev2.eval.features import INCEPTION
 from raev2.eval.protocols import GenerationEvaluator, ReconstructionEvaluator
 from raev2.spec import RunSpec
 from raev2.task import Evaluator
+from raev2_tasks.imagenet.spaces import FD_VAL, build_space, distances_alone, fdr6, mind6, mind_of
 from raev2_tasks.imagenet.spec import ClassToImageSpec
 
+STORED = (
+    "imagenet_256_fid_stats.npz of JiT, as RAEv2 reports, or VIRTUAL_imagenet256_labeled.npz of ADM, as RAE reports; "
+    "numbers against the two differ by up to a tenth"
+)
+MIND_IMAGES = 50_000  # all validation pictures of ImageNet
 logger = logging.getLogger(__name__)
 VALIDATION = "validation"
 LABEL_POLICIES = {
@@ -40,19 +48,28 @@ def protocols(spec: RunSpec) -> list[Evaluator]:
     for features in ("micro", "inception"):
         found.append(ReconstructionEvaluator(f"reconstruction-{features}", (features,)))
         for policy in [VALIDATION] if spec.task.unconditional else LABEL_POLICIES:
-            found.append(_generation(spec, features, policy))
+            made_for = STORED if features == INCEPTION else ""
+            found.append(_generation(spec, features, policy, (features,), made_for=made_for))
+    for policy in [VALIDATION] if spec.task.unconditional else LABEL_POLICIES:
+        spaces = partial(_generation, spec, extractors=tuple(FD_VAL), policy=policy, build=build_space)
+        found.append(spaces("fdr6", metrics=distances_alone, summary=fdr6))
+        splits = {"reference_split": "val", "scale_split": "train"}
+        found.append(spaces("mind6", metrics=mind_of, summary=mind6, max_rows=MIND_IMAGES, **splits))
     return found
 
 
-def _generation(spec: RunSpec, features: str, policy: str) -> GenerationEvaluator:
+def _generation(
+    spec: RunSpec, name: str, policy: str, extractors: Sequence[str], **options: Any
+) -> GenerationEvaluator:
     assert isinstance(spec.task, ClassToImageSpec)
     return GenerationEvaluator(
-        f"generation-{features}" + ("" if policy == VALIDATION else f"-{policy}"),
+        f"generation-{name}" + ("" if policy == VALIDATION else f"-{policy}"),
         partial(label_cond, policy),
-        (features,),
+        extractors,
         label_policy="no labels" if spec.task.unconditional else f"{policy}: {LABEL_POLICIES[policy]}",
         num_samples=spec.evaluation.num_samples,
         groups=partial(labels, policy),
+        **options,
     )
 
 
