@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
-from raev2.errors import CheckpointError, DataError, TaskError
+from raev2.errors import CheckpointError, DataError, RaeError, TaskError
 from raev2.eval.distances import paired_frechet
 from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name, not_finite
 from raev2.eval.generate import CHUNK_SIZE, collect, gathered, generated_images
@@ -115,7 +115,7 @@ class ReconstructionEvaluator(Evaluator):
         extractors = [self.build(name, device) for name in self.extractors]
         pair_distance = self.build_pairs(self.available(), device)
 
-        def rows(numbers: Sequence[int], images: ImagesU8, originals: ImagesU8) -> dict[str, Tensor]:
+        def rows(numbers: Sequence[int], images: Tensor, originals: Tensor) -> dict[str, Tensor]:
             if images.shape != originals.shape:
                 raise DataError(
                     f"protocol {self.protocol}", "reconstruction and original differ in size",
@@ -234,7 +234,7 @@ class GenerationEvaluator(Evaluator):
 
     def open(self, device: torch.device) -> list[FeatureExtractor]:
         """The feature networks of this protocol. One that cannot be had is told before the others begin."""
-        found, errors = [], []
+        found, errors = list[FeatureExtractor](), list[RaeError]()
         for name in self.extractors:
             try:
                 found.append(self.build(name, device))
