@@ -62,21 +62,26 @@ class PictureSet:
     num       how many
     identity  all that the pictures depend on, as JSON; its SHA-256 names features that are kept
     read      numbers -> pictures (B, 3, Hpx, Wpx) uint8; workers call it, so it can be pickled
+    places    where each picture lies in its source, so that reading goes forward; None: as numbered
     """
 
     name: str
     num: int
     identity: Mapping[str, Any]
     read: Callable[[Sequence[int]], Tensor]
+    places: Sequence[int] | None = None
 
     def chunks(self, num_workers: int = 0) -> Iterator[tuple[list[int], ImagesU8]]:
         """Numbers and pictures of this process's share, read ahead by workers. An unreadable picture is an error."""
+        order = sorted(range(self.num), key=(self.places or range(self.num)).__getitem__)
+        chunks = [[order[i] for i in chunk] for chunk in local_chunks(self.num, CHUNK_SIZE)]
         reader: DataLoader[Any] = DataLoader(
-            [*local_chunks(self.num, CHUNK_SIZE)],  # type: ignore[arg-type]  # any sequence will do
+            chunks,  # type: ignore[arg-type]  # any sequence will do
             batch_size=None, collate_fn=partial(_read, self.read), num_workers=num_workers,
             worker_init_fn=ignore_signals,
         )  # fmt: skip
-        for images, numbers in zip(reader, local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}"), strict=True):
+        progress = local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}")
+        for numbers, images, _ in zip(chunks, reader, progress, strict=True):
             if isinstance(images, DataError):
                 raise images
             yield numbers, images
@@ -99,7 +104,7 @@ def split_pictures(dataset: ImageDataset, indices: Sequence[int] | None = None) 
         "pictures": json_sha256([dataset.key(index) for index in indices]),
     }  # fmt: skip
     identity["fingerprint"] = json_sha256(identity)
-    return PictureSet(dataset.split, len(indices), identity, partial(_read_split, dataset, indices))
+    return PictureSet(dataset.split, len(indices), identity, partial(_read_split, dataset, indices), indices)
 
 
 def _read_split(dataset: ImageDataset, indices: Sequence[int], numbers: Sequence[int]) -> Tensor:
