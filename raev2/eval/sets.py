@@ -23,14 +23,7 @@ from torch.utils.data import DataLoader
 from raev2.batch import MetricResult
 from raev2.data import ImageDataset, ignore_signals
 from raev2.errors import DataError
-from raev2.eval.distances import (
-    FrechetTo,
-    Gaussian,
-    Moments,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from raev2.eval.distances import FrechetTo, Gaussian, Moments, inception_score, kernel_distance, precision_recall
 from raev2.eval.features import (
     INCEPTION,
     LOGITS,
