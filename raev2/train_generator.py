@@ -96,7 +96,7 @@ def train_generator(
             if looks:
                 look(plain, images)
             logged = dist.from_main(len(run.history(stage=STAGE, kind="eval", images=images)))
-            if evaluates and logged < len(spec.evaluation.in_training):
+            if images and evaluates and logged < len(spec.evaluation.in_training):
                 evaluate(plain, images)
 
     micro = loop.micro_batch_size or loop.batch_size // dist.world_size()

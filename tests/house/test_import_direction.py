@@ -23,8 +23,8 @@ MAX_LINES = 600
 # The reading order. A module imports only from modules above it.
 ORDER = """
     errors files.plugins shapes spec batch
-    files.damage files.hashes files.splits files.images files.picture_folder files.manifest files.replace
-    files.artefact files.grid
+    files.damage files.hashes files.splits files.images files.replace files.picture_folder files.manifest
+    files.artefact files.grid files.picture_array
     flow guidance sampler nn data
     training.dist
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
@@ -33,7 +33,8 @@ ORDER = """
     task spec_io testing
     interop.convert interop.generators interop.tokenizers interop.encoders interop.autoencoders interop.files
     training.parallel training.ema training.optim training.checkpoint training.lock training.run training.resume
-    eval.features eval.distances eval.image_pairs eval.generate eval.protocols
+    eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
+    eval.pictures eval.reconstruct
     train_tokenizer train_generator
     report.chart report.published report.page
     pipeline
