@@ -109,7 +109,8 @@ def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, ori
     if spec.tokenizer_from is None:
         check_identity(run, {TOKENIZER: folder_sha256(run.dir / TOKENIZER)})
     for evaluator in protocols:
-        if not evaluator.needs_generator and not (run.dir / EVAL / f"{evaluator.protocol}.json").is_file():
+        done = dist.from_main(len(run.history(stage=TOKENIZER, kind="eval", protocol=evaluator.protocol)))
+        if not evaluator.needs_generator and not done:  # the log is written last
             _evaluate(TrainedRun(run, task, rae, None), [evaluator.protocol])
 
     # Stage 2.

@@ -23,7 +23,7 @@ from raev2.files.plugins import GUIDANCE, TASKS, installed
 
 COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "import", "export", "analyse", "bench", "doctor",
+    "import", "export", "analyse", "bench", "selftest", "doctor",
 )  # fmt: skip
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
@@ -145,6 +145,12 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     bench.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     bench.add_argument("--json", metavar="FILE", help="also write the numbers here")
 
+    selftest = command("selftest", "kill, starve and damage a tiny training, and compare what comes of it bit by bit")
+    selftest.add_argument("--task", help="default: every task that has a recipe of this name")
+    selftest.add_argument("--quick", action="store_true", help="a few faults instead of one at every file operation")
+    selftest.add_argument("--kills", type=int, default=0, metavar="N", help="only N kills a task, at random moments")
+    selftest.add_argument("--seed", type=int, default=0, help="of the moments and of the wrong bits")
+
     import_ = command("import", "weights of RAE, RAEv2 or diffusers -> artefact folder")
     import_.add_argument(
         "src", metavar="SRC", help="checkpoint or decoder file (.pt, .safetensors), or diffusers folder"
@@ -233,6 +239,12 @@ def _run(argv: list[str]) -> int:
         return 0
     if options.command == "train":
         return train(options)
+    if options.command == "selftest":
+        if os.name != "posix":
+            raise SpecError("raev2 selftest", "needs signals and limits of POSIX", got=os.name)
+        from raev2.command.selftest import selftest
+
+        return selftest(options, main)
     from raev2.command import actions
 
     return actions.COMMANDS[options.command](options)

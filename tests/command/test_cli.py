@@ -345,7 +345,7 @@ def test_the_module_is_the_command(tmp_path):
 
 def test_every_command_of_the_parser_has_its_function():
     commands = parser()._subparsers._group_actions[0].choices
-    assert set(commands) == set(COMMANDS) == {*actions.COMMANDS, "train"}
+    assert set(commands) == set(COMMANDS) == {*actions.COMMANDS, "train", "selftest"}
 
 
 @pytest.mark.parametrize(

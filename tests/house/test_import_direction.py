@@ -40,7 +40,7 @@ ORDER = """
     pipeline
     analysis.table analysis.probe analysis.correlation analysis.blocks analysis.width analysis.ablations
     analysis.command
-    command.bench command.convert_actions command.actions command.cli __main__
+    command.bench command.convert_actions command.actions command.selftest command.cli __main__
 """.split()  # noqa: SIM905
 
 
