@@ -355,8 +355,17 @@ class RepaSpec(Spec):
     weight: float = Field(0.5, ge=0)
 
 
+class BestSpec(Spec):
+    """Which evaluation in training is the best one."""
+
+    metric: str = Field(description="a number of the protocols in `evaluation.in_training`")
+    better: Literal["lower", "higher"] = "lower"
+
+
 class GeneratorTrainingSpec(LoopSpec):
     """Stage 2: flow matching of the generator."""
+
+    added = ("keep_best",)
 
     eval_every_images: int | None = Field(None, gt=0, description="evaluation in training; null: only at the end")
     optimizer: OptimizerSpec = MuonSpec()
@@ -365,6 +374,17 @@ class GeneratorTrainingSpec(LoopSpec):
     base_weight: float = Field(1.0, ge=0, description="weight of the base head's loss")
     repa: RepaSpec | None = None
     latent_cache: bool = Field(False, description="encode the training images once and keep the latents in memory")
+    keep_best: BestSpec | None = Field(
+        None, description="save with each evaluation, and keep the best one's checkpoint"
+    )
+
+    @model_validator(mode="after")
+    def _evaluated(self) -> GeneratorTrainingSpec:
+        if self.keep_best and self.eval_every_images is None:
+            raise ValueError(
+                "keep_best needs evaluations in training; got eval_every_images=null. Set eval_every_images"
+            )
+        return self
 
 
 # ---------------------------------------------------------------------------------------------------------------------

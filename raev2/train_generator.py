@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def train_generator(
     repa_target = _repa_encoder(run, rae.latent_shape)
 
     # Resume.
-    state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
+    best = partial(run.best_images, STAGE, loop.keep_best)
+    state = TrainingState(run.dir, STAGE, modules, ema, optimizers, best)
     images = state.restore()
     run.forget_after(STAGE, images)
     batches = train_batches(
@@ -161,6 +163,7 @@ def train_generator(
                     skipped_images=skipped_images, **numbers, **speed,
                 )  # fmt: skip
             due = due or crossed(loop.save_every_images, before, images) or images >= loop.images
+            due = due or (loop.keep_best is not None and crossed(loop.eval_every_images, before, images))
             if due and guard.steady:
                 due = not state.save(images, loop.keep_checkpoints)
             look_and_evaluate(images)

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,7 +36,7 @@ from raev2.files.artefact import load_strict, write_json
 from raev2.files.damage import read_json
 from raev2.files.replace import RUN, check_replaceable, new_folder, write_text
 from raev2.nn import autocast
-from raev2.spec import LoopSpec, RunSpec
+from raev2.spec import BestSpec, LoopSpec, RunSpec
 from raev2.spec_io import fingerprint, load_spec, save_spec, spec_differences, spec_values
 from raev2.training import dist
 from raev2.training.checkpoint import (
@@ -80,6 +80,20 @@ class Run:
     def history(self, **match: Any) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl whose fields equal `match`."""
         return [line for line in self._lines() if all(line.get(name) == value for name, value in match.items())]
+
+    def best_images(self, stage: str, best: BestSpec | None) -> int | None:
+        """Images seen at the best evaluation in the log; SpecError where evaluations have no such metric."""
+        lines = self.history(stage=stage, kind="eval") if best else []
+        if not best or not lines:
+            return None
+        values = {line["images"]: line["metrics"].get(best.metric) for line in lines if best.metric in line["metrics"]}
+        if not values:
+            names = ", ".join(sorted({name for line in lines for name in line["metrics"]}))
+            where = f"spec.{stage}_training.keep_best.metric"
+            raise SpecError(
+                where, "no number of the evaluations in training", got=best.metric, expected=f"one of {names}"
+            )
+        return (min if best.better == "lower" else max)(values, key=lambda images: values[images])
 
     def forget_after(self, stage: str, images: int) -> None:
         """Drop log lines of a stage past `images` (0: all of them): a resumed run writes them again."""
@@ -287,6 +301,7 @@ class TrainingState:
     modules: Mapping[str, nn.Module]
     ema: EMA
     optimizers: Mapping[str, torch.optim.Optimizer]
+    best: Callable[[], int | None] = lambda: None  # images of the checkpoint that is kept for its evaluation
 
     @property
     def folder(self) -> Path:
@@ -299,7 +314,7 @@ class TrainingState:
             logger.warning("%s: weights are not finite after %d images, no checkpoint", self.stage, images)
             return False
         if dist.is_main():
-            save_checkpoint(self.folder, images, Checkpoint(self._tensors(), {}), keep)
+            save_checkpoint(self.folder, images, Checkpoint(self._tensors(), {}), keep, self.best())
         dist.barrier()
         return True
 
