@@ -195,11 +195,13 @@ class Trainings:
 def differences(run: Path, whole: Path, to_the_end: bool) -> list[str]:
     """Names of what two runs have otherwise: weights, states and pictures bit for bit, logs and results by value.
 
-    Before the end only weights and pictures that both have. A checkpoint too many is no loss.
+    Before the end only weights and pictures that both have, and that no later evaluation replaces. A checkpoint too
+    many is no loss.
     """
     found, expected = _contents(run, to_the_end), _contents(whole, to_the_end)
+    both = {name for name in expected.keys() & found.keys() if not name.startswith("eval/")}
     more = {name for name in found if not name.startswith("checkpoints/")}
-    names = expected.keys() | more if to_the_end else expected.keys() & found.keys()
+    names = expected.keys() | more if to_the_end else both
     return sorted(name for name in names if found.get(name) != expected.get(name))
 
 
