@@ -19,6 +19,7 @@ from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.encoders import build_encoder
 from raev2.training import dist
 from raev2.training.ema import EMA
+from raev2.training.health import Health, distance
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from raev2.training.resume import check_identity
 from raev2.training.run import (
@@ -84,6 +85,7 @@ def train_generator(
         num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
     )  # fmt: skip
     guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(STAGE, loop, images), 0
+    health = Health(run.log, STAGE)
     due = False  # a checkpoint
 
     def look_and_evaluate(images: int) -> None:
@@ -162,6 +164,9 @@ def train_generator(
                     stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
                     skipped_images=skipped_images, **numbers, **speed,
                 )  # fmt: skip
+                std, mean = (float(value) for value in torch.std_mean(latents))
+                seen = {"mean": mean, "std": std, "average_distance": distance(ema.state_dict(decay), generator)}
+                health.check(images, step + 1, {**numbers, **seen})
             due = due or crossed(loop.save_every_images, before, images) or images >= loop.images
             due = due or (loop.keep_best is not None and crossed(loop.eval_every_images, before, images))
             if due and guard.steady:

@@ -33,7 +33,7 @@ ORDER = """
     task spec_io testing
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files
-    training.ema training.optim training.checkpoint training.lock training.run training.resume
+    training.ema training.optim training.checkpoint training.lock training.run training.health training.resume
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
     train_tokenizer train_generator
     report.chart report.published report.page
