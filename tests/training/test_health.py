@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from raev2.report.page import write_report
 from raev2.training import health
 from raev2.training.health import FEW, WINDOW, Health, distance, spread
 
@@ -79,3 +82,11 @@ def test_the_distance_of_averages_is_relative():
 def test_a_training_that_goes_well_sets_off_no_alarm(trained_run):
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     assert [line for line in lines if line["kind"] == "event"] == []
+
+
+def test_the_report_says_what_was_found(trained_run, tmp_path):
+    run = Path(shutil.copytree(trained_run, tmp_path / "run"))
+    event = {"stage": "generator", "kind": "event", "event": "dead", "images": 8, "step": 1, "finding": "It is dead."}
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"time": 0, **event}) + "\n")
+    assert '<p class="warn">generator, step 1: It is dead.</p>' in write_report(run).read_text()
