@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.encoders import build_encoder
 from raev2.training import dist
 from raev2.training.ema import EMA
+from raev2.training.health import Health, distance
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from raev2.training.parallel import gradient_sync, is_plain, parallelise, whole
 from raev2.training.resume import check_identity
@@ -73,7 +75,8 @@ def train_generator(
     repa_target = _repa_encoder(run, rae.latent_shape)
 
     # Resume.
-    state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
+    best = partial(run.best_images, STAGE, loop.keep_best)
+    state = TrainingState(run.dir, STAGE, modules, ema, optimizers, best)
     images = state.restore()
     run.forget_after(STAGE, images)
     batches = train_batches(
@@ -81,6 +84,7 @@ def train_generator(
         num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
     )  # fmt: skip
     guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(STAGE, loop, images), 0
+    health = Health(run.log, STAGE)
     due = False  # a checkpoint
 
     def look_and_evaluate(images: int) -> None:
@@ -164,7 +168,11 @@ def train_generator(
                     stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
                     skipped_images=skipped_images, **numbers, **speed,
                 )  # fmt: skip
+                std, mean = (float(value) for value in torch.std_mean(latents))
+                seen = {"mean": mean, "std": std, "average_distance": distance(ema.state_dict(decay), generator)}
+                health.check(images, step + 1, {**numbers, **seen})
             due = due or crossed(loop.save_every_images, before, images) or images >= loop.images
+            due = due or (loop.keep_best is not None and crossed(loop.eval_every_images, before, images))
             if due and guard.steady:
                 due = not state.save(images, loop.keep_checkpoints)
             look_and_evaluate(images)

@@ -33,6 +33,7 @@ from raev2.tokenizer.losses import (
 from raev2.tokenizer.rae import RAE
 from raev2.training import dist
 from raev2.training.ema import EMA
+from raev2.training.health import Health, distance, spread
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from raev2.training.parallel import gradient_sync, parallelise
 from raev2.training.run import (
@@ -90,6 +91,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
     )  # fmt: skip
     guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(STAGE, loop, images), 0
+    health = Health(run.log, STAGE)
     due = False  # a checkpoint
 
     def look(images: int) -> None:
@@ -195,6 +197,9 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                     stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
                     skipped_images=skipped_images, **numbers, **speed,
                 )  # fmt: skip
+                away = distance(ema.state_dict(loop.ema_decay), rae.decoder)
+                seen = {"average_distance": away, "spread": spread(decoded, to_float(part.images.to(device)))}
+                health.check(images, step + 1, {**numbers, **seen})
             due = due or crossed(loop.save_every_images, before, images) or images >= loop.images
             if due and guard.steady:
                 due = not state.save(images, loop.keep_checkpoints)

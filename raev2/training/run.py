@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -80,6 +80,19 @@ class Run:
     def history(self, **match: Any) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl whose fields equal `match`."""
         return [line for line in self._lines() if all(line.get(name) == value for name, value in match.items())]
+
+    def best_images(self, stage: str, metric: str | None) -> int | None:
+        """Images seen at the best evaluation in the log; SpecError where evaluations have no such metric."""
+        lines = self.history(stage=stage, kind="eval") if metric else []
+        values = {line["images"]: line["metrics"][metric] for line in lines if metric in line["metrics"]}
+        if lines and not values:
+            names = ", ".join(sorted({name for line in lines for name in line["metrics"]}))
+            raise SpecError(
+                f"spec.{stage}_training.keep_best", "no number of the evaluations in training", got=metric,
+                expected=f"one of {names}",
+            )  # fmt: skip
+        best = max if any(line.get("better", {}).get(metric) == "higher" for line in lines) else min
+        return best(values, key=values.__getitem__) if values else None
 
     def forget_after(self, stage: str, images: int) -> None:
         """Drop log lines of a stage past `images` (0: all of them): a resumed run writes them again."""
@@ -278,6 +291,7 @@ class TrainingState:
     modules: Mapping[str, nn.Module]
     ema: EMA
     optimizers: Mapping[str, torch.optim.Optimizer]
+    best: Callable[[], int | None] = lambda: None  # images of the checkpoint that is kept for its evaluation
 
     @property
     def folder(self) -> Path:
@@ -291,7 +305,7 @@ class TrainingState:
             return False
         tensors = {stem: for_main(part) for stem, part in self._tensors().items()}
         if dist.is_main():
-            save_checkpoint(self.folder, images, Checkpoint(tensors, {}), keep)
+            save_checkpoint(self.folder, images, Checkpoint(tensors, {}), keep, self.best())
         dist.barrier()
         return True
 
