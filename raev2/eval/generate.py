@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from raev2.errors import TaskError
 from raev2.task import EvalContext
 from raev2.training import dist
 
+Name = TypeVar("Name", bound=Hashable)
 logger = logging.getLogger(__name__)
 CHUNK_SIZE = 64  # images a chunk; fixed, so that no result depends on a batch size
 PROGRESS_SECONDS = 15.0
@@ -50,9 +52,9 @@ def collect(
     return gathered((chunk, rows(chunk)) for chunk in local_chunks(num_samples, chunk_size, what))
 
 
-def gathered(parts: Iterable[tuple[Sequence[int], Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+def gathered(parts: Iterable[tuple[Sequence[int], Mapping[Name, Tensor]]]) -> dict[Name, Tensor]:
     """Rows of all numbered samples, in order and on every process, from the parts that each process computed."""
-    own: list[tuple[Sequence[int], dict[str, Tensor]]] = []
+    own: list[tuple[Sequence[int], dict[Name, Tensor]]] = []
     for chunk, rows in parts:
         own.append((chunk, {name: value.detach().cpu() for name, value in rows.items()}))
         for name, value in rows.items():
