@@ -280,8 +280,7 @@ class Samples:
         """Pictures (B, H, W, 3) from number `start` on, on the main process; every process draws whole chunks."""
         num, size, told = len(self.captions), self.chunk_size, time.monotonic()
         for first in range(start, num, size * dist.world_size()):
-            begin = first + size * dist.rank()
-            own = range(begin, min(begin + size, num))
+            own = range(num)[first + size * dist.rank() :][:size]
             cond = {name: value[own.start : own.stop] for name, value in self.cond.items()}
             drawn = self.generate(cond, own).permute(0, 2, 3, 1).cpu().numpy() if own else np.empty(0, np.uint8)
             gathered = dist.gather_objects(drawn)

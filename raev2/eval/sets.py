@@ -34,7 +34,7 @@ from raev2.eval.features import (
     frechet_name,
     not_finite,
 )
-from raev2.eval.generate import CHUNK_SIZE, local_chunks
+from raev2.eval.generate import CHUNK_SIZE, gathered, local_chunks
 from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
 from raev2.training import dist
@@ -210,22 +210,18 @@ def _features(
 ) -> dict[str, Tensor]:
     """Moments and rows of all outputs, with the output in front of their names; of `spatial` there are no rows."""
     moments = {output: Moments.of(torch.empty(0, size)) for output, size in sizes.items()}
-    kept, bad = {output: dict[int, Tensor]() for output in sizes if output != SPATIAL}, list[int]()
+    kept, bad = list[tuple[list[int], dict[str, Tensor]]](), list[int]()
     for numbers, images in pictures.chunks(num_workers):
         found = extractor.outputs(images)
         bad += (broken := not_finite(numbers, found))
         for output, values in ({} if broken else found).items():
             moments[output] = moments[output].merge(Moments.of(values))
-            if output in kept:
-                kept[output] |= {number: row for number, row in zip(numbers, values, strict=True) if number < max_rows}
+        first = [place for place, number in enumerate(numbers) if number < max_rows]
+        rows = {f"{output}rows": values[first] for output, values in found.items() if output != SPATIAL}
+        kept.append(([numbers[place] for place in first], rows))
     check_finite(extractor.name, pictures.name, [pictures.places[number] for number in bad])
-    tensors = {
-        output + key: value for output, own in moments.items() for key, value in own.over_processes().tensors().items()
-    }
-    for output, own in kept.items():
-        merged = {number: row for part in dist.gather_objects(own) for number, row in part.items()}
-        tensors[f"{output}rows"] = torch.stack([merged[number] for number in range(len(merged))])
-    return tensors
+    whole = {output: own.over_processes().tensors() for output, own in moments.items()}
+    return {output + key: value for output, own in whole.items() for key, value in own.items()} | gathered(kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
