@@ -256,11 +256,9 @@ def _compare(net: str, pictures: SetFeatures, reference: SetFeatures, scale: Sca
     yield from _distances(net, pictures, reference, scale)
     yield from _from_rows(net, pictures, reference)
     if scale is not None:
-        for result in _from_rows(
-            net, replace(scale.held_out, name=f"real pictures of '{scale.held_out.name}'"), reference
-        ):
-            name = f"{result.name}_{scale.held_out.name}"
-            yield replace(result, name=name, role="scale", of=result.name)
+        split = scale.held_out.name
+        for result in _from_rows(net, replace(scale.held_out, name=f"real pictures of '{split}'"), reference):
+            yield replace(result, name=f"{result.name}_{split}", role="scale", of=result.name)
 
 
 def _from_rows(net: str, pictures: SetFeatures, reference: SetFeatures) -> Iterator[MetricResult]:
