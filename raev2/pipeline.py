@@ -281,8 +281,7 @@ class Samples:
         """Pictures (B, H, W, 3) from number `start` on, on the main process; every process draws whole chunks."""
         num, size, told = len(self.captions), self.chunk_size, time.monotonic()
         for first in range(start, num, size * dist.world_size()):
-            begin = first + size * dist.rank()
-            own = range(begin, min(begin + size, num))
+            own = range(num)[first + size * dist.rank() :][:size]
             cond = {name: value[own.start : own.stop] for name, value in self.cond.items()}
             drawn = self.generate(cond, own).permute(0, 2, 3, 1).cpu().numpy() if own else np.empty(0, np.uint8)
             gathered = dist.gather_objects(drawn)
@@ -465,28 +464,28 @@ def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> tuple[li
 
 def write_latent_stats(source: str, data_dir: Path, split: str, out: Path) -> Path:
     """Latent statistics of a split by a trained tokenizer, as safetensors (mean, var) with their identity."""
-    _refuse_file(out)
-    rae, dataset = _tokenizer_and_data(source, data_dir, split)
+    rae, dataset, device = _for_latents(source, data_dir, split, out)
     if not isinstance(rae, RAE):
         raise SpecError("raev2 latents stats", "this tokenizer is normalised by its own configuration", got=source)
-    stats = measure_stats(rae, dataset, rae.stats_mean.device)
+    stats = measure_stats(rae, dataset, device)
     identity = {"num_images": stats.num_images, "encoder": dict(stats.encoder), "data": stats.data}
     return _save_tensors(out, {"mean": stats.mean, "var": stats.var}, "stats", identity)
 
 
 def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
     """Normalised latents (S, C, H, W) of a split, in index order, as one safetensors file in float16."""
-    _refuse_file(out)
-    rae, dataset = _tokenizer_and_data(source, data_dir, split)
-    device = make_accelerator("fp32").device
+    rae, dataset, device = _for_latents(source, data_dir, split, out)
     parts = [rae.encode(to_float(batch.images.to(device))).half().cpu() for batch in ordered_batches(dataset, 64)]
     identity = {"encoder": rae.fingerprint(), "data": dataset.fingerprint, "split": split}
     return _save_tensors(out, {"latents": torch.cat(parts).contiguous()}, "latents", identity)
 
 
-def _refuse_file(out: Path) -> None:
+def _for_latents(source: str, data_dir: Path, split: str, out: Path) -> tuple[Tokenizer, ImageDataset, torch.device]:
     if out.exists():
         raise SpecError("--out", "exists already", got=str(out), hint="Choose another file.")
+    device = make_accelerator("fp32").device
+    rae = _load_tokenizer(source).to(device)
+    return rae, FolderDataset(data_dir, split, rae.spec.image_size), device
 
 
 def _save_tensors(out: Path, tensors: Mapping[str, Tensor], kind: str, identity: Mapping[str, object]) -> Path:
@@ -501,11 +500,6 @@ def _save_tensors(out: Path, tensors: Mapping[str, Tensor], kind: str, identity:
     finally:
         partial.unlink(missing_ok=True)
     return out
-
-
-def _tokenizer_and_data(source: str, data_dir: Path, split: str) -> tuple[Tokenizer, ImageDataset]:
-    rae = _load_tokenizer(source).to(make_accelerator("fp32").device)
-    return rae, FolderDataset(data_dir, split, rae.spec.image_size)
 
 
 def _load_tokenizer(source: str) -> Tokenizer:

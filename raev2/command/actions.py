@@ -188,9 +188,8 @@ def encoders(options: Namespace) -> int:
         from raev2.tokenizer.encoders import check_encoder
 
         checks = check_encoder(options.name)
-        _print_table(
-            ("check", "result", "detail"), [(name, "ok" if ok else "FAILED", text) for name, ok, text in checks]
-        )
+        lines = [(name, "ok" if ok else "FAILED", text) for name, ok, text in checks]
+        _print_table(("check", "result", "detail"), lines)
         return OK if all(ok for _, ok, _ in checks) else FAILED
     rows = [
         (e.name, e.route, e.model_id, e.width, e.depth, e.patch_size, e.norm, e.licence, "gated" if e.gated else "")

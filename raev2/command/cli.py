@@ -73,50 +73,44 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
 
     sample = command("sample", "images from a trained generator")
     _run_options(sample)
-    sample.add_argument("--n", type=int, default=16, help="number of images (default: 16)")
-    sample.add_argument("--steps", type=int, help="solver steps")
-    sample.add_argument("--guidance", choices=sorted(installed(GUIDANCE)))
-    sample.add_argument("--scale", type=float, help="guidance scale; 1 is off")
-    sample.add_argument(
-        "--interval", type=float, nargs=2, metavar=("T_MIN", "T_MAX"), help="guide for t in this interval"
-    )
-    sample.add_argument("--weak", metavar="DIR", help="weak generator for --guidance auto")
-    sample.add_argument("--seed", type=int, default=0)
-    where = sample.add_mutually_exclusive_group()
-    where.add_argument("--out", metavar="DIR", help="default: RUN/samples/seed-N")
-    where.add_argument(
-        "--npz", metavar="FILE", help="one array instead, as other evaluators read it; an interrupted one is continued"
-    )
+    add = sample.add_argument
+    add("--n", type=int, default=16, help="number of images (default: 16)")
+    add("--steps", type=int, help="solver steps")
+    add("--guidance", choices=sorted(installed(GUIDANCE)))
+    add("--scale", type=float, help="guidance scale; 1 is off")
+    add("--interval", type=float, nargs=2, metavar=("T_MIN", "T_MAX"), help="guide for t in this interval")
+    add("--weak", metavar="DIR", help="weak generator for --guidance auto")
+    add("--seed", type=int, default=0)
+    add = sample.add_mutually_exclusive_group().add_argument
+    add("--out", metavar="DIR", help="default: RUN/samples/seed-N")
+    add("--npz", metavar="FILE", help="one array instead, as other evaluators read it; an interrupted one is continued")
     sample.add_argument("--overwrite", action="store_true")
     if sampled is not None:
         _add_conditions(sample, sampled)
 
-    reconstruct = command("reconstruct", "encode and decode images; grid and PSNR/SSIM table")
-    reconstruct.add_argument("images", nargs="+", metavar="PATH", help="image files or folders")
-    reconstruct.add_argument("--run", required=True, metavar="DIR", help="run folder, tokenizer folder or hub id")
-    reconstruct.add_argument("--out", metavar="DIR", default="reconstructions")
-    reconstruct.add_argument("--overwrite", action="store_true")
+    add = command("reconstruct", "encode and decode images; grid and PSNR/SSIM table").add_argument
+    add("images", nargs="+", metavar="PATH", help="image files or folders")
+    add("--run", required=True, metavar="DIR", help="run folder, tokenizer folder or hub id")
+    add("--out", metavar="DIR", default="reconstructions")
+    add("--overwrite", action="store_true")
 
     evaluate = command("eval", "evaluate a run, or any pictures, by protocol name; writes PROTOCOL.json")
     _run_options(evaluate)
-    evaluate.add_argument("--images", metavar="PATH", help="pictures instead of a run: a folder, or an .npz file")
-    evaluate.add_argument(
-        "--reference", metavar="PATH", help="what --images is compared with: pictures, a dataset folder or statistics"
-    )
-    evaluate.add_argument("--out", metavar="FILE", help="result of --images (default: beside them)")
-    evaluate.add_argument("--protocol", nargs="+", help="default: the protocols of the recipe")
-    evaluate.add_argument(
-        "--expect", nargs="?", const="", metavar="RECIPE",
-        help="compare with the numbers that a recipe states, by default that of the run; exit code 1 outside",
-    )  # fmt: skip
-    reference = evaluate.add_subparsers(dest="action", metavar="reference").add_parser(
-        "reference", help="build reference features"
-    )
+    add = evaluate.add_argument
+    add("--images", metavar="PATH", help="pictures instead of a run: a folder, or an .npz file")
+    add("--reference", metavar="PATH", help="what --images is compared with: pictures, a dataset folder or statistics")
+    add("--out", metavar="FILE", help="result of --images (default: beside them)")
+    add("--protocol", nargs="+", help="default: the protocols of the recipe")
+    expect = "compare with the numbers that a recipe states, by default that of the run; exit code 1 outside"
+    add("--expect", nargs="?", const="", metavar="RECIPE", help=expect)
+    actions = evaluate.add_subparsers(dest="action", metavar="reference")
+    reference = actions.add_parser("reference", help="build reference features")
     reference.description = "features of reference pictures, kept for all runs"
-    reference.add_argument("verb", choices=("build",), help="the only one")
-    reference.add_argument("data", metavar="DATA", help="dataset folder, folder of pictures, or .npz file")
-    reference.add_argument("--protocol", nargs="+", required=True)
-    reference.add_argument("--split", help="of a dataset folder (default: that of the protocol)")
+    add = reference.add_argument
+    add("verb", choices=("build",), help="the only one")
+    add("data", metavar="DATA", help="dataset folder, folder of pictures, or .npz file")
+    add("--protocol", nargs="+", required=True)
+    add("--split", help="of a dataset folder (default: that of the protocol)")
     for parser in (evaluate, reference):
         parser.add_argument("--workers", type=int, help="processes that read pictures (default: up to 8)")
 
@@ -153,19 +147,17 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     bench.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     bench.add_argument("--json", metavar="FILE", help="also write the numbers here")
 
-    import_ = command("import", "weights of RAE, RAEv2 or diffusers -> artefact folder")
-    import_.add_argument(
-        "src", metavar="SRC", help="checkpoint or decoder file (.pt, .safetensors), or diffusers folder"
-    )
-    import_.add_argument("--out", required=True, metavar="DIR", help="artefact folder to write")
-    import_.add_argument("--config", metavar="FILE", help="configuration that belongs to the weights, YAML or JSON")
-    import_.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE",
-                         help="entry of that configuration; encoder.FIELD for the encoder")  # fmt: skip
-    import_.add_argument("--encoder", metavar="NAME", help="encoder of a decoder: our name, RAEv2's name, or a folder")
-    import_.add_argument("--encoder-dir", metavar="DIR", help="local folder with the weights of that encoder")
-    import_.add_argument("--stats", metavar="FILE", help="latent statistics that belong to a decoder")
-    import_.add_argument("--from", dest="origin", choices=("rae", "raev2"), help="who trained a decoder")
-    import_.add_argument("--overwrite", action="store_true", help="replace an artefact folder")
+    add = command("import", "weights of RAE, RAEv2 or diffusers -> artefact folder").add_argument
+    add("src", metavar="SRC", help="checkpoint or decoder file (.pt, .safetensors), or diffusers folder")
+    add("--out", required=True, metavar="DIR", help="artefact folder to write")
+    add("--config", metavar="FILE", help="configuration that belongs to the weights, YAML or JSON")
+    entry = "entry of that configuration; encoder.FIELD for the encoder"
+    add("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE", help=entry)
+    add("--encoder", metavar="NAME", help="encoder of a decoder: our name, RAEv2's name, or a folder")
+    add("--encoder-dir", metavar="DIR", help="local folder with the weights of that encoder")
+    add("--stats", metavar="FILE", help="latent statistics that belong to a decoder")
+    add("--from", dest="origin", choices=("rae", "raev2"), help="who trained a decoder")
+    add("--overwrite", action="store_true", help="replace an artefact folder")
 
     export = command("export", "weights of a run in the layout of RAEv2 or diffusers, or ready for the hub")
     export.add_argument("--run", required=True, metavar="DIR", help="run folder, tokenizer or generator folder")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torchmetrics.image.kid import poly_mmd
 
 from raev2.errors import DataError
 from raev2.training import dist
@@ -23,44 +24,30 @@ from raev2.training import dist
 GROUPS = 10  # of the jackknife
 
 
+@dataclass(frozen=True)
 class Moments:
     """Count, sum and sum of outer products of features: mergeable, so the order and the split do not matter."""
 
-    def __init__(self, dim: int) -> None:
-        self.count = 0
-        self.sum = torch.zeros(dim, dtype=torch.float64)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+    count: int
+    sum: Float[Tensor, " D"]
+    outer: Float[Tensor, "D D"]
 
     @classmethod
     def of(cls, features: Float[Tensor, "S D"]) -> Moments:
-        """Moments of one set of features."""
-        moments = cls(features.shape[1])
-        moments.update(features)
-        return moments
-
-    def update(self, features: Float[Tensor, "S D"]) -> None:
-        """Add features; a non-finite one is an error, it would silently spoil every later number."""
+        """Moments of one set of features; a non-finite one is an error, it would silently spoil every later number."""
         features = features.detach().to("cpu", torch.float64)
         if not torch.isfinite(features).all():
             raise DataError("features", "not finite", hint="The images or the feature network are broken.")
-        self.count += len(features)
-        self.sum += features.sum(0)
-        self.outer += features.T @ features
+        return cls(len(features), features.sum(0), features.T @ features)
 
     def merge(self, other: Moments, sign: int = 1) -> Moments:
         """Moments of both sets together; with sign -1, of this set without the other."""
-        merged = type(self)(len(self.sum))
-        merged.count = self.count + sign * other.count
-        merged.sum = self.sum + sign * other.sum
-        merged.outer = self.outer + sign * other.outer
-        return merged
+        count, total = self.count + sign * other.count, self.sum + sign * other.sum
+        return Moments(count, total, self.outer + sign * other.outer)
 
     def over_processes(self) -> Moments:
         """Moments of what all processes saw, added in rank order."""
-        total = type(self)(len(self.sum))
-        for part in dist.gather_objects(self.tensors()):
-            total = total.merge(self.from_tensors(part))
-        return total
+        return reduce(Moments.merge, dist.gather_objects(self))
 
     @property
     def mean(self) -> Float[Tensor, " D"]:
@@ -77,14 +64,12 @@ class Moments:
 
     def tensors(self) -> dict[str, Tensor]:
         """As tensors, for a safetensors file."""
-        return {"count": torch.tensor(self.count), "sum": self.sum, "outer": self.outer}
+        return {**vars(self), "count": torch.tensor(self.count)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
         """Inverse of `tensors`."""
-        moments = cls(len(tensors["sum"]))
-        moments.count, moments.sum, moments.outer = int(tensors["count"]), tensors["sum"], tensors["outer"]
-        return moments
+        return cls(int(tensors["count"]), tensors["sum"], tensors["outer"])
 
 
 @dataclass(frozen=True)
@@ -190,17 +175,9 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
-def squared_mmd(features: Float[Tensor, "S D"], reference: Float[Tensor, "R D"]) -> float:
+def squared_mmd(features: Float[Tensor, "S D"], reference: Float[Tensor, "S D"]) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3; may be slightly negative."""
-    x, y = features.double(), reference.double()
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def mean_of_others(own: Tensor) -> Tensor:
-        return (own.sum() - own.trace()) / (len(own) * (len(own) - 1))
-
-    return float(mean_of_others(kernel(x, x)) + mean_of_others(kernel(y, y)) - 2 * kernel(x, y).mean())
+    return float(poly_mmd(features.double(), reference.double()))
 
 
 def precision_recall(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,25 +20,20 @@ from raev2.errors import TaskError
 from raev2.task import EvalContext
 from raev2.training import dist
 
+Name = TypeVar("Name", bound=Hashable)
 logger = logging.getLogger(__name__)
 CHUNK_SIZE = 64  # images a chunk; fixed, so that no result depends on a batch size
 PROGRESS_SECONDS = 15.0
 
 
-def sample_indices(num_samples: int, rank: int, world: int, chunk_size: int = 1) -> list[int]:
-    """Global numbers of the samples of one process: chunks rank, rank + world, ... Every number belongs to one rank."""
-    return [index for index in range(num_samples) if index // chunk_size % world == rank]
-
-
 def local_chunks(num_samples: int, chunk_size: int, what: str = "samples") -> Iterator[list[int]]:
-    """The chunks of this process, with a status line now and then."""
-    indices = sample_indices(num_samples, dist.rank(), dist.world_size(), chunk_size)
+    """The chunks of this process, every world-size-th, with a status line now and then."""
     last = time.monotonic()
-    for start in range(0, len(indices), chunk_size):
-        yield indices[start : start + chunk_size]
+    for start in range(dist.rank() * chunk_size, num_samples, dist.world_size() * chunk_size):
+        yield list(range(start, min(start + chunk_size, num_samples)))
         if dist.is_main() and time.monotonic() - last > PROGRESS_SECONDS:
             last = time.monotonic()
-            logger.info("evaluation: %d of %d %s", min(start + chunk_size, len(indices)), len(indices), what)
+            logger.info("evaluation: %d of %d %s", min(start + chunk_size, num_samples), num_samples, what)
 
 
 def collect(
@@ -50,9 +46,9 @@ def collect(
     return gathered((chunk, rows(chunk)) for chunk in local_chunks(num_samples, chunk_size, what))
 
 
-def gathered(parts: Iterable[tuple[Sequence[int], Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+def gathered(parts: Iterable[tuple[Sequence[int], Mapping[Name, Tensor]]]) -> dict[Name, Tensor]:
     """Rows of all numbered samples, in order and on every process, from the parts that each process computed."""
-    own: list[tuple[Sequence[int], dict[str, Tensor]]] = []
+    own: list[tuple[Sequence[int], dict[Name, Tensor]]] = []
     for chunk, rows in parts:
         own.append((chunk, {name: value.detach().cpu() for name, value in rows.items()}))
         for name, value in rows.items():

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,19 +23,12 @@ from raev2.errors import DataError, SpecError
 from raev2.eval.features import FeatureExtractor
 from raev2.eval.protocols import GenerationEvaluator, ReconstructionEvaluator
 from raev2.eval.references import FORMATS, Reference, check_originals, read_reference
-from raev2.eval.sets import (
-    PictureSet,
-    SetFeatures,
-    features_file,
-    set_features,
-    split_pictures,
-)
+from raev2.eval.sets import PictureSet, SetFeatures, features_file, set_features, split_pictures
 from raev2.files.hashes import file_sha256, json_sha256
 from raev2.files.images import picture_size, read_rgb
 from raev2.files.picture_array import PictureArray
 from raev2.files.picture_folder import image_files
 from raev2.task import Evaluator, Task, get_recipe
-from raev2.training import dist
 
 PictureEvaluator = GenerationEvaluator | ReconstructionEvaluator
 Features = Callable[[PictureSet, FeatureExtractor], SetFeatures]
@@ -70,17 +62,12 @@ def score_pictures(
     if isinstance(evaluator, ReconstructionEvaluator):
         return _score_pairs(evaluator, images, reference, device, num_workers)
     pictures, _ = open_pictures(images)
-    features = partial(set_features, num_workers=num_workers)
-    kept = partial(features, cache_dir=cache_dir(), max_rows=evaluator.max_rows)
+    kept = partial(set_features, cache_dir=cache_dir(), num_workers=num_workers, max_rows=evaluator.max_rows)
     against, about = _reference(reference, pictures, evaluator.reference_split, kept)
     extractors = evaluator.open(device)
-    known, results = [against(extractor) for extractor in extractors], list[MetricResult]()  # first: one may not fit
-    with TemporaryDirectory() as folder:
-        once = partial(features, pictures, cache_dir=Path(dist.from_main(folder)), max_rows=pictures.num)
-        for extractor, theirs in zip(extractors, known, strict=True):
-            results += evaluator.metrics(extractor, once(extractor), theirs, None)
-    return [*results, *evaluator.summary(results)], {
-        "num_samples": pictures.num, "pictures": {"path": str(images), **pictures.identity}, "reference": about,
+    known = [(against(extractor), None) for extractor in extractors]  # first: one may not fit
+    return evaluator.scores(pictures.name, pictures.places, pictures.chunks(num_workers), extractors, known), {
+        "num_samples": len(pictures.places), "pictures": {"path": str(images), **pictures.identity}, "reference": about,
         "features": {own.name: {"preparation": own.preparation, "fingerprint": own.fingerprint} for own in extractors},
     }  # fmt: skip
 
@@ -103,7 +90,7 @@ def build_reference(
 
 
 def open_pictures(path: Path, name: str = "the pictures") -> tuple[PictureSet, list[str]]:
-    """Pictures of a folder (to any depth) or an .npz file in random order, and their names in it, or places.
+    """Pictures of a folder (to any depth) or an .npz file in random order, and by place their names in it.
 
     Raises DataError where there is no picture, they differ in size, or the file holds something else.
     """
@@ -115,15 +102,14 @@ def open_pictures(path: Path, name: str = "the pictures") -> tuple[PictureSet, l
         files = image_files([path])
         names = [file.relative_to(path).with_suffix("").as_posix() for file in files]
         size, keys = _common_size(path, files), [file_sha256(file) for file in files]
-        content, read = json_sha256(keys), partial(_read_files, files)
+        content, read = json_sha256(keys), partial(_read_file, files)
     order = random_subset(keys, [None] * len(keys), len(keys))
     identity = {
         "num_images": len(order), "image_size": list(size), "sha256": content,
         "preparation": "as stored, Pillow's conversion to RGB, no resizing",
     }  # fmt: skip
     identity["fingerprint"] = json_sha256(identity)
-    pictures = PictureSet(name, len(order), identity, partial(_read_at, read, order), order)
-    return pictures, [names[place] for place in order]
+    return PictureSet(name, identity, read, order), names
 
 
 def _reference_set(path: Path, split: str, size: Sequence[int] | None = None) -> PictureSet:
@@ -151,17 +137,12 @@ def _common_size(path: Path, files: Sequence[Path]) -> tuple[int, int]:
     return height, width
 
 
-def _read_at(read: Callable[[Sequence[int]], Tensor], places: Sequence[int], numbers: Sequence[int]) -> Tensor:
-    return read([places[number] for number in numbers])
+def _read_array(array: PictureArray, place: int) -> Tensor:
+    return torch.from_numpy(array.read([place])[0]).permute(2, 0, 1)
 
 
-def _read_array(array: PictureArray, places: Sequence[int]) -> Tensor:
-    return torch.from_numpy(array.read(places)).permute(0, 3, 1, 2).contiguous()
-
-
-def _read_files(files: Sequence[Path], places: Sequence[int]) -> Tensor:
-    pictures = [np.array(read_rgb(files[place], f"picture {files[place]}")) for place in places]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+def _read_file(files: Sequence[Path], place: int) -> Tensor:
+    return torch.from_numpy(np.array(read_rgb(files[place], f"picture {files[place]}"))).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,14 +177,11 @@ def _stored(several: Sequence[Reference], features: Features, extractor: Feature
             f"reference {several[0].file.parent}", f"not one file of statistics for the space '{extractor.name}'",
             got=", ".join(own.file.name for own in several), expected=f"a name with {extractor.model!r} in it",
         )  # fmt: skip
-    stored = fitting[0]
-    own, rows, name = stored.of_space(extractor.name, extractor.dim), stored.rows, "the reference"
-    assert own is not None, "every reference has these"
-    if stored.has_pictures:
-        rows = features(open_pictures(stored.file, name)[0], extractor).rows
-    more = {output: stored.of_space(extractor.name, dim, output) for output, dim in extractor.more.items()}
-    spatial = {output: SetFeatures(name, found, None) for output, found in more.items() if found is not None}
-    return SetFeatures(name, own, rows, spatial)
+    stored, name, sizes = fitting[0], "the reference", {"": extractor.dim, **extractor.more}
+    found = {output: stored.of_space(extractor.name, dim, output) for output, dim in sizes.items()}
+    sets = {output: SetFeatures(name, own, None) for output, own in found.items() if own is not None}
+    seen = features(open_pictures(stored.file, name)[0], extractor) if stored.has_pictures else stored
+    return replace(sets.pop(""), rows=seen.rows, more=sets)
 
 
 def _check_size(path: Path, pictures: PictureSet, reference: PictureSet) -> None:
@@ -221,28 +199,25 @@ def _score_pairs(
     check_originals(reference)
     (pictures, names), (originals, known) = open_pictures(images), open_pictures(reference)
     _check_size(reference, pictures, originals)
-    order = _originals(reference, names, known)
-    if order is None:
-        at = {place: number for number, place in enumerate(originals.places or ())}
-        order = [at[place] for place in pictures.places or ()]
-    pairs = replace(pictures, read=partial(_read_pairs, pictures.read, originals.read, order))
-    chunks = ((numbers, both[: len(both) // 2], both[len(both) // 2 :]) for numbers, both in pairs.chunks(num_workers))
+    places = _originals(reference, names, known)
+    pairs = replace(pictures, read=partial(_read_pair, pictures.read, originals.read, places))
+    chunks = ((numbers, both[:, :3], both[:, 3:]) for numbers, both in pairs.chunks(num_workers))
     return list(evaluator.scores(chunks, device)), {
-        "num_samples": pictures.num,
+        "num_samples": len(names),
         "pictures": {"path": str(images), **pictures.identity},
         "reference": {"path": str(reference), **originals.identity},
         "pairs": "by name" if {*names} == {*known} else "by place", "perceptual": evaluator.available(),
     }  # fmt: skip
 
 
-def _originals(path: Path, names: Sequence[str], known: Sequence[str]) -> list[int] | None:
-    """Which original belongs to each picture, by name; None where they share no name: those at the same place."""
-    numbers, without = {name: number for number, name in enumerate(known)}, {*names} - {*known}
-    if len({*names}) == len(names) == len(known) == len(numbers):
+def _originals(path: Path, names: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Places of the originals of each picture: by name, or where they share no name the same places."""
+    places, without = {name: place for place, name in enumerate(known)}, {*names} - {*known}
+    if len({*names}) == len(names) == len(known) == len(places):
         if not without:
-            return [numbers[name] for name in names]
+            return [places[name] for name in names]
         if len(without) == len(names):
-            return None
+            return list(range(len(names)))
     raise DataError(
         f"reference {path}", "not one original for each picture",
         got=f"{len(names):,} pictures, {len(known):,} originals, {len(without):,} names without an original",
@@ -250,8 +225,7 @@ def _originals(path: Path, names: Sequence[str], known: Sequence[str]) -> list[i
     )  # fmt: skip
 
 
-def _read_pairs(
-    pictures: Callable[[Sequence[int]], Tensor], originals: Callable[[Sequence[int]], Tensor], order: Sequence[int],
-    numbers: Sequence[int],
-) -> Tensor:  # fmt: skip
-    return torch.cat([pictures(numbers), originals([order[number] for number in numbers])])
+def _read_pair(
+    picture: Callable[[int], Tensor], original: Callable[[int], Tensor], places: Sequence[int], place: int
+) -> Tensor:
+    return torch.cat([picture(place), original(places[place])])

@@ -12,10 +12,12 @@ import platform
 import re
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,11 +26,10 @@ from raev2.data import ImageDataset
 from raev2.errors import CheckpointError, DataError, RaeError, TaskError
 from raev2.eval.distances import paired_frechet
 from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name, not_finite
-from raev2.eval.generate import CHUNK_SIZE, collect, gathered, generated_images
+from raev2.eval.generate import CHUNK_SIZE, gathered, generated_images, local_chunks
 from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
 from raev2.eval.sets import (
     MANIFOLD_IMAGES,
-    PictureSet,
     Scale,
     SetFeatures,
     compare,
@@ -59,36 +60,31 @@ Build = Callable[[str, torch.device], FeatureExtractor]
 Metrics = Callable[[FeatureExtractor, SetFeatures, SetFeatures, Scale | None], Iterator[MetricResult]]
 
 
+@dataclass(eq=False)
 class ReconstructionEvaluator(Evaluator):
     """The tokenizer against the originals: PSNR, SSIM, a perceptual distance, and Fréchet distances of the two sets.
 
     The reference is always the originals of the same split, prepared in the same way. An r in front of a name
     (`rfd_micro`, `rfid`) says so; these numbers have nothing to do with those of a generator.
+
+    extractors   feature networks of the Fréchet distances, by name
+    max_images   a random subset of so many images of the split; None: all
+    perceptual   perceptual distances in order of preference; the first that this machine can compute is used
     """
 
     needs_generator = False
+    protocol: str
+    extractors: Sequence[str] = ("micro",)
+    _: KW_ONLY
+    split: str = "val"
+    max_images: int | None = None
+    perceptual: Sequence[str] = ("lpips_vgg", "feature_distance_micro")
+    build: Build = build_extractor
+    build_pairs: Callable[[str, torch.device], PairDistance] = build_pair_distance
 
-    def __init__(
-        self,
-        protocol: str,
-        extractors: Sequence[str] = ("micro",),
-        *,
-        split: str = "val",
-        max_images: int | None = None,
-        perceptual: Sequence[str] = ("lpips_vgg", "feature_distance_micro"),
-        build: Build = build_extractor,
-        build_pairs: Callable[[str, torch.device], PairDistance] = build_pair_distance,
-    ) -> None:
-        """Name a protocol.
-
-        extractors   feature networks of the Fréchet distances, by name
-        max_images   a random subset of so many images of the split; None: all
-        perceptual   perceptual distances in order of preference; the first that this machine can compute is used
-        """
-        self.protocol, self.extractors, self.split, self.max_images = protocol, tuple(extractors), split, max_images
-        self.perceptual, self.build, self.build_pairs = tuple(perceptual), build, build_pairs
-        count = "all" if max_images is None else f"{max_images:,} random"
-        self.description = f"reconstructions of {count} images of '{split}' against their originals"
+    def __post_init__(self) -> None:
+        count = "all" if self.max_images is None else f"{self.max_images:,} random"
+        self.description = f"reconstructions of {count} images of '{self.split}' against their originals"
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on, for the result file."""
@@ -154,47 +150,41 @@ class ReconstructionEvaluator(Evaluator):
         return self.perceptual[-1]
 
 
+@dataclass(eq=False)
 class GenerationEvaluator(Evaluator):
-    """Generated images against a reference split: what `compare` yields, with a scale of real pictures beside it."""
+    """Generated images against a reference split: what `compare` yields, with a scale of real pictures beside it.
+
+    cond            `eval_cond` of the task: raw conditions by global sample number
+    extractors      feature networks by name
+    label_policy    in words, which conditions these are
+    cond_split      the split that `cond` gets
+    groups          which group of the data each sample is to show (`ImageDataset.group`), by global sample number;
+                    None: that of the sample whose condition `ImageDataset.asked` gives it
+    metrics         what is computed in each space
+    summary         further numbers, from those of all spaces
+    max_rows        references whose features are kept
+    made_for        published statistics that `--reference` may name, for people
+    """
 
     needs_generator = True
+    protocol: str
+    cond: Callable[[RunSpec, ImageDataset, Sequence[int]], Cond]
+    extractors: Sequence[str] = ("micro",)
+    _: KW_ONLY
+    label_policy: str
+    num_samples: int
+    reference_split: str = "train"
+    scale_split: str = "val"
+    cond_split: str = "val"
+    groups: Callable[[RunSpec, ImageDataset, Sequence[int]], Sequence[Hashable]] | None = None
+    build: Build = build_extractor
+    metrics: Metrics = compare
+    summary: Callable[[Sequence[MetricResult]], Iterator[MetricResult]] = lambda results: iter(())
+    max_rows: int = MANIFOLD_IMAGES
+    made_for: str = ""
 
-    def __init__(
-        self,
-        protocol: str,
-        cond: Callable[[RunSpec, ImageDataset, Sequence[int]], Cond],
-        extractors: Sequence[str] = ("micro",),
-        *,
-        label_policy: str,
-        num_samples: int,
-        reference_split: str = "train",
-        scale_split: str = "val",
-        cond_split: str = "val",
-        groups: Callable[[RunSpec, ImageDataset, Sequence[int]], Sequence[Hashable]] | None = None,
-        build: Build = build_extractor,
-        metrics: Metrics = compare,
-        summary: Callable[[Sequence[MetricResult]], Iterator[MetricResult]] = lambda results: iter(()),
-        max_rows: int = MANIFOLD_IMAGES,
-        made_for: str = "",
-    ) -> None:
-        """Name a protocol.
-
-        cond            `eval_cond` of the task: raw conditions by global sample number
-        label_policy    in words, which conditions these are
-        extractors      feature networks by name
-        cond_split      the split that `cond` gets
-        groups          which group of the data each sample is to show (`ImageDataset.group`), by global sample number;
-                        None: that of the sample whose condition `ImageDataset.asked` gives it
-        metrics         what is computed in each space
-        summary         further numbers, from those of all spaces
-        max_rows        references whose features are kept
-        made_for        published statistics that `--reference` may name, for people
-        """
-        self.protocol, self.cond, self.extractors, self.build = protocol, cond, tuple(extractors), build
-        self.label_policy, self.num_samples, self.groups = label_policy, num_samples, groups
-        self.reference_split, self.scale_split, self.cond_split = reference_split, scale_split, cond_split
-        self.metrics, self.summary, self.max_rows, self.made_for = metrics, summary, max_rows, made_for
-        self.description = f"{num_samples:,} generated images against '{reference_split}'"
+    def __post_init__(self) -> None:
+        self.description = f"{self.num_samples:,} generated images against '{self.reference_split}'"
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on, for the result file."""
@@ -209,28 +199,37 @@ class GenerationEvaluator(Evaluator):
 
     def run(self, context: EvalContext) -> Iterator[MetricResult]:
         """For each feature network what `compare` yields."""
-        extractors, conditions = self.open(context.device), context.dataset(self.cond_split)
-
-        def rows(indices: Sequence[int]) -> dict[str, Tensor]:
-            images = generated_images(context, lambda i: self.cond(context.spec, conditions, i), indices)
-            return {
-                f"{extractor.name}/{output}": values
-                for extractor in extractors
-                for output, values in extractor.outputs(images).items()
-            }
-
-        found = collect(self.num_samples, CHUNK_SIZE, rows, "generated pictures")
-        features = partial(
-            set_features, cache_dir=context.cache_dir, num_workers=context.spec.data.num_workers, max_rows=self.max_rows
+        extractors, name, own = self.open(context.device), "generated pictures", range(self.num_samples)
+        cond = partial(self.cond, context.spec, context.dataset(self.cond_split))
+        chunks = (
+            (numbers, generated_images(context, cond, numbers)) for numbers in local_chunks(len(own), CHUNK_SIZE, name)
         )
-        sets, results = self._sets(context), list[MetricResult]()
-        for extractor in extractors:
-            own = {output: found[f"{extractor.name}/{output}"] for output in ("", *extractor.more)}
-            check_finite(extractor.name, "generated pictures", not_finite(range(self.num_samples), own))
-            reference, *scale = (features(pictures, extractor) for pictures in sets)
-            generated = SetFeatures.of("generated pictures", own.pop(""), **own)
-            results += self.metrics(extractor, generated, reference, Scale(*scale))
-        yield from (*results, *self.summary(results))
+        yield from self.scores(name, own, chunks, extractors, self._references(context, extractors))
+
+    def scores(
+        self,
+        name: str,
+        places: Sequence[int],
+        chunks: Iterable[tuple[Sequence[int], ImagesU8]],
+        extractors: Sequence[FeatureExtractor],
+        references: Iterable[tuple[SetFeatures, Scale | None]],
+    ) -> list[MetricResult]:
+        """The numbers of any pictures, from numbered chunks of them.
+
+        places       what errors call each picture
+        references   for each feature network the reference and its scale
+        """
+        found = gathered(
+            (numbers, {(net.name, output): rows for net in extractors for output, rows in net.outputs(images).items()})
+            for numbers, images in chunks
+        )
+        results = list[MetricResult]()
+        for extractor, (reference, scale) in zip(extractors, references, strict=True):
+            own = {output: found[extractor.name, output] for output in ("", *extractor.more)}
+            check_finite(extractor.name, name, not_finite(places, own))
+            pictures = SetFeatures.of(name, own.pop(""), **own)
+            results += self.metrics(extractor, pictures, reference, scale)
+        return [*results, *self.summary(results)]
 
     def open(self, device: torch.device) -> list[FeatureExtractor]:
         """The feature networks of this protocol. One that cannot be had is told before the others begin."""
@@ -246,12 +245,17 @@ class GenerationEvaluator(Evaluator):
             logger.warning("%s: goes on without this feature space: %s", self.protocol, missing)
         return found
 
-    def _sets(self, context: EvalContext) -> list[PictureSet]:
-        """The reference and the parts of its `Scale`."""
+    def _references(
+        self, context: EvalContext, extractors: Sequence[FeatureExtractor]
+    ) -> Iterator[tuple[SetFeatures, Scale]]:
+        """For each feature network the reference and its scale."""
         reference, held_out = context.dataset(self.reference_split), context.dataset(self.scale_split)
         floor = split_pictures(reference, of_groups(reference, self._asked(context)))
         real = split_pictures(held_out, held_out.subset(self.num_samples))
-        return [split_pictures(reference), floor, real, shuffled(real)]
+        sets, workers = (split_pictures(reference), floor, real, shuffled(real)), context.spec.data.num_workers
+        for extractor in extractors:
+            found = [set_features(own, extractor, context.cache_dir, workers, self.max_rows) for own in sets]
+            yield found[0], Scale(*found[1:])
 
     def _asked(self, context: EvalContext) -> Sequence[Hashable]:
         """The group that each sample is to show."""
@@ -391,12 +395,9 @@ def ep_fid(history: Sequence[tuple[float | int, float | int]], k: float | int) -
 
     With epochs and unguided FID this is EP_FID@k.
     """
-    before: tuple[float | int, float | int] | None = None
-    for where, value in sorted(history):
-        if value <= k:
-            if before is None:
-                return float(where)
-            share = (before[1] - k) / (before[1] - value)
-            return before[0] + share * (where - before[0])
-        before = (where, value)
-    return None
+    points = sorted(history)
+    first = next((place for place, (_, value) in enumerate(points) if value <= k), None)
+    if first is None:
+        return None
+    (start, above), (end, below) = points[max(first - 1, 0)], points[first]
+    return float(np.interp(k, (below, above), (end, start)))

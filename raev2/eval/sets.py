@@ -34,7 +34,7 @@ from raev2.eval.features import (
     frechet_name,
     not_finite,
 )
-from raev2.eval.generate import CHUNK_SIZE, local_chunks
+from raev2.eval.generate import CHUNK_SIZE, gathered, local_chunks
 from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
 from raev2.training import dist
@@ -52,40 +52,39 @@ class PictureSet:
     """Numbered 8-bit pictures of one size, in random order.
 
     name      what results call it, such as 'val'
-    num       how many
     identity  all that the pictures depend on, as JSON; its SHA-256 names features that are kept
-    read      numbers -> pictures (B, 3, Hpx, Wpx) uint8; workers call it, so it can be pickled
-    places    where each picture lies in its source, so that reading goes forward; None: as numbered
+    read      place in the source -> picture (3, Hpx, Wpx) uint8; workers call it, so it can be pickled
+    places    where each picture lies in its source; reading goes forward
+    blocks    blocks a side into which each picture is cut and shuffled; 1: as it is
     """
 
     name: str
-    num: int
     identity: Mapping[str, Any]
-    read: Callable[[Sequence[int]], Tensor]
-    places: Sequence[int] | None = None
+    read: Callable[[int], Tensor]
+    places: Sequence[int]
+    blocks: int = 1
 
     def chunks(self, num_workers: int = 0) -> Iterator[tuple[list[int], ImagesU8]]:
         """Numbers and pictures of this process's share, read ahead by workers. An unreadable picture is an error."""
-        order = sorted(range(self.num), key=(self.places or range(self.num)).__getitem__)
-        chunks = [[order[i] for i in chunk] for chunk in local_chunks(self.num, CHUNK_SIZE)]
+        order = sorted(range(len(self.places)), key=self.places.__getitem__)
+        chunks = [[order[i] for i in chunk] for chunk in local_chunks(len(order), CHUNK_SIZE)]
         reader: DataLoader[Any] = DataLoader(
             chunks,  # type: ignore[arg-type]  # any sequence will do
-            batch_size=None, collate_fn=partial(_read, self.read), num_workers=num_workers,
-            worker_init_fn=ignore_signals,
+            batch_size=None, collate_fn=self._pictures, num_workers=num_workers, worker_init_fn=ignore_signals,
         )  # fmt: skip
-        progress = local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}")
+        progress = local_chunks(len(order), CHUNK_SIZE, f"pictures of {self.name}")
         for numbers, images, _ in zip(chunks, reader, progress, strict=True):
             if isinstance(images, DataError):
                 raise images
             yield numbers, images
 
-
-def _read(read: Callable[[Sequence[int]], Tensor], numbers: Sequence[int]) -> Tensor | DataError:
-    """An error is a value: DataLoader would make a RuntimeError with a traceback of it."""
-    try:
-        return read(numbers)
-    except DataError as error:
-        return error
+    def _pictures(self, numbers: Sequence[int]) -> Tensor | DataError:
+        """An error is a value: DataLoader would make a RuntimeError with a traceback of it."""
+        try:
+            images = torch.stack([self.read(self.places[number]) for number in numbers])
+        except DataError as error:
+            return error
+        return images if self.blocks == 1 else block_shuffle(images, self.blocks, numbers)
 
 
 def split_pictures(dataset: ImageDataset, indices: Sequence[int] | None = None) -> PictureSet:
@@ -97,11 +96,7 @@ def split_pictures(dataset: ImageDataset, indices: Sequence[int] | None = None) 
         "pictures": json_sha256([dataset.key(index) for index in indices]),
     }  # fmt: skip
     identity["fingerprint"] = json_sha256(identity)
-    return PictureSet(dataset.split, len(indices), identity, partial(_read_split, dataset, indices), indices)
-
-
-def _read_split(dataset: ImageDataset, indices: Sequence[int], numbers: Sequence[int]) -> Tensor:
-    return torch.stack([dataset.image(indices[number]) for number in numbers])
+    return PictureSet(dataset.split, identity, dataset.image, indices)
 
 
 def of_groups(dataset: ImageDataset, groups: Sequence[Hashable]) -> list[int]:
@@ -127,15 +122,14 @@ def coverage(dataset: ImageDataset, asked: Sequence[Hashable]) -> dict[str, Any]
 def shuffled(pictures: PictureSet) -> PictureSet:
     """The same pictures, each cut into blocks and these shuffled: right colours and textures, no shapes."""
     identity = {**pictures.identity, "shuffle_blocks": SHUFFLE_BLOCKS}
-    return replace(pictures, identity=identity, read=partial(block_shuffle, pictures.read, SHUFFLE_BLOCKS))
+    return replace(pictures, identity=identity, blocks=SHUFFLE_BLOCKS)
 
 
-def block_shuffle(read: Callable[[Sequence[int]], Tensor], blocks: int, numbers: Sequence[int]) -> ImagesU8:
+def block_shuffle(images_u8: ImagesU8, blocks: int, numbers: Sequence[int]) -> ImagesU8:
     """Cut each picture into blocks x blocks pieces and shuffle them; the order depends on the picture's number alone.
 
     Pixels that are left over when the size does not divide are cropped at the right and bottom.
     """
-    images_u8 = read(numbers)
     height, width = images_u8.shape[2] // blocks, images_u8.shape[3] // blocks
     tiles = images_u8[:, :, : height * blocks, : width * blocks]
     tiles = tiles.unflatten(3, (blocks, width)).unflatten(2, (blocks, height)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
@@ -215,23 +209,19 @@ def _features(
     pictures: PictureSet, extractor: FeatureExtractor, sizes: Mapping[str, int], num_workers: int, max_rows: int
 ) -> dict[str, Tensor]:
     """Moments and rows of all outputs, with the output in front of their names; of `spatial` there are no rows."""
-    moments = {output: Moments(size) for output, size in sizes.items()}
-    kept, bad = {output: dict[int, Tensor]() for output in sizes if output != SPATIAL}, list[int]()
+    moments = {output: Moments.of(torch.empty(0, size)) for output, size in sizes.items()}
+    kept, bad = list[tuple[list[int], dict[str, Tensor]]](), list[int]()
     for numbers, images in pictures.chunks(num_workers):
         found = extractor.outputs(images)
         bad += (broken := not_finite(numbers, found))
         for output, values in ({} if broken else found).items():
-            moments[output].update(values)
-            if output in kept:
-                kept[output] |= {number: row for number, row in zip(numbers, values, strict=True) if number < max_rows}
-    check_finite(extractor.name, pictures.name, [(pictures.places or range(pictures.num))[number] for number in bad])
-    tensors = {
-        output + key: value for output, own in moments.items() for key, value in own.over_processes().tensors().items()
-    }
-    for output, own in kept.items():
-        merged = {number: row for part in dist.gather_objects(own) for number, row in part.items()}
-        tensors[f"{output}rows"] = torch.stack([merged[number] for number in range(len(merged))])
-    return tensors
+            moments[output] = moments[output].merge(Moments.of(values))
+        first = [place for place, number in enumerate(numbers) if number < max_rows]
+        rows = {f"{output}rows": values[first] for output, values in found.items() if output != SPATIAL}
+        kept.append(([numbers[place] for place in first], rows))
+    check_finite(extractor.name, pictures.name, [pictures.places[number] for number in bad])
+    whole = {output: own.over_processes().tensors() for output, own in moments.items()}
+    return {output + key: value for output, own in whole.items() for key, value in own.items()} | gathered(kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,11 +256,9 @@ def _compare(net: str, pictures: SetFeatures, reference: SetFeatures, scale: Sca
     yield from _distances(net, pictures, reference, scale)
     yield from _from_rows(net, pictures, reference)
     if scale is not None:
-        for result in _from_rows(
-            net, replace(scale.held_out, name=f"real pictures of '{scale.held_out.name}'"), reference
-        ):
-            name = f"{result.name}_{scale.held_out.name}"
-            yield replace(result, name=name, role="scale", of=result.name)
+        split = scale.held_out.name
+        for result in _from_rows(net, replace(scale.held_out, name=f"real pictures of '{split}'"), reference):
+            yield replace(result, name=f"{result.name}_{split}", role="scale", of=result.name)
 
 
 def _from_rows(net: str, pictures: SetFeatures, reference: SetFeatures) -> Iterator[MetricResult]:

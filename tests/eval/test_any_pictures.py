@@ -71,12 +71,12 @@ def test_a_folder_and_an_array_hold_the_same_pictures(folder, tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=noise(20, seed=0))
     for path in (folder, tmp_path / "a.npz"):
         pictures, names = open_pictures(path)
-        assert pictures.num == 20 and pictures.identity["image_size"] == [32, 32]
-        found = {name: pixels for name, pixels in zip(names, pictures.read(range(20)), strict=True)}
+        assert len(pictures.places) == 20 and pictures.identity["image_size"] == [32, 32]
+        found = {name: pictures.read(place) for place, name in enumerate(names)}
         for number, pixels in enumerate(noise(20, seed=0)):
             name = f"{'ab'[number % 2]}/{number:03d}" if path == folder else str(number)
             assert np.array_equal(found[name].permute(1, 2, 0), pixels)
-        assert names != sorted(names), "in random order"
+        assert pictures.places != sorted(pictures.places), "in random order"
 
 
 def test_the_order_is_that_of_the_content_wherever_the_files_stand(folder, tmp_path):
@@ -85,7 +85,8 @@ def test_the_order_is_that_of_the_content_wherever_the_files_stand(folder, tmp_p
         (tmp_path / "copy").mkdir(exist_ok=True)
         shutil.copy(file, tmp_path / "copy" / f"{number}.png")
     copied, _ = open_pictures(tmp_path / "copy")
-    assert torch.equal(pictures.read(range(20)), copied.read(range(20)))
+    one, two = (torch.stack([own.read(place) for place in own.places]) for own in (pictures, copied))
+    assert torch.equal(one, two)
 
 
 def test_the_grid_of_our_own_folders_is_no_picture_of_theirs(tmp_path):
@@ -94,7 +95,7 @@ def test_the_grid_of_our_own_folders_is_no_picture_of_theirs(tmp_path):
     with pytest.raises(DataError, match="several sizes"):
         open_pictures(tmp_path / "s")
     (tmp_path / "s" / "a" / "plan.json").write_text("{}")
-    assert open_pictures(tmp_path / "s")[0].num == 3
+    assert len(open_pictures(tmp_path / "s")[1]) == 3
 
 
 # Generation.

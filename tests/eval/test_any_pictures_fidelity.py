@@ -28,10 +28,10 @@ class Files(torch.utils.data.Dataset):
         self.pictures, _ = open_pictures(folder)
 
     def __len__(self):
-        return self.pictures.num
+        return len(self.pictures.places)
 
     def __getitem__(self, number):
-        return self.pictures.read([number])[0]
+        return self.pictures.read(self.pictures.places[number])
 
 
 def test_two_folders_score_as_torch_fidelity_scores_them(synthetic_data, tmp_path, monkeypatch):

@@ -57,9 +57,9 @@ def test_a_shift_of_all_features_adds_its_squared_length():
 
 def test_moments_are_those_of_the_whole_set_in_any_split():
     features = randn(101, 5) * 3 + 10
-    parts = Moments(5)
+    parts = Moments.of(torch.empty(0, 5))
     for chunk in features.split(17):
-        parts.update(chunk)
+        parts = parts.merge(Moments.of(chunk))
     merged = Moments.of(features[:40]).merge(Moments.of(features[40:]))
     for moments in (parts, merged, Moments.from_tensors(parts.tensors()), parts.over_processes()):
         assert moments.count == 101

@@ -9,7 +9,7 @@ import torch.distributed as torch_dist
 import torch.multiprocessing as multiprocessing
 
 from raev2.eval.distances import Moments
-from raev2.eval.generate import collect, sample_indices
+from raev2.eval.generate import collect, local_chunks
 
 
 def rows(indices):
@@ -18,14 +18,21 @@ def rows(indices):
     return {"features": torch.stack(vectors), "number": torch.tensor(list(indices))}
 
 
+def share(monkeypatch, num: int, rank: int, world: int, chunk: int) -> list[int]:
+    """Numbers of the samples of one of several processes."""
+    monkeypatch.setattr("raev2.training.dist.rank", lambda: rank)
+    monkeypatch.setattr("raev2.training.dist.world_size", lambda: world)
+    return sum(local_chunks(num, chunk), [])
+
+
 @pytest.mark.parametrize(("num", "world", "chunk"), [(10, 3, 1), (10, 3, 4), (7, 4, 2), (2, 3, 5), (64, 1, 10)])
-def test_every_sample_belongs_to_exactly_one_process(num, world, chunk):
-    shares = [sample_indices(num, rank, world, chunk) for rank in range(world)]
+def test_every_sample_belongs_to_exactly_one_process(num, world, chunk, monkeypatch):
+    shares = [share(monkeypatch, num, rank, world, chunk) for rank in range(world)]
     assert sorted(sum(shares, [])) == list(range(num))
 
 
-def test_ten_samples_on_three_processes_are_shared_evenly():
-    assert [len(sample_indices(10, rank, 3)) for rank in range(3)] == [4, 3, 3]
+def test_ten_samples_on_three_processes_are_shared_evenly(monkeypatch):
+    assert [len(share(monkeypatch, 10, rank, 3, 1)) for rank in range(3)] == [4, 3, 3]
 
 
 def test_rows_do_not_depend_on_the_chunk_size():
@@ -45,7 +52,7 @@ def test_long_work_says_how_far_it_is(monkeypatch, caplog):
 def worker(rank: int, port: int, folder: str) -> None:
     torch_dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
     found = collect(10, 2, rows)
-    moments = Moments.of(rows(sample_indices(10, rank, 3))["features"]).over_processes()
+    moments = Moments.of(rows(sum(local_chunks(10, 1), []))["features"]).over_processes()
     torch.save((found, moments.cov), f"{folder}/{rank}.pt")
     torch_dist.destroy_process_group()
 
