@@ -16,9 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raev2.batch import Batch
-from raev2.data import STOP_SIGNALS, derived_seed
+from raev2.data import STOP_SIGNALS, ImageDataset, derived_seed, train_batches
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_strict, write_json
 from raev2.files.damage import read_json
@@ -48,9 +48,11 @@ from raev2.training.checkpoint import (
     save_checkpoint,
 )
 from raev2.training.ema import EMA
+from raev2.training.optim import learning_rate
 from raev2.training.parallel import for_main, shards_like, whole
 
 logger = logging.getLogger(__name__)
+Look = Callable[[int], None]  # images seen ->
 MAX_NON_FINITE_STEPS = 20
 
 
@@ -269,15 +271,20 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], loss:
     return float(norm) if finite else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingState:
-    """What a checkpoint of a stage holds: networks, averaged weights and optimizers. The rest follows from the spec."""
+    """What a checkpoint of a stage holds: networks, averaged weights and optimizers. The rest follows from the spec.
+
+    ema      averages of the first of the modules
+    images   seen so far
+    """
 
     run_dir: Path
     stage: str
     modules: Mapping[str, nn.Module]
     ema: EMA
     optimizers: Mapping[str, torch.optim.Optimizer]
+    images: int = 0
 
     @property
     def folder(self) -> Path:
@@ -409,6 +416,108 @@ class Progress:
 def crossed(every: int | None, before: int, after: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]."""
     return every is not None and after // every > before // every
+
+
+@dataclass
+class Step:
+    """One step of a loop: what it computes on, and the terms of its loss.
+
+    batch       samples of this process
+    images      seen before it; with `number`, from 0
+    rng         random numbers of the global batch; `dist.own_rows` are those of this process
+    lr          of the schedule
+    size        most samples a forward
+    values      terms of the loss by name, 'loss' their sum; the loop adds them, and the norm of the gradients
+    """
+
+    batch: Batch
+    images: int
+    number: int
+    rng: torch.Generator
+    lr: float
+    size: int
+    values: dict[str, Tensor] = field(default_factory=dict)
+    grad_norm: float = math.nan
+
+    def add(self, share: float, terms: Mapping[str, Tensor | None]) -> None:
+        """Count the terms of a part that is this share of the batch; None: a run without that term."""
+        for name, term in terms.items():
+            if term is not None:
+                self.values[name] = self.values.get(name, 0) + share * term.detach().mean()
+
+
+@contextmanager
+def training_steps(
+    run: Run, loop: LoopSpec, state: TrainingState, dataset: ImageDataset, look: Look, shown: Sequence[str]
+) -> Iterator[Iterator[Step]]:
+    """The steps of a stage, from its newest checkpoint on, for the loop inside; it computes, updates and fills them in.
+
+    look    called with the images seen, from the start on and as long as the training goes on
+    shown   values on the status line
+
+    Around each step: a signal to stop, averages, report, checkpoint. Raises Stopped after the signal with a checkpoint
+    saved, and CheckpointError for weights that are not finite at the end.
+    """
+    micro = loop.micro_batch_size or loop.batch_size // dist.world_size()
+    with StopSignal() as stop, memory_field(f"{state.stage}_training.micro_batch_size", micro):
+        yield _steps(run, loop, state, dataset, look, shown, stop)
+    state.require_finite()
+
+
+def _steps(
+    run: Run,
+    loop: LoopSpec,
+    state: TrainingState,
+    dataset: ImageDataset,
+    look: Look,
+    shown: Sequence[str],
+    stop: StopSignal,
+) -> Iterator[Step]:
+    # Resume.
+    spec, stage = run.spec, state.stage
+    images = state.images = state.restore()
+    run.forget_after(stage, images)
+    batches = train_batches(
+        dataset, batch_size=loop.batch_size, seed=spec.seed, start_images=images, flip=spec.data.horizontal_flip,
+        num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
+    )  # fmt: skip
+    guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(stage, loop, images), 0
+    due = False  # a checkpoint
+
+    while images < loop.images:
+        look(images)  # at the start, and again where a killed run may have stopped before it did
+
+        # Stop?
+        if stop:
+            if guard.steady:
+                state.save(images, loop.keep_checkpoints)
+            raise Stopped(f"{stage} stopped after {images:,} images")
+
+        # Batch.
+        with progress.waiting():
+            batch, skipped = next(batches)
+        skipped_images += skipped
+        rng, size = step_generator(run.device, spec.seed, stage, images), loop.micro_batch_size or len(batch.key)
+        lr = learning_rate(loop.schedule, images, loop.images, loop.batch_size)
+        step = Step(batch, images, images // loop.batch_size, rng, lr, size)
+        yield step
+
+        # Averages.
+        if guard.check(step.grad_norm, images, step.number, batch.key):
+            state.ema.update(next(iter(state.modules.values())), step.number)
+        images = state.images = images + loop.batch_size
+
+        # Report, save; saved before looking, which a resumed run repeats if it has to.
+        if (step.number + 1) % loop.log_every_steps == 0 or images >= loop.images:
+            numbers = {name: float(dist.mean_over_processes(value)) for name, value in step.values.items()}
+            speed = progress.report(images, **{name: numbers[name] for name in shown if name in numbers})
+            run.log(
+                stage=stage, kind="train", images=images, step=step.number + 1, lr=lr, grad_norm=step.grad_norm,
+                skipped_images=skipped_images, **numbers, **speed,
+            )  # fmt: skip
+        due = due or crossed(loop.save_every_images, step.images, images) or images >= loop.images
+        if due and guard.steady:
+            due = not state.save(images, loop.keep_checkpoints)
 
 
 def _check_continues(dir: Path, old: RunSpec, new: RunSpec, resume: bool) -> None:
