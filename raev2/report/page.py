@@ -24,6 +24,7 @@ from raev2 import __version__
 from raev2.errors import CheckpointError
 from raev2.eval.protocols import ep_fid
 from raev2.files.artefact import write_json
+from raev2.files.damage import json_lines
 from raev2.files.replace import write_text
 from raev2.report.chart import Series, line_chart, number, smooth
 from raev2.report.published import published, published_results
@@ -118,12 +119,11 @@ def write_report(run_dir: str | Path) -> Path:
 def _header(run_dir: Path, spec: Mapping, provenance: Mapping, lines: Sequence[Mapping]) -> dict[str, Any]:
     task = (spec.get("task") or {}).get("name")
     recipe = spec.get("recipe")
-    machine = [provenance.get("machine"), provenance.get("device"), provenance.get("platform")]
     threads, processes = provenance.get("num_threads"), provenance.get("processes")
-    if threads:
-        machine.append(f"{threads} threads")
-    if processes:
-        machine.append(f"{processes} process{'es' if processes > 1 else ''}")
+    machine = [
+        *(provenance.get(name) for name in ("machine", "device", "platform")), threads and f"{threads} threads",
+        processes and f"{processes} process{'es' if processes > 1 else ''}",
+    ]  # fmt: skip
     seconds = _wall_seconds(lines)
     facts = [
         ("Task", task), ("Recipe", recipe), ("Started", provenance.get("started")),
@@ -386,16 +386,10 @@ def glossary(entries: Iterable[Mapping]) -> list[tuple[str, str]]:
 
 
 def _log_lines(file: Path, warnings: list[str]) -> list[dict[str, Any]]:
-    lines, broken = [], 0
-    for text in (_read_text(file) or "").splitlines():
-        try:
-            line = json.loads(text)
-            lines.append({"images": 0, **line})
-        except (ValueError, TypeError):
-            broken += 1
-    if broken:
+    lines = json_lines(file)
+    if broken := lines.count(None):
         warnings.append(f"Damaged lines of metrics.jsonl that were left out: {broken}.")
-    return lines
+    return [{"images": 0, **line} for line in lines if line is not None]
 
 
 def _grids(folder: Path, stage: str) -> list[dict[str, Any]]:

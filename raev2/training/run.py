@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ from raev2.batch import Batch
 from raev2.data import STOP_SIGNALS, ImageDataset, derived_seed, train_batches
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_strict, write_json
-from raev2.files.damage import read_json
+from raev2.files.damage import json_lines, read_json
 from raev2.files.replace import RUN, check_replaceable, new_folder, write_text
 from raev2.nn import autocast
 from raev2.spec import LoopSpec, RunSpec
@@ -92,18 +92,7 @@ class Run:
             write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl; those that were cut short or damaged (killed process, full disk) are left out."""
-        file = self.dir / "metrics.jsonl"
-        lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
-        return [value for line in lines if line.endswith("\n") and (value := _json_object(line))]
-
-
-def _json_object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+        return [line for line in json_lines(self.dir / "metrics.jsonl") if line]
 
 
 def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: bool = False) -> Run:
@@ -165,7 +154,11 @@ def package_versions() -> dict[str, str | None]:
         "raev2", "torch", "torchvision", "timm", "transformers", "accelerate", "torchmetrics", "torch-fidelity",
         "numpy", "pillow",
     )  # fmt: skip
-    return {name: _version(name) for name in packages}
+    versions: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def add_provenance(run: Run, name: str, value: Any) -> None:
@@ -539,13 +532,6 @@ def _check_continues(dir: Path, old: RunSpec, new: RunSpec, resume: bool) -> Non
 def _clock(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_revision() -> str | None:
