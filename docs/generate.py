@@ -296,7 +296,7 @@ def errors_page() -> str:
 
 EXIT_CODES = (
     (0, "Done."),
-    (1, "A check failed (`raev2 encoders check`), or a defect of raev2, with a traceback."),
+    (1, "A check failed (`raev2 encoders check`, `raev2 selftest`), or a defect of raev2, with a traceback."),
     (cli.RESUMABLE, "A training was asked to stop: it is saved, and the same command continues it."),
     (130, "Ctrl-C anywhere else, or a second time."),
 )

@@ -114,7 +114,8 @@ def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, ori
     if spec.tokenizer_from is None:
         check_identity(run, {TOKENIZER: folder_sha256(run.dir / TOKENIZER)})
     for evaluator in protocols:
-        if not evaluator.needs_generator and not (run.dir / EVAL / f"{evaluator.protocol}.json").is_file():
+        done = dist.from_main(len(run.history(stage=TOKENIZER, kind="eval", protocol=evaluator.protocol)))
+        if not evaluator.needs_generator and not done:  # the log is written last
             _evaluate(TrainedRun(run, task, rae, None), [evaluator.protocol])
 
     # Stage 2.
@@ -406,6 +407,7 @@ def _evaluate(
         run.log(
             stage=stage, kind="eval", images=seen, protocol=evaluator.protocol,
             metrics={result.name: result.value for result in found},
+            better={result.name: result.better for result in found},
         )  # fmt: skip
         results[evaluator.protocol] = found
     return results

@@ -358,6 +358,8 @@ class RepaSpec(Spec):
 class GeneratorTrainingSpec(LoopSpec):
     """Stage 2: flow matching of the generator."""
 
+    added = ("keep_best",)
+
     eval_every_images: int | None = Field(None, gt=0, description="evaluation in training; null: only at the end")
     optimizer: OptimizerSpec = MuonSpec()
     ema_decays: tuple[float, ...] = Field((0.9995,), min_length=1, description="the first one is sampled by default")
@@ -365,6 +367,13 @@ class GeneratorTrainingSpec(LoopSpec):
     base_weight: float = Field(1.0, ge=0, description="weight of the base head's loss")
     repa: RepaSpec | None = None
     latent_cache: bool = Field(False, description="encode the training images once and keep the latents in memory")
+    keep_best: str | None = Field(None, description="metric: save with each evaluation in training and keep the best")
+
+    @model_validator(mode="after")
+    def _evaluated(self) -> GeneratorTrainingSpec:
+        if self.keep_best and self.eval_every_images is None:
+            raise ValueError("keep_best needs evaluations in training; got eval_every_images=null")
+        return self
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ def train_generator(
         check_identity(run, {"condition encoder": encode_cond.fingerprint})
     repa_target = _repa_encoder(run, rae.latent_shape)
 
-    state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
+    best = partial(run.best_images, STAGE, loop.keep_best)
+    best_every = loop.eval_every_images if loop.keep_best is not None else None
+    state = TrainingState(run.dir, STAGE, modules, ema, optimizers, best, best_every)
 
     def look_and_evaluate(images: int) -> None:
         """What is due after so many images: pictures, and numbers unless the log has them."""
@@ -107,6 +110,8 @@ def train_generator(
                     (share * losses.total).backward()
                 terms = {"loss": losses.total, "full": losses.full, "base": losses.base, "repa": losses.repa}
                 step.add(share, terms)
+            if step.logged:
+                step.seen = dict(zip(("std", "mean"), map(float, torch.std_mean(latents)), strict=True))
 
             # Update.
             set_learning_rate(optimizer, step.lr)

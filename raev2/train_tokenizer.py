@@ -33,6 +33,7 @@ from raev2.tokenizer.losses import (
 from raev2.tokenizer.rae import RAE
 from raev2.training import dist
 from raev2.training.ema import EMA
+from raev2.training.health import spread
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from raev2.training.parallel import gradient_sync, parallelise
 from raev2.training.run import Run, TrainingState, attention_kernels, crossed, micro_batches, training_steps, update
@@ -127,6 +128,8 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                     decoded, terms = decoder_step(to_float(part.images.to(device)), all_noise[i], draws, share)
                 fakes.append(decoded)
                 step.add(share, terms)
+            if step.logged:
+                step.seen = {"spread": spread(decoded, to_float(part.images.to(device)))}
             set_learning_rate(optimizer, step.lr)
             step.grad_norm = update(optimizer, list(rae.decoder.parameters()), step.values["loss"], loop.clip_grad_norm)
 

@@ -232,8 +232,7 @@ def _file_error(error: OSError) -> RaeError:
 def _run(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         if argv[0] in installed(ADDED):
-            load(ADDED, argv[0], "raev2")(argv[1:])
-            return 0
+            return load(ADDED, argv[0], "raev2")(argv[1:]) or 0
         if argv[0] in installed(TASKS):
             return _plugin_command(argv[0], argv[1:])
     options = parse(argv)

@@ -191,7 +191,8 @@ def _health(lines: Sequence[Mapping]) -> list[str]:
     unreadable = max((line.get("skipped_images", 0) for line in lines), default=0)
     steps = "Training steps skipped because loss or gradient was not finite"
     counts = {steps: skipped, "Unreadable images replaced while training": unreadable}
-    return [f"{what}: {count}." for what, count in counts.items() if count]
+    found = [f"{line['stage']}, step {line['step']}: {line['finding']}" for line in lines if "finding" in line]
+    return [*(f"{what}: {count}." for what, count in counts.items() if count), *found]
 
 
 def _wall_seconds(lines: Sequence[Mapping]) -> float:

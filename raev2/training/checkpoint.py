@@ -42,8 +42,8 @@ class Checkpoint:
     path: Path | None = None
 
 
-def save_checkpoint(folder: Path, images: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/<images>` atomically; with it, the newest `keep` are kept.
+def save_checkpoint(folder: Path, images: int, checkpoint: Checkpoint, keep: int, best: int | None = None) -> Path:
+    """Write `folder/<images>` atomically; with it, the newest `keep` are kept, and the one of `best` images.
 
     Later ones go: training went back behind them, because they are damaged or led nowhere.
     """
@@ -59,7 +59,8 @@ def save_checkpoint(folder: Path, images: int, checkpoint: Checkpoint, keep: int
     found = list_checkpoints(folder)
     newest = found.index(path) + 1
     for other in (*found[: max(newest - keep, 0)], *found[newest:]):
-        shutil.rmtree(other)
+        if int(other.name) != best:
+            shutil.rmtree(other)
     return path
 
 

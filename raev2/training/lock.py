@@ -43,18 +43,29 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 
 def _take(file: Path) -> None:
+    """Write our name into the lock; whoever else looks at it meanwhile waits until we have."""
     own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-    try:
-        with file.open("x") as opened:
-            json.dump(own, opened)
-        return
-    except FileExistsError:
-        pass
+    with file.open("a+") as opened:
+        if os.name == "posix":
+            import fcntl
+
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(opened, fcntl.LOCK_EX)
+        if not file.exists() or not os.path.samestat(os.fstat(opened.fileno()), file.stat()):
+            return _take(file)  # its holder was done while we waited
+        opened.seek(0)
+        if text := opened.read():
+            _check_stale(file, text, own["host"])
+        opened.truncate(0)
+        json.dump(own, opened)
+
+
+def _check_stale(file: Path, text: str, our_host: str) -> None:
     holder: dict[str, Any] = {"host": "an unknown host", "pid": 0}
     with contextlib.suppress(ValueError):  # it was cut short
-        holder |= json.loads(file.read_text())
+        holder |= json.loads(text)
     age = time.time() - file.stat().st_mtime
-    here = holder["host"] == own["host"] and os.name == "posix"
+    here = holder["host"] == our_host and os.name == "posix"
     if (here and _is_alive(holder["pid"])) or (not here and age < STALE_S):
         raise CheckpointError(
             str(file), "another training writes this run",
@@ -62,7 +73,6 @@ def _take(file: Path) -> None:
             hint="Wait for it or stop it; delete this file if it does not run.",
         )  # fmt: skip
     logger.warning("%s: taken over, process %s on %s is gone", file, holder["pid"], holder["host"])
-    file.write_text(json.dumps(own))
 
 
 def _is_alive(pid: int) -> bool:

@@ -48,6 +48,7 @@ from raev2.training.checkpoint import (
     save_checkpoint,
 )
 from raev2.training.ema import EMA
+from raev2.training.health import Health, distance
 from raev2.training.optim import learning_rate
 from raev2.training.parallel import for_main, shards_like, whole
 
@@ -82,6 +83,19 @@ class Run:
     def history(self, **match: Any) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl whose fields equal `match`."""
         return [line for line in self._lines() if all(line.get(name) == value for name, value in match.items())]
+
+    def best_images(self, stage: str, metric: str | None) -> int | None:
+        """Images seen at the best evaluation in the log; SpecError where evaluations have no such metric."""
+        lines = self.history(stage=stage, kind="eval") if metric else []
+        values = {line["images"]: line["metrics"][metric] for line in lines if metric in line["metrics"]}
+        if lines and not values:
+            names = ", ".join(sorted({name for line in lines for name in line["metrics"]}))
+            raise SpecError(
+                f"spec.{stage}_training.keep_best", "no number of the evaluations in training", got=metric,
+                expected=f"one of {names}",
+            )  # fmt: skip
+        best = max if any(line.get("better", {}).get(metric) == "higher" for line in lines) else min
+        return best(values, key=values.__getitem__) if values else None
 
     def forget_after(self, stage: str, images: int) -> None:
         """Drop log lines of a stage past `images` (0: all of them): a resumed run writes them again."""
@@ -268,8 +282,9 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], loss:
 class TrainingState:
     """What a checkpoint of a stage holds: networks, averaged weights and optimizers. The rest follows from the spec.
 
-    ema      averages of the first of the modules
-    images   seen so far
+    ema          averages of the first of the modules
+    best         images of the checkpoint that is kept for its evaluation; `best_every` so many images there is one
+    images       seen so far
     """
 
     run_dir: Path
@@ -277,6 +292,8 @@ class TrainingState:
     modules: Mapping[str, nn.Module]
     ema: EMA
     optimizers: Mapping[str, torch.optim.Optimizer]
+    best: Callable[[], int | None] = lambda: None
+    best_every: int | None = None
     images: int = 0
 
     @property
@@ -291,7 +308,7 @@ class TrainingState:
             return False
         tensors = {stem: for_main(part) for stem, part in self._tensors().items()}
         if dist.is_main():
-            save_checkpoint(self.folder, images, Checkpoint(tensors, {}), keep)
+            save_checkpoint(self.folder, images, Checkpoint(tensors, {}), keep, self.best())
         dist.barrier()
         return True
 
@@ -420,7 +437,9 @@ class Step:
     rng         random numbers of the global batch; `dist.own_rows` are those of this process
     lr          of the schedule
     size        most samples a forward
+    logged      whether it is reported
     values      terms of the loss by name, 'loss' their sum; the loop adds them, and the norm of the gradients
+    seen        where it is logged, further numbers for the rules of `Health`
     """
 
     batch: Batch
@@ -429,7 +448,9 @@ class Step:
     rng: torch.Generator
     lr: float
     size: int
+    logged: bool
     values: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
     grad_norm: float = math.nan
 
     def add(self, share: float, terms: Mapping[str, Tensor | None]) -> None:
@@ -458,14 +479,9 @@ def training_steps(
 
 
 def _steps(
-    run: Run,
-    loop: LoopSpec,
-    state: TrainingState,
-    dataset: ImageDataset,
-    look: Look,
-    shown: Sequence[str],
+    run: Run, loop: LoopSpec, state: TrainingState, dataset: ImageDataset, look: Look, shown: Sequence[str],
     stop: StopSignal,
-) -> Iterator[Step]:
+) -> Iterator[Step]:  # fmt: skip
     # Resume.
     spec, stage = run.spec, state.stage
     images = state.images = state.restore()
@@ -475,6 +491,7 @@ def _steps(
         num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
     )  # fmt: skip
     guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(stage, loop, images), 0
+    health, averaged = Health(run.log, stage), next(iter(state.modules.values()))
     due = False  # a checkpoint
 
     while images < loop.images:
@@ -492,23 +509,28 @@ def _steps(
         skipped_images += skipped
         rng, size = step_generator(run.device, spec.seed, stage, images), loop.micro_batch_size or len(batch.key)
         lr = learning_rate(loop.schedule, images, loop.images, loop.batch_size)
-        step = Step(batch, images, images // loop.batch_size, rng, lr, size)
+        number, after = images // loop.batch_size, images + loop.batch_size
+        logged = (number + 1) % loop.log_every_steps == 0 or after >= loop.images
+        step = Step(batch, images, number, rng, lr, size, logged)
         yield step
 
         # Averages.
-        if guard.check(step.grad_norm, images, step.number, batch.key):
-            state.ema.update(next(iter(state.modules.values())), step.number)
-        images = state.images = images + loop.batch_size
+        if guard.check(step.grad_norm, images, number, batch.key):
+            state.ema.update(averaged, number)
+        images = state.images = after
 
         # Report, save; saved before looking, which a resumed run repeats if it has to.
-        if (step.number + 1) % loop.log_every_steps == 0 or images >= loop.images:
+        if logged:
             numbers = {name: float(dist.mean_over_processes(value)) for name, value in step.values.items()}
             speed = progress.report(images, **{name: numbers[name] for name in shown if name in numbers})
             run.log(
-                stage=stage, kind="train", images=images, step=step.number + 1, lr=lr, grad_norm=step.grad_norm,
+                stage=stage, kind="train", images=images, step=number + 1, lr=lr, grad_norm=step.grad_norm,
                 skipped_images=skipped_images, **numbers, **speed,
             )  # fmt: skip
-        due = due or crossed(loop.save_every_images, step.images, images) or images >= loop.images
+            away = distance(state.ema.state_dict(state.ema.decays[0]), averaged)
+            health.check(images, number + 1, {**numbers, **step.seen, "average_distance": away})
+        due = due or any(crossed(every, step.images, images) for every in (loop.save_every_images, state.best_every))
+        due = due or images >= loop.images
         if due and guard.steady:
             due = not state.save(images, loop.keep_checkpoints)
 

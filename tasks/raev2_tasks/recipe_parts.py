@@ -5,13 +5,20 @@ Sources: RAE (arXiv 2510.11690), RAEv2 (arXiv 2605.18324).
 
 from __future__ import annotations
 
+from typing import Any
+
 from raev2.spec import (
     AdversarialSpec,
+    DataSpec,
     DDTSpec,
+    DecoderSpec,
     EncoderSpec,
+    EvaluationSpec,
     FeatureLoss,
     LPIPSLoss,
     MuonSpec,
+    RunSpec,
+    SamplingSpec,
     ScheduleSpec,
     TokenizerSpec,
     TokenizerTrainingSpec,
@@ -95,3 +102,35 @@ def published_tokenizer_training(epoch: int, sample_every_images: int = 2_500 * 
         sample_every_images=sample_every_images,
         save_every_images=epoch,
     )
+
+
+# For `raev2 selftest`: seconds.
+
+
+def tiny_run(spec: RunSpec, data: DataSpec, protocols: tuple[str, ...], in_training: str) -> RunSpec:
+    """A recipe with tiny networks and a few steps, every loss in use, in float32: what `raev2 selftest` breaks."""
+    often: dict[str, Any] = {
+        "batch_size": 2, "schedule": ScheduleSpec(lr=1e-3, final_lr=1e-4), "log_every_steps": 1,
+        "save_every_images": 4, "sample_every_images": 4, "keep_checkpoints": 2,
+    }  # fmt: skip
+    return spec.replace(
+        recipe="selftest",
+        summary="tiny networks, a few steps: what `raev2 selftest` kills, damages and starves; seconds",
+        data=data,
+        tokenizer=spec.tokenizer.replace(
+            decoder=DecoderSpec(width=64, depth=2, num_heads=2, mlp_dim=128, patch_size=8)
+        ),
+        tokenizer_training=SHORT_TOKENIZER_TRAINING.replace(
+            images=12, ema_decay=0.5, perceptual=FeatureLoss(layers=(0, 5)),
+            adversarial=AdversarialSpec(layers=(1, 5), kernel_size=3, disc_start=0.0, gan_start=0.5), **often,
+        ),
+        generator=DDTSpec(
+            width=32, depth=2, num_heads=2, head_width=64, head_depth=1, head_num_heads=2, base_head_depth=1
+        ),
+        generator_training=spec.generator_training.replace(
+            images=12, ema_decays=(0.5, 0.9), eval_every_images=8, latent_cache=False, **often
+        ),
+        sampling=SamplingSpec(steps=2, batch_size=16),
+        evaluation=EvaluationSpec(protocols=protocols, in_training=(in_training,), num_samples=8),
+        precision="fp32",
+    )  # fmt: skip

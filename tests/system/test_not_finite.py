@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raev2 import pipeline, train_generator
-from raev2.errors import CheckpointError
+from raev2.errors import CheckpointError, SpecError
 from raev2.eval.features import EncoderFeatures, NotFinite
 from raev2.flow import training_loss
 from raev2.spec import RunSpec
@@ -99,6 +99,38 @@ def test_weights_that_are_not_finite_push_no_checkpoint_out(spec, tmp_path, monk
     assert "back to the weights of 16 images" in caplog.text
     for path in list_checkpoints(run / "checkpoints" / "generator"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("better", "kept"), [("lower", [24, 96]), ("higher", [48, 96])])
+def test_the_checkpoint_of_the_best_evaluation_is_kept(spec, tmp_path, monkeypatch, better, kept):
+    """Evaluations at 24, 48 and 72 images give 1, 6 and 3; checkpoints are due every 64."""
+    spec = apply_overrides(
+        spec,
+        ["generator_training.eval_every_images=24", "generator_training.save_every_images=64",
+         "generator_training.keep_checkpoints=1", "generator_training.keep_best=score"],
+    )  # fmt: skip
+    numbers = iter([1.0, 6.0, 3.0])
+
+    def evaluate(trained, protocols, images, *_, **__):
+        if protocols:
+            values = {"metrics": {"score": next(numbers)}, "better": {"score": better}}
+            trained.run.log(stage="generator", kind="eval", images=images, protocol="mine", **values)
+
+    monkeypatch.setattr(pipeline, "_evaluate", evaluate)
+    assert checkpoints(pipeline.train(spec, tmp_path / "run")) == kept
+
+
+def test_a_best_metric_that_no_evaluation_has_is_an_error(spec, tmp_path):
+    settings = ["eval_every_images=48", "keep_best=fid"]
+    spec = apply_overrides(spec, [f"generator_training.{setting}" for setting in settings])
+    with pytest.raises(
+        SpecError,
+        match="spec.generator_training.keep_best: no number of the evaluations in training; got fid; expected "
+        "one of fd_micro, ",
+    ):
+        pipeline.train(spec, tmp_path / "run")
+    with pytest.raises(SpecError, match="keep_best needs evaluations in training; got eval_every_images=null"):
+        apply_overrides(spec, ["generator_training.eval_every_images=null"])
 
 
 def test_a_checkpoint_due_with_an_evaluation_is_there_when_the_evaluation_begins(spec, tmp_path, monkeypatch):

@@ -181,6 +181,14 @@ def test_what_training_went_back_behind_never_pushes_a_good_one_out(tmp_path, ke
     assert latest_checkpoint(tmp_path).state["images"] == 12
 
 
+def test_the_best_checkpoint_is_kept_besides_the_newest_ones(tmp_path):
+    for images in (8, 16, 24, 32):
+        save_checkpoint(tmp_path, images, simple(images), keep=1, best=8)
+    assert names_in(tmp_path) == ["000000008", "000000032"]
+    save_checkpoint(tmp_path, 40, simple(40), keep=1, best=32)
+    assert names_in(tmp_path) == ["000000032", "000000040"]
+
+
 def test_a_folder_that_only_begins_like_a_number_is_no_checkpoint(tmp_path):
     save_checkpoint(tmp_path, 8, simple(), keep=1)
     (tmp_path / "000000016 copy").mkdir()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -95,3 +98,48 @@ def test_the_heart_beats(tmp_path, monkeypatch):
         while (tmp_path / ".run.lock").stat().st_mtime < 1000 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (tmp_path / ".run.lock").stat().st_mtime > 1000
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["raev2.training.lock"])
+
+
+def try_to_take(run, gone, meeting, results, done) -> None:
+    """Both processes find the holder gone at the same moment, where nothing keeps them from it."""
+    alive = lock._is_alive
+
+    def find_out(pid: int) -> bool:
+        if pid == gone:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meeting.wait(timeout=1)
+        return alive(pid)
+
+    lock._is_alive = find_out
+    try:
+        with run_lock(run):
+            results.put("taken")
+            done.wait()
+    except CheckpointError as error:
+        results.put(str(error))
+        done.wait()
+
+
+def test_of_two_processes_that_find_the_same_stale_lock_one_takes_it_over(tmp_path, gone):
+    write_lock(tmp_path, socket.gethostname(), int(gone))
+    meeting, done, results = PROCESSES.Barrier(2), PROCESSES.Barrier(2, timeout=60), PROCESSES.Queue()
+    arguments = (tmp_path / "run", int(gone), meeting, results, done)
+    both = [PROCESSES.Process(target=try_to_take, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    found = sorted(results.get(timeout=60) for _ in both)
+    for process in both:
+        process.join(60)
+    assert found[1] == "taken" and "another training writes this run; got process" in found[0]
+    assert not (tmp_path / ".run.lock").exists()
+
+
+def test_a_lock_without_a_name_in_it_is_free(tmp_path):
+    """Its process was killed before it wrote one."""
+    (tmp_path / ".run.lock").write_text("")
+    with run_lock(tmp_path / "run"):
+        assert json.loads((tmp_path / ".run.lock").read_text())["pid"] == os.getpid()

@@ -38,6 +38,7 @@ from raev2_tasks.recipe_parts import (
     SMALL_DDT,
     dinov3l_tokenizer,
     published_tokenizer_training,
+    tiny_run,
     trunk_size,
 )
 
@@ -98,6 +99,12 @@ def quickstart() -> RunSpec:
             compare_guidance=(NoGuidance(),),
         ),
     )
+
+
+def selftest() -> RunSpec:
+    """Coloured shapes: the whole pipeline in seconds."""
+    data = DataSpec(dir="data/selftest", recipe="synthetic", options={"num_train": "16", "num_val": "8"})
+    return tiny_run(quickstart(), data, ("reconstruction-micro", "generation-micro"), "generation-micro")
 
 
 def laptop() -> RunSpec:
@@ -283,6 +290,7 @@ VAE_DOWNSAMPLE = {
 RECIPES: dict[str, Callable[[], RunSpec]] = {
     "quickstart": quickstart,
     "laptop": laptop,
+    "selftest": selftest,
     "raev2-dinov3l-k1": partial(raev2_dinov3l, "k1", "RAEv2, last layer only (arXiv 2605.18324)"),
     "raev2-dinov3l-k7": partial(raev2_dinov3l, "k7", "RAEv2, 7 layers, the headline system (arXiv 2605.18324)"),
     "raev2-dinov3l-k23": partial(raev2_dinov3l, "k23", "RAEv2, 23 layers, best reconstruction (arXiv 2605.18324)"),

@@ -29,6 +29,7 @@ from raev2_tasks.recipe_parts import (
     SHORT_TOKENIZER_TRAINING,
     dinov3l_tokenizer,
     published_tokenizer_training,
+    tiny_run,
     trunk_size,
 )
 
@@ -73,6 +74,18 @@ def quickstart() -> RunSpec:
             num_samples=128,
         ),
     )  # fmt: skip
+
+
+def selftest() -> RunSpec:
+    """A few short drives: the whole pipeline in seconds."""
+    base = quickstart()
+    data = DataSpec(
+        dir="data/selftest-drives",
+        recipe="vizdoom",
+        options={"num_train": "3", "num_val": "1", "num_frames": "16"},
+    )
+    task = base.task.replace(num_context=2, horizons_s=(0.5,), max_offset_s=0.5, num_rollouts=2)
+    return tiny_run(base.replace(task=task), data, ("rollout-4fps-micro",), "single-step-quick-micro")
 
 
 def laptop() -> RunSpec:
@@ -191,6 +204,7 @@ def multi() -> RunSpec:
 RECIPES: dict[str, Callable[[], RunSpec]] = {
     "quickstart": quickstart,
     "laptop": laptop,
+    "selftest": selftest,
     "raev2-dinov3l-k1": partial(raev2_dinov3l, "k1", "RAEv2 on RECON, last layer only (arXiv 2605.18324)"),
     "raev2-dinov3l-k7": partial(raev2_dinov3l, "k7", "RAEv2 on RECON, 7 layers (arXiv 2605.18324)"),
     "raev2-dinov3l-k23": partial(raev2_dinov3l, "k23", "RAEv2 on RECON, 23 layers (arXiv 2605.18324)"),

@@ -30,9 +30,10 @@ from raev2_tasks.recipe_parts import (
     SMALL_DDT,
     dinov3l_tokenizer,
     published_tokenizer_training,
+    tiny_run,
     trunk_size,
 )
-from raev2_tasks.t2i.spec import CaptionSpec, TextEncoderSpec, TextToImageSpec
+from raev2_tasks.t2i.spec import CaptionSpec, ScratchEncoderSpec, TextEncoderSpec, TextToImageSpec
 
 QWEN, T5_XL, GEMMA = "Qwen/Qwen3-0.6B", "google/t5-v1_1-xl", "google/gemma-2-2b"
 VIRTUAL_EPOCH = 10_000 * 1024  # images: 10,000 steps of 1,024
@@ -73,6 +74,19 @@ def quickstart() -> RunSpec:
             num_samples=128,
         ),
     )
+
+
+def selftest() -> RunSpec:
+    """A few captioned shapes and a tiny text encoder: the whole pipeline in seconds."""
+    base = quickstart()
+    data = DataSpec(
+        dir="data/selftest-scenes",
+        recipe="t2i-embedded",
+        options={"num_s12": "16", "num_g60": "0", "num_txt": "0", "per_emoji": "0", "num_val": "8"},
+    )
+    encoder = TextEncoderSpec(max_tokens=64, scratch=ScratchEncoderSpec(width=32, depth=1, num_heads=2))
+    task = base.task.replace(text_encoder=encoder, weights={})
+    return tiny_run(base.replace(task=task), data, ("reconstruction-micro", "generation-micro"), "generation-micro")
 
 
 def laptop() -> RunSpec:
@@ -201,6 +215,7 @@ def raev2_siglip2b_finetune() -> RunSpec:
 RECIPES: dict[str, Callable[[], RunSpec]] = {
     "quickstart": quickstart,
     "laptop": laptop,
+    "selftest": selftest,
     "own-data": own_data,
     "raev2-siglip2b": raev2_siglip2b,
     "raev2-siglip2b-t5xl": partial(raev2_siglip2b, T5_XL, "-t5xl"),

@@ -1,0 +1,1 @@
+"""`raev2 selftest`: fault injection on a tiny training of each task."""
