@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,8 @@ class FolderDataset(ImageDataset):
         return self.index[index].get("label")
 
 
-class _Stream(Dataset[dict[str, Any] | DataError]):
-    """Sample number -> sample: the dataset's own order, the flip, and the policy for unreadable images.
+class _Stream(Dataset[Any]):
+    """Sample numbers -> samples: the dataset's own order, the flip, and the policy for unreadable images.
 
     An error is a value here: DataLoader would turn an exception in a worker into a RuntimeError with a traceback.
     """
@@ -214,7 +215,13 @@ class _Stream(Dataset[dict[str, Any] | DataError]):
     def __init__(self, dataset: ImageDataset, seed: int, flip: bool) -> None:
         self.dataset, self.seed, self.flip = dataset, seed, flip
 
-    def __getitem__(self, number: int) -> dict[str, Any] | DataError:
+    def __getitem__(self, numbers: Sequence[int]) -> list[dict[str, Any]] | DataError:
+        try:
+            return [self._sample(number) for number in numbers]
+        except DataError as error:
+            return error
+
+    def _sample(self, number: int) -> dict[str, Any]:
         skipped = 0
         while True:  # an unreadable image is replaced by the next readable one of the same epoch
             try:
@@ -222,14 +229,10 @@ class _Stream(Dataset[dict[str, Any] | DataError]):
                 break
             except DataError as error:
                 skipped += 1
-                try:
-                    self.dataset.skipped(error)
-                except DataError as too_many:
-                    return too_many
+                self.dataset.skipped(error)
                 if skipped == min(100, len(self.dataset)):
-                    return DataError(
-                        f"data {self.dataset.dir}", f"{skipped} unreadable images in a row", hint=str(error)
-                    )
+                    where, what = f"data {self.dataset.dir}", f"{skipped} unreadable images in a row"
+                    raise DataError(where, what, hint=str(error)) from error
         if self.flip and derived_seed("flip", self.seed, number) % 2:
             sample["image"] = sample["image"].flip(2)
         return {**sample, "skipped": skipped}
@@ -257,15 +260,11 @@ def train_batches(
             expected=f"a multiple of {world_size}",
         )  # fmt: skip
 
-    def numbers() -> Iterator[list[int]]:
-        start = start_images
-        while True:
-            yield list(range(start + rank, start + batch_size, world_size))
-            start += batch_size
-
+    starts = count(start_images, batch_size)
     loader = DataLoader(
-        _Stream(dataset, seed, flip), batch_sampler=_Endless(numbers), num_workers=num_workers,
-        collate_fn=partial(_collate_or_error, dataset), worker_init_fn=ignore_signals,
+        _Stream(dataset, seed, flip), num_workers=num_workers, worker_init_fn=ignore_signals,
+        batch_size=None, sampler=(list(range(start + rank, start + batch_size, world_size)) for start in starts),
+        collate_fn=partial(_collate, dataset),
     )  # fmt: skip
     return _raise_errors(iter(loader))
 
@@ -289,7 +288,7 @@ def ordered_batches(
                     raise
                 dataset.skipped(error)
         if samples:
-            yield _collate(dataset, samples)[0]
+            yield _batch(dataset, samples)
 
 
 def random_subset(keys: Sequence[str], groups: Sequence[Hashable], num: int, seed: int = 0) -> list[int]:
@@ -320,44 +319,31 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-class _Endless:
-    """A batch sampler over an endless iterator."""
-
-    def __init__(self, numbers: Any) -> None:
-        self.numbers = numbers
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.numbers()
-
-
 def _stack(values: Sequence[Any]) -> Tensor:
     if isinstance(values[0], np.ndarray | Tensor):
         return torch.stack([torch.as_tensor(value) for value in values])
     return torch.tensor(values)
 
 
-def _collate(dataset: ImageDataset, samples: list[dict[str, Any]]) -> tuple[Batch, int]:
-    batch = Batch(
+def _collate(dataset: ImageDataset, samples: list[dict[str, Any]] | DataError) -> tuple[Batch, int] | DataError:
+    """A batch and its count of skipped images."""
+    if isinstance(samples, DataError):
+        return samples
+    return _batch(dataset, samples), sum(sample["skipped"] for sample in samples)
+
+
+def _batch(dataset: ImageDataset, samples: Sequence[dict[str, Any]]) -> Batch:
+    return Batch(
         images=torch.stack([sample["image"] for sample in samples]),
         cond=dataset.collate_cond([sample["cond"] for sample in samples]),
         key=torch.tensor([sample["key"] for sample in samples]),
     )
-    return batch, sum(sample.get("skipped", 0) for sample in samples)
 
 
 def ignore_signals(_: int) -> None:
     """In a worker: Ctrl-C and a cancelled job reach the whole process group, and the training still needs a batch."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _collate_or_error(
-    dataset: ImageDataset, samples: list[dict[str, Any] | DataError]
-) -> tuple[Batch, int] | DataError:
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
-    return _collate(dataset, samples)  # type: ignore[arg-type]
 
 
 def _raise_errors(batches: Iterator[tuple[Batch, int] | DataError]) -> Iterator[tuple[Batch, int]]:

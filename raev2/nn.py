@@ -67,12 +67,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """`rms_norm` with a learned gain; keeps the dtype of its input."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Normalise over the last axis."""
@@ -253,8 +249,6 @@ class FinalLayer(nn.Module):
 
 def patchify(latents: Latents, patch_size: int) -> Patches:
     """Cut into patches, row by row; the values of a patch are ordered (channel, row, column)."""
-    if patch_size == 1:
-        return latents.flatten(2).transpose(1, 2)
     return F.pixel_unshuffle(latents, patch_size).flatten(2).transpose(1, 2)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raev2.batch import cond_map
-from raev2.data import ImageDataset, ordered_batches, to_float, train_batches
+from raev2.data import ImageDataset, ordered_batches, to_float
 from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact, load_strict
 from raev2.flow import interpolate, sample_t, training_loss
@@ -19,25 +19,13 @@ from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.encoders import build_encoder
 from raev2.training import dist
 from raev2.training.ema import EMA
-from raev2.training.health import Health, distance
-from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.training.optim import build_optimizer, set_learning_rate
 from raev2.training.parallel import gradient_sync, is_plain, parallelise, whole
 from raev2.training.resume import check_identity
-from raev2.training.run import (
-    NonFiniteGuard,
-    Progress,
-    Run,
-    Stopped,
-    StopSignal,
-    TrainingState,
-    crossed,
-    memory_field,
-    micro_batches,
-    step_generator,
-    update,
-)
+from raev2.training.run import Run, TrainingState, crossed, micro_batches, training_steps, update
 
 STAGE = "generator"
+TERMS = ("loss", "full", "base", "repa")
 CACHE_BATCH = 64
 
 
@@ -74,18 +62,9 @@ def train_generator(
         check_identity(run, {"condition encoder": encode_cond.fingerprint})
     repa_target = _repa_encoder(run, rae.latent_shape)
 
-    # Resume.
     best = partial(run.best_images, STAGE, loop.keep_best)
-    state = TrainingState(run.dir, STAGE, modules, ema, optimizers, best)
-    images = state.restore()
-    run.forget_after(STAGE, images)
-    batches = train_batches(
-        dataset, batch_size=loop.batch_size, seed=spec.seed, start_images=images, flip=spec.data.horizontal_flip,
-        num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
-    )  # fmt: skip
-    guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(STAGE, loop, images), 0
-    health = Health(run.log, STAGE)
-    due = False  # a checkpoint
+    best_every = loop.eval_every_images if loop.keep_best is not None else None
+    state = TrainingState(run.dir, STAGE, modules, ema, optimizers, best, best_every)
 
     def look_and_evaluate(images: int) -> None:
         """What is due after so many images: pictures, and numbers unless the log has them."""
@@ -93,7 +72,7 @@ def train_generator(
         looks, evaluates = (
             crossed(every, before, images) for every in (loop.sample_every_images, loop.eval_every_images)
         )
-        if images >= loop.images or not (looks or evaluates):
+        if not (looks or evaluates):
             return
         plain = _plain(generator)
         with ema.applied(plain, decay):
@@ -103,34 +82,16 @@ def train_generator(
             if images and evaluates and logged < len(spec.evaluation.in_training):
                 evaluate(plain, images)
 
-    micro = loop.micro_batch_size or loop.batch_size // dist.world_size()
-    with StopSignal() as stop, memory_field(f"{STAGE}_training.micro_batch_size", micro):
-        look_and_evaluate(images)  # at the start, and again where a killed run may have stopped before it did
-        while images < loop.images:
-            # Stop?
-            if stop:
-                if guard.steady:
-                    state.save(images, loop.keep_checkpoints)
-                raise Stopped(f"{STAGE} stopped after {images:,} images")
-
-            # Batch.
-            with progress.waiting():
-                batch, skipped = next(batches)
-            skipped_images += skipped
-            step = images // loop.batch_size
-            rng = step_generator(device, spec.seed, STAGE, images)
-            values: dict[str, Tensor] = {}
-
+    with training_steps(run, loop, state, dataset, look_and_evaluate, TERMS) as steps:
+        for step in steps:
             # Random numbers, those of the global batch: no number of processes or parts changes them.
-            num, size = loop.batch_size, loop.micro_batch_size or len(batch.key)
+            num, rng = loop.batch_size, step.rng
             all_drop = dist.own_rows(torch.rand(num, generator=rng, device=device))
             all_t = dist.own_rows(sample_t(num, spec.flow, generator.time_shift, rng, device))
             all_noise = dist.own_rows(torch.randn(num, *rae.latent_shape, generator=rng, device=device))
 
-            parts = zip(
-                micro_batches(batch, size), all_drop.split(size), all_t.split(size), all_noise.split(size), strict=True
-            )
-            for (part, share, last), drop, t, noise in parts:
+            draws = (drawn.split(step.size) for drawn in (all_drop, all_t, all_noise))
+            for (part, share, last), drop, t, noise in zip(micro_batches(step.batch, step.size), *draws, strict=True):
                 # Latents and conditions.
                 latents = encode(part.images, part.key)
                 cond = encode_cond(cond_map(part.cond, lambda value: value.to(device)))
@@ -148,44 +109,22 @@ def train_generator(
                     )  # fmt: skip
                     (share * losses.total).backward()
                 terms = {"loss": losses.total, "full": losses.full, "base": losses.base, "repa": losses.repa}
-                for name, term in terms.items():
-                    if term is not None:
-                        values[name] = values.get(name, 0) + share * term.detach().mean()
+                step.add(share, terms)
+            if step.logged:
+                step.seen = dict(zip(("std", "mean"), map(float, torch.std_mean(latents)), strict=True))
 
-            # Update, averages.
-            lr = learning_rate(loop.schedule, images, loop.images, loop.batch_size)
-            set_learning_rate(optimizer, lr)
-            grad_norm = update(optimizer, list(generator.parameters()), values["loss"], loop.clip_grad_norm)
-            if guard.check(grad_norm, images, step, batch.key):
-                ema.update(generator, step)
-            before, images = images, images + loop.batch_size
-
-            # Report, save, look, evaluate: saved before what takes long, which a resumed run repeats if it has to.
-            if (step + 1) % loop.log_every_steps == 0 or images >= loop.images:
-                numbers = {name: float(dist.mean_over_processes(value)) for name, value in values.items()}
-                speed = progress.report(images, **numbers)
-                run.log(
-                    stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
-                    skipped_images=skipped_images, **numbers, **speed,
-                )  # fmt: skip
-                std, mean = (float(value) for value in torch.std_mean(latents))
-                seen = {"mean": mean, "std": std, "average_distance": distance(ema.state_dict(decay), generator)}
-                health.check(images, step + 1, {**numbers, **seen})
-            due = due or crossed(loop.save_every_images, before, images) or images >= loop.images
-            due = due or (loop.keep_best is not None and crossed(loop.eval_every_images, before, images))
-            if due and guard.steady:
-                due = not state.save(images, loop.keep_checkpoints)
-            look_and_evaluate(images)
+            # Update.
+            set_learning_rate(optimizer, step.lr)
+            step.grad_norm = update(optimizer, list(generator.parameters()), step.values["loss"], loop.clip_grad_norm)
 
     # Artefact with the averaged weights.
-    state.require_finite()
     generator = _plain(generator)
     averages = {name: whole(value) for name, value in ema.state_dict(decay).items()}
     load_strict(generator, {**generator.state_dict(), **averages}, "averaged generator")
-    look(generator, images)
+    look(generator, state.images)
     if dist.is_main():
-        generator.extra = {"recipe": spec.recipe, "images_seen": images, "ema_decay": decay}
-        generator.save_pretrained(run.dir / STAGE, card=_card(run, dataset, images))
+        generator.extra = {"recipe": spec.recipe, "images_seen": state.images, "ema_decay": decay}
+        generator.save_pretrained(run.dir / STAGE, card=_card(run, dataset, state.images))
     dist.barrier()
     return generator.eval()
 

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8, train_batches
+from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.files.artefact import load_strict
 from raev2.files.grid import save_pairs
 from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec
@@ -33,23 +33,10 @@ from raev2.tokenizer.losses import (
 from raev2.tokenizer.rae import RAE
 from raev2.training import dist
 from raev2.training.ema import EMA
-from raev2.training.health import Health, distance, spread
+from raev2.training.health import spread
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from raev2.training.parallel import gradient_sync, parallelise
-from raev2.training.run import (
-    NonFiniteGuard,
-    Progress,
-    Run,
-    Stopped,
-    StopSignal,
-    TrainingState,
-    attention_kernels,
-    crossed,
-    memory_field,
-    micro_batches,
-    step_generator,
-    update,
-)
+from raev2.training.run import Run, TrainingState, attention_kernels, crossed, micro_batches, training_steps, update
 
 STAGE = "tokenizer"
 NUM_GRID_IMAGES = 32
@@ -82,21 +69,11 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         disc_start, gan_start = (int(share * loop.images) for share in (adversarial.disc_start, adversarial.gan_start))
         modules["discriminator"], optimizers["discriminator_optimizer"] = disc, disc_optimizer
 
-    # Resume.
     state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
-    images = state.restore()
-    run.forget_after(STAGE, images)
-    batches = train_batches(
-        dataset, batch_size=loop.batch_size, seed=spec.seed, start_images=images, flip=spec.data.horizontal_flip,
-        num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
-    )  # fmt: skip
-    guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(STAGE, loop, images), 0
-    health = Health(run.log, STAGE)
-    due = False  # a checkpoint
 
     def look(images: int) -> None:
         """Reconstructions, where they are due after so many images."""
-        if crossed(loop.sample_every_images, images - loop.batch_size, images) and images < loop.images:
+        if crossed(loop.sample_every_images, images - loop.batch_size, images):
             with ema.applied(rae.decoder, loop.ema_decay):
                 save_reconstructions(run, rae, val, images)
 
@@ -131,85 +108,50 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         return decoded.detach(), terms
 
     num_tokens = math.prod(spec.tokenizer.grid)
-    micro = loop.micro_batch_size or loop.batch_size // dist.world_size()
-    with StopSignal() as stop, memory_field(f"{STAGE}_training.micro_batch_size", micro):
-        look(images)  # at the start, and again where a killed run may have stopped before it did
-        while images < loop.images:
-            # Stop?
-            if stop:
-                if guard.steady:
-                    state.save(images, loop.keep_checkpoints)
-                raise Stopped(f"{STAGE} stopped after {images:,} images")
-
-            # Batch.
-            with progress.waiting():
-                batch, skipped = next(batches)
-            skipped_images += skipped
-            step = images // loop.batch_size
-            train_disc = adversarial is not None and images >= disc_start
-            use_gan = adversarial is not None and images >= gan_start
-            values: dict[str, Tensor] = {}
+    with training_steps(run, loop, state, dataset, look, shown=("loss", "l1")) as steps:
+        for step in steps:
+            train_disc = adversarial is not None and step.images >= disc_start
+            use_gan = adversarial is not None and step.images >= gan_start
             fakes: list[Tensor] = []
 
             # Random numbers, those of the global batch: no number of processes or parts changes them.
-            rng, size = step_generator(device, spec.seed, STAGE, images), loop.micro_batch_size or len(batch.key)
+            rng, size = step.rng, step.size
             all_noise = dist.own_rows(rae.token_noise(loop.batch_size, rng)).split(size)
             before_gan, before_real, before_fake = (
                 dist.own_rows(augmentation(loop.batch_size, rng)).split(size) for _ in range(3)
             )
 
             # Decoder.
-            for i, (part, share, last) in enumerate(micro_batches(batch, size)):
+            for i, (part, share, last) in enumerate(micro_batches(step.batch, size)):
                 with gradient_sync(decoder, last), attention_kernels(device, num_tokens):
                     draws = before_gan[i] if use_gan else None
                     decoded, terms = decoder_step(to_float(part.images.to(device)), all_noise[i], draws, share)
                 fakes.append(decoded)
-                for name, term in terms.items():
-                    values[name] = values.get(name, 0) + share * term.detach()
-            lr = learning_rate(loop.schedule, images, loop.images, loop.batch_size)
-            set_learning_rate(optimizer, lr)
-            grad_norm = update(optimizer, list(rae.decoder.parameters()), values["loss"], loop.clip_grad_norm)
-            if guard.check(grad_norm, images, step, batch.key):
-                ema.update(rae.decoder, step)
+                step.add(share, terms)
+            if step.logged:
+                step.seen = {"spread": spread(decoded, to_float(part.images.to(device)))}
+            set_learning_rate(optimizer, step.lr)
+            step.grad_norm = update(optimizer, list(rae.decoder.parameters()), step.values["loss"], loop.clip_grad_norm)
 
             # Discriminator, on the images that were just decoded.
             if train_disc:
                 disc.train()
-                values["disc"] = torch.zeros((), device=device)
-                for i, (part, share, last) in enumerate(micro_batches(batch, size)):
+                for i, (part, share, last) in enumerate(micro_batches(step.batch, size)):
                     with gradient_sync(distributed_disc, last), attention_kernels(device, num_tokens), run.autocast():
                         real = to_float(part.images.to(device))
                         fake = quantise_8bit(fakes[i])
                         both = torch.cat([diffaug(real, before_real[i]), diffaug(fake, before_fake[i])])
                         disc_loss = hinge_loss(*distributed_disc(both).chunk(2))
                         (share * disc_loss).backward()
-                    values["disc"] += share * disc_loss.detach()
-                disc_lr = learning_rate(disc_schedule, images - disc_start, loop.images - disc_start)
+                    step.add(share, {"disc": disc_loss})
+                disc_lr = learning_rate(disc_schedule, step.images - disc_start, loop.images - disc_start)
                 set_learning_rate(disc_optimizer, disc_lr)
-                update(disc_optimizer, list(disc.parameters()), values["disc"], loop.clip_grad_norm)
-            before, images = images, images + loop.batch_size
-
-            # Report, save, look.
-            if (step + 1) % loop.log_every_steps == 0 or images >= loop.images:
-                numbers = {name: float(dist.mean_over_processes(value)) for name, value in values.items()}
-                speed = progress.report(images, loss=numbers["loss"], l1=numbers["l1"])
-                run.log(
-                    stage=STAGE, kind="train", images=images, step=step + 1, lr=lr, grad_norm=grad_norm,
-                    skipped_images=skipped_images, **numbers, **speed,
-                )  # fmt: skip
-                away = distance(ema.state_dict(loop.ema_decay), rae.decoder)
-                seen = {"average_distance": away, "spread": spread(decoded, to_float(part.images.to(device)))}
-                health.check(images, step + 1, {**numbers, **seen})
-            due = due or crossed(loop.save_every_images, before, images) or images >= loop.images
-            if due and guard.steady:
-                due = not state.save(images, loop.keep_checkpoints)
-            look(images)
+                update(disc_optimizer, list(disc.parameters()), step.values["disc"], loop.clip_grad_norm)
 
     # Averaged weights, statistics of the clean latents, artefact.
-    state.require_finite()
     load_strict(rae.decoder, {**rae.decoder.state_dict(), **ema.state_dict(loop.ema_decay)}, "averaged decoder")
     rae.set_stats(measure_stats(rae, dataset, device, loop.stats_images))
-    save_reconstructions(run, rae, val, images)
+    save_reconstructions(run, rae, val, state.images)
     if dist.is_main():
         rae.save_pretrained(run.dir / STAGE)
     dist.barrier()

@@ -24,6 +24,7 @@ from raev2 import __version__
 from raev2.errors import CheckpointError
 from raev2.eval.protocols import ep_fid
 from raev2.files.artefact import write_json
+from raev2.files.damage import json_lines
 from raev2.files.replace import write_text
 from raev2.report.chart import Series, line_chart, number, smooth
 from raev2.report.published import published, published_results
@@ -35,7 +36,15 @@ MAX_TILES = 8
 MAX_EVENTS = 50
 PAUSE_SECONDS = 1800
 LEARNING_RATE, IMAGES_PER_S = "Learning rate", "Speed, images/s"  # always on a linear scale
-NO_LOSS = {"stage", "kind", "images", "step", "time", "images_per_s", "data_wait", "skipped_images"}  # of a log line
+CURVES = {  # charts of a training: names of their values, and what these are
+    "Losses": (r"(?!lr$|lr_|grad_norm|gan|disc|images_per_s).*(?<!weight)", ""),
+    "Adversarial losses": ("(gan|disc).*", ""),
+    LEARNING_RATE: ("lr|lr_.*", "as used in the step"),
+    "Gradient norm": ("grad_norm.*", "before clipping"),
+    "Adaptive weight": (".*weight", ""),
+    IMAGES_PER_S: ("images_per_s", ""),
+}
+NO_LOSS = {"stage", "kind", "images", "step", "time", "data_wait", "skipped_images"}  # of a log line
 NO_MEANING = {"better": "", "role": "detail", "about": "", "of": None, "point": None, "levels": (), "warning": ""}
 
 
@@ -63,30 +72,29 @@ def write_report(run_dir: str | Path) -> Path:
     summary = _summary(spec, provenance, lines, results, data)
     warnings += _health(lines)
     warnings += [f"{result['protocol']}: {text}." for result in results for text in result.get("warnings", ())]
-    samples = {
-        "generator": _grids(run_dir / "samples", "generator"),
-        "tokenizer": _grids(run_dir / "samples", "tokenizer"),
+    samples = {stage: _grids(run_dir / "samples", stage) for stage in STAGES} | {
         "guidance": [
             {"data": _base64(file), "label": file.stem.removeprefix("guidance-").replace("_", " ")}
             for file in sorted((run_dir / "samples").glob("guidance-*.png"))
         ],
     }
-    guidance_names, guidance_rows = _guidance_table(results)
+    guidance_names, compared = _compared(results)
     date = time.strftime("%Y-%m-%d %H:%M")
     page = {
         "header": header, "summary": summary, "warnings": warnings, "samples": samples,
-        "big_width": 720, "max_events": MAX_EVENTS, "guidance_names": guidance_names, "guidance_rows": guidance_rows,
+        "big_width": 720, "max_events": MAX_EVENTS, "guidance_names": guidance_names, "compared": compared,
         "evaluations": [_evaluation(result, run_dir) for result in results],
         "history_charts": _history_charts(history, meanings), "ep_rows": ep_rows,
-        "published": _published(spec), "stages": _stages(lines), "data": _flat(data),
+        "published": _published(spec), "sources": published()["sources"], "stages": _stages(lines), "data": _flat(data),
         "events": [line for line in lines if line.get("kind") == "event"],
         "provenance": _flat({**provenance, "data": None}),
         "spec_text": spec_text, "glossary": glossary(meanings.values()), "version": __version__, "date": date,
     }  # fmt: skip
     template = (resources.files("raev2") / "assets" / "report.html.j2").read_text()
-    html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(page)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "direction": direction, "guidance": _guidance, "sampler": _sampler}
     file = run_dir / "report.html"
-    write_text(file, html)
+    write_text(file, environment.from_string(template).render(page))
     write_json(
         run_dir / "report.json",
         _plain({
@@ -111,12 +119,11 @@ def write_report(run_dir: str | Path) -> Path:
 def _header(run_dir: Path, spec: Mapping, provenance: Mapping, lines: Sequence[Mapping]) -> dict[str, Any]:
     task = (spec.get("task") or {}).get("name")
     recipe = spec.get("recipe")
-    machine = [provenance.get("machine"), provenance.get("device"), provenance.get("platform")]
     threads, processes = provenance.get("num_threads"), provenance.get("processes")
-    if threads:
-        machine.append(f"{threads} threads")
-    if processes:
-        machine.append(f"{processes} process{'es' if processes > 1 else ''}")
+    machine = [
+        *(provenance.get(name) for name in ("machine", "device", "platform")), threads and f"{threads} threads",
+        processes and f"{processes} process{'es' if processes > 1 else ''}",
+    ]  # fmt: skip
     seconds = _wall_seconds(lines)
     facts = [
         ("Task", task), ("Recipe", recipe), ("Started", provenance.get("started")),
@@ -151,15 +158,12 @@ def _summary(
     return {"sentences": sentences, "tiles": _tiles(results)}
 
 
-def _tiles(results: Sequence[Mapping]) -> list[dict[str, str]]:
-    """Headlines: the first of every protocol, then the second, and so on; a name once."""
-    tiles: dict[str, dict[str, str]] = {}
+def _tiles(results: Sequence[Mapping]) -> list[tuple[Mapping, Mapping]]:
+    """Headlines with their results: the first of every protocol, then the second, and so on; a name once."""
+    tiles: dict[str, tuple[Mapping, Mapping]] = {}
     of_protocols = [[(result, e) for e in result["results"] if e["role"] == "headline"] for result in results]
     for result, entry in filter(None, chain(*zip_longest(*of_protocols))):
-        error = f"± {number(entry['stderr'])}, " if entry.get("stderr") else ""
-        text = f"{error}n = {entry['num_samples']:,}, {direction(entry)} is better, protocol {result['protocol']}"
-        text = entry["warning"] or text
-        tiles.setdefault(entry["name"], {"name": entry["name"], "value": number(entry["value"]), "text": text})
+        tiles.setdefault(entry["name"], (result, entry))
     return list(tiles.values())[:MAX_TILES]
 
 
@@ -210,21 +214,7 @@ def _stages(lines: Sequence[Mapping]) -> list[dict[str, Any]]:
             continue
         numbers = (n for line in logged for n, value in line.items() if type(value) in (int, float))
         names = [name for name in dict.fromkeys(numbers) if name not in NO_LOSS]
-        rates = [name for name in names if name == "lr" or name.startswith("lr_")]
-        norms = [name for name in names if name.startswith("grad_norm")]
-        weights = [name for name in names if name.endswith("weight")]
-        adversarial = [name for name in names if name.startswith(("gan", "disc"))]
-        losses = [name for name in names if name not in (*rates, *norms, *weights, *adversarial)]
-        window = max(1, len(logged) // 25)
-        how = f"mean of the last {window} log lines (bold) and the log lines themselves (thin)" if window > 1 else ""
-        charts = [
-            _train_chart(logged, losses, "Losses", window, how),
-            _train_chart(logged, adversarial, "Adversarial losses", window, how),
-            _train_chart(logged, rates, LEARNING_RATE, 1, "as used in the step"),
-            _train_chart(logged, norms, "Gradient norm", window, f"before clipping; {how}".rstrip("; ")),
-            _train_chart(logged, weights, "Adaptive weight", window, how),
-            _train_chart(logged, ["images_per_s"], IMAGES_PER_S, window, how),
-        ]
+        charts = [_train_chart(logged, names, chart) for chart in CURVES]
         last = logged[-1]
         text = f"{int(last['images']):,} images in {int(last.get('step', 0)):,} steps, {len(logged):,} log lines."
         if "data_wait" in last:
@@ -234,16 +224,18 @@ def _stages(lines: Sequence[Mapping]) -> list[dict[str, Any]]:
     return stages
 
 
-def _train_chart(
-    logged: Sequence[Mapping], names: Sequence[str], title: str, window: int, how: str
-) -> dict[str, str] | None:
+def _train_chart(logged: Sequence[Mapping], names: Sequence[str], title: str) -> dict[str, str] | None:
+    pattern, about = CURVES[title]
+    window = max(1, len(logged) // 25) if title != LEARNING_RATE else 1
+    how = f"mean of the last {window} log lines (bold) and the log lines themselves (thin)" if window > 1 else ""
     series = []
     for name in names:
-        points = [(line["images"], float(line[name])) for line in logged if name in line]
-        if points:
+        if re.fullmatch(pattern, name):
+            points = [(line["images"], float(line[name])) for line in logged if name in line]
             xs, ys = [x for x, _ in points], [y for _, y in points]
             series.append(Series(name, xs, smooth(ys, window), raw=ys if window > 1 else ()))
-    caption = f"{how[:1].upper()}{how[1:]}" + ("." if how else "")
+    caption = "; ".join(filter(None, (about, how)))
+    caption = f"{caption[:1].upper()}{caption[1:]}" + "." * bool(caption)
     return _chart(title, series, caption, linear=title in (LEARNING_RATE, IMAGES_PER_S))
 
 
@@ -336,20 +328,13 @@ def _evaluation(result: Mapping, run_dir: Path) -> dict[str, Any]:
         f"Reference {reference['fingerprint'][:12]}" if reference.get("fingerprint") else "",
         str(result.get("date") or ""),
     ]
-    rows = [
-        {
-            "name": entry["name"], "value": number(entry["value"]), "num_samples": f"{entry['num_samples']:,}",
-            "stderr": number(entry["stderr"]) if entry.get("stderr") is not None else "",
-            "note": entry["warning"] or entry.get("note", ""), "role": entry["role"], "better": direction(entry),
-        }
-        for entry in result["results"]
-    ]  # fmt: skip
     details = {name: value for name, value in result.items() if name not in ("results", "spec")}
     picture = run_dir / "eval" / f"{result['protocol']}.png"
     points, point_rows = _by_point(result["results"])
     return {
-        "protocol": result["protocol"], "text": ". ".join(part for part in parts if part) + ".", "rows": rows,
-        "points": points, "point_rows": point_rows, "no_meaning": any(not row["about"] for row in result["results"]),
+        "protocol": result["protocol"], "text": ". ".join(part for part in parts if part) + ".",
+        "results": result["results"], "points": points, "point_rows": point_rows,
+        "no_meaning": any(not row["about"] for row in result["results"]),
         "picture": {"data": _base64(picture), "label": result.get("picture", "")} if picture.is_file() else None,
         "details": yaml.safe_dump(_plain(details), sort_keys=False, allow_unicode=True),
     }  # fmt: skip
@@ -368,24 +353,13 @@ def _by_point(entries: Sequence[Mapping]) -> tuple[list[str], list[dict[str, Any
     return points, list(rows.values())
 
 
-def _guidance_table(results: Sequence[Mapping]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Results of the same metrics under different guidance; empty where only one setting was evaluated."""
+def _compared(results: Sequence[Mapping]) -> tuple[list[str], list[tuple[Mapping, dict[str, float]]]]:
+    """Metrics, and their values under different guidance; empty where only one setting was evaluated."""
     sampled = [result for result in results if result.get("sampling")]
     if len({json.dumps(result["sampling"].get("guidance"), sort_keys=True) for result in sampled}) < 2:
         return [], []
-    names: list[str] = []
-    for result in sampled:
-        names += [e["name"] for e in result["results"] if e["role"] != "scale" and e["name"] not in names]
-    rows = []
-    for result in sampled:
-        values = {entry["name"]: number(entry["value"]) for entry in result["results"]}
-        rows.append(
-            {
-                "protocol": result["protocol"], "guidance": _guidance(result["sampling"]),
-                "sampler": _sampler(result["sampling"]), "cells": [values.get(name, "") for name in names],
-            }
-        )  # fmt: skip
-    return names, rows
+    names = dict.fromkeys(e["name"] for result in sampled for e in result["results"] if e["role"] != "scale")
+    return [*names], [(result, {e["name"]: e["value"] for e in result["results"]}) for result in sampled]
 
 
 def _guidance(sampling: Mapping) -> str:
@@ -413,16 +387,10 @@ def glossary(entries: Iterable[Mapping]) -> list[tuple[str, str]]:
 
 
 def _log_lines(file: Path, warnings: list[str]) -> list[dict[str, Any]]:
-    lines, broken = [], 0
-    for text in (_read_text(file) or "").splitlines():
-        try:
-            line = json.loads(text)
-            lines.append({"images": 0, **line})
-        except (ValueError, TypeError):
-            broken += 1
-    if broken:
+    lines = json_lines(file)
+    if broken := lines.count(None):
         warnings.append(f"Damaged lines of metrics.jsonl that were left out: {broken}.")
-    return lines
+    return [{"images": 0, **line} for line in lines if line is not None]
 
 
 def _grids(folder: Path, stage: str) -> list[dict[str, Any]]:
@@ -439,14 +407,10 @@ def _train_samples(data: Mapping) -> int | None:
     return train.get("num_samples") if isinstance(train, Mapping) else None
 
 
-def _published(spec: Mapping) -> list[dict[str, Any]]:
+def _published(spec: Mapping) -> list[Mapping]:
     """Published numbers of the system that a run's recipe describes."""
     task, recipe = (spec.get("task") or {}).get("name"), spec.get("recipe")
-    sources = published()["sources"]
-    return [
-        {**row, "value": number(row["value"]), "source": sources[row["source"]]}
-        for row in published_results(recipe) if recipe and row["task"] == task
-    ]  # fmt: skip
+    return [row for row in published_results(recipe) if row["task"] == task] if recipe else []
 
 
 def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, str]]:
@@ -473,13 +437,7 @@ def _duration(seconds: float) -> str:
 
 def _plain(value: Any) -> Any:
     """JSON types without NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def _read_text(file: Path) -> str | None:

@@ -96,12 +96,11 @@ class VAETokenizer(Tokenizer):
 
     def decode(self, latents: Latents, clamp: bool = True) -> Images:
         """Normalised latents -> images, clamped to [0, 1] unless `clamp` is False."""
-        z, model = latents, self.model
+        model = self.model
+        shift, scale = self._shift_and_scale(latents)
+        z = latents / scale + shift
         if hasattr(model, "bn"):
-            z = F.pixel_shuffle(z * self._bn_std() + model.bn.running_mean.view(1, -1, 1, 1), 2)
-        else:
-            shift, scale = self._shift_and_scale(z)
-            z = z / scale + shift
+            z = F.pixel_shuffle(z, 2)
         # Video models have a frame axis, here of one.
         images = model.decode(z[:, :, None]).sample[:, :, 0] if _is_video(model) else model.decode(z).sample
         images = images.float() / 2 + 0.5
@@ -125,16 +124,14 @@ class VAETokenizer(Tokenizer):
         else:
             z = model.encode(pixels).latent_dist.mode()
         if hasattr(model, "bn"):
-            return (F.pixel_unshuffle(z, 2) - model.bn.running_mean.view(1, -1, 1, 1)) / self._bn_std()
+            z = F.pixel_unshuffle(z, 2)
         shift, scale = self._shift_and_scale(z)
         return (z - shift) * scale
 
-    def _bn_std(self) -> Tensor:
-        bn = self.model.bn
-        return (bn.running_var + bn.eps).sqrt().view(1, -1, 1, 1)
-
     def _shift_and_scale(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
         config = self.model.config
+        if (bn := getattr(self.model, "bn", None)) is not None:
+            return bn.running_mean.view(1, -1, 1, 1), 1 / (bn.running_var + bn.eps).sqrt().view(1, -1, 1, 1)
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
             mean, std = (z.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
             return mean, 1 / std

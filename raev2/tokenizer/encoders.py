@@ -36,6 +36,7 @@ from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, encoder_i
 ASSETS = Path(__file__).parents[1] / "assets"
 PROJECTION_SEED = 0
 FINAL_NORM_NAMES = ("layernorm", "norm", "post_layernorm")  # of transformers models
+PREFIXES = {"timm": "timm", "hf": "transformers"}  # of names that are not in the table -> who builds them
 Row = tuple[str, bool, str]
 
 
@@ -314,24 +315,18 @@ def build_encoder(
 
     Raises SpecError for an unknown name, CheckpointError where weights cannot be had.
     """
-    name = spec.name
-    info = ENCODERS.get(name)
+    name, (prefix, _, model_id) = spec.name, spec.name.partition(":")
+    known = ENCODERS.get(name)
     if source is not None:
-        trunk, info = _from_folder(Path(source), name, info, grid, pretrained)
-    elif info is None and name.startswith("timm:"):
-        trunk, info = _from_timm(name, name.removeprefix("timm:"), None, grid, pretrained)
-    elif info is None and name.startswith("hf:"):
-        trunk, info = _from_transformers(name, name.removeprefix("hf:"), None, pretrained)
-    elif info is None and Path(name).is_dir():
-        trunk, info = _from_folder(Path(name), Path(name).resolve().name, None, grid, pretrained)
+        route, model_id = "local", str(source)
+    elif known is None and prefix in PREFIXES:
+        route = PREFIXES[prefix]
+    elif known is None and Path(name).is_dir():
+        route, model_id, name = "local", name, Path(name).resolve().name
     else:
-        info = encoder_info(name)
-        if info.route == "timm":
-            trunk, info = _from_timm(name, info.model_id, info, grid, pretrained)
-        elif info.route == "transformers":
-            trunk, info = _from_transformers(name, info.model_id, info, pretrained)
-        else:
-            trunk, info = _from_folder(ASSETS / info.model_id, name, info, grid, pretrained)
+        known = encoder_info(name)
+        route, model_id = known.route, str(ASSETS / known.model_id) if known.route == "local" else known.model_id
+    trunk, info = ROUTES[route](name, model_id, known, grid, pretrained)
     return FrozenEncoder(spec, info, trunk, grid)
 
 
@@ -382,7 +377,7 @@ def _from_timm(
 
 
 def _from_transformers(
-    name: str, model_id: str, info: EncoderInfo | None, pretrained: bool
+    name: str, model_id: str, info: EncoderInfo | None, grid: tuple[int, int], pretrained: bool
 ) -> tuple[Trunk, EncoderInfo]:
     import transformers
 
@@ -406,8 +401,9 @@ def _from_transformers(
 
 
 def _from_folder(
-    folder: Path, name: str, info: EncoderInfo | None, grid: tuple[int, int], pretrained: bool
+    name: str, model_id: str, info: EncoderInfo | None, grid: tuple[int, int], pretrained: bool
 ) -> tuple[Trunk, EncoderInfo]:
+    folder = Path(model_id)
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     if not config_file.is_file():
         note = f"{info.name}: {info.note}" if info is not None and info.note else ""
@@ -417,11 +413,11 @@ def _from_folder(
         )  # fmt: skip
     config = json.loads(config_file.read_text())
     if "model_type" in config:
-        return _from_transformers(name, str(folder), info, pretrained)
+        return _from_transformers(name, model_id, info, grid, pretrained)
     if config.get("architecture") == "vit":
         trunk = _packaged_vit(config, weights_file, grid, pretrained)
         return trunk, info or _info_of_model(
-            name, "local", str(folder), trunk, config["mean"], config["std"], config.get("licence", "unknown")
+            name, "local", model_id, trunk, config["mean"], config["std"], config.get("licence", "unknown")
         )
     if "architecture" in config:
         stats = config.get("pretrained_cfg") or None
@@ -430,6 +426,9 @@ def _from_folder(
         str(config_file), "cannot tell the format", got=f"keys {sorted(config)[:6]}",
         expected="'model_type' (transformers) or 'architecture' (timm, or 'vit')",
     )  # fmt: skip
+
+
+ROUTES = {"timm": _from_timm, "transformers": _from_transformers, "local": _from_folder}
 
 
 def _packaged_vit(config: dict[str, Any], weights_file: Path, grid: tuple[int, int], pretrained: bool) -> Trunk:
@@ -472,18 +471,13 @@ def _info_of_model(
     name: str, route: Any, model_id: str, trunk: Trunk, mean: Sequence[float], std: Sequence[float], licence: str
 ) -> EncoderInfo:
     """Facts about an encoder that is not in the table; an exact timm id of the table keeps its norm."""
-    known = next((other for other in ENCODERS.values() if other.model_id == model_id), None)
-    norm: Norm = "plain" if trunk.final_norm is not None else "none"
+    norm: tuple[Norm, float | None] = ("plain" if trunk.final_norm is not None else "none", None)
+    known = [(other.norm, other.norm_eps) for other in ENCODERS.values() if other.model_id == model_id]
+    (mean_r, mean_g, mean_b), (std_r, std_g, std_b) = map(float, mean), map(float, std)
     return EncoderInfo(
-        name, model_id, trunk.width, trunk.depth, trunk.patch_size, trunk.num_prefix_tokens,
-        known.norm if known else norm, known.norm_eps if known else None,
-        route=route, mean=_triple(mean), std=_triple(std), licence=licence,
+        name, model_id, trunk.width, trunk.depth, trunk.patch_size, trunk.num_prefix_tokens, *(known or [norm])[0],
+        route=route, mean=(mean_r, mean_g, mean_b), std=(std_r, std_g, std_b), licence=licence,
     )  # fmt: skip
-
-
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    first, second, third = (float(value) for value in values)
-    return first, second, third
 
 
 def _no_weights(name: str, info: EncoderInfo | None, url: str, error: Exception) -> CheckpointError:
@@ -507,14 +501,13 @@ def _no_weights(name: str, info: EncoderInfo | None, url: str, error: Exception)
 def check_encoder(name: str, grid: tuple[int, int] = (16, 16)) -> list[Row]:
     """What `raev2 encoders check` prints: (check, ok, detail) per property an encoder must have."""
     encoder, other = (build_encoder(EncoderSpec(name=name), (grid[0], cols)) for cols in (grid[1], 2 * grid[1]))
-    height, width = encoder.input_size
+    (height, width), num_tokens = encoder.input_size, grid[0] * grid[1]
     generator = torch.Generator().manual_seed(0)
     images = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), (height, width), mode="bilinear")
     tokens, other_shape = encoder(images), tuple(other(images).shape)
     same = torch.equal(tokens, encoder(images))
-    low, high = (encoder.preprocess(torch.full_like(images, value)) for value in (0, 1))
-    lowest, highest = low.amin().item(), high.amax().item()
-    trunk, info, num_tokens = encoder.trunk, encoder.info, grid[0] * grid[1]
+    lowest, highest = (encoder.preprocess(torch.full_like(images, n)).aminmax()[n].item() for n in (0, 1))
+    trunk, info = encoder.trunk, encoder.info
     num_prefix, dropped = trunk.num_prefix_tokens, info.num_prefix_tokens
     eps = f", eps {encoder._norm_eps:g}" if encoder.norm != "none" else ""
     encoder.train()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from raev2.spec import AdamWSpec, MuonSpec, ScheduleSpec
 from raev2.training import dist
@@ -193,18 +194,9 @@ class Muon(torch.optim.Optimizer):
                     mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter), step=torch.tensor(0.0)
                 )
         states = [self.state[parameter] for parameter in parameters]
-        means, squares = ([local(state[name]) for state in states] for name in ("mean", "square"))
-        parameters, gradients = list(map(local, parameters)), list(map(local, gradients))
-        steps = [state["step"] for state in states]
-        beta1, beta2 = group["betas"]
-        torch._foreach_add_(steps, 1)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        # mean / (1 - beta1^n) / (sqrt(square / (1 - beta2^n)) + eps)
-        counts = [int(step) for step in steps]
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, [math.sqrt(1 - beta2**n) for n in counts])
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(parameters, means, denominators, [-group["lr"] / (1 - beta1**n) for n in counts])
+        adamw(
+            list(map(local, parameters)), list(map(local, gradients)), [local(state["mean"]) for state in states],
+            [local(state["square"]) for state in states], [], [state["step"] for state in states], foreach=True,
+            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip

@@ -17,8 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raev2.batch import Batch
-from raev2.data import STOP_SIGNALS, derived_seed
+from raev2.data import STOP_SIGNALS, ImageDataset, derived_seed, train_batches
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_strict, write_json
-from raev2.files.damage import read_json
+from raev2.files.damage import json_lines, read_json
 from raev2.files.replace import RUN, check_replaceable, new_folder, write_text
 from raev2.nn import autocast
 from raev2.spec import LoopSpec, RunSpec
@@ -48,9 +48,12 @@ from raev2.training.checkpoint import (
     save_checkpoint,
 )
 from raev2.training.ema import EMA
+from raev2.training.health import Health, distance
+from raev2.training.optim import learning_rate
 from raev2.training.parallel import for_main, shards_like, whole
 
 logger = logging.getLogger(__name__)
+Look = Callable[[int], None]  # images seen ->
 MAX_NON_FINITE_STEPS = 20
 
 
@@ -103,18 +106,7 @@ class Run:
             write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl; those that were cut short or damaged (killed process, full disk) are left out."""
-        file = self.dir / "metrics.jsonl"
-        lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
-        return [value for line in lines if line.endswith("\n") and (value := _json_object(line))]
-
-
-def _json_object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+        return [line for line in json_lines(self.dir / "metrics.jsonl") if line]
 
 
 def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: bool = False) -> Run:
@@ -176,7 +168,11 @@ def package_versions() -> dict[str, str | None]:
         "raev2", "torch", "torchvision", "timm", "transformers", "accelerate", "torchmetrics", "torch-fidelity",
         "numpy", "pillow",
     )  # fmt: skip
-    return {name: _version(name) for name in packages}
+    versions: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def add_provenance(run: Run, name: str, value: Any) -> None:
@@ -282,16 +278,23 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], loss:
     return float(norm) if finite else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingState:
-    """What a checkpoint of a stage holds: networks, averaged weights and optimizers. The rest follows from the spec."""
+    """What a checkpoint of a stage holds: networks, averaged weights and optimizers. The rest follows from the spec.
+
+    ema          averages of the first of the modules
+    best         images of the checkpoint that is kept for its evaluation; `best_every` so many images there is one
+    images       seen so far
+    """
 
     run_dir: Path
     stage: str
     modules: Mapping[str, nn.Module]
     ema: EMA
     optimizers: Mapping[str, torch.optim.Optimizer]
-    best: Callable[[], int | None] = lambda: None  # images of the checkpoint that is kept for its evaluation
+    best: Callable[[], int | None] = lambda: None
+    best_every: int | None = None
+    images: int = 0
 
     @property
     def folder(self) -> Path:
@@ -425,6 +428,113 @@ def crossed(every: int | None, before: int, after: int) -> bool:
     return every is not None and after // every > before // every
 
 
+@dataclass
+class Step:
+    """One step of a loop: what it computes on, and the terms of its loss.
+
+    batch       samples of this process
+    images      seen before it; with `number`, from 0
+    rng         random numbers of the global batch; `dist.own_rows` are those of this process
+    lr          of the schedule
+    size        most samples a forward
+    logged      whether it is reported
+    values      terms of the loss by name, 'loss' their sum; the loop adds them, and the norm of the gradients
+    seen        where it is logged, further numbers for the rules of `Health`
+    """
+
+    batch: Batch
+    images: int
+    number: int
+    rng: torch.Generator
+    lr: float
+    size: int
+    logged: bool
+    values: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
+    grad_norm: float = math.nan
+
+    def add(self, share: float, terms: Mapping[str, Tensor | None]) -> None:
+        """Count the terms of a part that is this share of the batch; None: a run without that term."""
+        for name, term in terms.items():
+            if term is not None:
+                self.values[name] = self.values.get(name, 0) + share * term.detach().mean()
+
+
+@contextmanager
+def training_steps(
+    run: Run, loop: LoopSpec, state: TrainingState, dataset: ImageDataset, look: Look, shown: Sequence[str]
+) -> Iterator[Iterator[Step]]:
+    """The steps of a stage, from its newest checkpoint on, for the loop inside; it computes, updates and fills them in.
+
+    look    called with the images seen, from the start on and as long as the training goes on
+    shown   values on the status line
+
+    Around each step: a signal to stop, averages, report, checkpoint. Raises Stopped after the signal with a checkpoint
+    saved, and CheckpointError for weights that are not finite at the end.
+    """
+    micro = loop.micro_batch_size or loop.batch_size // dist.world_size()
+    with StopSignal() as stop, memory_field(f"{state.stage}_training.micro_batch_size", micro):
+        yield _steps(run, loop, state, dataset, look, shown, stop)
+    state.require_finite()
+
+
+def _steps(
+    run: Run, loop: LoopSpec, state: TrainingState, dataset: ImageDataset, look: Look, shown: Sequence[str],
+    stop: StopSignal,
+) -> Iterator[Step]:  # fmt: skip
+    # Resume.
+    spec, stage = run.spec, state.stage
+    images = state.images = state.restore()
+    run.forget_after(stage, images)
+    batches = train_batches(
+        dataset, batch_size=loop.batch_size, seed=spec.seed, start_images=images, flip=spec.data.horizontal_flip,
+        num_workers=spec.data.num_workers, rank=dist.rank(), world_size=dist.world_size(),
+    )  # fmt: skip
+    guard, progress, skipped_images = NonFiniteGuard(run, state), Progress(stage, loop, images), 0
+    health, averaged = Health(run.log, stage), next(iter(state.modules.values()))
+    due = False  # a checkpoint
+
+    while images < loop.images:
+        look(images)  # at the start, and again where a killed run may have stopped before it did
+
+        # Stop?
+        if stop:
+            if guard.steady:
+                state.save(images, loop.keep_checkpoints)
+            raise Stopped(f"{stage} stopped after {images:,} images")
+
+        # Batch.
+        with progress.waiting():
+            batch, skipped = next(batches)
+        skipped_images += skipped
+        rng, size = step_generator(run.device, spec.seed, stage, images), loop.micro_batch_size or len(batch.key)
+        lr = learning_rate(loop.schedule, images, loop.images, loop.batch_size)
+        number, after = images // loop.batch_size, images + loop.batch_size
+        logged = (number + 1) % loop.log_every_steps == 0 or after >= loop.images
+        step = Step(batch, images, number, rng, lr, size, logged)
+        yield step
+
+        # Averages.
+        if guard.check(step.grad_norm, images, number, batch.key):
+            state.ema.update(averaged, number)
+        images = state.images = after
+
+        # Report, save; saved before looking, which a resumed run repeats if it has to.
+        if logged:
+            numbers = {name: float(dist.mean_over_processes(value)) for name, value in step.values.items()}
+            speed = progress.report(images, **{name: numbers[name] for name in shown if name in numbers})
+            run.log(
+                stage=stage, kind="train", images=images, step=number + 1, lr=lr, grad_norm=step.grad_norm,
+                skipped_images=skipped_images, **numbers, **speed,
+            )  # fmt: skip
+            away = distance(state.ema.state_dict(state.ema.decays[0]), averaged)
+            health.check(images, number + 1, {**numbers, **step.seen, "average_distance": away})
+        due = due or any(crossed(every, step.images, images) for every in (loop.save_every_images, state.best_every))
+        due = due or images >= loop.images
+        if due and guard.steady:
+            due = not state.save(images, loop.keep_checkpoints)
+
+
 def _check_continues(dir: Path, old: RunSpec, new: RunSpec, resume: bool) -> None:
     if not resume:
         raise CheckpointError(
@@ -444,13 +554,6 @@ def _check_continues(dir: Path, old: RunSpec, new: RunSpec, resume: bool) -> Non
 def _clock(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_revision() -> str | None:
