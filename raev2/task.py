@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
-from raev2.files.plugins import DATA_RECIPES, TASKS, installed, load
+from raev2.files.plugins import COMMANDS, DATA_RECIPES, TASKS, installed, load
 from raev2.spec import RunSpec, TaskSpec
 
 if TYPE_CHECKING:  # light import: the command line lists tasks without torch
@@ -92,6 +93,19 @@ class EvalContext:
 
         with torch.no_grad(), self.autocast("fp32"):
             yield
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that a package adds to `raev2`: what an entry point of the group `raev2.commands` names.
+
+    options   adds its options to a parser
+    run       does it; the exit code, or None for 0
+    """
+
+    summary: str
+    options: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int | None]
 
 
 class Evaluator(ABC):
@@ -197,6 +211,14 @@ def usable_tasks() -> list[Task]:
         except RaeError as error:
             logger.warning("left out: %s", error)
     return tasks
+
+
+def get_command(name: str) -> Command:
+    """Load a command that a package adds."""
+    command = load(COMMANDS, name, "raev2")
+    if not isinstance(command, Command):
+        raise TaskError(f"command {name}", "its entry point is not a Command", got=type(command).__name__)
+    return command
 
 
 def get_data_recipe(name: str) -> Any:

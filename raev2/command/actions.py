@@ -20,7 +20,7 @@ from raev2.errors import DataError, FileError, RaeError, SpecError, did_you_mean
 from raev2.files.damage import damaged
 from raev2.files.manifest import read_manifest, verify_dataset
 from raev2.files.picture_array import PLAN, holds_plan
-from raev2.files.replace import ARTEFACT, EXPORT, RECONSTRUCTIONS, SAMPLES, Kind, check_replaceable
+from raev2.files.replace import RECONSTRUCTIONS, SAMPLES, Kind, check_replaceable
 from raev2.spec import ExpectedSpec, Guidance, RunSpec, SamplingSpec
 from raev2.spec_io import apply_overrides, fingerprint, load_spec, spec_to_dict
 from raev2.task import (
@@ -56,7 +56,7 @@ def sample(options: Namespace) -> int:
         written = pipeline.sample_array(run_dir, given, sampling, options.seed, file=Path(options.npz))
     else:
         out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
-        _refuse_existing(options, out, SAMPLES)
+        refuse_existing(options, out, SAMPLES)
         written = pipeline.sample_run(run_dir, given, sampling, options.seed, out=out) / "grid.png"
     print(f"guidance: {_plan(sampling)}\n{written}")
     return OK
@@ -67,11 +67,11 @@ def reconstruct(options: Namespace) -> int:
     from raev2 import pipeline
 
     out = Path(options.out)
-    _refuse_existing(options, out, RECONSTRUCTIONS)
+    refuse_existing(options, out, RECONSTRUCTIONS)
     rows, failed = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
     shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
     mean = ("mean", *(f"{sum(getattr(row, name) for row in rows) / len(rows):.4f}" for name in SCORES))
-    _print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
+    print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
     print(f"\n{out / 'grid.png'}")
     if failed:
         print(f"not read: {len(failed)} of {len(rows) + len(failed)}: {', '.join(failed)}", file=sys.stderr)
@@ -162,7 +162,7 @@ def recipes(options: Namespace) -> int:
     """`raev2 recipes`."""
     found = [get_task(options.task)] if options.task else usable_tasks()
     rows = [(task.name, name, recipe().summary) for task in found for name, recipe in task.recipes().items()]
-    _print_table(("task", "recipe", "what it is"), rows)
+    print_table(("task", "recipe", "what it is"), rows)
     return OK
 
 
@@ -176,7 +176,7 @@ def tasks(options: Namespace) -> int:
             rows.append((name, origin, ", ".join(task.recipes()), task.summary))
         except RaeError as error:
             rows.append((name, origin, "", str(error)))
-    _print_table(("task", "from", "recipes", "what it is"), rows)
+    print_table(("task", "from", "recipes", "what it is"), rows)
     return OK
 
 
@@ -189,13 +189,13 @@ def encoders(options: Namespace) -> int:
 
         checks = check_encoder(options.name)
         lines = [(name, "ok" if ok else "FAILED", text) for name, ok, text in checks]
-        _print_table(("check", "result", "detail"), lines)
+        print_table(("check", "result", "detail"), lines)
         return OK if all(ok for _, ok, _ in checks) else FAILED
     rows = [
         (e.name, e.route, e.model_id, e.width, e.depth, e.patch_size, e.norm, e.licence, "gated" if e.gated else "")
         for e in ENCODERS.values()
     ]
-    _print_table(("name", "route", "id", "width", "depth", "patch", "norm", "licence", "access"), rows)
+    print_table(("name", "route", "id", "width", "depth", "patch", "norm", "licence", "access"), rows)
     return OK
 
 
@@ -203,7 +203,7 @@ def data(options: Namespace) -> int:
     """`raev2 data`."""
     if options.action == "list":
         found = [get_data_recipe(name) for name in sorted(installed_data_recipes())]
-        _print_table(
+        print_table(
             ("recipe", "size", "licence", "what it is", "options"),
             [(r.name, r.size, r.licence, r.summary, ", ".join(r.options)) for r in found],
         )
@@ -254,24 +254,6 @@ def bench(options: Namespace) -> int:
     return OK
 
 
-def import_(options: Namespace) -> int:
-    """`raev2 import`."""
-    from raev2.command.convert_actions import import_weights
-
-    _refuse_existing(options, Path(options.out), ARTEFACT)
-    _print_table(("what", "value"), import_weights(options))
-    return OK
-
-
-def export(options: Namespace) -> int:
-    """`raev2 export`."""
-    from raev2.command.convert_actions import export_weights
-
-    _refuse_existing(options, Path(options.out), EXPORT)
-    _print_table(("what", "where"), export_weights(options))
-    return OK
-
-
 def doctor(options: Namespace) -> int:
     """`raev2 doctor`."""
     import torch
@@ -300,14 +282,14 @@ def doctor(options: Namespace) -> int:
         "Inception": "weights-inception-2015-12-05-6726825d.pth",
     }.items():
         rows.append((f"weights {name}", "ok" if (hub / file).is_file() else f"{file} is not in {hub}"))
-    _print_table(("what", "state"), rows)
+    print_table(("what", "state"), rows)
     return OK
 
 
 COMMANDS = {
     "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
     "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents,
-    "import": import_, "export": export, "bench": bench, "doctor": doctor,
+    "bench": bench, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -343,7 +325,7 @@ def _compare_expected(expected: Sequence[ExpectedSpec], results: Mapping[str, Se
         rows.append((row.protocol, row.metric, f"{row.value:g}", shown, f"{row.tolerance:g}", verdict, row.source))
     if rows:
         print()
-        _print_table(("protocol", "metric", "expected", "obtained", "tolerance", "", "source"), rows)
+        print_table(("protocol", "metric", "expected", "obtained", "tolerance", "", "source"), rows)
     return code
 
 
@@ -403,7 +385,7 @@ def _print_sizes(task: Task, spec: RunSpec) -> None:
     from raev2.pipeline import run_sizes
 
     print(f"{task.name} / {spec.recipe}   fingerprint {fingerprint(spec)}")
-    _print_table(("size", "value"), run_sizes(task, spec))
+    print_table(("size", "value"), run_sizes(task, spec))
 
 
 def _print_results(run_dir: Path) -> None:
@@ -424,19 +406,20 @@ def _print_metrics(protocol: str, results: Iterable[Mapping[str, Any]]) -> None:
             direction(r), r.get("warning") or r["note"],
         ) for r in results
     ]  # fmt: skip
-    _print_table(("metric", "value", "stderr", "n", "better", "note"), rows)
+    print_table(("metric", "value", "stderr", "n", "better", "note"), rows)
     for names, text in glossary(results):
         print(f"  {names}: {text}")
 
 
-def _print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
+def print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows in columns as wide as they need."""
     table = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _refuse_existing(options: Namespace, out: Path, kind: Kind) -> None:
+def refuse_existing(options: Namespace, out: Path, kind: Kind) -> None:
     """The folder to write must be free, or with --overwrite ours and without what the command reads."""
     given = [value for name, value in vars(options).items() if name != "out"]
     needed = [text for value in given for text in (value if isinstance(value, list) else [value])]

@@ -13,18 +13,19 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raev2.task import Task
+    from raev2.task import Command, Task
 
 from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
 from raev2.files.plugins import COMMANDS as ADDED
-from raev2.files.plugins import GUIDANCE, TASKS, installed, load
+from raev2.files.plugins import GUIDANCE, TASKS, installed
 
 COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "import", "export", "bench", "doctor",
+    "bench", "doctor",
 )  # fmt: skip
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
@@ -33,10 +34,11 @@ EPILOG = (
 )
 
 
-def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
+def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingProxyType({})) -> argparse.ArgumentParser:
     """The command line as an argparse parser (docs/reference/cli.md is generated from it).
 
     sampled   the task whose own options `raev2 sample` takes
+    added     commands of packages whose options are wanted
     """
     root = argparse.ArgumentParser(
         prog="raev2",
@@ -147,27 +149,12 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     bench.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     bench.add_argument("--json", metavar="FILE", help="also write the numbers here")
 
-    add = command("import", "weights of RAE, RAEv2 or diffusers -> artefact folder").add_argument
-    add("src", metavar="SRC", help="checkpoint or decoder file (.pt, .safetensors), or diffusers folder")
-    add("--out", required=True, metavar="DIR", help="artefact folder to write")
-    add("--config", metavar="FILE", help="configuration that belongs to the weights, YAML or JSON")
-    entry = "entry of that configuration; encoder.FIELD for the encoder"
-    add("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE", help=entry)
-    add("--encoder", metavar="NAME", help="encoder of a decoder: our name, RAEv2's name, or a folder")
-    add("--encoder-dir", metavar="DIR", help="local folder with the weights of that encoder")
-    add("--stats", metavar="FILE", help="latent statistics that belong to a decoder")
-    add("--from", dest="origin", choices=("rae", "raev2"), help="who trained a decoder")
-    add("--overwrite", action="store_true", help="replace an artefact folder")
-
-    export = command("export", "weights of a run in the layout of RAEv2 or diffusers, or ready for the hub")
-    export.add_argument("--run", required=True, metavar="DIR", help="run folder, tokenizer or generator folder")
-    export.add_argument("--format", required=True, choices=("reference", "diffusers", "hub"))
-    export.add_argument("--out", required=True, metavar="DIR")
-    export.add_argument("--overwrite", action="store_true")
-
     command("doctor", "environment, devices, optional parts, reachable and missing assets")
     for name, point in installed(ADDED).items():
-        commands.add_parser(name, help=f"added by {point.value.partition('.')[0]}: `raev2 {name} --help`")
+        if name in added:
+            added[name].options(command(name, added[name].summary))
+        else:  # not loaded: another command is meant
+            commands.add_parser(name, help=f"added by {point.module.partition('.')[0]}: `raev2 {name} --help`")
     return root
 
 
@@ -222,11 +209,8 @@ def _file_error(error: OSError) -> RaeError:
 
 
 def _run(argv: list[str]) -> int:
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        if argv[0] in installed(ADDED):
-            return load(ADDED, argv[0], "raev2")(argv[1:]) or 0
-        if argv[0] in installed(TASKS):
-            return _plugin_command(argv[0], argv[1:])
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS and argv[0] in installed(TASKS):
+        return _plugin_command(argv[0], argv[1:])
     options = parse(argv)
     if options.version:
         from raev2 import __version__
@@ -238,6 +222,10 @@ def _run(argv: list[str]) -> int:
         return 0
     if options.command == "train":
         return train(options)
+    if options.command in installed(ADDED):
+        from raev2.task import get_command
+
+        return get_command(options.command).run(options) or 0
     from raev2.command import actions
 
     return actions.COMMANDS[options.command](options)
@@ -247,7 +235,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     """Options of a command line; SystemExit for usage that cannot be, SpecError for options that a task lacks."""
     command = next((word for word in argv if not word.startswith("-")), None)
     task = _sampled_task(argv) if command == "sample" else None
-    root = parser(task)
+    root = parser(task, _added(command))
     options, rest = root.parse_known_args(argv)
     if rest and task is not None:
         own = ", ".join(task.sample_options())
@@ -256,6 +244,15 @@ def parse(argv: Sequence[str]) -> Namespace:
     if rest:
         root.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
+
+
+def _added(name: str | None) -> dict[str, Command]:
+    """The command of a package that a line is about."""
+    if name is None or name not in installed(ADDED):
+        return {}
+    from raev2.task import get_command
+
+    return {name: get_command(name)}
 
 
 def _sampled_task(argv: Sequence[str]) -> Task | None:
@@ -296,7 +293,7 @@ def _plugin_command(name: str, argv: list[str]) -> int:
 
 
 def command_sentences(commands: Mapping[str, Callable[..., Any]]) -> list[tuple[str, str]]:
-    """Commands of a plugin, each with the first line of its docstring."""
+    """Commands of a task, each with the first line of its docstring."""
     return [(name, (command.__doc__ or "").strip().partition("\n")[0]) for name, command in commands.items()]
 
 

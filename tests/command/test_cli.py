@@ -19,6 +19,7 @@ from raev2.command.cli import COMMANDS, main, parser
 from raev2.errors import CheckpointError, DataError, FileError, RaeError, SpecError, TaskError
 from raev2.files import plugins
 from raev2.files.plugins import installed
+from raev2.task import Command
 
 TRAIN = ["train", "--task", "imagenet"]
 
@@ -351,14 +352,27 @@ def test_every_command_of_the_parser_has_its_function():
     assert set(commands) - set(installed(plugins.COMMANDS)) == set(COMMANDS) == {*actions.COMMANDS, "train"}
 
 
+def _shout(options) -> int:
+    print(options.word.upper())
+    return 3
+
+
+SHOUT = Command("say a word loudly", lambda parser: parser.add_argument("word"), _shout)
+
+
 def test_a_package_adds_a_command(install, capsys):
-    install(plugins.COMMANDS, "shout", "builtins:print")
+    install(plugins.COMMANDS, "shout", f"{__name__}:SHOUT")
     install(plugins.COMMANDS, "broken", "nowhere:main")
-    assert main(["shout", "A", "b"]) == 0
-    assert capsys.readouterr().out == "['A', 'b']\n"
-    assert "added by builtins: `raev2 shout" in " ".join(parser().format_help().split())
-    assert main(["broken"]) == 5
-    assert "command broken: nowhere:main cannot be loaded" in capsys.readouterr().err
+    install(plugins.COMMANDS, "other", "builtins:print")
+    assert main(["shout", "yes"]) == 3
+    assert capsys.readouterr().out == "YES\n"
+    assert f"added by {__name__}: `raev2 shout" in " ".join(parser().format_help().split())
+    with pytest.raises(SystemExit):
+        main(["shout"])
+    assert "raev2 shout: error: the following arguments are required: word" in capsys.readouterr().err
+    for name, message in [("broken", "nowhere:main cannot be loaded"), ("other", "its entry point is not a Command")]:
+        assert main([name]) == 5
+        assert f"command {name}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from raev2.command import actions, cli
 from raev2.files.plugins import COMMANDS, installed
 from raev2.spec import FeatureLoss, RunSpec
 from raev2.spec_io import apply_overrides
-from raev2.task import Task, get_data_recipe, get_evaluators, get_recipe, get_task, installed_tasks
+from raev2.task import Task, get_command, get_data_recipe, get_evaluators, get_recipe, get_task, installed_tasks
 
 ROOT = Path(__file__).parents[2]
 MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -223,14 +223,15 @@ def sampled_task(arguments: list[str]) -> Task | None:
 
 @pytest.mark.parametrize("page", [page for page in MANUAL if any(b.language == "bash" for b in blocks(page))], ids=name)
 def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    added = {name: get_command(name) for name in installed(COMMANDS)}
     for arguments in command_lines(page):
         if arguments[0] in installed_tasks():  # raev2 TASK COMMAND ..., parsed by the plugin
             assert arguments[1] in get_task(arguments[0]).commands()
             continue
-        if arguments[0] in installed(COMMANDS):  # a command that a package adds
-            continue
         try:
-            options = cli.parser(sampled_task(arguments)).parse_args(arguments)
+            options = cli.parser(sampled_task(arguments), {n: get_command(n) for n in installed(COMMANDS)}).parse_args(
+                arguments
+            )
         except SystemExit:
             pytest.fail(f"raev2 {shlex.join(arguments)}\n{capsys.readouterr().err}")
         if options.command == "train":

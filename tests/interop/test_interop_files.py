@@ -393,7 +393,7 @@ def test_what_cannot_be_exported(refused, run):
 MEASURE = """
 import resource, sys
 from raev2.command.cli import main
-import raev2.command.actions, raev2.command.convert_actions, raev2.interop.files  # what the command imports
+import raev2.command.actions, raev2_tasks.convert.command, raev2.interop.files  # what the command imports
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 assert main(["import", sys.argv[1], "--out", sys.argv[2], "--set", "base_model_depth=8"]) == 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-from argparse import Namespace
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from raev2.errors import DataError, SpecError
 from raev2.pipeline import find_run, open_trained
 from raev2.report.published import published_encoders
 from raev2.spec_io import apply_overrides
-from raev2.task import check_known, get_data_recipe, get_recipe, get_task
+from raev2.task import Command, check_known, get_data_recipe, get_recipe, get_task
 from raev2.tokenizer.rae import RAE
 from raev2.train_generator import latent_encoder
 from raev2.training.run import make_accelerator
@@ -26,9 +25,7 @@ from raev2_tasks.analyses.table import Table
 from raev2_tasks.analyses.width import width_table
 
 
-def analyse(argv: Sequence[str]) -> None:
-    """An analysis of the papers: writes a table (JSON, Markdown) and a plot (SVG)."""
-    parser = argparse.ArgumentParser(prog="raev2 analyse", description=analyse.__doc__)
+def _options(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help=", ".join(ANALYSES))
     parser.add_argument("--task", help="use the newest run of this task")
     parser.add_argument("--run", metavar="DIR", help="run folder")
@@ -42,7 +39,9 @@ def analyse(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=300, help="width: training steps")
     parser.add_argument("--n", type=int, default=64, help="blocks: number of images")
     parser.add_argument("--out", metavar="DIR", default="analysis")
-    options = parser.parse_args([word for word in argv if word != "--debug"])
+
+
+def _analyse(options: Namespace) -> None:
     check_known("raev2 analyse", "unknown analysis", options.name, ANALYSES)
     table = ANALYSES[options.name](options)
     table.write(Path(options.out))
@@ -119,3 +118,5 @@ ANALYSES: dict[str, Callable[[Namespace], Table]] = {
     "width": _width,
     **dict.fromkeys(("layers", "time-shift", "decoder-noise"), _ablation),
 }
+
+ANALYSE = Command("an analysis of the papers: writes a table (JSON, Markdown) and a plot (SVG)", _options, _analyse)

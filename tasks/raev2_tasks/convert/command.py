@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from raev2.command.actions import print_table, refuse_existing
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import FILES, load_artefact, save_artefact, write_json
 from raev2.files.damage import read_json
-from raev2.files.replace import EXPORT, new_folder
+from raev2.files.replace import ARTEFACT, EXPORT, new_folder
 from raev2.interop.autoencoders import export_autoencoder, import_autoencoder
 from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
 from raev2.interop.files import Source, generator_part, read_config, read_source, tokenizer_part
@@ -36,6 +37,7 @@ from raev2.pipeline import GENERATOR, TOKENIZER, load_generator, tokenizer_of
 from raev2.report.page import direction
 from raev2.spec import EncoderSpec, TokenizerSpec
 from raev2.spec_io import load_spec, override_values, validated
+from raev2.task import Command
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.tokenizer.rae import RAE, read_parts
 
@@ -348,3 +350,44 @@ def _evaluations(folder: Path, kind: str) -> str:
         header = "| metric | value | n | better | meaning |\n|---|---|---|---|---|"
         sections.append(f"\n### {result['protocol']}\n\n{header}\n{rows}\n")
     return "\n## Evaluation\n" + "".join(sections) if sections else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def _import_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("src", metavar="SRC", help="checkpoint or decoder file (.pt, .safetensors), or diffusers folder")
+    add("--out", required=True, metavar="DIR", help="artefact folder to write")
+    add("--config", metavar="FILE", help="configuration that belongs to the weights, YAML or JSON")
+    entry = "entry of that configuration; encoder.FIELD for the encoder"
+    add("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE", help=entry)
+    add("--encoder", metavar="NAME", help="encoder of a decoder: our name, RAEv2's name, or a folder")
+    add("--encoder-dir", metavar="DIR", help="local folder with the weights of that encoder")
+    add("--stats", metavar="FILE", help="latent statistics that belong to a decoder")
+    add("--from", dest="origin", choices=("rae", "raev2"), help="who trained a decoder")
+    add("--overwrite", action="store_true", help="replace an artefact folder")
+
+
+def _export_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="DIR", help="run folder, tokenizer or generator folder")
+    parser.add_argument("--format", required=True, choices=("reference", "diffusers", "hub"))
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--overwrite", action="store_true")
+
+
+def _import(options: Namespace) -> None:
+    refuse_existing(options, Path(options.out), ARTEFACT)
+    print_table(("what", "value"), import_weights(options))
+
+
+def _export(options: Namespace) -> None:
+    refuse_existing(options, Path(options.out), EXPORT)
+    print_table(("what", "where"), export_weights(options))
+
+
+IMPORT = Command("weights of RAE, RAEv2 or diffusers -> artefact folder", _import_options, _import)
+EXPORT_COMMAND = Command(
+    "weights of a run in the layout of RAEv2 or diffusers, or ready for the hub", _export_options, _export
+)
