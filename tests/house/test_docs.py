@@ -229,9 +229,7 @@ def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str])
             assert arguments[1] in get_task(arguments[0]).commands()
             continue
         try:
-            options = cli.parser(sampled_task(arguments), {n: get_command(n) for n in installed(COMMANDS)}).parse_args(
-                arguments
-            )
+            options = cli.parser(sampled_task(arguments), added).parse_args(arguments)
         except SystemExit:
             pytest.fail(f"raev2 {shlex.join(arguments)}\n{capsys.readouterr().err}")
         if options.command == "train":
