@@ -181,6 +181,7 @@ def _add_conditions(sample: argparse.ArgumentParser, task: Task) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # torchmetrics loads it; it tells of its font cache
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(argv)

@@ -139,7 +139,7 @@ def test_a_recipe_can_be_laid_out(run):
     sizes = dict(run_sizes(task, spec))
     trained = isinstance(spec.tokenizer, TokenizerSpec)
     for name in ("decoder parameters",) * trained + ("generator parameters",):
-        assert float(sizes[name].split()[0]) > 0.1
+        assert float(sizes[name].split()[0]) >= 0.1
     assert "GFLOPs" in sizes["generator forward"]
 
 
