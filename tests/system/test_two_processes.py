@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raev2 import pipeline, train_generator, train_tokenizer
+from raev2 import RAE, pipeline, train_generator, train_tokenizer
+from raev2.data import FolderDataset
 from raev2.spec import RunSpec
 from raev2.spec_io import apply_overrides, save_spec
 
@@ -91,7 +92,7 @@ def test_one_process_evaluates_to_the_same_numbers(run, tmp_path):
 
 
 def test_latent_statistics_are_those_of_one_process(run, spec):
-    rae, dataset = pipeline._tokenizer_and_data(str(run), Path(spec.data.dir), "train")
+    rae, dataset = RAE.from_pretrained(run / "tokenizer"), FolderDataset(spec.data.dir, "train", (64, 64))
     stats = pipeline.measure_stats(rae, dataset, torch.device("cpu"))
     assert stats.num_images == rae.latent_stats.num_images == 32
     assert torch.allclose(stats.mean, rae.latent_stats.mean, atol=1e-6)
