@@ -269,12 +269,14 @@ class Samples:
         generator, spec = trained.need_generator(), trained.run.spec
         sampling = sampling or spec.sampling
         self.cond, self.captions = trained.task.sample_cond(spec, trained.task.dataset(spec, "train"), options)
-        self.generate = image_sampler(trained, sampling, seed)
+        context = trained.context(sampling, seed)
+        assert context.generate is not None
+        self.generate = context.generate
         self.size, self.chunk_size = trained.rae.spec.image_size, sampling.batch_size
         self.plan = {
             "run": str(run_dir), "seed": seed, "captions": self.captions, "sampling": sampling.model_dump(mode="json"),
             "time_shift": generator.time_shift, "precision": spec.precision, "size": list(self.size),
-            "weights": _weights(trained.context(sampling)),
+            "weights": _weights(context),
         }  # fmt: skip
 
     def chunks(self, start: int = 0) -> Iterator[NDArray[np.uint8]]:
@@ -390,8 +392,10 @@ def _evaluate(
     suffix     added to the protocol's name, with other settings
     """
     run, spec, results = trained.run, trained.run.spec, {}
+    opened = trained.context(sampling)
+    weights = _weights(opened)
     for evaluator in get_evaluators(trained.task, spec, protocols):
-        context, name = _context_for(evaluator, trained, sampling), evaluator.protocol
+        context, name = _context_for(evaluator, opened), evaluator.protocol
         evaluator.protocol += suffix
         stage, seen, decay = GENERATOR, images, spec.generator_training.ema_decays[0]
         if not evaluator.needs_generator:
@@ -399,7 +403,8 @@ def _evaluate(
             stage, seen, decay = TOKENIZER, loop.final_images, loop.ema_decay
         origin = {
             "images_seen": seen, "ema_decay": decay,
-            "evaluator": name, "run": str(run.dir.resolve()), "weights": _weights(context),
+            "evaluator": name, "run": str(run.dir.resolve()),
+            "weights": weights if evaluator.needs_generator else {TOKENIZER: weights[TOKENIZER]},
         }  # fmt: skip
         context = replace(context, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
         found = run_protocol(evaluator, context, run.dir / EVAL, origin)
@@ -412,8 +417,8 @@ def _evaluate(
     return results
 
 
-def _context_for(evaluator: Evaluator, trained: TrainedRun, sampling: SamplingSpec | None = None) -> EvalContext:
-    context = trained.context(sampling)
+def _context_for(evaluator: Evaluator, context: EvalContext) -> EvalContext:
+    """The opened run as a protocol sees it; one of the tokenizer sees no generator."""
     return context if evaluator.needs_generator else replace(context, generate=None, generator=None, weak=None)
 
 
@@ -432,7 +437,7 @@ def rerun(file: Path) -> list[MetricResult]:
     trained = open_trained(home if home.is_dir() else file.absolute().parent.parent)
     trained = replace(trained, run=replace(trained.run, spec=spec_from_dict(said["spec"])))
     (evaluator,) = get_evaluators(trained.task, trained.run.spec, [said["evaluator"]])
-    context = _context_for(evaluator, trained)
+    context = _context_for(evaluator, trained.context())
     now = {"weights": _weights(context), **json.loads(json.dumps(evaluator.describe(context)))}
     changed = [name for name, value in now.items() if said.get(name) != value]
     if changed:
