@@ -7,7 +7,7 @@ for each picture.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -156,18 +156,20 @@ def _reference(
     files = [path] if path.suffix in FORMATS else sorted(path.glob("*stats*.npz"))
     if split == "train" and files:  # of validation there are pictures, no statistics
         stored = [read_reference(file) for file in files]
-        for own in stored:
-            if own.has_pictures:
-                _check_size(path, pictures, open_pictures(own.file)[0])
+        beside = {own.file: open_pictures(own.file, "the reference")[0] for own in stored if own.has_pictures}
+        for own_pictures in beside.values():
+            _check_size(path, pictures, own_pictures)
         about = stored[0].identity() if files == [path] else {"files": [own.identity() for own in stored]}
-        return partial(_stored, stored, features), {"path": str(path), **about}
+        return partial(_stored, stored, beside, features), {"path": str(path), **about}
     reference = _reference_set(path, split, pictures.identity["image_size"])
     _check_size(path, pictures, reference)
     return partial(features, reference), {"path": str(path), **reference.identity}
 
 
-def _stored(several: Sequence[Reference], features: Features, extractor: FeatureExtractor) -> SetFeatures:
-    """Statistics in a file; pictures beside them, or their features, give precision, recall and KID.
+def _stored(
+    several: Sequence[Reference], beside: Mapping[Path, PictureSet], features: Features, extractor: FeatureExtractor
+) -> SetFeatures:
+    """Statistics in a file; pictures beside them in it, or their features, give precision, recall and KID.
 
     Of several files it is the one with the model in its name.
     """
@@ -177,10 +179,10 @@ def _stored(several: Sequence[Reference], features: Features, extractor: Feature
             f"reference {several[0].file.parent}", f"not one file of statistics for the space '{extractor.name}'",
             got=", ".join(own.file.name for own in several), expected=f"a name with {extractor.model!r} in it",
         )  # fmt: skip
-    stored, name, sizes = fitting[0], "the reference", {"": extractor.dim, **extractor.more}
+    stored, sizes = fitting[0], {"": extractor.dim, **extractor.more}
     found = {output: stored.of_space(extractor.name, dim, output) for output, dim in sizes.items()}
-    sets = {output: SetFeatures(name, own, None) for output, own in found.items() if own is not None}
-    seen = features(open_pictures(stored.file, name)[0], extractor) if stored.has_pictures else stored
+    sets = {output: SetFeatures("the reference", own, None) for output, own in found.items() if own is not None}
+    seen = features(beside[stored.file], extractor) if stored.has_pictures else stored
     return replace(sets.pop(""), rows=seen.rows, more=sets)
 
 
