@@ -123,15 +123,19 @@ def drive(
     return events
 
 
+def write_events(writer: Any, store: Any, events: list[Event], serialise: Any) -> None:
+    links: dict[str, Any] = {}
+    for t, topic, message in sorted(events, key=lambda event: event[0]):
+        kind = message.__msgtype__
+        if topic not in links:
+            links[topic] = writer.add_connection(topic, kind, typestore=store)
+        writer.write(links[topic], round(t * 1e9), serialise(message, kind))
+
+
 def write_ros2(folder: Path, events: list[Event], plugin: StoragePlugin = StoragePlugin.MCAP) -> Path:
     store = get_typestore(Stores.ROS2_HUMBLE)
     with Writer(folder, version=9, storage_plugin=plugin) as writer:
-        links: dict[str, Any] = {}
-        for t, topic, message in sorted(events, key=lambda event: event[0]):
-            kind = message.__msgtype__
-            if topic not in links:
-                links[topic] = writer.add_connection(topic, kind, typestore=store)
-            writer.write(links[topic], round(t * 1e9), store.serialize_cdr(message, kind))
+        write_events(writer, store, events, store.serialize_cdr)
     return folder
 
 
@@ -139,12 +143,7 @@ def write_ros1(file: Path, events: list[Event]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     store = get_typestore(Stores.ROS1_NOETIC)
     with Writer1(file) as writer:
-        links: dict[str, Any] = {}
-        for t, topic, message in sorted(events, key=lambda event: event[0]):
-            kind = message.__msgtype__
-            if topic not in links:
-                links[topic] = writer.add_connection(topic, kind, typestore=store)
-            writer.write(links[topic], round(t * 1e9), store.serialize_ros1(message, kind))
+        write_events(writer, store, events, store.serialize_ros1)
 
 
 def build(src: Path, out: Path, **options: str) -> dict[str, StoredTrajectory]:
