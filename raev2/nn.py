@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from raev2.shapes import Latents, Patches, Times, Tokens, Vectors
@@ -27,7 +30,7 @@ Keys = Float[Tensor, "B heads M d"]
 KeysValues = tuple[Keys, Keys]  # keys rotated
 KeyMask = Bool[Tensor, "B 1 1 _"]  # True: the key is seen
 Modulation = Float[Tensor, "B _ D6"]  # per sample (B, 1, 6 D) or per token (B, N, 6 D)
-PLAIN_UP_TO = 512 * 512  # scores of a head: beyond, a CPU does not have the memory for them either
+PLAIN_UP_TO = 2**25  # scores, 64 MiB for each block: beyond, a CPU does not have the memory for them either
 NUM_FREQUENCIES = 256  # of the time embedding
 
 
@@ -39,10 +42,10 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def attention(q: Queries, k: Keys, v: Keys, mask: KeyMask | None = None) -> Queries:
     """softmax(q k^T / sqrt(d)) v, where `mask` is True: torch's fused kernels.
 
-    On a CPU in bfloat16 short sequences take plain matrix products: forward and backward are 2 to 4 times as fast at 64
-    to 264 tokens as with the fused kernel, whose backward is slow, and forward alone is no slower (docs/log.md).
+    On a CPU in bfloat16 they are plain matrix products while their scores fit: forward and backward are 1.3 to 4 times
+    as fast at 64 to 1,036 tokens as with the fused kernel, whose backward is slow (docs/performance.md, docs/log.md).
     """
-    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= PLAIN_UP_TO
+    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q[..., 0].numel() * k.shape[-2] <= PLAIN_UP_TO
     if not plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -64,7 +67,30 @@ class FusedLinear(nn.Linear):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; computed and returned in float32."""
+    if x.is_cpu:  # three times as fast as what torch composes there
+        return _CPUNorm.apply(x, weight.float(), eps)
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+
+
+class _CPUNorm(Function):
+    """`rms_norm`. With n = x / r, r = sqrt(mean(x^2) + eps), and g = dL/dn: dL/dx = (g - n mean(g n)) / r."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        inverse = (torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x32 * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        n = x.float() * inverse
+        along = grad * n
+        mean = (along @ weight)[..., None] / x.shape[-1]
+        grad_x = (grad * weight).addcmul_(n, mean, value=-1).mul_(inverse)
+        return grad_x.to(x.dtype), along.flatten(0, -2).sum(0), None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -152,10 +178,27 @@ def turn(rope: Rope, by: Rope) -> Rope:
 
 
 def rotate(x: Float[Tensor, "B N heads d"], rope: Rope) -> Float[Tensor, "B N heads d"]:
-    """Rotate channel pairs (a, b) = (i, i + d/2): (a cos - b sin, b cos + a sin)."""
+    """Rotate channel pairs (a, b) = (i, i + d/2): (a cos - b sin, b cos + a sin). No gradient to the angles."""
     cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)  # (N, 1, P), or with a batch axis
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return _Rotation.apply(x.to(cos.dtype), cos, sin)
+
+
+class _Rotation(Function):
+    """`rotate`; the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        result = x * torch.cat([cos, cos], dim=-1)
+        (a, b), (turned_a, turned_b) = x.chunk(2, dim=-1), result.chunk(2, dim=-1)
+        turned_a.addcmul_(b, sin, value=-1)
+        turned_b.addcmul_(a, sin)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotation.apply(grad, cos, -sin), None, None
 
 
 class Attention(nn.Module):
@@ -192,7 +235,7 @@ class Attention(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x * (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
@@ -223,8 +266,8 @@ class Block(nn.Module):
             x = x + self.attn(self.norm1(x), rope, mask, past)
             return x + self.mlp(self.norm2(x))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
-        x = x + gate_a * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope, mask)
-        return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        x = torch.addcmul(x, gate_a, self.attn(modulate(self.norm1(x), shift_a, scale_a), rope, mask))
+        return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 
 
 class FinalLayer(nn.Module):

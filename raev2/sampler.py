@@ -24,7 +24,7 @@ from raev2.guidance import Predictor, build_guidance
 from raev2.shapes import Images, Latents
 from raev2.spec import FlowSpec, Guidance, NoGuidance, SamplingSpec
 
-CPU_CHUNK = 4
+CPU_CHUNK = 8  # at 16 images as fast as all at once, where 4 cost 5 % in float32 and 17 % in bfloat16
 
 
 def time_grid(steps: int, time_shift: float) -> list[float]:
@@ -97,6 +97,7 @@ def sample(
     solver: Literal["euler", "heun"] = "euler",
     batch_size: int = 64,
     weak: Denoiser | None = None,
+    alone: bool = False,
 ) -> Images:
     """Generate one image per row of the condition, float RGB in [0, 1].
 
@@ -105,6 +106,7 @@ def sample(
     guidance  a guidance spec of raev2.spec, for example InternalGuidance(scale=1.78); None: no guidance
     indices   ids that select the noise; default 0, 1, 2, ... An unconditional generator needs them for its count
     weak      second generator of auto guidance
+    alone     all rows in one forward: one image several times as fast on a CPU, and equal up to rounding only
     """
     if indices is None:
         if not cond:
@@ -121,6 +123,8 @@ def sample(
         with torch.autocast(generator.device.type, enabled=False):  # pixels are decoded in float32
             return rae.decode(latents).clamp(0, 1)
 
+    if alone:
+        return images(list(range(len(indices))))
     return map_rows(images, len(indices), generator.device, batch_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,7 +84,7 @@ class GaussianWorld(nn.Module):
 _double: type[Denoiser] = GaussianWorld  # for mypy
 
 
-def take_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def timed(functions: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
     """Seconds of each call of each function, after one warm-up.
 
     The functions take turns in every round, so that a machine that slows down slows all of them.
@@ -100,8 +99,3 @@ def take_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def timed(functions: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
-    """Median seconds of each function; they take turns."""
-    return {name: statistics.median(values) for name, values in take_turns(functions, rounds).items()}

@@ -112,6 +112,17 @@ def test_samples_do_not_depend_on_batch_size_threads_or_companions():
         assert torch.equal(one, expected[index : index + 1])
 
 
+def test_images_alone_are_one_forward_and_the_same_up_to_rounding():
+    generator, decoder, rows = build(), LinearDecoder(), []
+    options = {"cond": {"label": torch.tensor([3])}, "steps": 3, "seed": 1}
+    expected = sample(generator, decoder, **options)
+    decode = decoder.decode
+    decoder.decode = lambda latents: rows.append(len(latents)) or decode(latents)
+    image = sample(generator, decoder, **options, alone=True)
+    torch.testing.assert_close(image, expected, rtol=1e-5, atol=1e-5)
+    assert rows == [1]
+
+
 def test_sampling_keeps_the_number_of_threads():
     before = torch.get_num_threads()
     map_rows(lambda rows: torch.tensor(rows), 5, torch.device("cpu"), 2)

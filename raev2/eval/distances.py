@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics.image.kid import poly_mmd
 
 from raev2.errors import DataError
 from raev2.training import dist
@@ -177,6 +176,8 @@ def kernel_distance(
 
 def squared_mmd(features: Float[Tensor, "S D"], reference: Float[Tensor, "S D"]) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3; may be slightly negative."""
+    from torchmetrics.image.kid import poly_mmd  # seconds to import
+
     return float(poly_mmd(features.double(), reference.double()))
 
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from raev2.data import to_float
 from raev2.errors import DataError
@@ -29,6 +28,8 @@ LPIPS_BACKBONES = {"vgg": ("vgg16", "vgg16-397923af.pth"), "alex": ("alexnet", "
 
 def psnr(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
     """Peak signal-to-noise ratio in dB: -10 log10(MSE) of values in [0, 1]; identical images score 100."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # seconds to import
+
     values = peak_signal_noise_ratio(
         to_float(images_u8), to_float(reference_u8), data_range=1.0, reduction="none", dim=(1, 2, 3)
     )
@@ -37,6 +38,8 @@ def psnr(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
 
 def ssim(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
     """Structural similarity, 1 = identical; Gaussian window of 11 pixels with sigma 1.5."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     values = structural_similarity_index_measure(
         to_float(images_u8), to_float(reference_u8), data_range=1.0, reduction="none"
     )

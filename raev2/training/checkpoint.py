@@ -133,6 +133,5 @@ def load_optimizer_tensors(
         if name not in by_name:
             raise CheckpointError("optimizer state", f"names a parameter that the model has not: {name}")
         parameter = by_name[name]
-        # the step count stays on the CPU, as torch's own optimizers keep it
-        value = value if value.ndim == 0 else value.to(parameter.device)
+        value = value.to(parameter.device)
         optimizer.state[parameter][field] = shard_like(value, parameter) if value.shape == parameter.shape else value

@@ -52,7 +52,7 @@ def build_optimizer(model: nn.Module, spec: AdamWSpec | MuonSpec, lr: float) -> 
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if isinstance(spec, AdamWSpec):
         return torch.optim.AdamW(
-            trained.values(), lr=lr, betas=spec.betas, weight_decay=spec.weight_decay, eps=spec.eps, foreach=True
+            trained.values(), lr=lr, betas=spec.betas, weight_decay=spec.weight_decay, eps=spec.eps, fused=True
         )
     muon, adamw = muon_routing(trained, spec.routing)
     # Row counts of the matrices that a fused weight holds (`FusedLinear.splits`).
@@ -190,13 +190,14 @@ class Muon(torch.optim.Optimizer):
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
+                step = torch.zeros((), device=parameter.device)
                 self.state[parameter].update(
-                    mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter), step=torch.tensor(0.0)
+                    mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter), step=step
                 )
         states = [self.state[parameter] for parameter in parameters]
         adamw(
             list(map(local, parameters)), list(map(local, gradients)), [local(state["mean"]) for state in states],
-            [local(state["square"]) for state in states], [], [state["step"] for state in states], foreach=True,
+            [local(state["square"]) for state in states], [], [state["step"] for state in states], fused=True,
             amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip

@@ -73,6 +73,36 @@ def test_blocks_compile_without_a_graph_break():
     subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parent)
 
 
+WHOLE = """
+import torch
+from raev2.model.condition import LabelCondition, TextCondition
+from raev2.model.frames import FramesCondition
+from raev2.model.generator import Generator
+from raev2.spec import DDTSpec, FlowSpec
+
+network = DDTSpec(width=32, depth=1, num_heads=2, head_width=32, head_depth=1, head_num_heads=2, base_head_depth=1)
+for condition in (LabelCondition(num_classes=3), TextCondition(dim=8), FramesCondition(num_frames=2)):
+    torch.manual_seed(0)
+    generator = Generator(network, condition, FlowSpec(), (4, 4, 4))
+    for value in generator.parameters():
+        torch.nn.init.normal_(value, std=0.1) if not value.any() else None
+    cond = generator.prepare_cond(generator.conditioner.example_cond(2))
+    if "text_mask" in cond:
+        cond["text_mask"][:, :3] = True
+    inputs = torch.randn(2, 4, 4, 4), torch.rand(2), {name: value.detach() for name, value in cond.items()}
+    compiled = torch.compile(generator, backend="eager", fullgraph=True)
+    ours, theirs = compiled(*inputs), generator(*inputs)
+    assert theirs.pred.std() > 0.1
+    torch.testing.assert_close(ours.pred, theirs.pred, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.base_pred, theirs.base_pred, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_the_whole_generator_is_one_graph_for_labels_text_and_frames():
+    """`fullgraph` raises at a graph break; a cheap backend, and no type checks by the test session."""
+    subprocess.run([sys.executable, "-c", WHOLE], check=True)
+
+
 def test_compiling_without_a_compiler_says_what_is_missing(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     generator = tiny()

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raev2.batch import Measurement
 from raev2.errors import SpecError
 from raev2.files.artefact import write_json
-from raev2.testing import take_turns
+from raev2.testing import timed
 from raev2.training.run import cpu_name, package_versions
 
 Outputs = Sequence[Tensor]
@@ -98,7 +98,7 @@ class Setting:
         if dtype not in self._gemm:
             n = 8192 if self.device.type == "cuda" else 2048
             a, b = torch.ones(2, n, n, device=self.device, dtype=dtype).unbind()
-            seconds = take_turns({"gemm": lambda: a @ b}, 5)["gemm"]
+            seconds = timed({"gemm": lambda: a @ b}, 5)["gemm"]
             self._gemm[dtype] = 2e-9 * n**3 / min(seconds)
         return self._gemm[dtype]
 
@@ -127,7 +127,7 @@ def measure(work: Work, setting: Setting) -> Timing:
         functions["ours"]()
     gflop = counter.get_total_flops() / 1e9
     _forget_peak(setting.device)
-    seconds = take_turns(functions, setting.rounds)
+    seconds = timed(functions, setting.rounds)
     ours = seconds["ours"]
     ratios = sorted(other / own for own, other in zip(ours, seconds.get("other", []), strict=False))
     timing = Timing(

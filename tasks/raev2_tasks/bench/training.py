@@ -27,7 +27,7 @@ from raev2.tokenizer.losses import (
 )
 from raev2.tokenizer.rae import RAE
 from raev2.training.ema import EMA
-from raev2.training.optim import build_optimizer
+from raev2.training.optim import build_optimizer, fast_dtype
 from raev2.training.run import attention_kernels
 from raev2_tasks.bench.measure import Outputs, Setting, Work
 from raev2_tasks.recipe_parts import (
@@ -133,7 +133,7 @@ def optimizers(setting: Setting) -> Iterator[Work]:
         return lambda: ema.update(module, 10) or list(ema.state_dict(0.999).values())
 
     yield Work("AdamW", 1, "steps", (generator, build_optimizer), optimizer_step(AdamWSpec()))
-    yield Work("Muon", 1, "steps", (generator, build_optimizer), optimizer_step(MuonSpec()))
+    yield Work("Muon", 1, "steps", (generator, build_optimizer), optimizer_step(MuonSpec()), fast_dtype(setting.device))
     yield Work("averages", 1, "steps", (generator, EMA), average)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +45,7 @@ def _measured(
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    seconds = timed({"step": training_step(spec, latents, batch_size, device, compiled)}, rounds=5)["step"]
+    seconds = median(timed({"step": training_step(spec, latents, batch_size, device, compiled)}, rounds=5)["step"])
     where = f"{spec.recipe}, batch {batch_size}, {'compiled' if compiled else 'eager'}"
     note = f"bf16, {spec.generator_training.optimizer.kind}, averages"
     yield Measurement(f"{where}: training step", batch_size / seconds, "images/s", note)
