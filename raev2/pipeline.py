@@ -43,7 +43,16 @@ from raev2.model.generator import Generator, model_size
 from raev2.sampler import sample
 from raev2.spec import AnyTokenizerSpec, Guidance, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
 from raev2.spec_io import load_spec, spec_from_dict
-from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
+from raev2.task import (
+    EvalContext,
+    Evaluator,
+    Task,
+    get_data_recipe,
+    get_evaluators,
+    get_task,
+    run_command,
+    usable_tasks,
+)
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import VAES, build_tokenizer, load_tokenizer, tokenizer_spec
 from raev2.tokenizer.decoder import ViTDecoder
@@ -146,9 +155,7 @@ def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, ori
             _save_samples(trained, train_set, sampling, run.dir / "samples" / f"guidance-{name}.png")
             _evaluate(trained, final, images, sampling, suffix=f"-{name}")
     if dist.is_main():
-        from raev2.report.page import write_report  # plots: heavy to import
-
-        logger.info("report: %s", write_report(run.dir))
+        run_command("report", str(run.dir))
     return run.dir
 
 

@@ -221,6 +221,13 @@ def get_command(name: str) -> Command:
     return command
 
 
+def run_command(name: str, *argv: str) -> None:
+    """Run a command that a package adds with these arguments."""
+    command, parser = get_command(name), ArgumentParser()
+    command.options(parser)
+    command.run(parser.parse_args(argv))
+
+
 def get_data_recipe(name: str) -> Any:
     """Load a data recipe by name; its contract is `DatasetRecipe` in data_recipes/raev2_data_recipes/base.py."""
     return load(DATA_RECIPES, name, "data recipe")

@@ -138,17 +138,6 @@ def _workers(options: Namespace) -> int:
     return min(8, os.cpu_count() or 1) if options.workers is None else options.workers
 
 
-def report(options: Namespace) -> int:
-    """`raev2 report`."""
-    from raev2 import pipeline
-    from raev2.report.page import write_report
-
-    run_dir = pipeline.find_run(options.run, options.task)
-    with damaged(run_dir):
-        print(write_report(run_dir))
-    return 0
-
-
 def show(options: Namespace) -> int:
     """`raev2 show`."""
     task, spec = _find_recipe(options.recipe, options.task, "raev2 show")
@@ -287,7 +276,7 @@ def doctor(options: Namespace) -> int:
 
 
 COMMANDS = {
-    "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
+    "sample": sample, "reconstruct": reconstruct, "eval": evaluate,
     "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents,
     "bench": bench, "doctor": doctor,
 }  # fmt: skip
@@ -396,7 +385,7 @@ def _print_results(run_dir: Path) -> None:
 
 
 def _print_metrics(protocol: str, results: Iterable[Mapping[str, Any]]) -> None:
-    from raev2.report.page import direction, glossary
+    from raev2.eval.protocols import direction, glossary
 
     results = list(results)
     print(f"\n{protocol}")

@@ -24,7 +24,7 @@ from raev2.files.plugins import COMMANDS as ADDED
 from raev2.files.plugins import GUIDANCE, TASKS, installed
 
 COMMANDS = (
-    "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
+    "train", "sample", "reconstruct", "eval", "show", "recipes", "tasks", "encoders", "data", "latents",
     "bench", "doctor",
 )  # fmt: skip
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
@@ -116,9 +116,6 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     add("--split", help="of a dataset folder (default: that of the protocol)")
     for parser in (evaluate, reference):
         parser.add_argument("--workers", type=int, help="processes that read pictures (default: up to 8)")
-
-    report = command("report", "write RUN/report.html")
-    _run_options(report)
 
     show = command("show", "resolved spec, parameters, compute and memory of a recipe; starts nothing")
     show.add_argument("recipe", metavar="RECIPE")

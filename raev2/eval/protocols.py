@@ -401,3 +401,18 @@ def ep_fid(history: Sequence[tuple[float | int, float | int]], k: float | int) -
         return None
     (start, above), (end, below) = points[max(first - 1, 0)], points[first]
     return float(np.interp(k, (below, above), (end, start)))
+
+
+def direction(entry: Mapping) -> str:
+    """'lower' or 'higher' is better, or what a row is the scale of; empty for results of old files."""
+    return f"scale of {entry['of']}" if entry.get("of") else entry.get("better", "")
+
+
+def glossary(entries: Iterable[Mapping]) -> list[tuple[str, str]]:
+    """(names, what they mean); names with one meaning together."""
+    found: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        if entry.get("about"):
+            better = " A scale row." if entry["of"] else f" {entry['better'].capitalize()} is better."
+            found.setdefault(entry["about"] + better, {})[entry["name"]] = None
+    return [(", ".join(names), text) for text, names in found.items()]

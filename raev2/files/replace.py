@@ -44,7 +44,7 @@ RUN = Kind(
     r"spec\.yaml|(provenance|identity|report)\.json|metrics\.jsonl|report\.html|(.*/)?\.[^/]+\.(partial|old)(/.*)?"
     rf"|checkpoints/{_STAGES}/\d+/[^/]+\.(json|safetensors)|{_STAGES}/{_ARTEFACT}"
     r"|samples/([^/]+/)?[^/]+\.(png|json)|eval/[^/]+\.(json|png)|eval/reference/[^/]+\.safetensors"
-    r"|rollouts/[^/]+/[^/]+\.(mp4|gif|png|csv|json)",
+    r"|rollouts/[^/]+/[^/]+\.(mp4|gif|png|csv|json)|(tensorboard|wandb)/.*",
 )  # fmt: skip
 
 

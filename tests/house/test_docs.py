@@ -189,11 +189,33 @@ def test_the_metric_of_the_how_to_page_is_in_the_report_with_its_sentence(workpl
     assert re.search(
         r"Protocol saturation: saturation is [\d.]+, .* On the same scale: saturation_real [\d.]+ \(", page
     )
-    report = [*(ROOT / "raev2" / "report").glob("*.py"), ROOT / "raev2" / "assets" / "report.html.j2"]
+    report = [*(ROOT / "raev2" / "report").glob("*.py"), *(ROOT / "tasks" / "raev2_tasks" / "report").iterdir()]
     results = (workplace / "runs" / "imagenet" / "quickstart" / "eval").glob("*.json")
     names = {row["name"] for file in results for row in json.loads(file.read_text())["results"]}
     assert {"saturation", "psnr", "fd_micro", "fd_micro_shuffled"} <= names
     assert not [metric for metric in names for file in report if metric in file.read_text()], "it knows no metric"
+
+
+def test_the_notebook_runs(
+    trained_run: Path, tiny_recipe: RunSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the tiny run, which is trained already; the cell tagged `parameters` is replaced, nothing else."""
+    shutil.copytree(trained_run, tmp_path / "run")
+    namespace: dict[str, object] = {}
+    for cell in json.loads((ROOT / "docs" / "notebooks" / "quickstart.ipynb").read_text())["cells"]:
+        if "parameters" in cell["metadata"].get("tags", ()):
+            namespace |= {"RECIPE": "tiny", "RUN": str(tmp_path / "run")}
+        elif cell["cell_type"] == "code":
+            assert cell["outputs"] == [], "outputs are not kept"
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
+    assert (tmp_path / "run" / "samples" / "notebook-internal" / "grid.png").is_file()
+    assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
+
+
+def test_questions_quote_what_the_code_says() -> None:
+    quoted = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "faq.md").read_text(), re.M)
+    said = [re.sub(r"\{[^{}]*\}", "{}", source.read_text()) for source in SOURCES]
+    assert len(quoted) > 9 and [text for text in quoted if not any(text in source for source in said)] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

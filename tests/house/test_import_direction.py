@@ -37,7 +37,7 @@ ORDER = """
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
     eval.pictures eval.reconstruct
     train_tokenizer train_generator
-    report.chart report.published report.page
+    report.chart report.published
     pipeline
     command.bench command.actions command.cli __main__
 """.split()  # noqa: SIM905

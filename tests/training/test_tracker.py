@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from raev2.errors import SpecError
+from raev2.files.replace import RUN, check_replaceable
 from raev2.spec import RunSpec, TaskSpec
 from raev2.spec_io import apply_overrides, spec_differences
 from raev2.training import tracker as trackers
@@ -25,7 +26,7 @@ from pathlib import Path
 from PIL import Image
 from raev2.training.tracker import Tracker
 folder, images = Path(sys.argv[1]), int(sys.argv[2])
-tracker = Tracker(folder, pickle.loads((folder / "spec").read_bytes()))
+tracker = Tracker(folder, pickle.loads((folder.parent / "spec").read_bytes()))
 tracker.log(dict(stage="generator", kind="train", images=images, step=1, loss=images / 32, grad_norm=math.nan))
 (folder / "samples").mkdir(exist_ok=True)
 Image.new("RGB", (8, 6), (10, 20, 30)).save(folder / "samples" / f"generator-{images:09d}.png")
@@ -37,7 +38,7 @@ tracker.close()
 
 def train(folder: Path, spec: RunSpec, images: int) -> None:
     """What a training logs, in a process of its own: services start threads and keep files open."""
-    (folder / "spec").write_bytes(pickle.dumps(spec.replace(task=TaskSpec(name="toy"))))
+    (folder.parent / "spec").write_bytes(pickle.dumps(spec.replace(task=TaskSpec(name="toy"))))
     env = os.environ | {"TRACKIO_DIR": str(folder / "trackio"), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     command = [sys.executable, "-c", START, str(folder), str(images)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
@@ -83,6 +84,7 @@ def test_tensorboard_has_numbers_and_pictures(folder, tiny_spec):
     assert [(e.step, e.value) for e in events.Scalars("fd-8/fd")] == [(8, 3.0)]
     (picture,) = events.Images("samples/generator-000000008")
     assert (picture.step, picture.width, picture.height) == (8, 8, 6)
+    check_replaceable(folder, RUN)  # --overwrite may delete what the tracker wrote
 
 
 def test_wandb_writes_its_offline_file_without_an_account(folder, tiny_spec):

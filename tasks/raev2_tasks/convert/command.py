@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raev2.command.actions import print_table, refuse_existing
 from raev2.errors import CheckpointError, SpecError
+from raev2.eval.protocols import direction
 from raev2.files.artefact import FILES, load_artefact, save_artefact, write_json
 from raev2.files.damage import read_json
 from raev2.files.replace import ARTEFACT, EXPORT, new_folder
@@ -34,7 +35,6 @@ from raev2.interop.tokenizers import (
 )
 from raev2.model.generator import generator_card
 from raev2.pipeline import GENERATOR, TOKENIZER, load_generator, tokenizer_of
-from raev2.report.page import direction
 from raev2.spec import EncoderSpec, TokenizerSpec
 from raev2.spec_io import load_spec, override_values, validated
 from raev2.task import Command

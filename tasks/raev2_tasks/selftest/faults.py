@@ -41,7 +41,7 @@ ENDS = {f"mkdir .{stage}.partial": stage for stage in ("tokenizer", "generator")
 MOMENTARY = ("time", "images_per_s", "data_wait")  # of a log line
 LARGER_THAN_THE_OUTPUT, QUICK_SKIP, PATIENCE_S = 16_384, 40, 600.0
 PROCESSES = multiprocessing.get_context("forkserver")  # imports everything once; a start is a fork of it
-PROCESSES.set_forkserver_preload(["raev2.pipeline", "raev2.report.page", "raev2.command.actions"])
+PROCESSES.set_forkserver_preload(["raev2.pipeline", "raev2_tasks.report.page", "raev2.command.actions"])
 
 
 @dataclass
