@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from pydantic import ValidationError
 
 from raev2.errors import DataError, RaeError, SpecError, did_you_mean
+from raev2.files.assets import INCEPTION_WEIGHTS, LPIPS_WEIGHTS
 from raev2.files.damage import damaged
 from raev2.files.manifest import read_manifest, verify_dataset
 from raev2.files.replace import ARTEFACT, EXPORT, RECONSTRUCTIONS, SAMPLES, Kind, check_replaceable
@@ -30,7 +31,7 @@ from raev2.task import (
     installed_tasks,
     usable_tasks,
 )
-from raev2.tokenizer.encoder_table import ENCODERS
+from raev2.tokenizer.encoder_table import ENCODERS, encoder_asset
 
 OK, FAILED = 0, 1
 
@@ -177,6 +178,21 @@ def data(options: Namespace) -> int:
     return OK
 
 
+def assets(options: Namespace) -> int:
+    """`raev2 assets`."""
+    from raev2.preflight import Plan, fetch_all, needed_assets
+
+    task, spec = _find_recipe(options.recipe, options.task)
+    spec = apply_overrides(spec, options.overrides)
+    found = needed_assets(Plan(spec, task, Path()))
+    _print_table(
+        ("weights", "state", "from", "to"), [(a.what, a.fault() or "ok", a.url or "local", a.place) for a in found]
+    )
+    if options.action == "fetch":
+        fetch_all(found)
+    return OK
+
+
 def latents(options: Namespace) -> int:
     """`raev2 latents stats|build`."""
     from raev2 import pipeline
@@ -225,7 +241,6 @@ def doctor(options: Namespace) -> int:
     """`raev2 doctor`."""
     import torch
 
-    from raev2.tokenizer.encoders import ASSETS
     from raev2.training.run import package_versions
 
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
@@ -241,21 +256,16 @@ def doctor(options: Namespace) -> int:
         rows.append(
             (f"extra {extra}", f"missing {', '.join(missing)}: pip install 'raev2[{extra}]'" if missing else "ok")
         )
-    packaged = ASSETS / ENCODERS["micro"].model_id / "model.safetensors"
-    rows.append(("encoder micro", "ok" if packaged.is_file() else f"missing {packaged}: install raev2 again"))
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    for name, file in {
-        "LPIPS (VGG)": "vgg16-397923af.pth",
-        "Inception": "weights-inception-2015-12-05-6726825d.pth",
-    }.items():
-        rows.append((f"weights {name}", "ok" if (hub / file).is_file() else f"{file} is not in {hub}"))
+    assets = [encoder_asset("micro"), *LPIPS_WEIGHTS.values(), INCEPTION_WEIGHTS]
+    rows += [(asset.what, "ok" if asset.fault() is None else str(asset.error())) for asset in assets]
     _print_table(("what", "state"), rows)
     return OK
 
 
 COMMANDS = {
     "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
-    "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents,
+    "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "assets": assets,
+    "latents": latents,
     "import": import_, "export": export, "analyse": analyse, "bench": bench, "doctor": doctor,
 }  # fmt: skip
 
@@ -293,15 +303,6 @@ def _plan(sampling: SamplingSpec) -> str:
     return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
 
 
-def _data_state(spec: RunSpec) -> str:
-    if (Path(spec.data.dir) / "manifest.json").is_file():
-        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
-    if spec.data.recipe is None:
-        return "missing, and data.recipe is null"
-    recipe = get_data_recipe(spec.data.recipe)
-    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
-
-
 def _find_recipe(name: str, task_name: str | None) -> tuple[Task, RunSpec]:
     candidates = [get_task(task_name)] if task_name else usable_tasks()
     having = [task for task in candidates if name in task.recipes()]
@@ -315,8 +316,22 @@ def _find_recipe(name: str, task_name: str | None) -> tuple[Task, RunSpec]:
     return having[0], get_recipe(having[0], name)
 
 
+def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
+    """`raev2 train --dry-run`: sizes and findings; raises the first error after them."""
+    from raev2.preflight import preflight
+
+    _print_sizes(task, spec)
+    findings = preflight(spec, run_dir, stage)
+    print()
+    _print_table(("needed", "state", "detail"), [(f.what, f.state, f.detail) for f in findings])
+    print(f"\nrun folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
+    for error in (finding.error for finding in findings if finding.error):
+        raise error
+    return OK
+
+
 def _print_sizes(task: Task, spec: RunSpec) -> None:
-    from raev2.pipeline import run_sizes
+    from raev2.sizes import run_sizes
 
     print(f"{task.name} / {spec.recipe}   fingerprint {fingerprint(spec)}")
     _print_table(("size", "value"), run_sizes(task, spec))

@@ -7,7 +7,6 @@ A metric carries the name of its feature network: `fd_micro` is a Fréchet dista
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -15,17 +14,15 @@ from torch import Tensor
 
 from raev2.data import to_float
 from raev2.errors import DataError
-from raev2.files.hashes import file_sha256, json_sha256
+from raev2.files.assets import INCEPTION_WEIGHTS, Asset
+from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
 from raev2.spec import EncoderSpec
-from raev2.tokenizer.encoder_table import ENCODERS
+from raev2.tokenizer.encoder_table import ENCODERS, encoder_asset
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.training import dist
 
 INCEPTION = "inception"
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-)
 
 
 class FeatureExtractor(ABC):
@@ -77,12 +74,14 @@ class InceptionFeatures(FeatureExtractor):
             raise DataError(
                 "features inception", "torch-fidelity is not installed", hint="Run `pip install raev2[eval]`."
             ) from error
-        file = _inception_weights()
+        dist.on_main(INCEPTION_WEIGHTS.fetch)
         self.device = device
         self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file)
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(INCEPTION_WEIGHTS.place)
         ).to(device)
-        self.fingerprint = json_sha256([self.preparation, file.name])  # the name holds the hash, which was checked
+        self.fingerprint = json_sha256(
+            [self.preparation, INCEPTION_WEIGHTS.place.name]
+        )  # the name holds the hash, which was checked
 
     def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
         """Pool features."""
@@ -93,6 +92,11 @@ class InceptionFeatures(FeatureExtractor):
 def build_extractor(name: str, device: torch.device) -> FeatureExtractor:
     """The feature network with this name: 'inception', or any encoder of `raev2 encoders`."""
     return InceptionFeatures(device) if name == INCEPTION else EncoderFeatures(name, device)
+
+
+def extractor_needs(name: str) -> list[Asset]:
+    """Weights that `build_extractor` reads."""
+    return [INCEPTION_WEIGHTS] if name == INCEPTION else [encoder_asset(name)]
 
 
 def frechet_name(extractor_name: str) -> str:
@@ -112,29 +116,3 @@ def load_encoder(name: str, device: torch.device) -> FrozenEncoder:
     info = ENCODERS.get(name)
     side = info.side if info else 16
     return build_encoder(EncoderSpec(name=name), (side, side)).to(device)
-
-
-def _inception_weights() -> Path:
-    """Weights file in torch's cache, downloaded once. Its hash is checked: it is a pickle that others load for us."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
-    expected = file.stem.rsplit("-", 1)[1]
-    failure = ""
-    if not file.is_file() and dist.is_main():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(INCEPTION_URL, str(file), hash_prefix=expected, progress=False)
-        except (OSError, RuntimeError) as error:  # no network, or a file with another hash
-            failure = str(error)
-    dist.barrier()
-    if not file.is_file():
-        raise DataError(
-            f"weights {file}", "the Inception weights are missing", got=failure or None,
-            hint=f"Download {INCEPTION_URL} and put it there (SHA-256 begins with {expected}).",
-        )  # fmt: skip
-    found = file_sha256(file)
-    if not found.startswith(expected):
-        raise DataError(
-            f"weights {file}", "damaged file", got=f"SHA-256 {found[:8]}", expected=expected,
-            hint="Delete it; it is downloaded again.",
-        )  # fmt: skip
-    return file

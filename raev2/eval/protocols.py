@@ -24,10 +24,18 @@ from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
 from raev2.errors import DataError, TaskError
 from raev2.eval.distances import Moments, frechet_stderr, moments_distance, precision_recall
-from raev2.eval.features import INCEPTION, FeatureExtractor, build_extractor, frechet_about, frechet_name
+from raev2.eval.features import (
+    INCEPTION,
+    FeatureExtractor,
+    build_extractor,
+    extractor_needs,
+    frechet_about,
+    frechet_name,
+)
 from raev2.eval.generate import collect, generated_images, local_chunks
-from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
+from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, pair_needs, psnr, ssim
 from raev2.files.artefact import write_json
+from raev2.files.assets import Asset
 from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
 from raev2.spec import RunSpec
@@ -81,6 +89,12 @@ class ReconstructionEvaluator(Evaluator):
         self.perceptual, self.build, self.build_pairs = tuple(perceptual), build, build_pairs
         count = "all" if max_images is None else f"the first {max_images:,}"
         self.description = f"reconstructions of {count} images of '{split}' against their originals"
+
+    def needs(self) -> list[Asset]:
+        """Weights of the feature networks and of the perceptual distances; of the latter, all but the last may miss."""
+        pairs = zip(self.perceptual, (*self.perceptual[1:], ""), strict=True)
+        found = [asset for name, other in pairs for asset in pair_needs(name, other)]
+        return [*found, *(asset for name in self.extractors for asset in extractor_needs(name))]
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on, for the result file."""
@@ -173,6 +187,10 @@ class GenerationEvaluator(Evaluator):
         self.label_policy, self.num_samples = label_policy, num_samples
         self.reference_split, self.scale_split, self.cond_split = reference_split, scale_split, cond_split
         self.description = f"{num_samples:,} generated images against '{reference_split}'"
+
+    def needs(self) -> list[Asset]:
+        """Weights of the feature networks."""
+        return [asset for name in self.extractors for asset in extractor_needs(name)]
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on, for the result file."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
 from raev2.files.artefact import load_artefact, save_artefact
+from raev2.files.assets import Asset
 from raev2.files.damage import damaged
 from raev2.shapes import Images, Latents
 from raev2.spec import AnyTokenizerSpec, PixelSpec, TokenizerSpec, VAESpec
@@ -235,6 +236,16 @@ def load_vae(name: str) -> Any:
             f"VAE {name}", "cannot be loaded", got=str(error).splitlines()[0][:200],
             hint=f"Check the network, or give a local diffusers folder as the name.{gate}",
         ) from error  # fmt: skip
+
+
+def vae_asset(name: str) -> Asset:
+    """The weights of a VAE by a name that `load_vae` takes."""
+    info = VAES.get(name)
+    if info is None:
+        return Asset(f"VAE {name}", name, package="diffusers")
+    note = f"Its licence ({info.licence}) must be accepted at its page first" if info.gated else ""
+    subfolder = info.subfolder or ""
+    return Asset(f"VAE {name}", info.model_id, subfolder, gated=info.gated, note=note, package="diffusers")
 
 
 def _is_video(model: Any) -> bool:

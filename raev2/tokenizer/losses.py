@@ -8,15 +8,17 @@ All images are in [0, 1]; reconstructions are not clamped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raev2.errors import CheckpointError
+from raev2.files.assets import LPIPS_WEIGHTS, Asset
 from raev2.shapes import Images, Tokens
 from raev2.spec import FeatureLoss, LPIPSLoss
+from raev2.tokenizer.encoder_table import encoder_asset
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder_for_pixels
 from raev2.training import dist
 
@@ -38,6 +40,14 @@ def build_perceptual_loss(spec: LPIPSLoss | FeatureLoss, image_size: tuple[int, 
     if isinstance(spec, LPIPSLoss):
         return LPIPS()
     return EncoderFeatureLoss(build_encoder_for_pixels(spec.encoder, image_size), spec.layers)
+
+
+def perceptual_asset(spec: LPIPSLoss | FeatureLoss) -> Asset:
+    """The weights that the module reads."""
+    if isinstance(spec, FeatureLoss):
+        return encoder_asset(spec.encoder)
+    note = "Or choose the loss that needs no download: tokenizer_training.perceptual.kind=encoder"
+    return replace(LPIPS_WEIGHTS["vgg"], note=note)
 
 
 class EncoderFeatureLoss(nn.Module):
@@ -72,11 +82,7 @@ class LPIPS(nn.Module):
         try:
             metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg")
         except Exception as error:  # download and file errors
-            raise CheckpointError(
-                "LPIPS", "the VGG-16 weights of torchvision cannot be loaded", got=f"{type(error).__name__}: {error}",
-                hint=f"Put vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, or choose the perceptual loss "
-                "that needs no download: tokenizer_training.perceptual.kind=encoder.",
-            ) from error  # fmt: skip
+            raise perceptual_asset(LPIPSLoss()).error(f"{type(error).__name__}: {error}") from error
         # The network and not the metric: the metric insists on values in [0, 1] and accumulates over batches.
         self.net = metric.net.eval().requires_grad_(False)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from accelerate import PartialState
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 def is_distributed() -> bool:
@@ -56,6 +58,20 @@ def gather_objects(value: Any) -> Sequence[Any]:
 def from_main(value: Any) -> Any:
     """The value that the main process has."""
     return gather_objects(value)[0]
+
+
+def on_main(function: Callable[[], Value]) -> Value:
+    """What a function returns on the main process alone, on every process; an error of it is raised on all."""
+    value, error = None, None
+    if is_main():
+        try:
+            value = function()
+        except Exception as caught:
+            error = caught
+    value, error = from_main((value, error))
+    if error is not None:
+        raise error
+    return value
 
 
 def device() -> torch.device:

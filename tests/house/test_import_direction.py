@@ -23,7 +23,7 @@ MAX_LINES = 600
 # The reading order. A module imports only from modules above it.
 ORDER = """
     errors files.plugins shapes spec batch
-    files.damage files.hashes files.splits files.images files.picture_folder files.manifest files.replace
+    files.damage files.hashes files.assets files.splits files.images files.picture_folder files.manifest files.replace
     files.artefact files.grid
     flow guidance sampler nn data
     training.dist
@@ -37,7 +37,7 @@ ORDER = """
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
     train_tokenizer train_generator
     report.chart report.published report.page
-    pipeline
+    sizes preflight pipeline
     analysis.table analysis.probe analysis.correlation analysis.blocks analysis.width analysis.ablations
     analysis.command
     command.bench command.convert_actions command.actions command.cli __main__
