@@ -73,7 +73,7 @@ def train(
     spec = origin.fitted(spec, Path(run_dir)) if origin else spec
     task = get_task(spec.task.name)
     make_accelerator(spec.precision)  # from here on the processes know each other
-    make_ready(spec, Path(run_dir), stage)
+    make_ready(task, spec, Path(run_dir), stage)
     prepare_data(spec)
     spec = with_tokenizer(spec)
     with run_lock(Path(run_dir)):

@@ -1,7 +1,7 @@
-"""What a training will need, before it starts: read `preflight`.
+"""What a training will need, looked at before it starts: read `preflight`. Also the numbers that a spec stands for.
 
-preflight(spec, run_dir)          # findings; nothing is downloaded, built or written
-make_ready(spec, run_dir)         # the same at the start of a training: fetch weights, raise the first error
+preflight(task, spec, run_dir)     # findings; nothing is downloaded, built or written
+make_ready(task, spec, run_dir)    # at the start of a training: raise the first error, fetch weights that are missing
 """
 
 from __future__ import annotations
@@ -10,38 +10,51 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
-from raev2.errors import DataError, FileError, RaeError, SpecError
-from raev2.files.artefact import ENCODER, artefact_config, load_strict
-from raev2.files.assets import MISSING, Asset, distinct
+from raev2.errors import CheckpointError, DataError, FileError, RaeError, SpecError
+from raev2.files.artefact import ENCODER, artefact_config
+from raev2.files.assets import MISSING, Asset
 from raev2.files.damage import damaged
 from raev2.files.manifest import read_manifest
 from raev2.flow import prediction
 from raev2.guidance import build_guidance
-from raev2.model.generator import Generator
-from raev2.sizes import GIB, Sizes, activation_bytes, encoder_facts, latent_shape_of, sizes_of, state_bytes
-from raev2.spec import LoopSpec, RunSpec, TokenizerSpec, VAESpec
-from raev2.task import Task, get_data_recipe, get_evaluators, get_task
-from raev2.tokenizer.baselines import tokenizer_spec, vae_asset
+from raev2.model.generator import Generator, model_size
+from raev2.spec import (
+    AdamWSpec,
+    AnyTokenizerSpec,
+    EncoderSpec,
+    GeneratorTrainingSpec,
+    PixelSpec,
+    RunSpec,
+    TokenizerSpec,
+    TokenizerTrainingSpec,
+    VAESpec,
+)  # fmt: skip
+from raev2.task import Task, get_data_recipe, get_evaluators
+from raev2.tokenizer.baselines import VAES, build_tokenizer, tokenizer_spec, vae_asset
 from raev2.tokenizer.decoder import ViTDecoder
-from raev2.tokenizer.encoder_table import ENCODERS, encoder_asset
+from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, encoder_asset
+from raev2.tokenizer.encoders import build_encoder
 from raev2.tokenizer.losses import perceptual_asset
 from raev2.training import dist
 
 logger = logging.getLogger(__name__)
 TOKENIZER, GENERATOR = "tokenizer", "generator"
+GIB = 2**30
 State = Literal["ok", "guessed", "missing", "too small", "wrong"]
+STATES: dict[type[RaeError], State] = {DataError: "missing", CheckpointError: "missing", FileError: "too small"}
 
 
 @dataclass(frozen=True)
@@ -59,109 +72,217 @@ class Finding:
     asset: Asset | None = None
 
 
-def preflight(spec: RunSpec, run_dir: Path, stage: str = GENERATOR) -> list[Finding]:
-    """Look at everything that training up to `stage` needs later, in seconds and on this machine alone."""
-    findings: list[Finding] = []
-    with _reported(findings, TOKENIZER):
-        spec = _with_local_tokenizer(spec)
-    task = get_task(spec.task.name)
-    for what, check in CHECKS.items():
-        with _reported(findings, what):
-            findings += check(Plan(spec, task, run_dir, stage))
-    return findings
-
-
-def make_ready(spec: RunSpec, run_dir: Path, stage: str = GENERATOR) -> None:
-    """Raise the first error of `preflight`; then fetch the weights that are missing, where that is possible."""
-    findings = dist.on_main(lambda: preflight(spec, run_dir, stage))
-    for error in (finding.error for finding in findings if finding.error):
-        raise error
-    for finding in findings:
-        if finding.state not in ("ok", "guessed") and dist.is_main():
-            logger.info("%s: %s; %s", finding.what, finding.state, finding.detail)
-    dist.on_main(lambda: fetch_all([finding.asset for finding in findings if finding.asset]))
-
-
-def fetch_all(assets: list[Asset]) -> None:
-    """Fetch weights; the error of the first that cannot be had, after one line in the log for each of them."""
-    errors = []
-    for asset in assets:
-        try:
-            asset.fetch()
-        except RaeError as error:
-            errors.append(error)
-    for error in errors if len(errors) > 1 else []:
-        logger.error("%s", error)
-    for error in errors:
-        raise error
-
-
-def with_tokenizer(spec: RunSpec) -> RunSpec:
-    """The spec with the tokenizer fields of the artefact that `tokenizer_from` names."""
-    if spec.tokenizer_from is None:
-        return spec
-    return spec.replace(tokenizer=tokenizer_spec(artefact_config(spec.tokenizer_from, kind=TOKENIZER)[0]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks: each looks at one part of a run
-
-
 @dataclass(frozen=True)
 class Plan:
-    """A training as it is asked for."""
+    """A training as it is asked for. `spec` has the tokenizer of `tokenizer_from`, if that is on this machine."""
 
-    spec: RunSpec
     task: Task
+    spec: RunSpec
     run_dir: Path
     stage: str = GENERATOR
 
     @property
-    def loops(self) -> dict[str, LoopSpec]:
-        """The trainings that lie ahead, by field."""
-        spec, found = self.spec, {}
-        if self.trains_tokenizer:
-            found["tokenizer_training"] = spec.tokenizer_training
-        if self.stage == GENERATOR and not (self.run_dir / GENERATOR / "config.json").is_file():
-            found["generator_training"] = spec.generator_training
-        return found
+    def stages(self) -> list[str]:
+        """The trainings that lie ahead."""
+        spec = self.spec
+        wanted = [TOKENIZER] * (isinstance(spec.tokenizer, TokenizerSpec) and spec.tokenizer_from is None)
+        wanted += [GENERATOR] * (self.stage == GENERATOR)
+        return [stage for stage in wanted if not (self.run_dir / stage / "config.json").is_file()]
 
     @property
-    def trains_tokenizer(self) -> bool:
-        """Whether stage 1 lies ahead."""
-        done = self.spec.tokenizer_from or (self.run_dir / TOKENIZER / "config.json").is_file()
-        return isinstance(self.spec.tokenizer, TokenizerSpec) and not done
+    def artefacts(self) -> dict[str, Asset]:
+        """The artefacts that it begins with, by field."""
+        guidances = [self.spec.sampling.guidance, *self.spec.evaluation.compare_guidance]
+        named = {"tokenizer_from": self.spec.tokenizer_from, "generator_from": self.spec.generator_from}
+        named |= {f"guidance {guidance.kind}.weak": getattr(guidance, "weak", None) for guidance in guidances}
+        return {field: Asset(field, source) for field, source in named.items() if source is not None}
 
-    @property
-    def guidances(self) -> list[Any]:
-        """All settings that will be sampled with."""
-        return [self.spec.sampling.guidance, *self.spec.evaluation.compare_guidance]
+
+def preflight(task: Task, spec: RunSpec, run_dir: Path, stage: str = GENERATOR) -> list[Finding]:
+    """Look at everything that training up to `stage` needs later, in seconds and on this machine alone."""
+    findings: list[Finding] = []
+    try:
+        spec = with_tokenizer(spec, download=False)
+    except RaeError as error:
+        findings.append(_failed("tokenizer_from", error))
+    plan = Plan(task, spec, run_dir, stage)
+    for what, check in CHECKS.items():
+        try:
+            findings.extend(check(plan))
+        except RaeError as error:
+            findings.append(_failed(what, error))
+    return findings
+
+
+def make_ready(task: Task, spec: RunSpec, run_dir: Path, stage: str = GENERATOR) -> None:
+    """Raise the first error of `preflight`; then fetch the weights that are missing, where that is possible."""
+    findings = dist.on_main(lambda: preflight(task, spec, run_dir, stage))
+    raise_first(findings)
+    for finding in findings if dist.is_main() else ():
+        if finding.state in ("missing", "too small"):
+            logger.info("%s: %s; %s", finding.what, finding.state, finding.detail)
+    dist.on_main(lambda: fetch_all([finding.asset for finding in findings if finding.asset]))
+
+
+def raise_first(findings: Sequence[Finding]) -> None:
+    """Raise the error of the first finding that has one."""
+    for finding in findings:
+        if finding.error:
+            raise finding.error
+
+
+def fetch_all(assets: Sequence[Asset]) -> None:
+    """Fetch weights; raises the error of the last that cannot be had, after a line in the log for the others."""
+    errors = []
+    for asset in assets:
+        try:
+            asset.fetch()
+        except CheckpointError as error:
+            errors.append(error)
+    for problem in errors[:-1]:
+        logger.error("%s", problem)
+    if errors:
+        raise errors[-1]
+
+
+def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
+    """The spec with the tokenizer fields of the artefact that `tokenizer_from` names, if it has to be here already."""
+    source = spec.tokenizer_from
+    here = None if source is None else Asset("tokenizer_from", source).folder()
+    if source is None or (here is None and not download):
+        return spec
+    return spec.replace(tokenizer=tokenizer_spec(artefact_config(here or source, kind=TOKENIZER)[0]))
 
 
 def needed_assets(plan: Plan) -> list[Asset]:
     """Weights that a training reads and no package brings, each once."""
-    spec, training = plan.spec, plan.spec.tokenizer_training
-    found = [*_artefacts(plan), *plan.task.needs(spec)]
-    if isinstance(spec.tokenizer, VAESpec):
-        found.append(vae_asset(spec.tokenizer.name))
-    if isinstance(spec.tokenizer, TokenizerSpec):
-        own = Path(spec.tokenizer_from or "") / ENCODER
-        asset = encoder_asset(spec.tokenizer.encoder.name)
-        found.append(replace(asset, source=str(own)) if spec.tokenizer_from and own.is_dir() else asset)
-    if plan.trains_tokenizer:
+    spec, training, tokenizer = plan.spec, plan.spec.tokenizer_training, plan.spec.tokenizer
+    found = [*plan.artefacts.values(), *plan.task.needs(spec)]
+    if isinstance(tokenizer, VAESpec):
+        found.append(vae_asset(tokenizer.name))
+    if isinstance(tokenizer, TokenizerSpec):
+        artefact = plan.artefacts["tokenizer_from"].folder() if spec.tokenizer_from else None
+        brought = artefact is not None and (artefact / ENCODER).is_dir()
+        found += [] if brought else [encoder_asset(tokenizer.encoder.name)]
+    if TOKENIZER in plan.stages:
         found.append(perceptual_asset(training.perceptual))
         found += [encoder_asset(training.adversarial.encoder)] if training.adversarial else []
     repa = spec.generator_training.repa
     found += [encoder_asset(repa.encoder.name)] if repa else []
     for evaluator in get_evaluators(plan.task, spec, (*spec.evaluation.protocols, *spec.evaluation.in_training)):
         found += evaluator.needs()
-    return distinct(found)
+    needed_last = sorted(found, key=lambda asset: not asset.without)  # where a source is there twice
+    return list({asset.source: asset for asset in needed_last}.values())
 
 
-def _artefacts(plan: Plan) -> list[Asset]:
-    named = {"tokenizer_from": plan.spec.tokenizer_from, "generator_from": plan.spec.generator_from}
-    found = [Asset(what, source) for what, source in named.items() if source]
-    return found + [Asset("weak generator", weak) for g in plan.guidances if (weak := getattr(g, "weak", None))]
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
+    """Parameters, compute and memory of a run by name."""
+    tokenizer, shape, loop = spec.tokenizer, latent_shape_of(spec.tokenizer), spec.generator_training
+    size, (height, width) = model_size(spec.generator, task.condition(spec, None), shape), tokenizer.image_size
+    rows = [("tokenizer", "none, pixels in [-1, 1]")]
+    if isinstance(tokenizer, VAESpec):
+        vae = VAES.get(tokenizer.name)
+        rows = [("tokenizer", f"VAE {vae.model_id}, licence {vae.licence}" if vae else f"VAE {tokenizer.name}")]
+    if isinstance(tokenizer, TokenizerSpec):
+        name, layers, first = tokenizer.encoder.name, list(tokenizer.encoder.layers) or "last", spec.tokenizer_training
+        with torch.device("meta"):
+            decoder = sum(value.numel() for value in _decoder(tokenizer).state_dict().values())  # with its positions
+        rows = [
+            ("encoder", f"{name}, layers {layers}, licence {encoder_facts(name).licence}"),
+            ("decoder parameters", f"{decoder / 1e6:.2f} M"),
+            ("tokenizer steps", f"{first.num_steps:,} of {first.batch_size} images"),
+        ]
+    return [
+        *rows,
+        ("images", f"{height} x {width} px"),
+        ("latents", f"{shape[0]} x {shape[1]} x {shape[2]}"),
+        ("image tokens", str(shape[1] * shape[2] // spec.generator.patch_size**2)),
+        ("time shift", f"{spec.flow.shift_for(shape):.4g}"),
+        ("generator parameters", f"{size.num_parameters / 1e6:.2f} M"),
+        ("generator forward", f"{size.macs / 1e9:.2f} GMAC = {2 * size.macs / 1e9:.2f} GFLOPs an image"),
+        ("sampling", f"{spec.sampling.steps} steps, {spec.sampling.guidance.kind}"),
+        ("training state", f"{state_bytes(size.num_parameters, loop) / GIB:.2f} GiB a process (weights, gradients, "
+         "averages, optimizer)"),
+        ("generator steps", f"{loop.num_steps:,} of {loop.batch_size} images"),
+    ]  # fmt: skip
+
+
+def state_bytes(parameters: int, loop: TokenizerTrainingSpec | GeneratorTrainingSpec) -> int:
+    """Weights, gradients, averages and moments in float32; Muon has one moment, AdamW two."""
+    averages = len(loop.ema_decays) if isinstance(loop, GeneratorTrainingSpec) else 1
+    return (2 + averages + (2 if isinstance(loop.optimizer, AdamWSpec) else 1)) * 4 * parameters
+
+
+def trained_size(task: Task, spec: RunSpec, stage: str) -> tuple[int, int]:
+    """Parameters that a stage trains, and the bytes that autograd keeps of one image until the backward.
+
+    Counted on tensors without memory. Losses, frozen networks and workspace come on top.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    bf16 = spec.precision == "bf16"
+    with FakeTensorMode(), saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=bf16):
+        network, inputs = _call(task, spec, stage)
+        output = network(*inputs)  # it holds what is kept
+        own = {weight.untyped_storage()._cdata for weight in network.parameters()}
+        parameters = sum(weight.numel() for weight in network.parameters())
+        found = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    del output
+    casts = 2 * parameters if bf16 else 0  # once, not for each image
+    return parameters, max(found - casts, 0)
+
+
+def _call(task: Task, spec: RunSpec, stage: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The network that a stage trains, and inputs of one image."""
+    width, *grid = shape = latent_shape_of(spec.tokenizer)
+    if stage == TOKENIZER:
+        assert isinstance(spec.tokenizer, TokenizerSpec)
+        return _decoder(spec.tokenizer), (torch.zeros(1, math.prod(grid), width),)
+    generator = Generator(spec.generator, task.condition(spec, None), spec.flow, shape)
+    return generator, (torch.zeros(1, *shape), torch.zeros(1), generator.conditioner.example_cond(1))
+
+
+def _loop(spec: RunSpec, stage: str) -> TokenizerTrainingSpec | GeneratorTrainingSpec:
+    return spec.tokenizer_training if stage == TOKENIZER else spec.generator_training
+
+
+def latent_shape_of(tokenizer: AnyTokenizerSpec) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of a tokenizer, without loading it where its facts are known."""
+    if isinstance(tokenizer, PixelSpec):
+        return 3, *tokenizer.image_size
+    if isinstance(tokenizer, TokenizerSpec):
+        return encoder_facts(tokenizer.encoder.name).width, *tokenizer.grid
+    vae = VAES.get(tokenizer.name)
+    if vae is None:  # only the model itself knows
+        return build_tokenizer(tokenizer).latent_shape
+    height, width = (side // vae.downsample for side in tokenizer.image_size)
+    return vae.channels, height, width
+
+
+def encoder_facts(name: str) -> EncoderInfo:
+    """Facts about an encoder of the table, or those that its model or folder says."""
+    if name in ENCODERS:
+        return ENCODERS[name]
+    asset, source = encoder_asset(name), None
+    if name.startswith("hf:") and (source := asset.folder()) is None:
+        raise asset.error("unknown sizes")
+    return build_encoder(EncoderSpec(name=name), (1, 1), pretrained=False, source=source).info
+
+
+def _decoder(tokenizer: TokenizerSpec) -> ViTDecoder:
+    return ViTDecoder(encoder_facts(tokenizer.encoder.name).width, tokenizer.decoder, tokenizer.grid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks: each looks at one part
 
 
 def _protocols(plan: Plan) -> Iterator[Finding]:
@@ -171,107 +292,136 @@ def _protocols(plan: Plan) -> Iterator[Finding]:
     yield Finding("protocols", "ok", ", ".join(dict.fromkeys(names)) or "none")
 
 
-def _fields(plan: Plan) -> Iterator[Finding]:
-    for name, loop in plan.loops.items():
-        _check_split(name, loop)
-        schedule = loop.schedule
-        starts = {
-            f"{name}.schedule.warmup_images": schedule.warmup_images,
-            f"{name}.schedule.decay_start_images": schedule.decay_start_images,
-            f"{name}.save_every_images": loop.save_every_images,
-        }
-        for field, images in starts.items():
-            if images > loop.images:
-                detail = f"ends before {field}={images:,}"
-                yield Finding(f"{name}.images={loop.images:,}", "too small", detail)
-
-
-def _check_split(name: str, loop: LoopSpec) -> None:
-    if loop.batch_size % (processes := dist.world_size()):
-        raise SpecError(
-            f"spec.{name}.batch_size", "the global batch must split evenly",
-            got=f"{loop.batch_size} over {processes} processes", expected=f"a multiple of {processes}",
-        )  # fmt: skip
-
-
-def _tokenizer(plan: Plan) -> Iterator[Finding]:
-    spec, training = plan.spec, plan.spec.tokenizer_training
-    parts: dict[str, tuple[str, tuple[int, ...]]] = {}
-    if isinstance(spec.tokenizer, TokenizerSpec):
-        parts["tokenizer.encoder.layers"] = spec.tokenizer.encoder.name, spec.tokenizer.encoder.layers
-    if plan.trains_tokenizer:
-        for name, part in (("perceptual", training.perceptual), ("adversarial", training.adversarial)):
-            if hasattr(part, "encoder"):
-                parts[f"tokenizer_training.{name}.layers"] = part.encoder, part.layers  # type: ignore[union-attr]
-    if repa := spec.generator_training.repa:
-        parts["generator_training.repa.encoder.layers"] = repa.encoder.name, repa.encoder.layers
-    for field, (encoder, layers) in parts.items():
-        depth = ENCODERS[encoder].depth if encoder in ENCODERS else math.inf  # the model itself knows
-        if max(layers, default=0) >= depth:
-            raise SpecError(
-                f"spec.{field}", f"{encoder} has {depth} blocks", got=list(layers),
-                expected=f"block indices from 0 to {depth - 1}",
-            )  # fmt: skip
-    height, width = spec.tokenizer.image_size
-    shape = " x ".join(map(str, latent_shape_of(spec.tokenizer)))
-    yield Finding(TOKENIZER, "ok", f"latents {shape} of pictures of {height} x {width} px")
-
-
-def _generator(plan: Plan) -> Iterator[Finding]:
+def _networks(plan: Plan) -> Iterator[Finding]:
+    """Settings of networks and of what sees their pictures, which have to fit together."""
     spec, shape = plan.spec, latent_shape_of(plan.spec.tokenizer)
+    for field, encoder, layers in _layer_fields(spec.model_dump()):
+        if layers and encoder in ENCODERS and max(layers) >= (depth := ENCODERS[encoder].depth):
+            expected = f"block indices from 0 to {depth - 1}"
+            raise SpecError(field, f"{encoder} has {depth} blocks", got=list(layers), expected=expected)
+    repa, field = spec.generator_training.repa, "spec.generator.repa_dim"
+    if repa and spec.generator.repa_dim != (dim := encoder_facts(repa.encoder.name).width):
+        what = "differs from the width of the target encoder"
+        raise SpecError(field, what, got=spec.generator.repa_dim, expected=str(dim))
     with torch.device("meta"):
-        generator = Generator(spec.generator, plan.task.condition(spec, None), spec.flow, shape)
-    repa = spec.generator_training.repa
-    if repa and repa.encoder.name in ENCODERS and ENCODERS[repa.encoder.name].width != spec.generator.repa_dim:
-        raise SpecError(
-            "spec.generator.repa_dim", "differs from the width of the target encoder", got=spec.generator.repa_dim,
-            expected=str(ENCODERS[repa.encoder.name].width),
+        generator: Any = Generator(spec.generator, plan.task.condition(spec, None), spec.flow, shape)
+    for guidance in (spec.sampling.guidance, *spec.evaluation.compare_guidance):
+        build_guidance(guidance, generator, generator if "weak generator" in guidance.needs else None)
+    for field, asset in plan.artefacts.items():
+        if field != "tokenizer_from" and (folder := asset.folder()):
+            _check_generator(field, folder, generator.config())
+    height, width = spec.tokenizer.image_size
+    latents = f"{shape[0]} x {shape[1]} x {shape[2]}"
+    yield Finding("networks", "ok", f"latents {latents} of pictures of {height} x {width} px")
+
+
+def _layer_fields(value: Any, path: str = "spec.") -> Iterator[tuple[str, str, Sequence[int]]]:
+    """Field, encoder and layers, wherever a spec names layers of an encoder."""
+    if isinstance(value, dict):
+        if "layers" in value:
+            yield f"{path}layers", value.get("name") or value["encoder"], value["layers"]
+        for name, part in value.items():
+            yield from _layer_fields(part, f"{path}{name}.")
+
+
+def _check_generator(field: str, folder: Path, own: dict[str, Any]) -> None:
+    """A generator that sampling or training begins with predicts the same; training goes on with the same blocks."""
+    config, _ = artefact_config(folder, kind=GENERATOR)
+    blocks = ("width", "depth", "patch_size") if field == "generator_from" else ()
+    with damaged(folder / "config.json"):
+        got, expected = (
+            {"prediction": it["flow"]["prediction"], "latents": it["latent_shape"]}
+            | {name: it["network"][name] for name in blocks} for it in (config, own)
         )  # fmt: skip
-    for guidance in plan.guidances:
-        needs_weak = "weak generator" in guidance.needs
-        build_guidance(guidance, generator, generator if needs_weak else None)  # type: ignore[arg-type]
-    for asset in _artefacts(plan):
-        folder = None if asset.what == "tokenizer_from" else asset.folder()
-        if folder is not None:
-            config, _ = artefact_config(folder, kind=GENERATOR)
-            with damaged(folder / "config.json"):
-                got = f"{config['flow']['prediction']} of latents {config['latent_shape']}"
-            if got != (expected := f"{spec.flow.prediction} of latents {list(shape)}"):
-                raise SpecError(f"spec: {asset.what}", "predicts something else", got=got, expected=expected)
-            if asset.what == "generator_from":
-                _check_start(generator, folder)
-    yield Finding(GENERATOR, "ok", f"{spec.flow.prediction} of latents {' x '.join(map(str, shape))}")
-
-
-def _check_start(generator: Generator, folder: Path) -> None:
-    """Names and shapes of the network's weights; those of its condition may depend on the data."""
-    with damaged(folder), safe_open(folder / "model.safetensors", "pt") as file:
-        found = {
-            name.removeprefix("network."): torch.empty(file.get_slice(name).get_shape(), device="meta")
-            for name in file.keys()  # noqa: SIM118
-            if name.startswith("network.")
-        }
-    load_strict(generator.network, found, str(folder))
+    if got != expected:
+        raise SpecError(f"spec.{field}", f"{folder} is another generator", got=got, expected=str(expected))
 
 
 def _data(plan: Plan) -> Iterator[Finding]:
-    spec = plan.spec
-    what = f"data {spec.data.dir}"
+    spec, what = plan.spec, f"data {plan.spec.data.dir}"
     if not (Path(spec.data.dir) / "manifest.json").is_file() and spec.data.recipe:
         recipe = get_data_recipe(spec.data.recipe)
         for package in getattr(recipe, "packages", ()):
             _need_package(f"data recipe {recipe.name}", package)
-        recipe.plan(recipe.resolve(spec.data.options))  # reads its source
+        recipe.plan(recipe.resolve(spec.data.options))  # it looks at its source
         yield Finding(what, MISSING, f"will be built by {recipe.name}: {recipe.size}")
         return
     manifest = read_manifest(spec.data.dir)
     counts = {split: len(plan.task.dataset(spec, split)) for split in ("train", "val")}
-    text = ", ".join(f"{split} {num:,}" for split, num in counts.items())
-    yield Finding(what, "ok", f"{text}, {len(manifest.get('classes', ()))} classes")
+    numbers = [f"{split} {num:,}" for split, num in counts.items()]
+    yield Finding(what, "ok", ", ".join([*numbers, f"{len(manifest.get('classes', ()))} classes"]))
     size, (height, width) = manifest.get("image_size_px"), spec.tokenizer.image_size
     if size and (size[0] < width or size[1] < height):
-        detail = f"{size[1]} x {size[0]} px, enlarged to {height} x {width} px"
-        yield Finding(f"pictures in {spec.data.dir}", "too small", detail)
+        yield Finding(what, "too small", f"{size[1]} x {size[0]} px are enlarged to {height} x {width} px")
+    latent = 4 * math.prod(latent_shape_of(spec.tokenizer))
+    caches = {"data.cache": 3 * height * width, "generator_training.latent_cache": latent}
+    for field, one in caches.items():
+        if attrgetter(field)(spec):
+            fail = partial(SpecError, f"spec.{field}", hint=f"Add --set {field}=false.")
+            yield _room(field, counts["train"] * one, _ram(), fail)
+
+
+def _weights(plan: Plan) -> Iterator[Finding]:
+    for asset in needed_assets(plan):
+        fault, barred = asset.fault(), asset.barred()
+        try:
+            if asset.package:
+                _need_package(asset.what, asset.package)
+            if fault and barred and not asset.without:
+                raise asset.error(barred)
+        except RaeError as error:
+            yield _failed(asset.what, error)
+            continue
+        if fault is None:
+            yield Finding(asset.what, "ok", str(asset.place))
+        elif asset.without:
+            yield Finding(asset.what, MISSING, f"{asset.without}; `raev2 assets fetch` gets it")
+        else:
+            yield Finding(asset.what, MISSING, f"{fault}; will be downloaded from {asset.url}", asset=asset)
+
+
+def _space(plan: Plan) -> Iterator[Finding]:
+    """Disk and memory."""
+    spec, disk, (device, memory) = plan.spec, 0, _device_memory()
+    for stage in plan.stages:
+        loop, processes, where = _loop(spec, stage), dist.world_size(), f"spec.{stage}_training"
+        if loop.batch_size % processes:
+            raise SpecError(
+                f"{where}.batch_size", "the global batch must split evenly",
+                got=f"{loop.batch_size} over {processes} processes", expected=f"a multiple of {processes}",
+            )  # fmt: skip
+        parameters, one = trained_size(plan.task, spec, stage)
+        state = state_bytes(parameters, loop)
+        disk += (loop.keep_checkpoints + 1) * (state - 4 * parameters)  # no gradients; one more while written
+        micro, field = loop.micro_batch_size or loop.batch_size // processes, f"{stage}_training.micro_batch_size"
+        fitting = 2 ** int(math.log2(max((memory - state) / max(one, 1), 1)))
+        hint = f"Add --set {field}={fitting}; it changes speed, not results."
+        fail = partial(SpecError, f"spec.{field}", got=micro, expected=f"at most {fitting}", hint=hint)
+        if state + one > memory:
+            fail = partial(SpecError, f"spec.{stage}", hint="Choose a smaller network, or another machine.")
+        yield _room(f"memory of {device}, {stage}, {micro} images", state + micro * one, memory, fail)
+    there = sum(file.stat().st_size for file in (plan.run_dir / "checkpoints").rglob("*") if file.is_file())
+    folder = next(path for path in (plan.run_dir.absolute(), *plan.run_dir.absolute().parents) if path.is_dir())
+    hint = "Choose another --run, or lower keep_checkpoints."
+    full = partial(FileError, f"checkpoints in {plan.run_dir}", hint=hint)
+    yield _room(f"disk of {plan.run_dir}", max(disk - there, 0), shutil.disk_usage(folder).free, full)
+
+
+CHECKS: dict[str, Callable[[Plan], Iterator[Finding]]] = {
+    "protocols": _protocols, "networks": _networks, "data": _data, "weights": _weights, "space": _space,
+}  # fmt: skip
+
+
+def _failed(what: str, error: RaeError) -> Finding:
+    return Finding(what, STATES.get(type(error), "wrong"), str(error), error)
+
+
+def _room(what: str, needed: int, there: int, fail: Callable[[str], RaeError]) -> Finding:
+    """An estimate in bytes against what is there; an error where that is too small."""
+    numbers = f"at least {needed / GIB:.2f} GiB needed, {there / GIB:.2f} GiB there"
+    if needed <= there:
+        return Finding(what, "guessed", numbers)
+    return Finding(what, "too small", str(error := fail(numbers)), error)
 
 
 def _need_package(where: str, package: str) -> None:
@@ -282,98 +432,7 @@ def _need_package(where: str, package: str) -> None:
         raise DataError(where, f"the package {package} is not installed", hint=hint) from None
 
 
-def _weights(plan: Plan) -> Iterator[Finding]:
-    for asset in needed_assets(plan):
-        fault, findings = asset.fault(), list[Finding]()
-        with _reported(findings, asset.what):
-            if asset.package:
-                _need_package(asset.what, asset.package)
-            if fault is None:
-                yield Finding(asset.what, "ok", str(asset.place))
-            elif asset.without:
-                yield Finding(asset.what, MISSING, f"{asset.without}; `raev2 assets fetch` gets it")
-            elif barred := asset.barred():
-                raise asset.error(barred)
-            else:
-                yield Finding(asset.what, MISSING, f"{fault}; will be downloaded from {asset.url}", asset=asset)
-        yield from findings
-
-
-def _disk(plan: Plan) -> Iterator[Finding]:
-    spec, sizes = plan.spec, sizes_of(plan.task, plan.spec)
-    needed = 0
-    for name, parameters in (
-        ("tokenizer_training", sizes.decoder),
-        ("generator_training", sizes.generator.num_parameters),
-    ):
-        if name in plan.loops:
-            loop = getattr(spec, name)
-            one = state_bytes(parameters, loop.optimizer, len(getattr(loop, "ema_decays", (0,)))) - 4 * parameters
-            needed += (loop.keep_checkpoints + 1) * one + 4 * parameters  # one more while it is written; the artefact
-    there = sum(file.stat().st_size for file in (plan.run_dir / "checkpoints").rglob("*") if file.is_file())
-    folder = next(path for path in (plan.run_dir.absolute(), *plan.run_dir.absolute().parents) if path.is_dir())
-    free, needed = shutil.disk_usage(folder).free, max(needed - there, 0)
-    detail = f"{needed / GIB:.2f} GiB of checkpoints, {free / GIB:.2f} GiB free"
-    if needed > free:
-        raise FileError(
-            f"run folder {plan.run_dir}", "the disk is too small for the checkpoints", got=f"{free / GIB:.2f} GiB free",
-            expected=f"{needed / GIB:.2f} GiB", hint="Choose another --run, or lower keep_checkpoints.",
-        )  # fmt: skip
-    yield Finding(f"disk of {plan.run_dir}", "guessed", detail)
-
-
-def _memory(plan: Plan) -> Iterator[Finding]:
-    spec, sizes = plan.spec, sizes_of(plan.task, plan.spec)
-    frozen = 4 * sizes.decoder
-    if isinstance(spec.tokenizer, TokenizerSpec):
-        info = encoder_facts(spec.tokenizer.encoder.name)
-        frozen += 4 * 12 * info.depth * info.width**2
-    builders = {"tokenizer_training": _one_decoded, "generator_training": _one_generated}
-    for name, loop in plan.loops.items():
-        parameters = sizes.decoder if name == "tokenizer_training" else sizes.generator.num_parameters
-        averages = len(getattr(loop, "ema_decays", (0,)))
-        state = state_bytes(parameters, loop.optimizer, averages) + frozen  # type: ignore[attr-defined]
-        one = activation_bytes(partial(builders[name], plan, sizes), spec.precision)
-        yield _fits(name, loop, state, one)
-    yield from _caches(plan, sizes)
-
-
-def _one_decoded(plan: Plan, sizes: Sizes) -> tuple[nn.Module, tuple[Any, ...]]:
-    tokenizer = plan.spec.tokenizer
-    assert isinstance(tokenizer, TokenizerSpec)
-    decoder = ViTDecoder(sizes.latent_shape[0], tokenizer.decoder, tokenizer.grid)
-    return decoder, (torch.zeros(1, math.prod(tokenizer.grid), sizes.latent_shape[0]),)
-
-
-def _one_generated(plan: Plan, sizes: Sizes) -> tuple[nn.Module, tuple[Any, ...]]:
-    spec, condition = plan.spec, plan.task.condition(plan.spec, None)
-    generator = Generator(spec.generator, condition, spec.flow, sizes.latent_shape)
-    return generator, (torch.zeros(1, *sizes.latent_shape), torch.zeros(1), generator.conditioner.example_cond(1))
-
-
-def _fits(name: str, loop: LoopSpec, state: int, one: int) -> Finding:
-    """At least so much memory is used: losses, workspace and kernels of a library come on top."""
-    micro = loop.micro_batch_size or math.ceil(loop.batch_size / dist.world_size())
-    device, available = _device_memory()
-    needed, room = state + micro * one, (available - state) // max(one, 1)
-    detail = f"at least {needed / GIB:.2f} GiB of {available / GIB:.2f} GiB, {micro} images a forward"
-    if needed <= available:
-        return Finding(f"memory of {device}, {name}", "guessed", detail)
-    if room < 1:
-        raise SpecError(
-            f"spec.{name}", f"too much for the memory of {device}", got=f"at least {(state + one) / GIB:.2f} GiB",
-            expected=f"at most {available / GIB:.2f} GiB", hint="Choose a smaller width or depth, or another machine.",
-        )  # fmt: skip
-    fitting = 2 ** int(math.log2(room))
-    raise SpecError(
-        f"spec.{name}.micro_batch_size", f"too many images at once for {device} ({detail})", got=micro,
-        expected=f"at most {fitting}",
-        hint=f"Add --set {name}.micro_batch_size={fitting}; it changes speed, not results.",
-    )  # fmt: skip
-
-
 def _device_memory() -> tuple[str, int]:
-    """Name of the device that trains, and all of its memory in bytes."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return properties.name, properties.total_memory
@@ -381,54 +440,8 @@ def _device_memory() -> tuple[str, int]:
 
 
 def _ram() -> int:
-    """Memory of this machine in bytes, or what a container may use of it."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory of this machine in bytes, or what its container may use of it."""
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else ""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(total, int(text)) if text.isdecimal() else total
-
-
-def _caches(plan: Plan, sizes: Sizes) -> Iterator[Finding]:
-    """Pictures and latents that are kept in memory, of a dataset that is there."""
-    spec, folder = plan.spec, Path(plan.spec.data.dir)
-    if not (folder / "manifest.json").is_file():
-        return
-    with damaged(folder / "manifest.json", DataError):
-        num = int(read_manifest(folder)["splits"]["train"]["num_samples"])
-    wanted = {
-        "data.cache": num * 3 * math.prod(spec.tokenizer.image_size),
-        "generator_training.latent_cache": num * 4 * math.prod(sizes.latent_shape),
-    }
-    for field, needed in wanted.items():
-        part, _, name = field.partition(".")
-        if getattr(getattr(spec, part), name):
-            if needed > (ram := _ram()):
-                raise SpecError(
-                    f"spec.{field}", "does not fit into the memory of this machine", got=f"{needed / GIB:.2f} GiB",
-                    expected=f"at most {ram / GIB:.2f} GiB", hint=f"Add --set {field}=false.",
-                )  # fmt: skip
-            yield Finding(field, "guessed", f"{needed / GIB:.2f} GiB of {ram / GIB:.2f} GiB of this machine")
-
-
-CHECKS: dict[str, Callable[[Plan], Iterator[Finding]]] = {
-    "protocols": _protocols, "fields": _fields, TOKENIZER: _tokenizer, GENERATOR: _generator, "data": _data,
-    "weights": _weights, "disk": _disk, "memory": _memory,
-}  # fmt: skip
-
-
-@contextmanager
-def _reported(findings: list[Finding], what: str) -> Iterator[None]:
-    """An error inside becomes a finding."""
-    try:
-        yield
-    except RaeError as error:
-        state: State = MISSING if isinstance(error, DataError) else "wrong"
-        findings.append(Finding(what, state, str(error), error))
-
-
-def _with_local_tokenizer(spec: RunSpec) -> RunSpec:
-    """`with_tokenizer` where the artefact is on this machine; the spec as it is where it has to be downloaded."""
-    if spec.tokenizer_from is None:
-        return spec
-    folder = Asset("tokenizer_from", spec.tokenizer_from).folder()
-    return spec if folder is None else with_tokenizer(spec.replace(tokenizer_from=str(folder)))

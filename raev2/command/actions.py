@@ -180,11 +180,11 @@ def data(options: Namespace) -> int:
 
 def assets(options: Namespace) -> int:
     """`raev2 assets`."""
-    from raev2.preflight import Plan, fetch_all, needed_assets
+    from raev2.preflight import Plan, fetch_all, needed_assets, with_tokenizer
 
     task, spec = _find_recipe(options.recipe, options.task)
     spec = apply_overrides(spec, options.overrides)
-    found = needed_assets(Plan(spec, task, Path()))
+    found = needed_assets(Plan(task, with_tokenizer(spec, download=False), Path()))
     _print_table(
         ("weights", "state", "from", "to"), [(a.what, a.fault() or "ok", a.url or "local", a.place) for a in found]
     )
@@ -318,20 +318,19 @@ def _find_recipe(name: str, task_name: str | None) -> tuple[Task, RunSpec]:
 
 def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
     """`raev2 train --dry-run`: sizes and findings; raises the first error after them."""
-    from raev2.preflight import preflight
+    from raev2.preflight import preflight, raise_first
 
     _print_sizes(task, spec)
-    findings = preflight(spec, run_dir, stage)
+    findings = preflight(task, spec, run_dir, stage)
     print()
     _print_table(("needed", "state", "detail"), [(f.what, f.state, f.detail) for f in findings])
     print(f"\nrun folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
-    for error in (finding.error for finding in findings if finding.error):
-        raise error
+    raise_first(findings)
     return OK
 
 
 def _print_sizes(task: Task, spec: RunSpec) -> None:
-    from raev2.sizes import run_sizes
+    from raev2.preflight import run_sizes
 
     print(f"{task.name} / {spec.recipe}   fingerprint {fingerprint(spec)}")
     _print_table(("size", "value"), run_sizes(task, spec))

@@ -22,8 +22,8 @@ from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
 from raev2.files.plugins import GUIDANCE, TASKS, installed
 
 COMMANDS = (
-    "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "import", "export", "analyse", "bench", "doctor",
+    "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "assets",
+    "latents", "import", "export", "analyse", "bench", "doctor",
 )  # fmt: skip
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (

@@ -1,21 +1,22 @@
 """Weights that a run reads and no package brings: are they here, where do they belong, how do they come here.
 
 asset = Asset("encoder dinov2-b", "timm/vit_base_patch14_reg4_dinov2.lvd142m")
-asset.fault()                          # 'missing', 'damaged ...' or None; looks at this machine alone
+asset.fault()                          # 'missing', 'damaged, ...' or None; looks at this machine alone
 asset.fetch()
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from raev2.errors import CheckpointError
 from raev2.files.damage import read_json
 from raev2.files.hashes import file_sha256
 
-MISSING = "missing"
+MISSING: Literal["missing"] = "missing"
+TORCH = "https://download.pytorch.org/models/"
 
 
 @dataclass(frozen=True)
@@ -44,54 +45,48 @@ class Asset:
     package: str = ""
 
     @property
-    def is_local(self) -> bool:
-        """Whether it is a path; a hub id has exactly one slash, and a folder of that name comes first."""
-        is_id = self.source.count("/") == 1 and not self.source.startswith((".", "/", "~")) and self.source[-1] != "/"
-        return not self._is_file and (Path(self.source).expanduser().exists() or not is_id)
-
-    @property
     def url(self) -> str:
         """Where it comes from; empty for a path."""
-        if self._is_file or self.is_local:
-            return self.source if self._is_file else ""
-        return f"https://huggingface.co/{self.source.partition('@')[0]}"
+        if self._hash:
+            return self.source
+        is_id = self.source.count("/") == 1 and not self.source.startswith((".", "/", "~"))
+        is_path = Path(self.source).expanduser().exists() or not is_id
+        return "" if is_path else f"https://huggingface.co/{self._repository[0]}"
 
     @property
     def place(self) -> Path:
-        """The file or folder that another machine's copy goes to."""
-        if self._is_file:
+        """The file or folder that a copy of another machine goes to."""
+        if self._hash:
             import torch
 
             return Path(torch.hub.get_dir()) / "checkpoints" / self.source.rpartition("/")[2]
-        if self.is_local:
+        if not self.url:
             return Path(self.source).expanduser()
         from huggingface_hub import constants
 
-        return Path(constants.HF_HUB_CACHE) / f"models--{self.source.partition('@')[0].replace('/', '--')}"
+        return Path(constants.HF_HUB_CACHE) / f"models--{self._repository[0].replace('/', '--')}"
 
     def folder(self) -> Path | None:
-        """Where its files are on this machine; None: not here."""
-        if self.is_local or self._is_file:
+        """The file, or the folder with the files, on this machine; None: not here."""
+        if self._hash or not self.url:
             return self.place if self.place.exists() else None
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        name, _, revision = self.source.partition("@")
+        name, revision = self._repository
         try:
-            return Path(snapshot_download(name, revision=revision or None, local_files_only=True)) / self.subfolder
-        except (LocalEntryNotFoundError, ValueError):  # of the latter: a name that cannot be
+            return Path(snapshot_download(name, revision=revision, local_files_only=True)) / self.subfolder
+        except (LocalEntryNotFoundError, ValueError):  # the latter for a name that cannot be
             return None
 
     def fault(self) -> str | None:
-        """What is wrong with it on this machine: 'missing', or how it is damaged. None: it is whole."""
-        folder = self.folder()
-        if folder is None:
+        """What is wrong with it on this machine; None: it is whole. Of safetensors files the headers are read."""
+        found = self.folder()
+        if found is None:
             return MISSING
-        if self._is_file:
-            return (
-                None if file_sha256(folder).startswith(self._hash) else f"damaged, its SHA-256 is not {self._hash}..."
-            )
-        return _fault_of_folder(folder) if folder.is_dir() else None
+        if self._hash:
+            return None if file_sha256(found).startswith(self._hash) else f"damaged, the SHA-256 is not {self._hash}..."
+        return _fault_of_folder(found) if found.is_dir() else None
 
     def barred(self) -> str:
         """Why it cannot be downloaded, as far as this machine knows; empty: nothing speaks against it."""
@@ -111,46 +106,46 @@ class Asset:
         if barred := self.barred():
             raise self.error(barred)
         try:
-            if self._is_file:
-                import torch
-
-                self.place.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(self.source, str(self.place), hash_prefix=self._hash)
-            else:
-                from huggingface_hub import snapshot_download
-
-                name, _, revision = self.source.partition("@")
-                patterns = [f"{self.subfolder}/{files}".lstrip("/") for files in self.files]
-                snapshot_download(
-                    name, revision=revision or None, allow_patterns=patterns, force_download=fault != MISSING
-                )
+            self._download(again=fault != MISSING)
         except Exception as error:  # network, access and file errors of several libraries
             raise self.error(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}") from error
         if fault := self.fault():
-            raise self.error(f"{fault} after the download")
+            raise self.error(f"{fault}, after the download")
 
     def error(self, got: str | None = None) -> CheckpointError:
-        """That it is not here; how to bring it, and `note`."""
+        """That it is not here, and how to bring it."""
+        how = f"It comes from {self.url}; without network copy that folder from a machine that has it"
+        if self._hash:
+            how = f"Download {self.source} and put it there (SHA-256 begins with {self._hash})"
         if not self.url:
             how = "Copy it there, or correct the name"
-        elif self._is_file:
-            how = f"Download {self.source} and put it there (SHA-256 begins with {self._hash})"
-        else:
-            how = f"It comes from {self.url}; without network copy that folder from a machine that has it"
-        hint = ". ".join(text for text in (how, self.note) if text)
+        hint = "".join(f"{text}. " for text in (how, self.note) if text).strip()
         what = f"the weights are {self.fault() or MISSING}"
-        return CheckpointError(self.what, what, got=got or None, expected=str(self.place), hint=f"{hint}.")
+        return CheckpointError(self.what, what, got=got, expected=str(self.place), hint=hint)
 
-    @property
-    def _is_file(self) -> bool:
-        return self.source.startswith("https://")
+    def _download(self, again: bool) -> None:
+        if self._hash:
+            import torch
+
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(self.source, str(self.place), hash_prefix=self._hash)
+            return
+        from huggingface_hub import snapshot_download
+
+        name, revision = self._repository
+        patterns = [f"{self.subfolder}/{files}".lstrip("/") for files in self.files]
+        snapshot_download(name, revision=revision, allow_patterns=patterns, force_download=again)
 
     @property
     def _hash(self) -> str:
-        return Path(self.source).stem.rpartition("-")[2]
+        return Path(self.source).stem.rpartition("-")[2] if self.source.startswith("https://") else ""
+
+    @property
+    def _repository(self) -> tuple[str, str | None]:
+        name, _, revision = self.source.partition("@")
+        return name, revision or None
 
 
-TORCH = "https://download.pytorch.org/models/"
 LPIPS_WEIGHTS = {
     "vgg": Asset("LPIPS (VGG)", f"{TORCH}vgg16-397923af.pth"),
     "alex": Asset("LPIPS (AlexNet)", f"{TORCH}alexnet-owt-7be5be79.pth"),
@@ -162,18 +157,7 @@ INCEPTION_WEIGHTS = Asset(
 )
 
 
-def distinct(assets: Iterable[Asset]) -> list[Asset]:
-    """One asset for each source and subfolder, in order; one that is needed stands for those that are not."""
-    found: dict[tuple[str, str], Asset] = {}
-    for asset in assets:
-        key = asset.source, asset.subfolder
-        if key not in found or (found[key].without and not asset.without):
-            found[key] = asset
-    return list(found.values())
-
-
 def _fault_of_folder(folder: Path) -> str | None:
-    """'missing', or which safetensors file is missing or cut short; headers alone are read."""
     from safetensors import SafetensorError, safe_open
 
     wanted = {file.name for file in folder.glob("*.safetensors")}
@@ -181,8 +165,7 @@ def _fault_of_folder(folder: Path) -> str | None:
         wanted |= set(read_json(index).get("weight_map", {}).values())
     for name in sorted(wanted):
         try:
-            with safe_open(folder / name, "numpy"):
-                pass
+            safe_open(folder / name, "numpy").__enter__()
         except (OSError, SafetensorError):
             return f"damaged, {name} is missing or cut short"
     return None if wanted else MISSING

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from raev2.model.condition import ConditionSpec
 from raev2.model.generator import Generator
-from raev2.sizes import run_sizes
+from raev2.preflight import run_sizes
 from raev2.spec import PixelSpec, RunSpec, TaskSpec, TokenizerSpec
 from raev2.spec_io import apply_overrides, fingerprint, load_spec, save_spec, spec_from_dict, spec_to_dict
 from raev2.task import Evaluator, Task, get_evaluators, get_recipe, get_task, installed_data_recipes, installed_tasks

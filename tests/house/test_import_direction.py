@@ -37,7 +37,7 @@ ORDER = """
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
     train_tokenizer train_generator
     report.chart report.published report.page
-    sizes preflight pipeline
+    preflight pipeline
     analysis.table analysis.probe analysis.correlation analysis.blocks analysis.width analysis.ablations
     analysis.command
     command.bench command.convert_actions command.actions command.cli __main__
