@@ -190,10 +190,10 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
     if isinstance(tokenizer, TokenizerSpec):
         name, layers, first = tokenizer.encoder.name, list(tokenizer.encoder.layers) or "last", spec.tokenizer_training
         with torch.device("meta"):
-            decoder = sum(value.numel() for value in _decoder(tokenizer).state_dict().values())  # with its positions
+            decoder = ViTDecoder(shape[0], tokenizer.decoder, tokenizer.grid).state_dict()  # with its positions
         rows = [
             ("encoder", f"{name}, layers {layers}, licence {encoder_facts(name).licence}"),
-            ("decoder parameters", f"{decoder / 1e6:.2f} M"),
+            ("decoder parameters", f"{sum(value.numel() for value in decoder.values()) / 1e6:.2f} M"),
             ("tokenizer steps", f"{first.num_steps:,} of {first.batch_size} images"),
         ]
     return [
@@ -228,9 +228,9 @@ def trained_size(task: Task, spec: RunSpec, stage: str) -> tuple[int, int]:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    bf16 = spec.precision == "bf16"
+    bf16, shape = spec.precision == "bf16", latent_shape_of(spec.tokenizer)
     with FakeTensorMode(), saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=bf16):
-        network, inputs = _call(task, spec, stage)
+        network, inputs = _call(task, spec, stage, shape)
         output = network(*inputs)  # it holds what is kept
         own = {weight.untyped_storage()._cdata for weight in network.parameters()}
         parameters = sum(weight.numel() for weight in network.parameters())
@@ -240,12 +240,12 @@ def trained_size(task: Task, spec: RunSpec, stage: str) -> tuple[int, int]:
     return parameters, max(found - casts, 0)
 
 
-def _call(task: Task, spec: RunSpec, stage: str) -> tuple[nn.Module, tuple[Any, ...]]:
+def _call(task: Task, spec: RunSpec, stage: str, shape: tuple[int, int, int]) -> tuple[nn.Module, tuple[Any, ...]]:
     """The network that a stage trains, and inputs of one image."""
-    width, *grid = shape = latent_shape_of(spec.tokenizer)
     if stage == TOKENIZER:
         assert isinstance(spec.tokenizer, TokenizerSpec)
-        return _decoder(spec.tokenizer), (torch.zeros(1, math.prod(grid), width),)
+        decoder = ViTDecoder(shape[0], spec.tokenizer.decoder, spec.tokenizer.grid)
+        return decoder, (torch.zeros(1, shape[1] * shape[2], shape[0]),)
     generator = Generator(spec.generator, task.condition(spec, None), spec.flow, shape)
     return generator, (torch.zeros(1, *shape), torch.zeros(1), generator.conditioner.example_cond(1))
 
@@ -275,10 +275,6 @@ def encoder_facts(name: str) -> EncoderInfo:
     if name.startswith("hf:") and (source := asset.folder()) is None:
         raise asset.error("unknown sizes")
     return build_encoder(EncoderSpec(name=name), (1, 1), pretrained=False, source=source).info
-
-
-def _decoder(tokenizer: TokenizerSpec) -> ViTDecoder:
-    return ViTDecoder(encoder_facts(tokenizer.encoder.name).width, tokenizer.decoder, tokenizer.grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
