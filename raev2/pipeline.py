@@ -35,7 +35,6 @@ from raev2.files.picture_folder import PictureFolder, scan_folder, told
 from raev2.files.replace import RECONSTRUCTIONS, SAMPLES, new_folder
 from raev2.guidance import build_guidance
 from raev2.model.generator import Generator
-from raev2.preflight import GENERATOR, TOKENIZER, make_ready, with_tokenizer
 from raev2.sampler import sample
 from raev2.spec import Guidance, NoGuidance, RunSpec, SamplingSpec, TokenizerSpec
 from raev2.spec_io import load_spec
@@ -48,6 +47,7 @@ from raev2.train_tokenizer import measure_stats, train_tokenizer
 from raev2.training import dist
 from raev2.training.checkpoint import latest_checkpoint
 from raev2.training.lock import run_lock
+from raev2.training.preflight import GENERATOR, TOKENIZER, make_ready, with_tokenizer
 from raev2.training.resume import Origin, check_identity, local_identity
 from raev2.training.run import Run, add_provenance, make_accelerator, memory_field, newest_run, open_run
 

@@ -180,7 +180,7 @@ def data(options: Namespace) -> int:
 
 def assets(options: Namespace) -> int:
     """`raev2 assets`."""
-    from raev2.preflight import Plan, fetch_all, needed_assets, with_tokenizer
+    from raev2.training.preflight import Plan, fetch_all, needed_assets, with_tokenizer
 
     task, spec = _find_recipe(options.recipe, options.task)
     spec = apply_overrides(spec, options.overrides)
@@ -318,7 +318,7 @@ def _find_recipe(name: str, task_name: str | None) -> tuple[Task, RunSpec]:
 
 def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
     """`raev2 train --dry-run`: sizes and findings; raises the first error after them."""
-    from raev2.preflight import preflight, raise_first
+    from raev2.training.preflight import preflight, raise_first
 
     _print_sizes(task, spec)
     findings = preflight(task, spec, run_dir, stage)
@@ -330,7 +330,7 @@ def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
 
 
 def _print_sizes(task: Task, spec: RunSpec) -> None:
-    from raev2.preflight import run_sizes
+    from raev2.training.preflight import run_sizes
 
     print(f"{task.name} / {spec.recipe}   fingerprint {fingerprint(spec)}")
     _print_table(("size", "value"), run_sizes(task, spec))

@@ -33,11 +33,11 @@ ORDER = """
     task spec_io testing
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files
-    training.ema training.optim training.checkpoint training.lock training.run training.resume
+    training.ema training.optim training.checkpoint training.lock training.run training.resume training.preflight
     eval.features eval.distances eval.image_pairs eval.generate eval.protocols
     train_tokenizer train_generator
     report.chart report.published report.page
-    preflight pipeline
+    pipeline
     analysis.table analysis.probe analysis.correlation analysis.blocks analysis.width analysis.ablations
     analysis.command
     command.bench command.convert_actions command.actions command.cli __main__

@@ -14,13 +14,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from raev2 import pipeline, preflight
+from raev2 import pipeline
 from raev2.command.cli import main
 from raev2.errors import CheckpointError, DataError, FileError, SpecError
 from raev2.files.assets import INCEPTION_WEIGHTS, Asset
-from raev2.preflight import Plan, make_ready, needed_assets, run_sizes, state_bytes, trained_size
 from raev2.spec import CFG, AutoGuidance, InternalGuidance, LPIPSLoss, MuonSpec, PixelSpec
 from raev2.task import Task, get_recipe, get_task
+from raev2.training import preflight
+from raev2.training.preflight import Plan, make_ready, needed_assets, run_sizes, state_bytes, trained_size
 
 IMAGENET = get_task("imagenet")
 
