@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raev2.errors import CheckpointError, SpecError, did_you_mean
+from raev2.errors import CheckpointError, RaeError, SpecError, did_you_mean
 from raev2.files.damage import damaged
 from raev2.files.hashes import json_sha256
 from raev2.files.replace import write_text
@@ -35,14 +35,8 @@ def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
     if not isinstance(task_values, Mapping) or "name" not in task_values:
         raise SpecError("spec.task", "a run spec names its task", got=task_values, expected="a mapping with 'name'")
     task = get_task(str(task_values["name"]))
-    try:
-        values["task"] = task.spec_type.model_validate(dict(task_values))
-    except ValidationError as error:
-        raise _spec_error(error, task.spec_type, ("task",)) from None
-    try:
-        return RunSpec.model_validate(values)
-    except ValidationError as error:
-        raise _spec_error(error, RunSpec, ()) from None
+    values["task"] = validated(task.spec_type, dict(task_values), "spec.task.")
+    return validated(RunSpec, values)
 
 
 def spec_to_dict(spec: RunSpec) -> dict[str, Any]:
@@ -55,15 +49,21 @@ def load_spec(file: str | Path) -> RunSpec:
     file = Path(file)
     if not file.is_file():
         raise CheckpointError(str(file), "no spec here", expected="spec.yaml of a run folder")
+    values = read_yaml(file, "the mapping of a run spec")
+    values.pop("fingerprint", None)
+    return spec_from_dict(values)
+
+
+def read_yaml(file: Path, expected: str) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; `expected` says what it should be."""
     try:
         with damaged(file):
             values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise CheckpointError(str(file), "not readable as YAML", got=str(error)) from error
     if not isinstance(values, dict):
-        raise CheckpointError(str(file), "damaged", got=type(values).__name__, expected="the mapping of a run spec")
-    values.pop("fingerprint", None)
-    return spec_from_dict(values)
+        raise CheckpointError(str(file), "damaged", got=type(values).__name__, expected=expected)
+    return values
 
 
 def save_spec(spec: RunSpec, file: str | Path) -> None:
@@ -118,10 +118,7 @@ def apply_overrides(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:
 
 def override_spec(spec: AnySpec, overrides: Sequence[str]) -> AnySpec:
     """`apply_overrides` for a spec that is not a whole run, such as the settings of a command."""
-    try:
-        return type(spec).model_validate(override_values(spec.model_dump(mode="json"), overrides))
-    except ValidationError as error:
-        raise _spec_error(error, type(spec), ()) from None
+    return validated(type(spec), override_values(spec.model_dump(mode="json"), overrides))
 
 
 def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -148,56 +145,49 @@ def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return values
 
 
-def _spec_error(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...]) -> SpecError:
-    first, *others = error.errors()
-    # pydantic puts the chosen kind of a union into the path; users write the path without it
-    tags = {tag for tag in map(str, first["loc"]) if tag in _union_tags(model)}
-    path = [str(part) for part in first["loc"] if str(part) not in tags]
-    where = ".".join(["spec", *prefix, *path])
+def validated(model: type[AnySpec], values: Any, prefix: str = "spec.", error: type[RaeError] = SpecError) -> AnySpec:
+    """`values` as a spec; the first thing that is wrong with them is an error at `prefix` and the path of the field."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as problem:
+        first, *others = problem.errors()
+    path, known = _place(model, first["loc"])
+    where = f"{prefix}{'.'.join(path)}".rstrip(". ")
     more = f" ({len(others)} more error{'s' if len(others) > 1 else ''})" if others else ""
     if first["type"] == "extra_forbidden":
-        fields = _fields_at(error, model, path[:-1])
-        hint = did_you_mean(path[-1], fields) or (f"Known: {', '.join(fields)}." if fields else "")
-        return SpecError(where, "unknown field", hint=hint + more)
+        hint = did_you_mean(path[-1], known) or (f"Known: {', '.join(known)}." if known else "")
+        raise error(where, "unknown field", hint=hint + more)
     if first["type"] == "value_error":
-        return SpecError(where, str(first["ctx"]["error"]) + more)
+        raise error(where, str(first["ctx"]["error"]) + more)
     if first["type"] == "missing":
-        return SpecError(where, "missing field", expected="a value" + more)
+        raise error(where, "missing field", expected="a value" + more)
     message = first["msg"]
-    return SpecError(where, "not valid", got=repr(first["input"]), expected=message[:1].lower() + message[1:] + more)
+    raise error(where, "not valid", got=repr(first["input"]), expected=message[:1].lower() + message[1:] + more)
 
 
-def _union_tags(model: type[BaseModel]) -> set[str]:
-    found: set[str] = set()
+def _place(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """Path of an error as users write it, and the names of the fields beside it, from the JSON schema.
 
-    def visit(schema: Any) -> None:
-        if isinstance(schema, dict):
-            found.update((schema.get("discriminator") or {}).get("mapping", {}))
-            for value in schema.values():
-                visit(value)
-        elif isinstance(schema, list):
-            for value in schema:
-                visit(value)
-
-    visit(model.model_json_schema())
-    return found
-
-
-def _fields_at(error: ValidationError, model: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the (sub)model at a path, from the JSON schema; several for a union."""
+    pydantic puts the chosen kind of a union into the path, which is left out.
+    """
     schema = model.model_json_schema()
-    definitions = schema.get("$defs", {})
-    nodes = [schema]
-    for part in path:
-        nodes = [sub for node in nodes for sub in _resolve(node.get("properties", {}).get(part, {}), definitions)]
-    return sorted({name for node in nodes for name in node.get("properties", {})})
 
+    def options(node: dict[str, Any]) -> list[dict[str, Any]]:
+        if "$ref" in node:
+            return options(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]])
+        several = node.get("oneOf") or node.get("anyOf") or node.get("allOf") or []
+        return [found for option in several for found in options(option)] or [node]
 
-def _resolve(node: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:
-    if "$ref" in node:
-        return _resolve(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
-    options = node.get("oneOf") or node.get("anyOf") or node.get("allOf") or []
-    return [found for option in options for found in _resolve(option, definitions)] or [node]
+    path: list[str] = []
+    nodes = beside = options(schema)
+    for part in map(str, loc):
+        chosen = [node for node in nodes if node.get("properties", {}).get("kind", {}).get("const") == part]
+        if not chosen:
+            path.append(part)
+            beside = nodes
+            chosen = [sub for node in nodes for sub in options(node.get("properties", {}).get(part, {}))]
+        nodes = chosen
+    return path, sorted({name for node in beside for name in node.get("properties", {})})
 
 
 def _bound(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from raev2.data import ImageDataset, ordered_batches, to_float, train_batches
 from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact, load_strict
 from raev2.flow import interpolate, sample_t, training_loss
-from raev2.model.generator import Generator
+from raev2.model.generator import Generator, generator_card
 from raev2.task import EncodeImages, Task
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.encoders import build_encoder
@@ -207,24 +207,9 @@ def _repa_encoder(run: Run, latent_shape: tuple[int, int, int]) -> Callable[[Ten
 
 def _card(run: Run, dataset: ImageDataset, images: int) -> str:
     manifest = dataset.manifest
-    return f"""---
-library_name: raev2
----
-
-# Generator: {run.spec.task.name} / {run.spec.recipe}
-
-Trained on {images:,} images of `{manifest["name"]}` (fingerprint {dataset.fingerprint[:12]}), averaged weights.
-It needs the tokenizer it was trained with. Numbers, protocols and settings: `report.html` of its run.
-
-## Data and licence
-
-{manifest["licence"]}. {manifest["attribution"]}
-
-## Use
-
-```python
-from raev2 import RAE, Generator, sample
-
-images = sample(Generator.from_pretrained("GENERATOR"), RAE.from_pretrained("TOKENIZER"), cond, steps=50)
-```
-"""
+    return generator_card(
+        f"Generator: {run.spec.task.name} / {run.spec.recipe}",
+        f"Trained on {images:,} images of `{manifest['name']}` (fingerprint {dataset.fingerprint[:12]}), averaged "
+        "weights.\nIt needs the tokenizer it was trained with. Numbers, protocols and settings: `report.html` of its "
+        f"run.\n\n## Data and licence\n\n{manifest['licence']}. {manifest['attribution']}",
+    )

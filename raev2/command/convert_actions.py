@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import shutil
 import tempfile
 from argparse import Namespace
@@ -13,21 +13,24 @@ from typing import Any
 import torch
 import yaml
 from accelerate import init_empty_weights
-from pydantic import ValidationError
+from torch import nn
 
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import FILES, load_artefact, load_strict, save_artefact, write_json
+from raev2.files.damage import read_json
 from raev2.files.replace import EXPORT, new_folder
 from raev2.interop.autoencoders import export_autoencoder, import_autoencoder
+from raev2.interop.convert import part
 from raev2.interop.decoders import HEADS, decoder_spec, decoder_tensors, export_decoder, import_decoder
 from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
 from raev2.interop.files import Source, generator_part, read_config, read_source, tokenizer_part
 from raev2.interop.generators import convert_generator, export_generator, generator_config, nearest_multiples
 from raev2.interop.stats import export_stats, import_stats
+from raev2.model.generator import generator_card
 from raev2.pipeline import GENERATOR, TOKENIZER, load_generator, tokenizer_of
 from raev2.report.page import direction
 from raev2.spec import EncoderSpec, TokenizerSpec
-from raev2.spec_io import AnySpec, load_spec, override_values
+from raev2.spec_io import load_spec, override_values, validated
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.tokenizer.latent_stats import LatentStats
@@ -57,14 +60,12 @@ def import_weights(options: Namespace) -> Rows:
             str(source.path), "latent statistics alone are no tokenizer", got=", ".join(source.tensors),
             hint=f"Import the decoder they belong to: raev2 import DECODER --stats {source.path} --out {out}",
         )  # fmt: skip
-    if source.kind != "decoder":
-        given = {"encoder": options.encoder, "encoder-dir": options.encoder_dir, "stats": options.stats,
-                 "from": options.origin}  # fmt: skip
-        if source.kind == "autoencoder":
-            given |= {"config": options.config, "set": options.overrides}
-        for name, value in given.items():
-            if value:
-                raise SpecError(f"--{name}", f"has no effect with {source.layout}")
+    given = {"config": options.config, "set": options.overrides, "encoder": options.encoder,
+             "encoder-dir": options.encoder_dir, "stats": options.stats, "from": options.origin}  # fmt: skip
+    used = {"decoder": set(given), "generator": {"config", "set"}, "autoencoder": set()}[source.kind]
+    for name, value in given.items():
+        if value and name not in used:
+            raise SpecError(f"--{name}", f"has no effect with {source.layout}")
     if source.kind == "generator":
         return _import_generator(source, options, out)
     with _scratch(out) as folder:
@@ -85,14 +86,13 @@ def _import_generator(source: Source, options: Namespace, out: Path) -> Rows:
     card = _generator_card(source, generator.extra["licence"])
     save_artefact(out, kind="generator", config=generator.config(), tensors=conversion.write, card=card)
     channels, rows, columns = generator.latent_shape
-    num_parameters = sum(parameter.numel() for parameter in generator.parameters())
     given = "" if "prediction" in config else " (not in the weights; --set prediction=... changes it)"
     return [
         ("found", _found(source, source.layout)),
         ("latents", f"{channels} x {rows} x {columns}"),
         ("condition", generator.condition_spec.kind),
         ("prediction", generator.flow.prediction + given),
-        ("parameters", f"{num_parameters / 1e6:.2f} M"),
+        ("parameters", _millions(generator)),
         ("generator", str(out)),
     ]
 
@@ -109,7 +109,7 @@ def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
         )  # fmt: skip
     _check_image_size(config, encoder, grid)
     with init_empty_weights(include_buffers=False):
-        spec = _validated(TokenizerSpec, {"encoder": encoder_spec, "decoder": decoder, "grid": grid, **noise}, "--set ")
+        spec = validated(TokenizerSpec, {"encoder": encoder_spec, "decoder": decoder, "grid": grid, **noise}, "--set ")
         rae = RAE(spec, encoder)
     pixels = (encoder.info.mean, encoder.info.std) if origin == ORIGINS["rae"] else (None, None)
     rae.decoder = import_decoder(source.tensors, {**decoder_fields, "grid": grid}, *pixels)
@@ -138,7 +138,7 @@ def _given_tokenizer(options: Namespace) -> tuple[Mapping[str, Any], EncoderSpec
     decoder: dict[str, Any] = {"heads": config[HEADS]} if HEADS in config else {}
     encoder: EncoderSpec | None = None
     if "encoder" in config and "decoder" in config:  # ours
-        spec = _validated(TokenizerSpec, config, f"{options.config} tokenizer.")
+        spec = validated(TokenizerSpec, config, f"{options.config} tokenizer.")
         encoder, decoder = spec.encoder, {"heads": spec.decoder.num_heads, "grid": spec.grid}
     elif "encoder_name" in config:
         encoder = reference_encoder(str(config["encoder_name"]))
@@ -154,7 +154,7 @@ def _given_tokenizer(options: Namespace) -> tuple[Mapping[str, Any], EncoderSpec
             "'dinov3mls-vit-l16[layers=11.13.15.17.19.21.23]', 'hf:ID' or a folder; or --config FILE",
         )  # fmt: skip
     values = override_values({"encoder": encoder.model_dump()}, options.overrides)
-    encoder = _validated(EncoderSpec, values.pop("encoder"), "--set encoder.")
+    encoder = validated(EncoderSpec, values.pop("encoder"), "--set encoder.")
     noise: dict[str, Any] = {name: values.pop(name) for name in ("noise_tau", "noise_distribution") if name in values}
     known = {"latent_dim", "width", "depth", "heads", "mlp_width", "patch_size", "num_patches", "grid"}
     unknown = sorted(values.keys() - known)
@@ -163,14 +163,6 @@ def _given_tokenizer(options: Namespace) -> tuple[Mapping[str, Any], EncoderSpec
             f"--set {unknown[0]}", "unknown field", expected=f"encoder.FIELD, noise_tau, {', '.join(sorted(known))}"
         )
     return config, encoder, decoder | values, noise
-
-
-def _validated(model: type[AnySpec], values: Mapping[str, Any], where: str) -> AnySpec:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SpecError(f"{where}{'.'.join(map(str, first['loc']))}", str(first["msg"])) from error
 
 
 def _origin(options: Namespace, config: Mapping[str, Any]) -> str:
@@ -192,7 +184,7 @@ def _check_image_size(config: Mapping[str, Any], encoder: FrozenEncoder, grid: t
         if size is None:
             continue
         if size % unit:
-            expected = f"a multiple of {unit}: {' or '.join(map(str, nearest_multiples(size, unit)))}"
+            expected = f"a multiple of {unit}: {nearest_multiples(size, unit)}"
             raise SpecError(f"config {name}", "no image size for this encoder", got=size, expected=expected)
         if (size // unit) ** 2 != grid[0] * grid[1]:
             raise SpecError(
@@ -203,19 +195,22 @@ def _check_image_size(config: Mapping[str, Any], encoder: FrozenEncoder, grid: t
 
 def _tokenizer_rows(rae: RAE) -> Rows:
     spec, (channels, rows, columns) = rae.spec, rae.latent_shape
-    parameters = sum(parameter.numel() for parameter in rae.decoder.parameters())
     result = [
         ("encoder", f"{rae.encoder.info.name}, licence {rae.encoder.info.licence}"),
         ("layers", f"{list(rae.encoder.layers)}, {spec.encoder.aggregate}" + ", pooled" * spec.encoder.pooled_term),
         ("latents", f"{channels} x {rows} x {columns}"),
         ("images", f"{spec.image_size[0]} x {spec.image_size[1]} px"),
-        ("decoder parameters", f"{parameters / 1e6:.2f} M"),
+        ("decoder parameters", _millions(rae.decoder)),
     ]
     if rae.encoder.info.name.startswith("siglip2") and rae.encoder.info.mean[0] == 0.5:
         result.append(
             ("pixels", "normalised with 0.5, as SigLIP-2 was trained; the code of RAEv2 uses ImageNet values")
         )
     return result
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
 
 
 def _found(source: Source, layout: str) -> str:
@@ -234,30 +229,11 @@ def _extra(source: Source, origin: str, files: Mapping[str, str] | None = None) 
 
 def _generator_card(source: Source, licence: str) -> str:
     files = "\n".join(f"| {name} | `{digest}` |" for name, digest in source.files.items())
-    return f"""---
-library_name: raev2
----
-
-# Generator, imported from {source.layout}
-
-It needs the tokenizer it was trained with, with the same latent statistics.
-
-| file | SHA-256 |
-|---|---|
-{files}
-
-## Licence
-
-{licence}
-
-## Use
-
-```python
-from raev2 import RAE, Generator, sample
-
-images = sample(Generator.from_pretrained("GENERATOR"), RAE.from_pretrained("TOKENIZER"), cond, steps=50)
-```
-"""
+    return generator_card(
+        f"Generator, imported from {source.layout}",
+        f"It needs the tokenizer it was trained with, with the same latent statistics.\n\n"
+        f"| file | SHA-256 |\n|---|---|\n{files}\n\n## Licence\n\n{licence}",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +260,7 @@ def _scratch(out: Path) -> tempfile.TemporaryDirectory[str]:
 def _artefacts(path: Path) -> dict[str, Path]:
     """The tokenizer and generator of a run folder, or the one artefact that a folder is."""
     if (path / "config.json").is_file():
-        kind = json.loads((path / "config.json").read_text()).get("kind")
+        kind = read_json(path / "config.json").get("kind")
         if kind in (TOKENIZER, GENERATOR):
             return {kind: path}
     if (path / "spec.yaml").is_file():
@@ -323,8 +299,6 @@ def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Rows:
 
 def _save_pickle(tensors: Mapping[str, Any], file: Path) -> None:
     """`torch.save`, whose own error of a full disk is none of files."""
-    import io
-
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     file.write_bytes(buffer.getvalue())
@@ -339,8 +313,7 @@ def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats 
         )
     spec = TokenizerSpec.model_validate(config["tokenizer"])
     decoder = ViTDecoder(tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
-    weights = {name.removeprefix("decoder."): v for name, v in tensors.items() if name.startswith("decoder.")}
-    load_strict(decoder, weights, str(path))
+    load_strict(decoder, part(tensors, "decoder."), str(path))
     stats = config["stats"]
     return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
 
@@ -382,7 +355,7 @@ def _evaluations(folder: Path, kind: str) -> str:
     """The results of a run that concern a part, as a section of its model card."""
     sections = []
     for file in sorted(folder.glob("*.json")):
-        result = json.loads(file.read_text())
+        result = read_json(file)
         if (kind == "generator") != (result["sampling"] is not None):
             continue
         rows = "\n".join(

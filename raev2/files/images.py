@@ -123,12 +123,12 @@ def to_rgb(image: Image.Image, where: str = "picture") -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def is_picture(file: Path) -> bool:
+def is_picture(source: Path | bytes) -> bool:
     """Whether a file claims to be a picture, by its suffix or by its first bytes. It may still be damaged."""
-    if file.suffix.lower() in _picture_suffixes():
+    if isinstance(source, Path) and source.suffix.lower() in picture_suffixes():
         return True
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image.format not in NOT_DECODED
     except BOMBS:
         return True
@@ -156,8 +156,8 @@ def _too_large(where: str, got: str) -> DataError:
 
 
 @cache
-def _picture_suffixes() -> frozenset[str]:
-    """Suffixes of the formats that Pillow decodes."""
+def picture_suffixes() -> frozenset[str]:
+    """Suffixes of the formats that Pillow decodes, with the dot."""
     suffixes = Image.registered_extensions()  # loads every format
     return frozenset(end for end, name in suffixes.items() if name in Image.OPEN and name not in NOT_DECODED)
 

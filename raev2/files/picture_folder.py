@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ TOOL_NAMES = frozenset(
 class PictureFolder:
     """A folder and all that is in it; links to folders are followed.
 
-    pictures   files directly in it that claim to be pictures, in name order
+    pictures   files directly in it that claim to be pictures, or are `wanted` by whoever scans, in name order
     folders    its sub-folders in name order, without those of tools
     ignored    how many files directly in it, or in folders of tools, were passed over, by kind
     """
@@ -58,8 +58,13 @@ class PictureFolder:
         return [folder for folder in self.folders if folder.has_pictures()]
 
 
-def scan_folder(path: Path, above: frozenset[str] = frozenset()) -> PictureFolder:
-    """List a folder to any depth. `above`: the real paths of the folders around it, which a link must not lead to.
+def scan_folder(
+    path: Path, wanted: Callable[[Path], bool] = is_picture, above: frozenset[str] = frozenset()
+) -> PictureFolder:
+    """List a folder to any depth.
+
+    wanted   which files to list; the others, and those of tools, are counted
+    above    the real paths of the folders around it, which a link must not lead to
 
     Raises DataError for a folder that cannot be listed.
     """
@@ -75,10 +80,10 @@ def scan_folder(path: Path, above: frozenset[str] = frozenset()) -> PictureFolde
         elif entry.is_dir() and os.path.realpath(entry) in above:
             found.ignored["link to a folder around it"] += 1
         elif entry.is_dir():
-            found.folders.append(scan_folder(path / entry.name, above))
+            found.folders.append(scan_folder(path / entry.name, wanted, above))
         elif not entry.is_file():
             found.ignored["broken link" if entry.is_symlink() else "neither file nor folder"] += 1
-        elif is_picture(path / entry.name):
+        elif wanted(path / entry.name):
             found.pictures.append(path / entry.name)
         else:
             found.ignored[f"no picture ({text_of(Path(entry.name).suffix.lower()) or 'no suffix'})"] += 1

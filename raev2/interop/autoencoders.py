@@ -9,7 +9,6 @@ computes the positions of the decoder anew, for a grid of 16 x 16 whatever the g
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raev2.errors import CheckpointError, SpecError
-from raev2.interop.convert import some
+from raev2.files.artefact import load_strict
+from raev2.interop.convert import part, some
 from raev2.interop.decoders import decoder_spec, export_decoder, import_decoder
 from raev2.interop.generators import nearest_multiples
+from raev2.interop.stats import spread
 from raev2.nn import sincos_2d
 from raev2.spec import EncoderSpec, TokenizerSpec
 from raev2.tokenizer.encoder_table import RGB_MEAN, RGB_STD
@@ -38,11 +39,11 @@ DECODER_NAMES = {
     ".attention.to_v.": ".attention.attention.value.",
     ".attention.to_out.0.": ".attention.output.dense.",
 }
-# Kind -> model type of transformers, pixels that the positions are made for, further settings of diffusers.
-ENCODER_KINDS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "dinov2": ("dinov2_with_registers", 518, {}),
-    "siglip2": ("siglip_vision_model", 256, {}),
-    "mae": ("vit_mae", 224, {"mask_ratio": 0.0}),
+# Kind -> model type of transformers, pixels that the positions are made for, last norm.
+ENCODER_KINDS = {
+    "dinov2": ("dinov2_with_registers", 518, "layernorm"),
+    "siglip2": ("siglip_vision_model", 256, "post_layernorm"),
+    "mae": ("vit_mae", 224, "layernorm"),
 }
 # (kind, width, blocks, patch) -> the hub repository that such an encoder is from.
 KNOWN_ENCODERS = {
@@ -52,6 +53,14 @@ KNOWN_ENCODERS = {
     ("siglip2", 768, 12, 16): "google/siglip2-base-patch16-256",
     ("mae", 768, 12, 16): "facebook/vit-mae-base",
 }
+BUFFERS = ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
+DEFAULTS: dict[str, Any] = {  # of diffusers
+    "encoder_type": "dinov2", "encoder_hidden_size": 768, "encoder_patch_size": 14, "encoder_num_hidden_layers": 12,
+    "decoder_hidden_size": 512, "decoder_num_hidden_layers": 8, "decoder_num_attention_heads": 16,
+    "decoder_intermediate_size": 2048, "patch_size": 16, "encoder_input_size": 224, "num_channels": 3,
+    "encoder_norm_mean": None, "encoder_norm_std": None, "latents_mean": None, "latents_std": None, "noise_tau": 0.0,
+    "scaling_factor": 1.0,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,59 +75,45 @@ def import_autoencoder(tensors: Mapping[str, Tensor], config: Mapping[str, Any],
     Raises CheckpointError for a partial or inconsistent folder.
     """
     config = {**DEFAULTS, **config}
-    if config["encoder_type"] not in ENCODER_KINDS or config["num_channels"] != 3:
+    kind, size, patch = config["encoder_type"], config["encoder_input_size"], config["encoder_patch_size"]
+    if kind not in ENCODER_KINDS or config["num_channels"] != 3:
         raise CheckpointError(
-            "AutoencoderRAE", "not supported", got=f"{config['encoder_type']}, {config['num_channels']} channels",
+            "AutoencoderRAE", "not supported", got=f"{kind}, {config['num_channels']} channels",
             expected=f"encoder_type {', '.join(ENCODER_KINDS)}, 3 channels",
         )  # fmt: skip
-    size, patch = config["encoder_input_size"], config["encoder_patch_size"]
     if size % patch:
         raise CheckpointError(
             "AutoencoderRAE", "encoder_input_size is not a multiple of the encoder's patch size", got=size,
-            expected=" or ".join(map(str, nearest_multiples(size, patch))),
+            expected=nearest_multiples(size, patch),
         )  # fmt: skip
     side = size // patch
-    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "": {}}
-    for name, value in tensors.items():
-        part, dot, rest = name.partition(".")
-        parts[part if dot and part in parts else ""][rest if dot and part in parts else name] = value
-    others = sorted(parts[""].keys() - {"encoder_mean", "encoder_std", "_latents_mean", "_latents_std"})
-    if not parts["encoder"] or not parts["decoder"] or others:
+    encoder_weights, decoder_weights = part(tensors, "encoder."), part(tensors, "decoder.")
+    others = sorted(name for name in tensors if not name.startswith(("encoder.", "decoder.")) and name not in BUFFERS)
+    if not encoder_weights or not decoder_weights or others:
         raise CheckpointError(
             "AutoencoderRAE", "the weights are not those of a whole autoencoder",
-            got=f"{len(parts['encoder'])} of the encoder, {len(parts['decoder'])} of the decoder, unexpected "
+            got=f"{len(encoder_weights)} of the encoder, {len(decoder_weights)} of the decoder, unexpected "
             f"{some(others)}",
         )  # fmt: skip
 
-    mean = _pixel_values(parts[""].get("encoder_mean"), config["encoder_norm_mean"] or RGB_MEAN)
-    std = _pixel_values(parts[""].get("encoder_std"), config["encoder_norm_std"] or RGB_STD)
-    _write_encoder(encoder_dir, config, parts["encoder"], mean, std)
-    decoder_weights = {_rename(name, DECODER_NAMES): value for name, value in parts["decoder"].items()}
-    width = config["decoder_hidden_size"]
-    decoder_weights.setdefault("decoder_pos_embed", positions(width, side))
+    mean = _pixel_values(tensors.get("encoder_mean"), config["encoder_norm_mean"] or RGB_MEAN)
+    std = _pixel_values(tensors.get("encoder_std"), config["encoder_norm_std"] or RGB_STD)
+    _write_encoder(encoder_dir, config, encoder_weights, mean, std)
+    decoder_weights = {_rename(name, DECODER_NAMES): value for name, value in decoder_weights.items()}
+    decoder_weights.setdefault("decoder_pos_embed", positions(config["decoder_hidden_size"], side))
     decoder_config = {"heads": config["decoder_num_attention_heads"], "grid": (side, side)}
+    decoder, _, grid = decoder_spec(decoder_weights, decoder_config)
 
-    key = (config["encoder_type"], config["encoder_hidden_size"], config["encoder_num_hidden_layers"], patch)
-    name = f"hf:{KNOWN_ENCODERS.get(key, config['encoder_type'])}"
-    encoder_spec = EncoderSpec(name=name, norm="plain", antialias=False)
-    spec, _, grid = decoder_spec(decoder_weights, decoder_config)
-    tokenizer = TokenizerSpec(encoder=encoder_spec, decoder=spec, grid=grid, noise_tau=config["noise_tau"])
-    encoder = build_encoder(encoder_spec, grid, source=encoder_dir)
+    known = KNOWN_ENCODERS.get((kind, config["encoder_hidden_size"], config["encoder_num_hidden_layers"], patch), kind)
+    encoder = EncoderSpec(name=f"hf:{known}", norm="plain", antialias=False)
+    spec = TokenizerSpec(encoder=encoder, decoder=decoder, grid=grid, noise_tau=config["noise_tau"])
+    frozen = build_encoder(encoder, grid, source=encoder_dir)
     with init_empty_weights(include_buffers=False):
-        rae = RAE(tokenizer, encoder)
+        rae = RAE(spec, frozen)
     rae.encoder_dir = encoder_dir
     rae.decoder = import_decoder(decoder_weights, decoder_config, mean, std)
-    rae.set_stats(_import_stats(parts[""], config, rae))
+    rae.set_stats(_import_stats(tensors, config, rae))
     return rae.eval()
-
-
-DEFAULTS: dict[str, Any] = {  # of diffusers
-    "encoder_type": "dinov2", "encoder_hidden_size": 768, "encoder_patch_size": 14, "encoder_num_hidden_layers": 12,
-    "decoder_hidden_size": 512, "decoder_num_hidden_layers": 8, "decoder_num_attention_heads": 16,
-    "decoder_intermediate_size": 2048, "patch_size": 16, "encoder_input_size": 224, "num_channels": 3,
-    "encoder_norm_mean": None, "encoder_norm_std": None, "latents_mean": None, "latents_std": None, "noise_tau": 0.0,
-    "scaling_factor": 1.0,
-}  # fmt: skip
 
 
 def positions(width: int, side: int) -> Tensor:
@@ -132,15 +127,15 @@ def _write_encoder(
     """The encoder as a folder of transformers. The last norm has no gain and bias there; ours ignores them."""
     import transformers
 
-    model_type, image_size, settings = ENCODER_KINDS[config["encoder_type"]]
+    model_type, image_size, norm = ENCODER_KINDS[config["encoder_type"]]
     width = config["encoder_hidden_size"]
-    if config["encoder_type"] == "siglip2":  # a pooling head, which no latent goes through
+    settings: dict[str, Any] = {"mask_ratio": 0.0} if model_type == "vit_mae" else {}
+    if model_type == "siglip_vision_model":  # a pooling head, which no latent goes through
         settings = {"vision_use_head": any("head." in name for name in tensors)}
     encoder_config = transformers.AutoConfig.for_model(
         model_type, hidden_size=width, patch_size=config["encoder_patch_size"], image_size=image_size,
         num_attention_heads=width // HEAD_DIM, num_hidden_layers=config["encoder_num_hidden_layers"], **settings,
     )  # fmt: skip
-    norm = "post_layernorm" if config["encoder_type"] == "siglip2" else "layernorm"
     norm = f"vision_model.{norm}" if any(name.startswith("vision_model.") for name in tensors) else norm
     folder.mkdir(parents=True)
     encoder_config.save_pretrained(folder)
@@ -160,17 +155,9 @@ def _write_encoder(
 
 def _import_stats(tensors: Mapping[str, Tensor], config: Mapping[str, Any], rae: RAE) -> LatentStats:
     """(z - mean) / (std + 1e-5) * scale as (z - mean) / sqrt(var + 1e-5)."""
-    mean = tensors.get("_latents_mean", torch.zeros(1)).double()
-    std = tensors.get("_latents_std", torch.ones(1)).double()
-    var = ((std + STD_EPS) / config["scaling_factor"]).square() - EPS
-    shape = rae.latent_shape
-    mean, var = (value[0] if value.ndim == 4 else value for value in (mean, var))
-    try:
-        mean, var = mean.expand(shape).float(), var.expand(shape).float()
-    except RuntimeError as error:
-        raise CheckpointError(
-            "latent statistics", "wrong shape", got=f"{tuple(mean.shape)} and {tuple(var.shape)}", expected=str(shape)
-        ) from error
+    mean = spread(tensors.get("_latents_mean", torch.zeros(())), "mean", rae.latent_shape)
+    std = spread(tensors.get("_latents_std", torch.ones(())), "std", rae.latent_shape)
+    var = (((std.double() + STD_EPS) / config["scaling_factor"]).square() - EPS).float()
     if not mean.isfinite().all() or not var.isfinite().all() or (var < 0).any():
         raise CheckpointError(
             "latent statistics", "not finite, or standard deviations too small for (x - mean) / sqrt(var + 1e-5)",
@@ -249,17 +236,10 @@ def export_autoencoder(rae: RAE) -> Any:
     tensors |= {
         f"encoder.{name}": value
         for name, value in model.state_dict().items()
-        if name.removeprefix("vision_model.").partition(".")[0] not in ("layernorm", "post_layernorm")
+        if not name.removeprefix("vision_model.").startswith(ENCODER_KINDS[kind][2])  # has no values there
     }
-    own = {
-        name: value for name, value in autoencoder.state_dict().items() if not name.startswith(("encoder.", "decoder."))
-    }
-    expected = {name: tuple(value.shape) for name, value in autoencoder.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in (tensors | own).items()}
-    if expected != found:
-        different = sorted({name for name, _ in expected.items() ^ found.items()})
-        raise _not_possible(f"{some(different)} are not what diffusers builds", "one of its encoders")
-    autoencoder.load_state_dict(tensors | own)
+    own = {name: value for name, value in autoencoder.state_dict().items() if name in BUFFERS}
+    load_strict(autoencoder, tensors | own, "--format diffusers")
     return autoencoder.eval()
 
 
@@ -280,7 +260,7 @@ def _encoder_kind(rae: RAE) -> tuple[str, Any]:
         raise _not_possible(
             f"its latents are layers {list(encoder.layers)} with norm {encoder.norm}", "the last layer, norm plain"
         )
-    if spec.grid[0] != spec.grid[1] or math.prod(spec.grid) < 1:
+    if spec.grid[0] != spec.grid[1]:
         raise _not_possible(f"its grid is {spec.grid[0]} x {spec.grid[1]}", "a square grid")
     return kinds[model_type], model
 

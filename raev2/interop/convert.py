@@ -8,33 +8,40 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from raev2.errors import CheckpointError
 
+Kind = Literal["generator", "decoder", "statistics", "autoencoder"]
+Names = dict[str, list[str]]
 Change = Callable[[str, int, Tensor], Tensor]
+
+
+def unchanged(name: str, start: int, value: Tensor) -> Tensor:
+    """The `Change` of a tensor that only has another name."""
+    return value
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Our tensors as functions of foreign ones.
+    """The tensors of one of our modules as functions of foreign ones.
 
+    module    has the names and shapes; its values are not looked at
     tensors   foreign tensors by their names
-    names     our name -> the foreign tensors that make it up, joined along the first axis
-    shapes    our shapes
+    names     our name -> the foreign tensors that make it up, joined along the first axis; the others of ours are zeros
     change    (our name, first row, foreign tensor) -> those rows of ours
     """
 
+    module: nn.Module
     tensors: Mapping[str, Tensor]
-    names: Mapping[str, Sequence[str]]
-    shapes: Mapping[str, torch.Size]
-    change: Change = lambda name, start, value: value
+    names: Names
+    change: Change = unchanged
 
     def check(self, what: str) -> None:
         """Raise CheckpointError unless every foreign tensor finds its place; reads no values."""
@@ -43,66 +50,91 @@ class Conversion:
         if missing or unexpected:
             raise CheckpointError(
                 what, "do not fit the config", got=f"missing {some(missing)}; unexpected {some(unexpected)}",
-                expected=f"{len(expected)} tensors", hint=f"The names look like {describe(self.tensors)}.",
+                expected=f"{len(expected)} tensors", hint=f"The names look like {describe(self.tensors)[1]}.",
             )  # fmt: skip
+        state = self.module.state_dict()
         for name, group in self.names.items():
-            with torch.device("meta"):
-                found = [torch.empty_like(part, device="meta") for part in (self.tensors[theirs] for theirs in group)]
-                parts = [self.change(name, start, part) for start, part in _with_start(found)]
-                shape = torch.cat(parts).shape if parts else self.shapes[name]
-            if shape != self.shapes[name]:
+            shape = torch.cat(list(self.parts(name, "meta"))).shape
+            if shape != state[name].shape:
                 raise CheckpointError(
                     what, f"{' + '.join(group)} has another shape than the config says", got=tuple(shape),
-                    expected=str(tuple(self.shapes[name])),
+                    expected=str(tuple(state[name].shape)),
                 )  # fmt: skip
 
-    def parts(self, name: str) -> Iterator[Tensor]:
+    def parts(self, name: str, device: str = "cpu") -> Iterator[Tensor]:
         """The rows of one of our tensors, in order, float32."""
-        for start, value in _with_start([self.tensors[theirs] for theirs in self.names[name]]):
-            yield self.change(name, start, value.float())
+        start = 0
+        for theirs in self.names.get(name, ()):
+            value = self.tensors[theirs]
+            yield self.change(name, start, value.to(device).float())
+            start += len(value)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Our tensors. Those that are only renamed share memory with the foreign ones."""
+    def load(self) -> None:
+        """Give the module its tensors. Those that are only renamed share memory with the foreign ones."""
         state = {}
-        for name, shape in self.shapes.items():
+        for name, value in self.module.state_dict().items():
             parts = list(self.parts(name))
-            state[name] = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(shape)
-        return state
+            state[name] = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(value.shape)
+        self.module.load_state_dict(state, assign=True)
 
     def write(self, file: Path) -> None:
         """Write our tensors as safetensors, holding one foreign tensor at a time."""
         header: dict[str, Any] = {}
         end = 0
-        for name, shape in self.shapes.items():
-            start, end = end, end + 4 * shape.numel()
-            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        for name, value in self.module.state_dict().items():
+            start, end = end, end + 4 * value.numel()
+            header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         with file.open("wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
-            for name in self.shapes:
+            for name in header:
                 for part in self.parts(name):
                     out.write(part.detach().contiguous().numpy().data)
 
 
-def _with_start(values: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    start = 0
-    for value in values:
-        yield start, value
-        start += len(value)
+def export(module: nn.Module, names: Names, change: Change = unchanged) -> dict[str, Tensor]:
+    """The inverse of a `Conversion`: copies of our tensors, cut into foreign ones; `change` gets whole tensors."""
+    state, layers = module.state_dict(), dict(module.named_modules())
+    tensors: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
+        value = change(ours, 0, state[ours])
+        splits: Any = getattr(layers[ours.rpartition(".")[0]], "splits", None)  # of a FusedLinear
+        parts = value.split(splits) if splits and len(theirs) > 1 else value.chunk(len(theirs))
+        tensors.update(zip(theirs, (part.clone() for part in parts), strict=True))
+    return tensors
 
 
-def load(module: nn.Module, conversion: Conversion) -> None:
-    """Give a module the converted tensors without copying them."""
-    module.load_state_dict(conversion.state_dict(), assign=True)
+def place(ours: Iterable[str], layers: Mapping[str, str | Sequence[str]]) -> Names:
+    """The foreign tensors of ours.
+
+    layers   our tensor or layer -> foreign tensors or layers; weight and bias of a layer are called so everywhere
+
+    Raises CheckpointError for a tensor without a place.
+    """
+    names: Names = {}
+    for name in ours:
+        layer, dot, part = (name, "", "") if name in layers else name.rpartition(".")
+        if layer not in layers:
+            raise CheckpointError("interop", "the reference has no place for some weights", got=name)
+        theirs = layers[layer]
+        names[name] = [other + dot + part for other in ([theirs] if isinstance(theirs, str) else theirs)]
+    return names
+
+
+def sizes(tensors: Mapping[str, Tensor], axes: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+    """The numbers that shapes tell: name -> (tensor, axis), as far as the tensors are there."""
+    return {key: tensors[name].shape[axis] for key, (name, axis) in axes.items() if name in tensors}
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The plain weights of a training checkpoint, without the prefixes of wrappers; averaged weights first."""
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
+    state_dict = state_dict.get(weights_key(state_dict), state_dict)
     others = sorted(name for name, value in state_dict.items() if not isinstance(value, Tensor))
     if others:
         raise CheckpointError(
@@ -112,42 +144,38 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state_dict.items()}
 
 
-def describe(names: Mapping[str, Any]) -> str:
-    """Whose weights these are, by their names."""
+def weights_key(state_dict: Mapping[str, Any]) -> str:
+    """Which of several sets of weights in a training checkpoint is read; '' where there is one."""
+    return next((key for key in ("ema", "model", "state_dict") if isinstance(state_dict.get(key), Mapping)), "")
+
+
+def describe(names: Mapping[str, Any]) -> tuple[Kind | None, str]:
+    """What weights are for, and whose they are in words, by their names."""
     parts = {part for name in names for part in name.split(".")[:2]}
     suffixes = {".".join(name.split(".")[2:]) for name in names}
     if names and set(names) <= {"mean", "var"}:
-        return "latent statistics; use import_stats"
+        return "statistics", "latent statistics; use import_stats"
     if any(".attention.to_q." in name for name in names):
-        return "an AutoencoderRAE of diffusers; import its folder"
-    if "decoder_layers" in parts:
-        return "a decoder (GeneralDecoder); use import_decoder"
+        return None, "an AutoencoderRAE of diffusers; import its folder"
+    if parts & {"decoder_layers", "decoder_embed"}:
+        return "decoder", "a decoder (GeneralDecoder); use import_decoder"
     if {"network", "conditioner"} <= parts:
-        return "a generator of this package; use Generator.from_pretrained"
+        return None, "a generator of this package; use Generator.from_pretrained"
     if any(name.startswith("heads.") and name.endswith("weight_orig") for name in names):
-        return "a discriminator; use import_discriminator"
+        return None, "a discriminator; use import_discriminator"
     if "t_embedder.W" in names:
         version = "RAE (v1)" if "y_embedder" in parts else "RAEv2"
         network = "DiTwDDTHead" if "s_embedder" in parts else "LightningDiT"
-        return f"{version} {network}{'IG' if 'base_final_layer' in parts else ''}"
+        return "generator", f"{version} {network}{'IG' if 'base_final_layer' in parts else ''}"
     if "x_embedder" in parts and "t_embedder" in parts:
-        return "a DiT, SiT or LightningDiT without Fourier time embedding, which this package does not build"
+        return None, "a DiT, SiT or LightningDiT without Fourier time embedding, which this package does not build"
     if "down_blocks" in parts or "encoder.conv_in.weight" in names:
-        return "a VAE, which this package does not use"
+        return None, "a VAE, which this package does not use"
     if parts & {"embeddings", "vision_model", "patch_embed", "cls_token"} or "attn.qkv.weight" in suffixes:
-        return "a vision encoder; name its folder as the encoder"
-    return "neither a generator nor a decoder of RAE or RAEv2"
+        return None, "a vision encoder; name its folder as the encoder"
+    return None, "neither a generator nor a decoder of RAE or RAEv2"
 
 
 def some(names: Sequence[str]) -> str:
     """A count and the first names."""
     return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
-
-
-def linear_names(names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Names of layers -> names of their weights and biases."""
-    return {
-        f"{ours}.{part}": [f"{name}.{part}" for name in theirs]
-        for ours, theirs in names.items()
-        for part in ("weight", "bias")
-    }

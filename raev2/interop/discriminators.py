@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from raev2.errors import CheckpointError
-from raev2.interop.convert import Conversion, load, unwrap
+from raev2.interop.convert import Conversion, Names, export, unwrap
 from raev2.tokenizer.discriminator import Discriminator
 
 SPECTRAL = {
@@ -31,23 +31,22 @@ def import_discriminator(state_dict: Mapping[str, Any], discriminator: Discrimin
     inner = state_dict.get("disc", state_dict)
     if not isinstance(inner, Mapping):
         raise CheckpointError("discriminator", "no heads under 'disc'", got=type(inner).__name__)
-    state = discriminator.heads.state_dict()
-    conversion = Conversion(
-        unwrap(inner),
-        {name: [_reference_name(name)] for name in state},
-        {name: value.shape for name, value in state.items()},
-    )
+    conversion = Conversion(discriminator.heads, unwrap(inner), _reference_names(discriminator))
     conversion.check("discriminator weights")
-    load(discriminator.heads, conversion)
+    conversion.load()
     return discriminator
 
 
 def export_discriminator(discriminator: Discriminator) -> dict[str, Tensor]:
     """The heads in the reference's layout: the inverse of `import_discriminator`."""
-    return {_reference_name(name): value.clone() for name, value in discriminator.heads.state_dict().items()}
+    return export(discriminator.heads, _reference_names(discriminator))
 
 
-def _reference_name(name: str) -> str:
-    for ours, theirs in SPECTRAL.items():
-        name = name.replace(ours, theirs)
-    return f"heads.{name}"
+def _reference_names(discriminator: Discriminator) -> Names:
+    names = {}
+    for ours in discriminator.heads.state_dict():
+        theirs = ours
+        for part in SPECTRAL:
+            theirs = theirs.replace(part, SPECTRAL[part])
+        names[ours] = [f"heads.{theirs}"]
+    return names

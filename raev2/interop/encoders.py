@@ -12,10 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from raev2.errors import SpecError, did_you_mean
 from raev2.spec import EncoderSpec
+from raev2.spec_io import validated
 from raev2.tokenizer.encoder_table import ENCODERS
 
 PATTERN = re.compile(r"(?P<family>[a-z0-9]+)-vit-(?P<config>[A-Za-z0-9_]+)(\[(?P<flags>[^\]]*)\])?")
@@ -73,10 +72,7 @@ def reference_encoder(name: str) -> EncoderSpec:
     ours = _our_name(base, config, "woreg" in flags)
     if ours not in ENCODERS:
         raise SpecError("encoder", "unknown encoder of RAEv2", got=repr(name), hint=did_you_mean(ours, ENCODERS))
-    try:
-        return EncoderSpec(name=ours, layers=layers, **fields)
-    except ValidationError as error:
-        raise SpecError("encoder", str(error.errors()[0]["msg"]), got=repr(name)) from error
+    return validated(EncoderSpec, {"name": ours, "layers": layers, **fields}, "encoder ")
 
 
 def _our_name(family: str, config: str, without_registers: bool) -> str:

@@ -6,25 +6,24 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raev2.errors import CheckpointError
+from raev2.files.damage import read_json
 from raev2.files.hashes import file_sha256
-from raev2.interop.convert import describe, some, unwrap
+from raev2.interop.convert import Kind, describe, some, unwrap, weights_key
 from raev2.interop.generators import NETWORKS
+from raev2.spec_io import read_yaml
 
-Kind = Literal["generator", "decoder", "statistics", "autoencoder"]
 LICENCE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 
 
@@ -57,26 +56,16 @@ def read_source(path: str | Path) -> Source:
     if path.is_dir():
         return _read_folder(path)
     content = read_tensors(path)
-    weights = next((key for key in ("ema", "model", "state_dict") if isinstance(content.get(key), Mapping)), "")
     tensors = unwrap(content)
-    kind = identify(tensors, path)
+    kind, layout = describe(tensors)
+    if kind is None:
+        raise CheckpointError(
+            str(path), "not something that can be imported", got=f"{layout}: {some(sorted(tensors))}",
+            expected="a generator, decoder or statistics file of RAE or RAEv2, or a folder with an AutoencoderRAE",
+        )  # fmt: skip
     return Source(
-        path, kind, describe(tensors).partition(";")[0], tensors, weights=weights, files={path.name: file_sha256(path)},
-        licence=licence_text(path.parent),
-    )  # fmt: skip
-
-
-def identify(tensors: Mapping[str, Tensor], path: Path) -> Kind:
-    """What weights are for, by their names."""
-    if tensors and set(tensors) <= {"mean", "var"}:
-        return "statistics"
-    if "t_embedder.W" in tensors and "blocks.0.norm1.weight" in tensors:
-        return "generator"
-    if any("decoder_embed.weight" in name for name in tensors):
-        return "decoder"
-    raise CheckpointError(
-        str(path), "not something that can be imported", got=f"{describe(tensors)}: {some(sorted(tensors))}",
-        expected="a generator, decoder or statistics file of RAE or RAEv2, or a folder with an AutoencoderRAE",
+        path, kind, layout.partition(";")[0], tensors, weights=weights_key(content),
+        files={path.name: file_sha256(path)}, licence=licence_text(path.parent),
     )  # fmt: skip
 
 
@@ -122,10 +111,7 @@ def _read_folder(path: Path) -> Source:
             str(path), "not a folder that can be imported", got=what,
             expected="a folder of diffusers with config.json, or one file",
         )  # fmt: skip
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise CheckpointError(str(config_file), "damaged, not JSON", got=str(error)) from error
+    config = read_json(config_file)
     name = config.get("_class_name")
     if name != "AutoencoderRAE":
         hint = ""
@@ -160,13 +146,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
     file = Path(file)
     if not file.is_file():
         raise CheckpointError(str(file), "no such file", expected="YAML or JSON")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise CheckpointError(str(file), "not readable as YAML or JSON", got=str(error)) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(str(file), "not a configuration", got=type(values).__name__, expected="a mapping")
-    return values
+    return read_yaml(file, "a mapping")
 
 
 def generator_part(values: Mapping[str, Any]) -> dict[str, Any]:

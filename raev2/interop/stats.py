@@ -28,11 +28,11 @@ def import_stats(
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     if not tensors or set(values) - {"mean", "var"}:
         raise CheckpointError(
-            "latent statistics", "not a statistics file", got=describe(tensors) if tensors else sorted(values)[:4],
+            "latent statistics", "not a statistics file", got=describe(tensors)[1] if tensors else sorted(values)[:4],
             expected="'mean' and 'var'",
         )  # fmt: skip
-    mean = _spread(tensors.get("mean", torch.zeros(())), "mean", latent_shape)
-    var = _spread(tensors.get("var", torch.ones(())), "var", latent_shape)
+    mean = spread(tensors.get("mean", torch.zeros(())), "mean", latent_shape)
+    var = spread(tensors.get("var", torch.ones(())), "var", latent_shape)
     if not mean.isfinite().all() or not var.isfinite().all() or (var < 0).any():
         raise CheckpointError(
             "latent statistics", "not finite, or a negative variance", got=f"smallest variance {var.min().item():g}"
@@ -45,7 +45,8 @@ def export_stats(stats: LatentStats) -> dict[str, Tensor]:
     return {"mean": stats.mean.clone(), "var": stats.var.clone()}
 
 
-def _spread(value: Tensor, name: str, latent_shape: tuple[int, int, int]) -> Tensor:
+def spread(value: Tensor, name: str, latent_shape: tuple[int, int, int]) -> Tensor:
+    """One of the statistics as (C, H, W), float32."""
     shape = tuple(value.shape)
     if value.ndim == 4 and shape[0] == 1:
         value = value[0]

@@ -138,6 +138,26 @@ class Generator(nn.Module):
         return push_to_hub(lambda path: self.save_pretrained(path, card=card), repo_id, "generator", private=private)
 
 
+def generator_card(title: str, text: str) -> str:
+    """A model card: title, text in Markdown, and how a generator is used."""
+    return f"""---
+library_name: raev2
+---
+
+# {title}
+
+{text}
+
+## Use
+
+```python
+from raev2 import RAE, Generator, sample
+
+images = sample(Generator.from_pretrained("GENERATOR"), RAE.from_pretrained("TOKENIZER"), cond, steps=50)
+```
+"""
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """Parameters (trained ones) and multiply-accumulates of one forward of one sample; FLOPs are twice that."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from raev2.errors import SpecError
 from raev2.files.assets import Asset
@@ -61,155 +62,94 @@ class EncoderInfo:
         return self.side * self.patch_size
 
 
-def _dinov2() -> list[EncoderInfo]:
-    sizes = [("s", "small", 384, 12), ("b", "base", 768, 12), ("l", "large", 1024, 24), ("g", "giant", 1536, 40)]
+def _family(
+    name: str, model_id: str, patch_size: int, num_prefix_tokens: int, norm: Norm, norm_eps: float | None,
+    sizes: Iterable[tuple[str, str, int, int]], **facts: Any,
+) -> list[EncoderInfo]:  # fmt: skip
+    """An encoder for each size: (what stands in its name, what stands in the model's id, width, depth)."""
+    fixed = (patch_size, num_prefix_tokens, norm, norm_eps)
     return [
-        EncoderInfo(
-            f"dinov2-{s}{without}", f"vit_{size}_patch14{reg}_dinov2.lvd142m", width, depth, 14, prefix, "plain", 1e-5
-        )
-        for without, reg, prefix in [("", "_reg4", 5), ("-woreg", "", 1)]
-        for s, size, width, depth in sizes
+        EncoderInfo(name.format(ours), model_id.format(theirs), width, depth, *fixed, **facts)
+        for ours, theirs, width, depth in sizes
     ]
 
 
-def _dinov3() -> list[EncoderInfo]:
-    sizes = [
-        ("s16", "small", 384, 12), ("s16plus", "small_plus", 384, 12), ("b16", "base", 768, 12),
-        ("l16", "large", 1024, 24), ("h16plus", "huge_plus", 1280, 32), ("7b16", "7b", 4096, 40),
-    ]  # fmt: skip
-    return [
-        EncoderInfo(
-            f"dinov3-{s}", f"vit_{size}_patch16_dinov3.lvd1689m", width, depth, 16, 5, "plain", 1e-5,
-            licence="DINOv3 License", gated=True, note="accept the licence at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads",
-        )
-        for s, size, width, depth in sizes
-    ]  # fmt: skip
-
-
-def _eupe() -> list[EncoderInfo]:
-    return [
-        EncoderInfo(
-            f"eupe-{s}16", f"vit_{size}_patch16_dinov3_qkvb.eupe_lvd1689m", width, 12, 16, 5, "plain", 1e-5,
-            licence="FAIR Noncommercial Research License", gated=True, note="research use only",
-        )
-        for s, size, width in [("t", "tiny", 192), ("s", "small", 384), ("b", "base", 768)]
-    ]  # fmt: skip
-
-
-def _siglip2() -> list[EncoderInfo]:
+_DINOV2 = [("s", "small", 384, 12), ("b", "base", 768, 12), ("l", "large", 1024, 24), ("g", "giant", 1536, 40)]
+_FAMILIES = [
+    _family("dinov2-{}", "vit_{}_patch14_reg4_dinov2.lvd142m", 14, 5, "plain", 1e-5, _DINOV2),
+    _family("dinov2-{}-woreg", "vit_{}_patch14_dinov2.lvd142m", 14, 1, "plain", 1e-5, _DINOV2),
+    _family(
+        "dinov3-{}", "vit_{}_patch16_dinov3.lvd1689m", 16, 5, "plain", 1e-5,
+        [("s16", "small", 384, 12), ("s16plus", "small_plus", 384, 12), ("b16", "base", 768, 12),
+         ("l16", "large", 1024, 24), ("h16plus", "huge_plus", 1280, 32), ("7b16", "7b", 4096, 40)],
+        licence="DINOv3 License", gated=True,
+        note="accept the licence at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads",
+    ),
     # mean = std = 0.5 is what the model was trained with. RAEv2 normalises with RGB_MEAN and RGB_STD, a defect.
-    sizes = [
-        ("b", "base", 768, 12), ("l", "large", 1024, 24), ("so400m", "so400m", 1152, 27), ("g", "giantopt", 1536, 40)
-    ]  # fmt: skip
-    return [
-        EncoderInfo(
-            f"siglip2-{s}", f"vit_{size}_patch16_siglip_256.v2_webli", width, depth, 16, 0, "affine", 1e-6,
-            mean=HALF, std=HALF,
-        )
-        for s, size, width, depth in sizes
-    ]  # fmt: skip
-
-
-def _mae() -> list[EncoderInfo]:
-    # The published norm epsilon is 1e-12. The patch-14 model sees 16 x 16 tokens at 224 px; RAEv2 gives it 256 px and
-    # breaks.
-    sizes = [
-        ("b", "base_patch16", 768, 12, 16),
-        ("l", "large_patch16", 1024, 24, 16),
-        ("h", "huge_patch14", 1280, 32, 14),
-    ]
-    return [
-        EncoderInfo(f"mae-{s}", f"vit_{size}_224.mae", width, depth, patch, 1, "plain", 1e-12, licence="CC-BY-NC-4.0")
-        for s, size, width, depth, patch in sizes
-    ]  # fmt: skip
-
-
-def _webssl() -> list[EncoderInfo]:
-    sizes = [
-        ("300m", "300m-full2b-224", 1024, 24), ("1b", "1b-full2b-224", 1536, 40), ("2b", "2b-full2b-224", 2688, 24),
-        ("3b", "3b-full2b-224", 3072, 26), ("5b", "5b-full2b-224", 3584, 32), ("7b", "7b-full8b-224", 4096, 32),
-    ]  # fmt: skip
-    return [
-        EncoderInfo(
-            f"webssl-{s}", f"facebook/webssl-dino{model}", width, depth, 14, 1, "affine", None, route="transformers",
-            licence="CC-BY-NC-4.0", note="width and depth from the paper",
-        )
-        for s, model, width, depth in sizes
-    ]  # fmt: skip
-
-
-def _perception() -> list[EncoderInfo]:
+    _family(
+        "siglip2-{}", "vit_{}_patch16_siglip_256.v2_webli", 16, 0, "affine", 1e-6,
+        [("b", "base", 768, 12), ("l", "large", 1024, 24), ("so400m", "so400m", 1152, 27),
+         ("g", "giantopt", 1536, 40)],
+        mean=HALF, std=HALF,
+    ),
+    # The published norm epsilon is 1e-12.
+    _family(
+        "mae-{}", "vit_{}_patch16_224.mae", 16, 1, "plain", 1e-12, [("b", "base", 768, 12), ("l", "large", 1024, 24)],
+        licence="CC-BY-NC-4.0",
+    ),
+    # Sees 16 x 16 tokens at 224 px; RAEv2 gives it 256 px and breaks.
+    _family("mae-{}", "vit_{}_patch14_224.mae", 14, 1, "plain", 1e-12, [("h", "huge", 1280, 32)],
+            licence="CC-BY-NC-4.0"),
+    _family(
+        "webssl-{}", "facebook/webssl-dino{}", 14, 1, "affine", None,
+        [("300m", "300m-full2b-224", 1024, 24), ("1b", "1b-full2b-224", 1536, 40), ("2b", "2b-full2b-224", 2688, 24),
+         ("3b", "3b-full2b-224", 3072, 26), ("5b", "5b-full2b-224", 3584, 32), ("7b", "7b-full8b-224", 4096, 32)],
+        route="transformers", licence="CC-BY-NC-4.0", note="width and depth from the paper",
+    ),
     # Features are taken before ln_post, hence no norm. The giant models have no class token.
-    rows = [
-        ("pe-t", "core_tiny_patch16_384", 192, 12, 16, 1), ("pe-s", "core_small_patch16_384", 384, 12, 16, 1),
-        ("pe-b", "core_base_patch16_224", 768, 12, 16, 1), ("pe-l", "core_large_patch14_336", 1024, 24, 14, 1),
-        ("pe-g", "core_gigantic_patch14_448", 1536, 50, 14, 0),
-        ("spatialpe-b", "spatial_base_patch16_512", 768, 12, 16, 1),
-        ("spatialpe-l", "spatial_large_patch14_448", 1024, 24, 14, 1),
-        ("spatialpe-g", "spatial_gigantic_patch14_448", 1536, 50, 14, 0),
-        ("langpe-l", "lang_large_patch14_448", 1024, 23, 14, 1),
-        ("langpe-g", "lang_gigantic_patch14_448", 1536, 47, 14, 0),
-    ]  # fmt: skip
-    return [
-        EncoderInfo(name, f"vit_pe_{model}.fb", width, depth, patch, prefix, "none", None, mean=HALF, std=HALF)
-        for name, model, width, depth, patch, prefix in rows
-    ]
-
-
-def _tipsv2() -> list[EncoderInfo]:
-    sizes = [
-        ("b14", "base", 768, 12), ("l14", "large", 1024, 24), ("so14", "so400m", 1152, 27), ("g14", "giant", 1536, 40)
-    ]  # fmt: skip
-    return [
-        EncoderInfo(
-            f"tipsv2-{s}", f"vit_{size}_patch14_reg1_tipsv2.webli", width, depth, 14, 2, "plain", 1e-5,
-            mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
-        )
-        for s, size, width, depth in sizes
-    ]  # fmt: skip
-
-
-def _mocov3() -> list[EncoderInfo]:
-    note = "no maintained hub copy: convert the original file to a local folder in our format"
-    return [
-        EncoderInfo(
-            f"mocov3-{s}", f"mocov3-{s}", width, depth, 16, 1, "affine", 1e-6, route="local", licence="CC-BY-NC-4.0",
-            note=note,
-        )
-        for s, width, depth in [("s", 384, 12), ("b", 768, 12), ("l", 1024, 24)]
-    ]  # fmt: skip
-
-
-def _others() -> list[EncoderInfo]:
-    return [
-        EncoderInfo(
-            "micro", "micro_encoder", 192, 6, 8, 1, "plain", 1e-6, route="local", side=8,
-            note="packaged with raev2, works offline; for trying things out, not for results",
-        ),
-        # timm's plain '..._clip_224.openai' has exact GELU and is another network.
-        EncoderInfo(
-            "clip-l", "vit_large_patch14_clip_quickgelu_224.openai", 1024, 24, 14, 1, "none", None,
-            mean=CLIP_MEAN, std=CLIP_STD, licence="MIT",
-        ),
-        # Through transformers because timm's id points to a pickle.
-        EncoderInfo(
-            "ijepa-h", "facebook/ijepa_vith14_1k", 1280, 32, 14, 0, "affine", None, route="transformers",
-            licence="CC-BY-NC-4.0",
-        ),
-        EncoderInfo(
-            "dino-s8", "vit_small_patch8_224.dino", 384, 12, 8, 1, "plain", 1e-6,
-            note="trunk of the published discriminators",
-        ),
-    ]  # fmt: skip
-
-
-ENCODERS: dict[str, EncoderInfo] = {
-    info.name: info
-    for family in (
-        _dinov2, _dinov3, _siglip2, _mae, _webssl, _perception, _eupe, _tipsv2, _mocov3, _others,
-    )
-    for info in family()
-}  # fmt: skip
+    *(
+        _family("{}", "vit_pe_{}.fb", patch, prefix, "none", None, [(name, model, width, depth)], mean=HALF, std=HALF)
+        for name, model, width, depth, patch, prefix in [
+            ("pe-t", "core_tiny_patch16_384", 192, 12, 16, 1), ("pe-s", "core_small_patch16_384", 384, 12, 16, 1),
+            ("pe-b", "core_base_patch16_224", 768, 12, 16, 1), ("pe-l", "core_large_patch14_336", 1024, 24, 14, 1),
+            ("pe-g", "core_gigantic_patch14_448", 1536, 50, 14, 0),
+            ("spatialpe-b", "spatial_base_patch16_512", 768, 12, 16, 1),
+            ("spatialpe-l", "spatial_large_patch14_448", 1024, 24, 14, 1),
+            ("spatialpe-g", "spatial_gigantic_patch14_448", 1536, 50, 14, 0),
+            ("langpe-l", "lang_large_patch14_448", 1024, 23, 14, 1),
+            ("langpe-g", "lang_gigantic_patch14_448", 1536, 47, 14, 0),
+        ]
+    ),
+    _family(
+        "eupe-{}16", "vit_{}_patch16_dinov3_qkvb.eupe_lvd1689m", 16, 5, "plain", 1e-5,
+        [("t", "tiny", 192, 12), ("s", "small", 384, 12), ("b", "base", 768, 12)],
+        licence="FAIR Noncommercial Research License", gated=True, note="research use only",
+    ),
+    _family(
+        "tipsv2-{}", "vit_{}_patch14_reg1_tipsv2.webli", 14, 2, "plain", 1e-5,
+        [("b14", "base", 768, 12), ("l14", "large", 1024, 24), ("so14", "so400m", 1152, 27),
+         ("g14", "giant", 1536, 40)],
+        mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+    ),
+    _family(
+        "mocov3-{}", "mocov3-{}", 16, 1, "affine", 1e-6,
+        [("s", "s", 384, 12), ("b", "b", 768, 12), ("l", "l", 1024, 24)], route="local", licence="CC-BY-NC-4.0",
+        note="no maintained hub copy: convert the original file to a local folder in our format",
+    ),
+    _family(
+        "micro", "micro_encoder", 8, 1, "plain", 1e-6, [("", "", 192, 6)], route="local", side=8,
+        note="packaged with raev2, works offline; for trying things out, not for results",
+    ),
+    # timm's plain '..._clip_224.openai' has exact GELU and is another network.
+    _family("clip-l", "vit_large_patch14_clip_quickgelu_224.openai", 14, 1, "none", None, [("", "", 1024, 24)],
+            mean=CLIP_MEAN, std=CLIP_STD, licence="MIT"),
+    # Through transformers because timm's id points to a pickle.
+    _family("ijepa-h", "facebook/ijepa_vith14_1k", 14, 0, "affine", None, [("", "", 1280, 32)],
+            route="transformers", licence="CC-BY-NC-4.0"),
+    _family("dino-s8", "vit_small_patch8_224.dino", 8, 1, "plain", 1e-6, [("", "", 384, 12)],
+            note="trunk of the published discriminators"),
+]  # fmt: skip
+ENCODERS: dict[str, EncoderInfo] = {info.name: info for family in _FAMILIES for info in family}
 
 
 def encoder_info(name: str) -> EncoderInfo:

@@ -131,7 +131,7 @@ def change(folder: str, config: dict | None = None, drop: str = "", add: str = "
         ),
         (
             {"_latents_mean": torch.zeros(64, 3, 3)},
-            r"wrong shape; got \(64, 3, 3\) and \(64, 4, 4\); expected \(64, 4, 4\)",
+            r"mean has the wrong shape; got \(64, 3, 3\); expected \(64, 4, 4\)",
         ),
         ({"_latents_std": torch.zeros(64, 4, 4)}, "standard deviations too small"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,7 +250,7 @@ def test_topics_are_listed_and_chosen_by_role_and_count(tmp_path):
     assert lines[2] == "bag a: images from /camera, poses from /odom."
     assert "bag c: images from /camera, poses from /goal_pose." in lines
     assert any(line.startswith("Cannot be used: bag d.bag: cannot be read") for line in lines)
-    assert "1 more bags have the topics of a." in lines and lines[-1] == "Ignored: 1 files (1 .txt)."
+    assert "1 more bags have the topics of a." in lines and lines[-1] == "Ignored: 1 files (.txt: 1)."
     found = build(src, tmp_path / "out")
     assert set(found) == {"a", "b"} and abs(lag(found["a"])) < 0.02
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
@@ -300,6 +301,92 @@ def test_images_are_read_once(ros2, tmp_path, monkeypatch):
     monkeypatch.setattr(AnyReader, "messages", counted)
     assert len(build(src, tmp_path / "out", min_frames="2")) == 2
     assert read.count("/camera") <= 2 * (60 + NUM_PEEKED) and read.count("/odom") == 2 * 140
+
+
+# What is wrong with a bag.
+
+
+def test_bad_bags_are_counted_each_with_its_reason(ros2, tmp_path):
+    m, src = Messages(), tmp_path / "src"
+    (src / "cut").mkdir(parents=True)
+    for name in ("a", "b"):
+        shutil.copytree(ros2, src / name)
+    whole = next(ros2.glob("*.mcap")).read_bytes()
+    (src / "cut" / "cut.mcap").write_bytes(whole[: len(whole) // 2])
+    events = drive(m)
+    odometry, images = ([event for event in events if event[1] == topic] for topic in ("/odom", "/camera"))
+
+    def changed(number: int, x: float | None = None, data: bytes | None = None, lone: bool = False) -> list[Event]:
+        """The drive with another position, or picture, in one message."""
+        found = drive(m)
+        message = [event for event in found if event[1] == ("/odom" if data is None else "/camera")][number][2]
+        if x is not None:
+            message.pose.pose.position.x = x
+        if data is not None:
+            message.data = np.frombuffer(data, np.uint8)
+        return found
+
+    later = [(t, topic, m.odometry(t - EPOCH, t + 500)) for t, topic, _ in odometry]
+    far = [(t + 500, topic, message) for t, topic, message in later]
+    bad = {
+        "nopose": (images, "no topic for pose_topic"), "nocamera": (odometry, "no topic for image_topic"),
+        "onepose": ([*images, odometry[0]], "no topic for pose_topic"),
+        "apart": ([*images, *far], "frames and poses do not overlap in time"),
+        "nan": (changed(30, x=float("nan")), "position is not finite"),
+        "broken": (changed(7, data=b"no picture"), "frame .*: cannot be read as an image"),
+        "short": ([event for event in events if event[0] < EPOCH + 0.6], "no piece is long enough"),
+    }  # fmt: skip
+    for name, (found, _) in bad.items():
+        write_ros2(src / name, found)
+    write_ros2(src / "empty", [])
+    (src / "d.bag").write_bytes(b"")
+    (src / ".hidden.bag").write_bytes(b"x")
+    found = build(src, tmp_path / "out")
+    assert set(found) == {"a", "b"}
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    reasons = {Path(one["path"]).name: one["reason"] for one in rejects}
+    assert len(reasons) == len(rejects) and set(reasons) == {*bad, "empty", "d.bag", "cut.mcap"}
+    for name, (_, reason) in bad.items():
+        assert re.search(reason, reasons[name]), (name, reasons[name])
+    assert "no topic for image_topic" in reasons["empty"]
+    assert reasons["d.bag"].startswith("bag d.bag: cannot be read") and "cannot be read" in reasons["cut.mcap"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["rejected"] == 10 and manifest["ignored"] == {"hidden file": 1}
+
+
+@pytest.mark.parametrize("kind", ["mcap", "db3", "bag"])
+def test_a_damaged_bag_is_left_out_and_never_ends_the_build(kind, tmp_path):
+    src, rng = tmp_path / "src", np.random.default_rng(0)
+    events = drive(Messages(ros1=kind == "bag"), seconds=1.5)
+    if kind == "bag":
+        write_ros1(tmp_path / "whole" / "a.bag", events)
+    else:
+        plugin = StoragePlugin.MCAP if kind == "mcap" else StoragePlugin.SQLITE3
+        write_ros2(tmp_path / "whole", events, plugin)
+    whole = next((tmp_path / "whole").glob(f"*.{kind}")).read_bytes()
+    src.mkdir()
+    (src / f"good.{kind}").write_bytes(whole)
+    for number in range(12):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(len(whole), size=40)] = rng.integers(256, size=40)
+        cut = int(rng.integers(len(whole)))
+        (src / f"b{number:x}.{kind}").write_bytes(damaged.tobytes() if number % 2 else whole[:cut])
+    options = {"src": str(src), "split": "by-time", "val_fraction": "0.5", "split_gap_s": "0", "min_frames": "2"}
+    manifest = RECIPE.build(tmp_path / "out", options)
+    used = {one.recording for split in ("train", "val") for one in read_trajectories(tmp_path / "out", split)}
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert "good" in used and manifest["rejected"] == len(rejects)
+    assert used | {Path(one["path"]).stem for one in rejects} == {file.stem for file in src.iterdir()}
+    assert len(RECIPE.plan(options)) >= 5
+
+
+def test_images_with_one_time_are_used_once_and_counted(tmp_path, caplog):
+    m = Messages()
+    write_ros2(tmp_path / "src" / "a", [*drive(m), *[event for event in drive(m) if event[1] == "/camera"][:3]])
+    with caplog.at_level(logging.WARNING):
+        found = build(tmp_path / "src", tmp_path / "out", rate_hz="10", split="by-time", split_gap_s="0")
+    assert "a: 3 images are left out that have the time of another" in caplog.text
+    assert np.array_equal(numbers(found["a_train"]).round(), np.arange(len(found["a_train"])))
 
 
 # Images.

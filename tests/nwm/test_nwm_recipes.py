@@ -143,7 +143,7 @@ def test_bad_gnm_folders_are_listed(tmp_path):
     np.testing.assert_array_equal(found["gap_0_1"].poses[:, :2], BEND[6:11])
     manifest = read_manifest(tmp_path / "out")
     assert manifest["rejected"] == 5 and manifest["ignored"] == {".jpg": 1, ".png": 1, ".txt": 1}
-    assert gnm.RECIPE.plan({"src": str(src)})[-1] == "Ignored: 3 files (1 .jpg, 1 .png, 1 .txt)."
+    assert gnm.RECIPE.plan({"src": str(src)})[-1] == "Ignored: 3 files (.jpg: 1, .png: 1, .txt: 1)."
     assert sorted(rejects(tmp_path / "out")) == [
         f"data {src}/code_0/traj_data.pkl: not loaded, only plain values and arrays are; got UnpicklingError: it asks "
         "for builtins.print. If you trust the file, convert it yourself.",
@@ -184,7 +184,7 @@ def test_recon(tmp_path):
     assert "trajectory empty: images/rgb_left is missing from the file" in text
     assert "trajectory jackal_3_0_r00: too short; got 2 frames" in text
     (src / "readme.md").write_text("x")
-    assert recon.RECIPE.plan({"src": str(src)})[-1] == "Ignored: 1 files (1 .md)."
+    assert recon.RECIPE.plan({"src": str(src)})[-1] == "Ignored: 1 files (.md: 1)."
     assert recon.RECIPE.build(tmp_path / "again", {"src": str(src)})["ignored"] == {".md": 1}
 
 
@@ -377,7 +377,7 @@ def test_videos(tmp_path):
     lines = video_poses.VIDEO.plan({"src": str(src)})
     assert lines[0] == f"Read 4 videos (0.2 minutes) from {src}, 1 of them without poses."
     assert lines[-2] == "Split: 2 of 4 recordings for validation, by their names: corrupt, nopose."
-    assert lines[-1] == "Ignored: 2 files (1 .csv, 1 .jpg)."
+    assert lines[-1] == "Ignored: 2 files (.csv: 1, .jpg: 1)."
     assert "video nopose: its pose file is missing; expected nopose.csv or nopose.txt" in text
     assert "video corrupt.mp4: corrupt, cannot be opened" in text
 

@@ -299,10 +299,12 @@ def test_bad_folders_are_counted_each_with_its_reason_and_nothing_else_is_lost(t
     for file in ("Thumbs.db", "notes.md", "a_0/track.gpx", ".cache/x.png"):
         (src / file).parent.mkdir(exist_ok=True)
         (src / file).write_bytes(b"x")
-    options = {"src": str(src), "reading": "plain"}
+    options = {"src": str(src)}
     lines = FRAMES.plan(options)
     assert lines[0].startswith("Read 10 folders of frames of 10 recordings") and "1 of them without poses" in lines[0]
-    assert lines[-1] == "Ignored: 4 files (1 .db, 1 .gpx, 1 .md, 1 .png)."
+    assert "By their poses all recordings give 3 trajectories of 36 frames in all." in lines  # one has a broken picture
+    assert any(line.startswith("Left out: poses ") and "pose 9" in line for line in lines)
+    assert lines[-1] == "Ignored: 4 files (.gpx: 1, .md: 1, Thumbs.db: 1, folder .cache: 1)."
     manifest = FRAMES.build(tmp_path / "out", options)
     reasons = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert (
@@ -312,4 +314,4 @@ def test_bad_folders_are_counted_each_with_its_reason_and_nothing_else_is_lost(t
     assert sorted(Path(reason["path"]).name for reason in reasons) == [
         "backwards", "broken", "empty", "fewer", "letters", "nan", "nopose", "short",
     ]  # fmt: skip
-    assert manifest["ignored"] == {".db": 1, ".gpx": 1, ".md": 1, ".png": 1}
+    assert manifest["ignored"] == {".gpx": 1, ".md": 1, "Thumbs.db": 1, "folder .cache": 1}

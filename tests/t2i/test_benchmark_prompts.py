@@ -268,29 +268,29 @@ def found(name: str | None, x: float = 0, color: str | None = None, score: float
 
 def test_counting_forbids_one_more():
     row = rows.counting("cat", 2)
-    verdicts = [judge([found("cat", 30 * i) for i in range(num)], row).correct for num in (1, 2, 3)]
+    verdicts = [judge([found("cat", 30 * i) for i in range(num)], row).exact for num in (1, 2, 3)]
     assert verdicts == [False, True, False]
 
 
-def test_other_objects_are_ignored_unless_strict():
+def test_other_objects_are_wrong_and_ignored_by_genevals_rule():
     row = rows.two_object("cat", "dog")
     for extra in (found("cow"), found(None)):
         score = judge([found("cat"), found("dog", 50), extra], row)
-        assert (score.correct, score.strict) == (True, False)
-    assert judge([found("cat"), found("dog", 50)], row).strict
+        assert (score.exact, score.lenient) == (False, True)
+    assert judge([found("cat"), found("dog", 50)], row).exact
     second_cat = judge([found("cat"), found("cat", 90), found("dog", 50)], row)
-    assert (second_cat.correct, second_cat.strict) == (True, False)
+    assert (second_cat.exact, second_cat.lenient) == (False, True)
 
 
 def test_only_the_best_detections_are_looked_at():
     row = rows.colors("cat", "red")
-    assert judge([found("cat", 0, "red", 0.9), found("cat", 50, "blue", 0.7)], row).correct
-    assert not judge([found("cat", 0, "red", 0.7), found("cat", 50, "blue", 0.9)], row).correct
+    assert judge([found("cat", 0, "red", 0.9), found("cat", 50, "blue", 0.7)], row).lenient
+    assert not judge([found("cat", 0, "red", 0.7), found("cat", 50, "blue", 0.9)], row).lenient
 
 
 def test_position_needs_its_reference():
     row = rows.position("cat", "left of", "dog")
-    assert judge([found("cat", 0), found("dog", 60)], row).correct
+    assert judge([found("cat", 0), found("dog", 60)], row).exact
     assert judge([found("cat", 60), found("dog", 0)], row).details["wrong"] == ["cat is not left of dog"]
     assert judge([found("cat", 0)], row).details["wrong"] == ["0 of 1 dog", "nothing that cat could be left of"]
 
@@ -301,11 +301,10 @@ def test_position_needs_its_reference():
 def test_macro_is_the_mean_over_tags():
     prompts = [rows.single_object("cat")] * 3 + [rows.colors("cat", "red")]
     scores = [
-        ImageScore(correct, correct, row.tag, {"values": {}})
-        for correct, row in zip([1, 1, 1, 0], prompts, strict=True)
+        ImageScore(exact, True, row.tag, {"values": {}}) for exact, row in zip([1, 1, 1, 0], prompts, strict=True)
     ]
     summary = summarise(scores, prompts)
-    assert (summary.macro, summary.micro, summary.any) == (0.5, 0.75, 0.5)
+    assert (summary.macro, summary.micro, summary.any, summary.lenient) == (0.5, 0.75, 0.5, 1.0)
     assert summary.num_prompts == 2 and summary.interval == (0.5, 0.5)
 
 

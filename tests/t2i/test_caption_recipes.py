@@ -114,10 +114,10 @@ def test_folders_train_and_val_are_the_splits(photos, tmp_path):
 
 def test_a_new_picture_moves_no_other_between_the_splits(photos, tmp_path):
     names = [photos / f"{n}.png" for n in range(40)]
-    before = set(FOLDER._files({"src": str(photos), "val_fraction": "0.25"})["val"])
+    before = set(FOLDER._found({"src": str(photos), "val_fraction": "0.25"}).files["val"])
     for name in names[:1]:
         picture(0).save(name)
-    after = set(FOLDER._files({"src": str(photos), "val_fraction": "0.25"})["val"])
+    after = set(FOLDER._found({"src": str(photos), "val_fraction": "0.25"}).files["val"])
     assert len(before) == len(after) == 3 and len(before - after) <= 1
 
 

@@ -17,6 +17,7 @@ from raev2.errors import DataError, SpecError
 from raev2_data_recipes.captions.caption_tars import BLIP3O, TAR_SHARDS
 from raev2_data_recipes.captions.captioned import FOLDER, TABLE
 from raev2_data_recipes.captions.tables import open_table
+from raev2_tasks.t2i.shards.index import HELD_OUT
 from raev2_tasks.t2i.shards.reader import TextImageDataset
 from raev2_tasks.t2i.text.captions import (
     KINDS,
@@ -258,10 +259,33 @@ def test_rows_are_divided_by_their_split_in_any_spelling(pictures, capsys):
 
 
 def test_rows_named_for_training_alone_give_some_for_validation(pictures):
-    rows = [{"image": f"{n}.png", "caption": "c", "split": "train" if n else "test"} for n in range(8)]
+    rows = [{"image": f"{n}.png", "caption": "c", "split": "train"} for n in range(8)]
     (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = built(TABLE, pictures / "t.jsonl", pictures / "out")
-    assert {split: len(rows) for split, rows in found.items()} == {"train": 6, "val": 1, "test": 1}
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 6, "val": 2}
+
+
+def test_what_is_named_for_a_test_is_held_out_where_nothing_is_for_validation(pictures):
+    rows = [{"image": f"{n}.png", "caption": "c", "split": "Testing" if n in (2, 5) else ""} for n in range(8)]
+    (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plan = TABLE.plan(TABLE.resolve({"src": str(pictures / "t.jsonl")}))
+    assert "Rows: train 6, val 2." in plan and HELD_OUT in plan
+    found = built(TABLE, pictures / "t.jsonl", pictures / "out")
+    assert set(found["train"]) == {f"{n}.png" for n in (0, 1, 3, 4, 6, 7)} and set(found["val"]) == {"2.png", "5.png"}
+    folder = pictures / "captioned" / "Unpacked"
+    folder.mkdir(parents=True)
+    (pictures / "elsewhere").mkdir()
+    (folder / "Testing").symlink_to(pictures / "elsewhere")
+    for n in range(8):
+        file = folder / ("Testing" if n in (2, 5) else "TRAIN") / f"{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (pictures / f"{n}.png").rename(file)
+        file.with_suffix(".TXT").write_text("c")
+    plan = FOLDER.plan(FOLDER.resolve({"src": str(folder.parent)}))
+    assert plan[0] == f"Read {folder.parent}: train 6, val 2." and HELD_OUT in plan
+    assert "Unpacked/ is around everything and was looked through." in plan
+    found = built(FOLDER, folder.parent, pictures / "captioned-out")
+    assert set(found["val"]) == {"Unpacked/Testing/2", "Unpacked/Testing/5"} and len(found["train"]) == 6
 
 
 def test_no_row_is_dropped_without_being_counted(pictures):
@@ -285,8 +309,8 @@ def test_a_damaged_parquet_is_an_error_and_not_a_traceback(tmp_path):
     rows += [{"image": {"bytes": file_of(picture(n))}, "captions": [f"c {n}"], "split": "train"} for n in range(1, 5)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     found = built(TABLE, tmp_path / "t.parquet", tmp_path / "out", captions="captions:short")
-    assert {split: len(rows) for split, rows in found.items()} == {"train": 3, "val": 1, "test": 1}
-    assert [caption.text for caption in found["test"]["t:1"]] == ["a", "b"]
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 4, "val": 1}
+    assert [caption.text for caption in found["val"]["t:1"]] == ["a", "b"]
     (tmp_path / "t.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"t\.parquet: cannot be read as Parquet"):
         TABLE.plan(TABLE.resolve({"src": str(tmp_path / "t.parquet")}))
@@ -303,6 +327,9 @@ def test_a_captioned_folder_counts_what_it_leaves_out(pictures, capsys):
     for n in (4, 5, 6, 7):
         next(pictures.rglob(f"{n}.txt")).write_text(f"picture {n}")
     (pictures / "notes.md").write_text("x")
+    (pictures / "Training" / "@eaDir").mkdir()
+    for name in ("@eaDir/8.png", "@eaDir/8.txt", "Thumbs.db", "._0.png"):
+        (pictures / "Training" / name).write_bytes(file_of(picture(8)))
     assert (
         main(["data", "build", "captioned-folder", "--set", f"src={pictures}", "--out", str(pictures.parent / "out")])
         == 0
@@ -310,7 +337,7 @@ def test_a_captioned_folder_counts_what_it_leaves_out(pictures, capsys):
     plan = capsys.readouterr().out
     for line in (f"Read {pictures}: train 5, val 1, test 2 (kept apart).", "Leave out 1 pictures whose .txt is empty.",
                  "Leave out 1 pictures whose .txt is unreadable.", "Captions in cp1252 1, utf-8 5.",
-                 "Other files, not read: 1 .md."):  # fmt: skip
+                 "not read: Thumbs.db: 1, folder @eaDir: 2, hidden file: 1, no picture (.md): 1."):  # fmt: skip
         assert line in plan
     assert "train 3, val 1, test 2, 2 rejected" in plan
     picture(9).save(pictures / "stray.png")

@@ -146,7 +146,7 @@ def test_results_of_other_pictures_are_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read; got .*; expected GenEval's results.jsonl"):
         geneval_results(file, {"num_images": 8})
     with pytest.raises(DataError, match="expected the results file of DPG-Bench"):
-        dpg_results(file, {"num_prompts": 8})
+        dpg_results(file, {"num_prompts": 8, "images_per_prompt": 4})
     with pytest.raises(DataError, match="expected a JSON list of scores"):
         vqascore_results(file, {"num_images": 8})
 
@@ -159,11 +159,20 @@ def test_dpg_is_the_mean_over_prompts(tmp_path):
         "Model: images\nL1 category scores:\n\tentity: 81.5\n\tother: 60\nL2 category scores:\n\tentity - whole: 80.0\n"
         "Image path: /data/images\nSave results to: x\nDPG-Bench score: 50.0\n"
     )
-    results = dpg_results(file, {"num_prompts": 2})
+    results = dpg_results(file, {"num_prompts": 2, "images_per_prompt": 4})
     assert by_name(results) == {"dpg": 50.0, "dpg_entity": 81.5, "dpg_other": 60.0}
     assert results[0].num_samples == 2 and results[0].stderr == pytest.approx(25)
     with pytest.raises(DataError, match="got 2 results; expected 3. The benchmark passes over pictures that fail"):
-        dpg_results(file, {"num_prompts": 3})
+        dpg_results(file, {"num_prompts": 3, "images_per_prompt": 4})
+
+
+def test_dpg_of_fewer_than_four_pictures_a_prompt_is_refused(tmp_path):
+    """Its program looks at the first tile alone unless it is told otherwise."""
+    file = tmp_path / "results.txt"
+    file.write_text("/data/images/12.png, 1.0, 0.5, 0.5, 1.0, 0.75\n/data/images/coco_7.png, 0.25, 0.25\n")
+    message = "too few pictures of a prompt were scored; got 1; expected 4. Run DPG-Bench with --pic-num 4"
+    with pytest.raises(DataError, match=message):
+        dpg_results(file, {"num_prompts": 2, "images_per_prompt": 4})
 
 
 def test_vqascore_is_the_mean_of_a_list(tmp_path):

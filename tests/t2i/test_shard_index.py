@@ -19,7 +19,7 @@ from raev2.files.splits import split_in_name, split_word
 from raev2_data_recipes.captions.caption_tars import BLIP3O, TAR_SHARDS
 from raev2_tasks.t2i.shards.check import check_shards
 from raev2_tasks.t2i.shards.files import read_index, rewrite_shards, verify_shards
-from raev2_tasks.t2i.shards.index import in_processes, index_shards, survey
+from raev2_tasks.t2i.shards.index import HELD_OUT, in_processes, index_shards, survey
 from raev2_tasks.t2i.shards.reader import TextImageDataset
 from raev2_tasks.t2i.shards.tar_scan import ScanRule, ShapeRule, scan_shard
 
@@ -88,6 +88,16 @@ def test_a_tar_named_validation_is_not_trained_on(tmp_path, capsys):
             dataset = TextImageDataset(out, split, SIZE)
             assert {dataset.caption(i) for i in range(len(dataset))} == {f"picture {n}" for n in numbers}
         assert main(["data", "verify", str(out)]) == 0
+
+
+def test_tars_named_for_a_test_are_held_out_where_none_is_for_validation(tmp_path):
+    tar_of(tmp_path / "src" / "train-0.tar", range(32))
+    tar_of(tmp_path / "src" / "test-0.tar", range(100, 112))
+    lines = survey(tmp_path / "src").lines()
+    assert lines == ["  test-0.tar: val 12", "  train-0.tar: train 32", "Samples: train 32, val 12.", HELD_OUT]
+    assert counts(index_shards(tmp_path / "src", tmp_path / "out")) == {"train": 32, "val": 12}
+    dataset = TextImageDataset(tmp_path / "out", "val", SIZE)
+    assert {dataset.caption(i) for i in range(len(dataset))} == {f"picture {n}" for n in range(100, 112)}
 
 
 def test_validation_samples_are_drawn_from_all_tars(tmp_path):
@@ -293,6 +303,21 @@ def test_several_processes_write_the_same_index(tmp_path):
     shard = several["splits"]["train"]["shards"][2]
     assert np.array_equal(read_index(tmp_path / "one", shard), read_index(tmp_path / "two", shard))
     assert list(in_processes(abs, [-1, 2, -3], 2)) == [1, 2, 3]
+
+
+def test_a_picture_in_a_tar_is_told_by_its_content_where_its_suffix_is_unknown(tmp_path, caplog):
+    red, blue = (file_of(Image.new("RGB", SIZE, colour)) for colour in ("red", "blue"))
+    members = [
+        ("a.img", red), ("a.npy", b"\x93NUMPY"), ("a.txt", b"red"), ("b", red), ("b.txt", b"red"),
+        ("c.jpg", red), ("c.mask", blue), ("c.txt", b"red"), ("d.x", red), ("d.y", blue), ("d.txt", b"two"),
+    ]  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        manifest = index_shards(write_tar(tmp_path / "0.tar", members).parent, val_samples=0)
+    assert counts(manifest)["train"] == 3 and rejected(tmp_path) == {"bad_image": 1}
+    dataset = TextImageDataset(tmp_path, "train", SIZE)
+    assert [dataset.image(index)[:, 8, 8].tolist() for index in range(3)] == [[255, 0, 0]] * 3
+    (problem,) = [one for one in scan_shard(tmp_path / "0.tar").problems if not one.fatal]
+    assert problem.text == "members that are not read: 1 .mask, 1 .npy"
 
 
 def test_every_picture_format_in_a_tar_is_read(tmp_path):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from raev2.errors import DataError, SpecError, did_you_mean
 from raev2.files.images import is_picture
+from raev2.files.picture_folder import PictureFolder, scan_folder, told
 from raev2.files.splits import split_word
 from raev2_data_recipes.base import Option
 from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
 from raev2_data_recipes.captions.tables import Row, Table, open_table
-from raev2_tasks.t2i.shards.index import least_val
+from raev2_tasks.t2i.shards.index import HELD_OUT, least_val, tests_validate
 from raev2_tasks.t2i.text.captions import (
     KNOWN_FIELDS,
     BadSample,
@@ -34,8 +35,17 @@ VAL_FRACTION = Option(
 )
 
 
+@dataclass(frozen=True)
+class CaptionedFiles:
+    """Pictures by split, what was passed over by kind, and what to say about it."""
+
+    files: dict[str, list[Path]]
+    ignored: Counter[str]
+    notes: list[str]
+
+
 class CaptionedFolder(ShardRecipe):
-    """Every picture below ``src`` that has a text file of the same name beside it."""
+    """Every picture below ``src`` that has a text file of the same name beside it. Links to folders are followed."""
 
     name = "captioned-folder"
     summary = "your own folder of pictures, each with a .txt of the same name"
@@ -54,20 +64,22 @@ class CaptionedFolder(ShardRecipe):
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
         """What ``build`` will do; reads the captions."""
-        files = self._files(options)
-        texts = Counter(_text_state(path) for paths in files.values() for path in paths)
-        missing = [path for paths in files.values() for path in paths if _text_state(path) == "missing"]
-        steps = [f"Read {options['src']}: {_counts({split: len(paths) for split, paths in files.items()})}."]
+        found = self._found(options)
+        states = {path: _text_state(path) for paths in found.files.values() for path in paths}
+        texts = Counter(states.values())
+        missing = [path for path, state in states.items() if state == "missing"]
+        counts = _counts({split: len(paths) for split, paths in found.files.items()})
+        steps = [f"Read {options['src']}: {counts}.", *found.notes]
         if missing:
             steps.append(f"Leave out {len(missing)} pictures without a .txt, such as {missing[0]}.")
         for state in ("empty", "unreadable"):
             if texts[state]:
                 steps.append(f"Leave out {texts[state]} pictures whose .txt is {state}.")
-        found = {state: num for state, num in texts.items() if state not in ("missing", "empty", "unreadable")}
-        if found:
-            steps.append("Captions in " + ", ".join(f"{name} {num}" for name, num in sorted(found.items())) + ".")
-        if ignored := _other_files(self.folder(options)):
-            steps.append(ignored)
+        encodings = {state: num for state, num in texts.items() if state not in ("missing", "empty", "unreadable")}
+        if encodings:
+            steps.append("Captions in " + ", ".join(f"{name} {num}" for name, num in sorted(encodings.items())) + ".")
+        if found.ignored:
+            steps.append(f"Other files, not read: {told(found.ignored)}.")
         return [*steps, _image_step(self.size_px(options), options)]
 
     def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
@@ -78,20 +90,30 @@ class CaptionedFolder(ShardRecipe):
         read = partial(_read_pair, src=src, kind=kind, prepare=prepare)
         return {
             split: [Deferred(str(path), partial(read, path)) for path in paths]
-            for split, paths in self._files(options).items()
+            for split, paths in self._found(options).files.items()
         }
 
-    def _files(self, options: Mapping[str, str]) -> dict[str, list[Path]]:
-        src, fraction = self.folder(options), self.share(options, "val_fraction")
-        named = any(split_word(folder.name) for folder in src.iterdir() if folder.is_dir())
-        files = _by_folder(src, f"data {self.name}: src") if named else {"train": _pictures(src)}
+    def _found(self, options: Mapping[str, str]) -> CaptionedFiles:
+        src, where = self.folder(options), f"data {self.name}: src"
+        top = scan_folder(src, lambda file: file.suffix.lower() != ".txt" and is_picture(file))
+        texts = {text for path in top.all_pictures() if (text := _text_file(path)).is_file()}
+        ignored, notes = top.all_ignored() - Counter({"no picture (.txt)": len(texts)}), list[str]()
+        if not top.has_pictures():
+            got = f"{src} ({told(ignored)})" if ignored else src
+            raise DataError(where, "no pictures found", got=got, expected="files of a format that Pillow reads")
+        inner = _inside_wrapper(top)
+        named = any(split_word(folder.path.name) for folder in inner.filled())
+        files = _by_folder(inner, where) if named else {"train": top.all_pictures()}
+        if named and inner is not top:
+            notes.append(f"{inner.path.relative_to(src)}/ is around everything and was looked through.")
+        if tests_validate(files):
+            files["val"] = files.pop("test")
+            notes.append(HELD_OUT)
         if "val" not in files:
+            fraction = self.share(options, "val_fraction")
             files |= _divide(files["train"], fraction, lambda path: str(path.relative_to(src)))
-        if not files["train"]:
-            raise DataError(
-                f"data {self.name}: src", "no pictures found", got=src, expected="files of a format that Pillow reads"
-            )
-        return {split: files[split] for split in ("train", "val", "test") if split in files}
+        files = {split: files[split] for split in ("train", "val", "test") if split in files}
+        return CaptionedFiles(files, ignored, notes)
 
 
 class CaptionTable(ShardRecipe):
@@ -127,6 +149,8 @@ class CaptionTable(ShardRecipe):
             f"captions from {columns}.",
             f"Rows: {_counts(table.counts())}.",
         ]
+        if table.tests_validate:
+            steps.append(HELD_OUT)
         if others := table.unknown_splits():
             steps.append(f"Rows whose split is {others} are divided as those without a split.")
         used = {column for column, _ in table.captions}
@@ -190,9 +214,18 @@ class CaptionRows:
         return [(str(row.get("split") or ""), _fraction(self._name(row, number))) for number, row in rows]
 
     @cached_property
+    def _words(self) -> list[str]:
+        return [split_word(said) or "train" for said, _ in self._named]
+
+    @cached_property
+    def tests_validate(self) -> bool:
+        """Whether rows named for a test are held out as val, because none is named for validation."""
+        return tests_validate(self._words)
+
+    @cached_property
     def splits(self) -> list[str]:
         """The split of each row: what it says in any spelling. Where no row is for validation, some of train are."""
-        named = [split_word(said) or "train" for said, _ in self._named]
+        named = ["val" if split == "test" and self.tests_validate else split for split in self._words]
         places = sorted(place for split, (_, place) in zip(named, self._named, strict=True) if split == "train")
         num_val = 0 if "val" in named else _num_val(len(places), self.val_fraction)
         bound = places[num_val] if num_val else 0.0
@@ -248,7 +281,7 @@ class CaptionRows:
 
 
 def _read_pair(path: Path, src: Path, kind: str, prepare: Callable[[bytes], bytes]) -> Example:
-    text_file, where = path.with_suffix(".txt"), str(path.relative_to(src))
+    text_file, where = _text_file(path), str(path.relative_to(src))
     if not text_file.is_file():
         raise BadSample("bad_caption", where, f"no {text_file.name} beside it")
     captions = parse_captions(text_file.read_bytes(), None, kind)
@@ -257,7 +290,7 @@ def _read_pair(path: Path, src: Path, kind: str, prepare: Callable[[bytes], byte
 
 def _text_state(path: Path) -> str:
     """Encoding of the caption of a picture, or 'missing', 'empty' or 'unreadable'."""
-    text_file = path.with_suffix(".txt")
+    text_file = _text_file(path)
     if not text_file.is_file():
         return "missing"
     try:
@@ -267,20 +300,27 @@ def _text_state(path: Path) -> str:
     return encoding if clean(text) else "empty"
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.rglob("*")
-        if path.suffix.lower() != ".txt" and path.is_file() and not path.name.startswith(".") and is_picture(path)
-    )  # fmt: skip
+def _text_file(path: Path) -> Path:
+    """The file of the caption of a picture; it need not be there."""
+    found = (path.with_suffix(suffix) for suffix in (".txt", ".TXT"))
+    return next((file for file in found if file.is_file()), path.with_suffix(".txt"))
 
 
-def _by_folder(src: Path, where: str) -> dict[str, list[Path]]:
-    """Pictures by the split that their first folder names; DataError where that leaves a doubt."""
+def _inside_wrapper(folder: PictureFolder) -> PictureFolder:
+    """The folder inside those that are alone around everything, if it has splits in it; else `folder`."""
+    inner = folder
+    while not inner.pictures and len(inner.filled()) == 1 and not split_word(inner.filled()[0].path.name):
+        (inner,) = inner.filled()
+    return inner if any(split_word(one.path.name) for one in inner.filled()) else folder
+
+
+def _by_folder(root: PictureFolder, where: str) -> dict[str, list[Path]]:
+    """Pictures by the split that their folder in `root` names; DataError where that leaves a doubt."""
     files: dict[str, list[Path]] = {}
-    outside = list[Path]()
-    for path in _pictures(src):
-        split = split_word(path.relative_to(src).parts[0])
-        (files.setdefault(split, []) if split else outside).append(path)
+    outside = list(root.pictures)
+    for folder in root.filled():
+        split = split_word(folder.path.name)
+        (files.setdefault(split, []) if split else outside).extend(folder.all_pictures())
     if "train" not in files or outside:
         got = f"{', '.join(files)} and {len(outside)} pictures elsewhere" + (
             f", such as {outside[0]}" if outside else ""
@@ -291,18 +331,6 @@ def _by_folder(src: Path, where: str) -> dict[str, list[Path]]:
             hint="Move the others into train/, or rename the folders.",
         )  # fmt: skip
     return files
-
-
-def _other_files(src: Path) -> str:
-    """A sentence about files that are neither pictures nor their captions."""
-    pictures = set(_pictures(src))
-    texts = {path.with_suffix(".txt") for path in pictures}
-    others = Counter(
-        path.suffix.lower() or "without suffix" for path in src.rglob("*")
-        if path.is_file() and path not in pictures and path not in texts
-    )  # fmt: skip
-    found = ", ".join(f"{num} {suffix}" for suffix, num in sorted(others.items()))
-    return f"Other files, not read: {found}." if found else ""
 
 
 def _divide(paths: list[Path], val_fraction: float, name: Callable[[Path], str]) -> dict[str, list[Path]]:

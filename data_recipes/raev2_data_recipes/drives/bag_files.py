@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raev2.errors import DataError
+from raev2_data_recipes.drives.trajectory_recipe import files_below
 
 STORAGE_SUFFIXES = (".mcap", ".db3")
 METADATA = "metadata.yaml"
@@ -57,11 +60,11 @@ class Topic:
 def find_bags(src: Path) -> list[Bag]:
     """ROS 1 files, ROS 2 folders and loose ROS 2 files, anywhere below the folder; parts of one recording together."""
     found: list[Bag] = []
-    folders = {file.parent for file in src.rglob(METADATA)}
+    files = files_below(src)
+    folders = {file.parent for file in files if file.name == METADATA}
     for folder in sorted(folders):
         found.append(_folder_bag(folder))
-    loose = [file for suffix in (".bag", *STORAGE_SUFFIXES) for file in src.rglob(f"*{suffix}")]
-    loose = sorted(file for file in loose if file.is_file() and file.parent not in folders)
+    loose = [file for file in files if file.suffix in (".bag", *STORAGE_SUFFIXES) and file.parent not in folders]
     for _, files in groupby(loose, key=lambda file: (file.parent, file.suffix, _prefix(file))):
         found.extend(_drives(sorted(files, key=_number)))
     names = [bag.name for bag in found]
@@ -137,18 +140,37 @@ def _number(file: Path) -> int:
 @contextmanager
 def opened(paths: Iterable[Path]) -> Iterator[Any]:
     """A reader of rosbags over files of one drive; DataError for files that it cannot read."""
-    from rosbags.highlevel import AnyReader, AnyReaderError
+    from rosbags.highlevel import AnyReader
     from rosbags.typesys import Stores, get_typestore
 
     paths = list(paths)
-    where = f"bag {paths[0].name}"
+    with (
+        undamaged(f"bag {paths[0].name}"),
+        AnyReader(paths, default_typestore=get_typestore(Stores.ROS2_HUMBLE)) as reader,
+    ):
+        yield reader
+
+
+@contextmanager
+def undamaged(where: str) -> Iterator[None]:
+    """DataError at `where` for what a damaged bag makes its readers raise."""
     try:
-        with AnyReader(paths, default_typestore=get_typestore(Stores.ROS2_HUMBLE)) as reader:
-            yield reader
+        yield
     except DataError:
         raise
-    except (AnyReaderError, OSError, ValueError, KeyError, AssertionError) as error:
+    except _damage() as error:
         raise DataError(where, "cannot be read", got=f"{type(error).__name__}: {error}") from error
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What rosbags and the databases below it raise for a damaged bag, found by flipping bytes."""
+    from rosbags import highlevel, rosbag1, rosbag2, serde, typesys
+
+    databases = [sys.modules[name].Error for name in ("apsw", "sqlite3") if name in sys.modules]
+    return (
+        highlevel.AnyReaderError, rosbag1.ReaderError, rosbag2.ReaderError, serde.SerdeError, typesys.TypesysError,
+        struct.error, OSError, ValueError, LookupError, AssertionError, OverflowError, MemoryError, *databases,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 from raev2.errors import DataError
 from raev2_data_recipes.base import Option
 from raev2_data_recipes.drives.cutting import pieces_of
-from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, everything_below
 from raev2_tasks.nwm.data.safe_pickle import load_pickle
 from raev2_tasks.nwm.data.trajectories import Source, Storage, Trajectory
 
@@ -47,13 +47,14 @@ class GnmFolder(TrajectoryRecipe):
             f"Read {len(sources)} folders of {parents} recordings from {resolved['src']}.",
             self.split_line(resolved, sources),
             frames,
+            *self.trial_lines(resolved, sources),
             *self.ignored_line(resolved),
         ]
 
-    def reads(self, src: Path, file: Path) -> bool:
-        """Numbered JPEG files and poses in the sub-folders."""
-        numbered = file.suffix == ".jpg" and file.stem.isdecimal()
-        return len(file.relative_to(src).parts) == 2 and (numbered or file.name == POSES)
+    def files_read(self, options: Mapping[str, str]) -> list[Path]:
+        """Numbered JPEG files and poses in the folders that are read."""
+        folders = self._folders(options)
+        return [folder / POSES for folder in folders] + [file for folder in folders for file in _frames(folder)]
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
         """The rate is the one given."""
@@ -68,14 +69,18 @@ class GnmFolder(TrajectoryRecipe):
         src = self.folder(options)
         parent = self.pattern(options, "parent")
         rate, offset = self.facts(options)["rate_hz"], np.deg2rad(self.number(options, "yaw_offset_deg", -360, 360))
-        split_of = self._given(options)
-        names = list(split_of) if split_of else sorted(path.name for path in src.iterdir() if path.is_dir())
-        if not names:
+        split_of, folders = self._given(options), self._folders(options)
+        if not folders:
             raise DataError(f"data {self.name}: src", "no sub-folders", got=src)
-        for name in names:
-            match = parent.fullmatch(name)
-            read = partial(_read, src / name, rate, float(offset), split_of.get(name))
-            yield Source(match[1] if match else name, str(src / name), read)
+        for folder in folders:
+            match = parent.fullmatch(folder.name)
+            read = partial(_read, folder, rate, float(offset), split_of.get(folder.name))
+            yield Source(match[1] if match else folder.name, str(folder), read)
+
+    def _folders(self, options: Mapping[str, str]) -> list[Path]:
+        """Those that the files of names list, or all."""
+        src, named = self.folder(options), self._given(options)
+        return [src / name for name in named] or [folder.path for folder in everything_below(src).folders]
 
     def _given(self, options: Mapping[str, str]) -> dict[str, str]:
         """Split by name, from the files of names; empty without them."""
@@ -105,7 +110,10 @@ def _read(folder: Path, rate_hz: float, yaw_offset: float, split: str | None) ->
         position, yaw = np.asarray(values["position"], np.float64), np.asarray(values["yaw"], np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(where, "its poses are not numbers", got=error) from error
-    numbers = sorted(int(file.stem) for file in folder.glob("*.jpg") if file.stem.isdecimal())
+    if position.ndim != 2 or yaw.ndim not in (1, 2):
+        raise DataError(where, "its poses have another shape", got=f"position {position.shape}, yaw {yaw.shape}",
+                        expected="position (T, 2), yaw (T,)")  # fmt: skip
+    numbers = sorted(int(file.stem) for file in _frames(folder))
     gap = next((index for index, number in enumerate(numbers) if index != number), None)
     if gap is not None and len(yaw) != numbers[-1] + 1:
         raise DataError(
@@ -115,12 +123,17 @@ def _read(folder: Path, rate_hz: float, yaw_offset: float, split: str | None) ->
     whole = Trajectory(
         id=folder.name,
         t=np.arange(len(yaw)) / rate_hz,
-        position=position[:, :2] if position.ndim == 2 else position,
+        position=position[:, :2],
         yaw=(yaw[:, 0] if yaw.ndim == 2 else yaw) + yaw_offset,
         frames=((folder / f"{number}.jpg").read_bytes() for number in numbers),
         split=split,
     )
     yield from [whole] if gap is None else pieces_of(whole, numbers)
+
+
+def _frames(folder: Path) -> list[Path]:
+    """Numbered JPEG files."""
+    return [file for file in folder.glob("*.jpg") if file.stem.isdecimal()]
 
 
 RECIPE = GnmFolder()

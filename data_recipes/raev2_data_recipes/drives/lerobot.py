@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from raev2.errors import DataError
-from raev2_data_recipes.drives.pose_files import RawPoses
+from raev2_data_recipes.drives.pose_files import RawPoses, checked
 from raev2_data_recipes.drives.readings import Reading, apply_reading, understand
 from raev2_data_recipes.drives.sampling import resample
-from raev2_data_recipes.drives.trajectory_recipe import require
+from raev2_data_recipes.drives.trajectory_recipe import files_below, require
 from raev2_data_recipes.drives.video_poses import video_trajectories
 from raev2_tasks.nwm.data.trajectories import Source, Trajectory
 from raev2_tasks.nwm.data.video_frames import timeline
-from raev2_tasks.nwm.pose import Array
 
 POSITIONS, YAWS = (
     ("observation.position", "observation.pose", "position"),
@@ -55,16 +54,45 @@ class LeRobot:
 
 def lerobot_sources(folder: Path, options: Mapping[str, str]) -> Iterator[Source]:
     """One per episode."""
-    require("pyarrow")
-    data = _open(folder, options)
-    episodes = list(_episodes(data))
+    data, episodes = _open(folder, options)
     reading = _reading(data, episodes, options)
     for episode in episodes:
         name = f"{folder.name}_{episode.number:06d}"
         yield Source(name, str(episode.table), partial(_read, data, episode, name, reading, options))
 
 
-def _open(folder: Path, options: Mapping[str, str]) -> LeRobot:
+def lerobot_lines(folder: Path, options: Mapping[str, str]) -> list[str]:
+    """For plans: the camera, the columns of the poses, and how they are read."""
+    try:
+        data, episodes = _open(folder, options)
+        columns = ", ".join(name for name, _ in data.poses)
+        return [f"{folder.name}: camera {data.camera}, poses from {columns}.", *_reading(data, episodes, options).lines]
+    except DataError as error:
+        return [f"Cannot be used: {error}"]
+
+
+def lerobot_files(folder: Path, options: Mapping[str, str]) -> list[Path]:
+    """Tables, videos of the camera that is chosen, and what describes them."""
+    files = [file for file in files_below(folder) if file.relative_to(folder).parts[0] == "meta"]
+    try:
+        _, episodes = _open(folder, options)
+    except DataError:
+        return files
+    return files + [file for one in episodes for file in (one.table, one.video) if file is not None]
+
+
+def _open(folder: Path, options: Mapping[str, str]) -> tuple[LeRobot, list[Episode]]:
+    """The dataset and its episodes."""
+    require("pyarrow")
+    try:
+        data = _described(folder, options)
+        return data, list(_episodes(data))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise DataError(f"data {folder}", "its meta folder is not that of a LeRobot dataset", got=got) from error
+
+
+def _described(folder: Path, options: Mapping[str, str]) -> LeRobot:
     where = f"data {folder}"
     try:
         info = json.loads((folder / "meta" / "info.json").read_text(encoding="utf-8"))
@@ -152,13 +180,16 @@ def _rows(table: Path, columns: list[str] | None = None, episode: int | None = N
 def _poses(data: LeRobot, episode: Episode, columns: Sequence[str] = ()) -> tuple[RawPoses, list[dict[str, Any]]]:
     """The numbers of an episode, and its rows."""
     wanted = ["timestamp", "episode_index", *(name for name, _ in data.poses), *columns]
-    rows = _rows(episode.table, wanted, episode.number)
-    values = np.array([[np.ravel(row[name])[i] for name, picked in data.poses for i in picked] for row in rows])
-    if not len(values):
-        raise DataError(f"data {episode.table}", f"has no rows of episode {episode.number}")
+    where, rows = f"data {episode.table}", _rows(episode.table, wanted, episode.number)
+    if not rows:
+        raise DataError(where, f"has no rows of episode {episode.number}")
+    try:
+        picked = [[np.ravel(row[name])[i] for name, places in data.poses for i in places] for row in rows]
+        values, t = np.array(picked, np.float64), np.array([row["timestamp"] for row in rows], np.float64)
+    except (IndexError, TypeError, ValueError) as error:
+        raise DataError(where, f"poses of episode {episode.number} are not numbers", got=error) from error
     position = np.column_stack([values[:, :2], np.zeros(len(values))])
-    t: Array = np.array([row["timestamp"] for row in rows], np.float64)
-    return RawPoses(f"episode {episode.number}", position, values[:, 2], t=t), rows
+    return checked(RawPoses(f"episode {episode.number}", position, values[:, 2], t=t)), rows
 
 
 def _reading(data: LeRobot, episodes: Sequence[Episode], options: Mapping[str, str]) -> Reading:
@@ -180,6 +211,13 @@ def _read(
         assert found.t is not None
         shown = last_timeline(episode.video)
         start = episode.window_s[0] if np.isfinite(episode.window_s[0]) else 0.0
+        visible = int(np.diff(np.searchsorted(shown.t, np.array(episode.window_s) - 1e-6))[0])
+        if abs(visible - len(found.poses)) > 1:  # the window of an episode may be rounded
+            raise DataError(
+                f"video {name}",
+                "different numbers of visible frames and poses",
+                got=f"{visible} and {len(found.poses)}",
+            )
         yield from video_trajectories(
             name, episode.video, shown, found.t + start, found.poses, {"decoder": "pyav", **options}, episode.window_s
         )
@@ -196,4 +234,4 @@ def _read(
 
 def _picture(folder: Path, stored: Mapping[str, Any]) -> bytes:
     """The file of a picture, in the table or beside it."""
-    return stored["bytes"] or (folder / stored["path"]).read_bytes()
+    return stored.get("bytes") or (folder / stored["path"]).read_bytes()

@@ -67,11 +67,26 @@ def read_raw_poses(path: Path) -> RawPoses:
     if not lines:
         raise DataError(where, "empty")
     if _is_header(lines[0]):
-        return _read_table(where, _cells(lines[0]), lines[1:])
+        return checked(_read_table(where, _cells(lines[0]), lines[1:]))
     named = next((names for names in map(_cells, comments) if len(names) == len(_cells(lines[0]))), None)
     if named is not None and _column(named, TIME)[0] is not None:
-        return _read_table(where, named, lines)
-    return _read_numbers(where, lines)
+        return checked(_read_table(where, named, lines))
+    return checked(_read_numbers(where, lines))
+
+
+def checked(raw: RawPoses) -> RawPoses:
+    """`raw` itself; DataError for a number that is not finite, or a quaternion of length zero."""
+    for name in ("t", "position", "yaw", "quaternion", "rotation"):
+        values = getattr(raw, name)
+        bad = [] if values is None else np.flatnonzero(~np.isfinite(values.reshape(len(raw), -1)).all(1))
+        if len(bad):
+            raise DataError(
+                raw.where, f"{name} is not finite in {len(bad)} of {len(raw)} poses", got=f"pose {bad[0] + 1}",
+                hint="Leave such lines out: the recording is cut there.",
+            )  # fmt: skip
+    if raw.quaternion is not None and (np.linalg.norm(raw.quaternion, axis=1) < 1e-6).any():
+        raise DataError(raw.where, "a quaternion is zero")
+    return raw
 
 
 def _is_header(line: str) -> bool:
@@ -92,7 +107,7 @@ def _read_numbers(where: str, lines: list[str]) -> RawPoses:
     except ValueError as error:
         raise DataError(where, "cannot be read", got=error, expected="equal numbers of values in every line") from error
     if rows.shape[1] == 8:
-        return RawPoses(where, rows[:, 1:4], quaternion=_checked(where, rows[:, 4:]), t=rows[:, 0])
+        return RawPoses(where, rows[:, 1:4], quaternion=rows[:, 4:], t=rows[:, 0])
     if rows.shape[1] == 12:
         matrices = rows.reshape(-1, 3, 4)
         return RawPoses(where, matrices[:, :, 3], rotation=matrices[:, :, :3], frame=np.arange(len(rows)))
@@ -127,7 +142,7 @@ def _read_table(where: str, names: list[str], lines: list[str]) -> RawPoses:
         where,
         np.column_stack([value["x"], value["y"], value.get("z", np.zeros(len(rows)))]),
         yaw=value.get("yaw"),
-        quaternion=None if quaternion is None else _checked(where, quaternion),
+        quaternion=quaternion,
         t=value["t"] if timed else None,
         frame=None if timed else _whole(where, value["frame"]),
         words=frozenset(word for name, (_, word) in columns.items() if word and name in there),
@@ -151,9 +166,3 @@ def _whole(where: str, frames: Array) -> NDArray[np.int64]:
     if len(bad):
         raise DataError(where, "a frame number is not whole", got=f"{frames[bad[0]]:g}")
     return frames.astype(np.int64)
-
-
-def _checked(where: str, quaternion: Array) -> Array:
-    if (np.linalg.norm(quaternion, axis=1) < 1e-6).any():
-        raise DataError(where, "a quaternion is zero")
-    return quaternion

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,16 @@ import yaml
 
 from raev2.errors import DataError
 from raev2_data_recipes.base import Option
-from raev2_data_recipes.drives.lerobot import lerobot_sources
+from raev2_data_recipes.drives.lerobot import lerobot_files, lerobot_lines, lerobot_sources
 from raev2_data_recipes.drives.pose_files import RawPoses, read_raw_poses
 from raev2_data_recipes.drives.readings import PoseFile, Reading, apply_reading, matrices
-from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe
-from raev2_data_recipes.drives.video_poses import FRAME_SUFFIXES, natural, trajectories_of
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, files_below
+from raev2_data_recipes.drives.video_poses import pictures_in, trajectories_of
 from raev2_tasks.nwm.data.trajectories import Source, Trajectory
 from raev2_tasks.nwm.pose import Array
 
 FIXED = {"scale": "1"}
+EUROC_POSES = "mav0/state_groundtruth_estimate0/data.csv"
 CAMERA_UP_Z, CAMERA_UP_Y = Reading(frozenset({"camera"}), up="z"), Reading(frozenset({"camera"}), up="-y")
 
 
@@ -52,9 +55,23 @@ class PublishedDrives(TrajectoryRecipe):
         sources = list(self.sources(resolved))
         return [
             f"Read {len(sources)} recordings in the layout of {layout} from {len(found)} folders of {resolved['src']}.",
+            *self._told(layout, found, resolved),
             f"Sample {resolved['rate_hz']} frames a second, poses interpolated at their times.",
+            *self.trial_lines(resolved, sources),
             self.split_line(resolved, sources),
+            *self.ignored_line(resolved),
         ]
+
+    def _told(self, layout: str, folders: Sequence[Path], options: Mapping[str, str]) -> list[str]:
+        """Which camera, and how the poses are read."""
+        if layout == "lerobot":
+            return [line for folder in folders for line in lerobot_lines(folder, options)]
+        return [f"Camera: {camera}."] if (camera := options["camera"] or LAYOUTS[layout].camera) else []
+
+    def files_read(self, options: Mapping[str, str]) -> list[Path]:
+        """Those of the recordings, of the camera that is chosen."""
+        layout, folders = self.layout(options)
+        return [file for folder in folders for file in LAYOUTS[layout].files(folder, options)]
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
         """The rate of the grid."""
@@ -66,12 +83,13 @@ class PublishedDrives(TrajectoryRecipe):
         """The layout of the source folder, and the folders that have it."""
         src = self.folder(options)
         asked = self.choice(options, "layout", ("auto", *LAYOUTS))
+        files = files_below(src)
         for name in LAYOUTS if asked == "auto" else [asked]:
-            mark, level, _ = LAYOUTS[name]
-            found = sorted({file.parents[level] for file in src.rglob(mark)})
+            layout = LAYOUTS[name]
+            found = sorted({file.parents[layout.level] for file in files if file.match(layout.mark)})
             if found:
                 return name, found
-        expected = ", ".join(f"{name} ({mark})" for name, (mark, _, _) in LAYOUTS.items())
+        expected = ", ".join(f"{name} ({layout.mark})" for name, layout in LAYOUTS.items())
         raise DataError(f"data {self.name}: src", "no known layout", got=src, expected=expected)
 
     def sources(self, options: Mapping[str, str]) -> Iterator[Source]:
@@ -79,7 +97,14 @@ class PublishedDrives(TrajectoryRecipe):
         self.number(options, "segment_s", 1)
         layout, folders = self.layout(options)
         for folder in folders:
-            yield from LAYOUTS[layout][2](folder, {**options, **FIXED})
+            try:
+                yield from LAYOUTS[layout].sources(folder, {**options, **FIXED})
+            except DataError as error:
+                yield Source(folder.name, str(folder), partial(_fail, error))
+
+
+def _fail(error: DataError) -> Iterator[Trajectory]:
+    raise error
 
 
 def _tum(folder: Path, options: Mapping[str, str]) -> Iterator[Source]:
@@ -88,10 +113,13 @@ def _tum(folder: Path, options: Mapping[str, str]) -> Iterator[Source]:
 
 def _read_tum(folder: Path, options: Mapping[str, str]) -> Iterator[Trajectory]:
     """rgb.txt and groundtruth.txt; a camera in a world with z up."""
-    lines = [line.split() for line in _lines(folder / "rgb.txt")]
     found = apply_reading(read_raw_poses(folder / "groundtruth.txt"), CAMERA_UP_Z)
-    files, times = [folder / line[1] for line in lines], np.array([float(line[0]) for line in lines])
-    yield from _associated(folder.name, files, times, found, options)
+    stamps, files = _listed(folder / "rgb.txt", folder)
+    yield from _associated(folder.name, files, stamps, found, options)
+
+
+def _tum_files(folder: Path, options: Mapping[str, str]) -> list[Path]:
+    return [folder / "rgb.txt", folder / "groundtruth.txt", *_listed_or_none(folder / "rgb.txt", folder)]
 
 
 def _kitti(folder: Path, options: Mapping[str, str]) -> Iterator[Source]:
@@ -103,9 +131,7 @@ def _kitti(folder: Path, options: Mapping[str, str]) -> Iterator[Source]:
 def _read_kitti(folder: Path, sequence: Path, options: Mapping[str, str]) -> Iterator[Trajectory]:
     """times.txt and poses/NN.txt, one line a frame; a camera in the world of its first frame."""
     raw = read_raw_poses(folder / "poses" / f"{sequence.name}.txt")
-    times = np.array([float(line) for line in _lines(sequence / "times.txt")])
-    pictures = sequence / (options["camera"] or "image_2")
-    files = _pictures(pictures)
+    times, files = _times(sequence / "times.txt"), _pictures(_kitti_camera(sequence, options))
     counts = {"frames": len(files), "times": len(times), "poses": len(raw)}
     if len(set(counts.values())) > 1:
         got = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -114,24 +140,45 @@ def _read_kitti(folder: Path, sequence: Path, options: Mapping[str, str]) -> Ite
     yield from _associated(sequence.name, files, times, found, options)
 
 
+def _kitti_camera(sequence: Path, options: Mapping[str, str]) -> Path:
+    return sequence / (options["camera"] or LAYOUTS["kitti-odometry"].camera)
+
+
+def _kitti_files(folder: Path, options: Mapping[str, str]) -> list[Path]:
+    found = []
+    for sequence in (folder / "sequences").iterdir():
+        camera = _kitti_camera(sequence, options)
+        found += [sequence / "times.txt", folder / "poses" / f"{sequence.name}.txt"]
+        found += _pictures(camera) if camera.is_dir() else []
+    return found
+
+
 def _euroc(folder: Path, options: Mapping[str, str]) -> Iterator[Source]:
     yield Source(folder.name, str(folder), partial(_read_euroc, folder, options))
 
 
 def _read_euroc(folder: Path, options: Mapping[str, str]) -> Iterator[Trajectory]:
     """Poses of the body, nanoseconds; the camera sits on it as sensor.yaml says; a world with z up."""
-    camera = folder / "mav0" / (options["camera"] or "cam0")
-    rows = [line.split(",") for line in _lines(camera / "data.csv")]
-    files = [camera / "data" / row[1].strip() for row in rows]
-    raw = read_raw_poses(folder / "mav0" / "state_groundtruth_estimate0" / "data.csv")
-    assert raw.quaternion is not None
+    camera = _euroc_camera(folder, options)
+    stamps, files = _listed(camera / "data.csv", camera / "data")
+    raw = read_raw_poses(folder / EUROC_POSES)
+    if raw.quaternion is None:
+        raise DataError(raw.where, "has no quaternions")
     mounted, body = _mounted(camera / "sensor.yaml"), matrices(raw.quaternion)
     position = raw.position + (body @ mounted[:3, 3])
     ns = Reading(frozenset({"camera", "ns"}), up="z")
     seen = RawPoses(raw.where, position, rotation=body @ mounted[:3, :3], t=raw.t)
-    yield from _associated(
-        folder.name, files, np.array([float(row[0]) for row in rows]) * 1e-9, apply_reading(seen, ns), options
-    )
+    yield from _associated(folder.name, files, stamps * 1e-9, apply_reading(seen, ns), options)
+
+
+def _euroc_camera(folder: Path, options: Mapping[str, str]) -> Path:
+    return folder / "mav0" / (options["camera"] or LAYOUTS["euroc"].camera)
+
+
+def _euroc_files(folder: Path, options: Mapping[str, str]) -> list[Path]:
+    camera = _euroc_camera(folder, options)
+    tables = [camera / "data.csv", camera / "sensor.yaml", folder / EUROC_POSES]
+    return tables + _listed_or_none(camera / "data.csv", camera / "data")
 
 
 def _mounted(file: Path) -> Array:
@@ -155,7 +202,30 @@ def _associated(
 def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"trajectory {folder.parent.name}", "has no folder of frames", got=folder)
-    return sorted((file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES), key=natural)
+    return pictures_in(folder)
+
+
+def _listed(file: Path, folder: Path) -> tuple[Array, list[Path]]:
+    """Times, and pictures in `folder`, of a table with a time and a name a line."""
+    rows = [re.split(r"[,\s]+", line, maxsplit=1) for line in _lines(file)]
+    try:
+        return np.array([float(time) for time, _ in rows]), [folder / name.strip() for _, name in rows]
+    except ValueError as error:
+        raise DataError(f"data {file}", "a line is no time with the name of a picture", got=error) from error
+
+
+def _listed_or_none(file: Path, folder: Path) -> list[Path]:
+    try:
+        return _listed(file, folder)[1]
+    except DataError:
+        return []  # the recording is left out with this reason
+
+
+def _times(file: Path) -> Array:
+    try:
+        return np.array([float(line) for line in _lines(file)])
+    except ValueError as error:
+        raise DataError(f"data {file}", "a line is no time", got=error) from error
 
 
 def _lines(file: Path) -> list[str]:
@@ -165,12 +235,21 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
 
 
-Layout = tuple[str, int, Callable[[Path, Mapping[str, str]], Iterator[Source]]]
-# What marks a folder, how far below it that lies, and its recordings.
-LAYOUTS: dict[str, Layout] = {
-    "tum-rgbd": ("rgb.txt", 0, _tum),
-    "kitti-odometry": ("sequences/*/times.txt", 2, _kitti),
-    "euroc": ("mav0/cam0/data.csv", 2, _euroc),
-    "lerobot": ("meta/info.json", 1, lerobot_sources),
+@dataclass(frozen=True)
+class Layout:
+    """What marks a folder, how far below it that lies, its recordings, the files that are read, the usual camera."""
+
+    mark: str
+    level: int
+    sources: Callable[[Path, Mapping[str, str]], Iterator[Source]]
+    files: Callable[[Path, Mapping[str, str]], list[Path]]
+    camera: str = ""
+
+
+LAYOUTS = {
+    "tum-rgbd": Layout("rgb.txt", 0, _tum, _tum_files),
+    "kitti-odometry": Layout("sequences/*/times.txt", 2, _kitti, _kitti_files, "image_2"),
+    "euroc": Layout("mav0/cam0/data.csv", 2, _euroc, _euroc_files, "cam0"),
+    "lerobot": Layout("meta/info.json", 1, lerobot_sources, lerobot_files),
 }
 RECIPE = PublishedDrives()

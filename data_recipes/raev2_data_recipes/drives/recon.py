@@ -12,7 +12,7 @@ import numpy as np
 
 from raev2.errors import DataError
 from raev2_data_recipes.base import Option
-from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, require
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, files_below, require
 from raev2_tasks.nwm.data.trajectories import Source, Trajectory
 
 IMAGES, POSITION, YAW = "images/rgb_left", "jackal/position", "jackal/yaw"
@@ -46,12 +46,13 @@ class ReconHdf5(TrajectoryRecipe):
             f"Read {len(sources)} HDF5 files of {parents} recordings from {resolved['src']}.",
             self.split_line(resolved, sources),
             f"Store frames of {storage.size[1]} px." if storage.size else "Keep the JPEG files of 640 x 480.",
+            *self.trial_lines(resolved, sources),
             *self.ignored_line(resolved),
         ]
 
-    def reads(self, src: Path, file: Path) -> bool:
+    def files_read(self, options: Mapping[str, str]) -> list[Path]:
         """HDF5 files."""
-        return file.suffix == ".hdf5"
+        return [file for file in files_below(self.folder(options)) if file.suffix == ".hdf5"]
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
         """The rate is the one given."""
@@ -61,7 +62,7 @@ class ReconHdf5(TrajectoryRecipe):
         """One per file; files that differ only in `_rNN` are of one recording."""
         src = self.folder(options)
         require("h5py")
-        files = sorted(src.rglob("*.hdf5"))
+        files = self.files_read(options)
         if not files:
             raise DataError(f"data {self.name}: src", "no .hdf5 files", got=src)
         rate = self.facts(options)["rate_hz"]
@@ -74,22 +75,26 @@ def _read(file: Path, rate_hz: float) -> Iterator[Trajectory]:
     h5py = require("h5py")
     try:
         with h5py.File(file) as data:
-            missing = [name for name in (IMAGES, POSITION, YAW) if name not in data]
+            missing = [name for name in (IMAGES, POSITION, YAW) if not isinstance(data.get(name), h5py.Dataset)]
             if missing:
                 raise DataError(where, f"{missing[0]} is missing from the file")
-            frames = [bytes(frame) for frame in data[IMAGES][:]]
-            position, yaw = data[POSITION][:], data[YAW][:]
+            position, yaw = np.asarray(data[POSITION][:], np.float64), np.asarray(data[YAW][:], np.float64)
             told = [np.asarray(data[name][:]).reshape(len(yaw)) for name in COMMANDS if name in data]
-    except OSError as error:
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise DataError(where, "cannot be opened as HDF5", got=error) from error
     yield Trajectory(
         id=file.stem,
         t=np.arange(len(yaw)) / rate_hz,
         position=position[:, :2] if position.ndim == 2 else position,
         yaw=yaw.reshape(len(yaw)),
-        frames=frames,
+        frames=_frames(file),
         command=np.column_stack(told) if len(told) == len(COMMANDS) else None,
     )
+
+
+def _frames(file: Path) -> Iterator[bytes]:
+    with require("h5py").File(file) as data:
+        yield from map(bytes, data[IMAGES])
 
 
 RECIPE = ReconHdf5()

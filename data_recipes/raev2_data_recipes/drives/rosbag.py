@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,11 +26,12 @@ from raev2_data_recipes.drives.bag_files import (
     find_bags,
     opened,
     topics_of,
+    undamaged,
 )
 from raev2_data_recipes.drives.bag_images import frame_of
 from raev2_data_recipes.drives.bag_poses import read_bag_poses
 from raev2_data_recipes.drives.sampling import CUTS, Piece, cut, resample
-from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, require
+from raev2_data_recipes.drives.trajectory_recipe import TrajectoryRecipe, files_below, require
 from raev2_tasks.nwm.data.trajectories import Frame, Source, Trajectory
 from raev2_tasks.nwm.pose import Array
 
@@ -105,9 +107,10 @@ class RosBag(TrajectoryRecipe):
         for bag in bags:
             yield Source(bag.name, str(bag.paths[0]), partial(_read, bag, dict(options)))
 
-    def reads(self, src: Any, file: Any) -> bool:
+    def files_read(self, options: Mapping[str, str]) -> list[Path]:
         """Bags and their metadata."""
-        return file.suffix in (".bag", *STORAGE_SUFFIXES) or file.name == METADATA
+        suffixes = (".bag", *STORAGE_SUFFIXES)
+        return [file for file in files_below(self.folder(options)) if file.suffix in suffixes or file.name == METADATA]
 
 
 def _chosen(where: str, reader: Any, options: Mapping[str, str]) -> tuple[Topic, Topic]:
@@ -156,7 +159,9 @@ def _read(bag: Bag, options: Mapping[str, str]) -> Iterator[Trajectory]:
         by_header = _by_header(bag.name, reader, image, received, stamped, options["clock"])
         pose_t, poses = _increasing(stamped if by_header else received, poses + [0, 0, offset])
         spool = _Spool(store, start=float(pose_t[0]), rate_hz=rate)
-        images = spool.fill(reader, image, by_header)
+        images, same = spool.fill(reader, image, by_header)
+        if same:
+            logger.warning("%s: %d images are left out that have the time of another", bag.name, same)
         pieces = resample(
             where, images - spool.start, pose_t - spool.start, poses, rate, spool.grid_start
         )  # differences keep float64 exact
@@ -221,8 +226,8 @@ class _Spool:
         self.grid_start: float | None = None
         self._places: list[tuple[float, int, int]] = []  # time, offset, length
 
-    def fill(self, reader: Any, topic: Topic, by_header: bool) -> Array:
-        """Read the topic once; the times of the images kept, in order."""
+    def fill(self, reader: Any, topic: Topic, by_header: bool) -> tuple[Array, int]:
+        """Read the topic once; the times of the images kept, in order, and how many had the time of another."""
         links = [link for link in reader.connections if link.topic == topic.name]
         thin = topic.rate_hz >= MANY_IMAGES * self.rate_hz
         slot, held = -1, _Held(0.0, np.inf, b"")
@@ -242,8 +247,11 @@ class _Spool:
             if number == slot and abs(ahead - number) < held.distance - 1e-6:
                 held = _Held(t, abs(ahead - number), bytes(raw))
         self._keep_held(held)
-        self._places.sort()
-        return np.array([t for t, _, _ in self._places])
+        by_time = {
+            t: (t, offset, length) for t, offset, length in sorted(self._places, reverse=True)
+        }  # the first stays
+        same, self._places = len(self._places) - len(by_time), sorted(by_time.values())
+        return np.array([t for t, _, _ in self._places]), same
 
     def _keep_held(self, held: _Held) -> None:
         if held.raw:
@@ -263,7 +271,9 @@ class _Spool:
 def _frames(where: str, reader: Any, topic: Topic, spool: _Spool, piece: Piece) -> Iterator[Frame]:
     """The images of a piece, in order."""
     for number in piece.frames.tolist():
-        yield frame_of(where, reader.deserialize(spool.message(number), topic.kind))
+        with undamaged(where):
+            message = reader.deserialize(spool.message(number), topic.kind)
+        yield frame_of(where, message)
 
 
 RECIPE = RosBag()

@@ -47,8 +47,11 @@ def resample(
     frame_t, pose_t = np.asarray(frame_times, np.float64), np.asarray(pose_times, np.float64)
     if not len(frame_t) or not len(pose_t):
         raise DataError(where, "no frames or no poses", got=f"{len(frame_t)} frames and {len(pose_t)} poses")
-    if (np.diff(pose_t) <= 0).any():
-        raise DataError(where, "the times of the poses do not increase")
+    for times, of in ((pose_t, "poses"), (frame_t, "frames")):
+        back = np.flatnonzero(~(np.diff(times) > 0))
+        if len(back):
+            got = f"{times[back[0] + 1]:.9g} s after {times[back[0]]:.9g} s"
+            raise DataError(where, f"the times of the {of} do not increase", got=got)
     period = 1 / rate_hz
     start, end = max(frame_t[0], pose_t[0]), min(frame_t[-1], pose_t[-1])
     if end <= start:

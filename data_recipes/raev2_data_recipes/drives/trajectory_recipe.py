@@ -10,7 +10,7 @@ import math
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,23 +19,38 @@ from typing import Any
 import numpy as np
 
 from raev2.errors import DataError, SpecError
+from raev2.files.picture_folder import PictureFolder, scan_folder, told
 from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_data_recipes.drives.cutting import cut_gaps, cut_split
 from raev2_data_recipes.drives.pose_files import RawPoses
 from raev2_data_recipes.drives.readings import CONTRADICTION, Reading, contradiction, median_error
 from raev2_tasks.nwm.data.frames import FITS
 from raev2_tasks.nwm.data.trajectories import (
+    BAD_SOURCE,
     Source,
     Storage,
     Trajectory,
+    reason_of,
     validation_names,
     verify_trajectories,
     write_trajectories,
 )
+from raev2_tasks.nwm.data.validate import check_trajectory
 
 RULES = ("by-recording", "nwm-legacy", "by-time", "given")
 HEADINGS = ("check", "keep")
+NUM_TRIED = 20  # recordings whose poses a plan reads
 MANY_POSES = 2000  # after so many, and each doubling, heading and motion are compared
+
+
+def everything_below(src: Path) -> PictureFolder:
+    """All files of a folder but for those of tools; links to folders are followed."""
+    return scan_folder(src, lambda file: True)
+
+
+def files_below(src: Path) -> list[Path]:
+    """`everything_below` as a list, in path order."""
+    return everything_below(src).all_pictures()
 
 
 def require(name: str) -> Any:
@@ -152,17 +167,36 @@ class TrajectoryRecipe(DatasetRecipe):
         """An option of ``STORAGE``; a recipe that lacks it gets its default."""
         return self.choice({name: str(self.STORAGE[name].default)} | dict(options), name, known)
 
-    def reads(self, src: Path, file: Path) -> bool:
-        """Whether a file of the source folder is one that the recipe knows; the others are counted as ignored."""
-        return True
+    def files_read(self, options: Mapping[str, str]) -> Collection[Path]:
+        """The files of the source folder that the recipe reads; the others are counted as ignored."""
+        return ()
 
     def ignored(self, options: Mapping[str, str]) -> dict[str, int]:
-        """How many files of the source folder are not read, by the ending of their names."""
+        """How many files of the source folder are not read, by the ending of their names, or the tool they are of."""
         if "src" not in options or not Path(options["src"]).expanduser().is_dir():
             return {}
-        src = Path(options["src"]).expanduser()
-        unread = (file for file in src.rglob("*") if file.is_file() and not self.reads(src, file))
-        return dict(sorted(Counter(file.suffix.lower() or file.name for file in unread).items()))
+        found, read = everything_below(self.folder(options)), set(self.files_read(options))
+        unread = Counter(file.suffix.lower() or file.name for file in found.all_pictures() if file not in read)
+        return dict(sorted((found.all_ignored() + unread).items()))
+
+    def trial_lines(self, options: Mapping[str, str], sources: Sequence[Source]) -> list[str]:
+        """For plans: what the poses of the first recordings give, and which cannot be used. No picture is read."""
+        least, rate = self.storage(options).min_frames, self.number(options, "rate_hz", 0.01)
+        lengths, left_out = list[int](), list[str]()
+        for source in sources[:NUM_TRIED]:
+            try:
+                for one in self._read(options, None, rate, source):
+                    try:
+                        check_trajectory(f"trajectory {one.id}", one.t, one.position, one.yaw, least)
+                        lengths.append(len(one.t))
+                    except DataError as error:
+                        left_out.append(str(error))
+            except BAD_SOURCE as error:
+                left_out.append(reason_of(error))
+        of = f"the first {NUM_TRIED} of {len(sources)} recordings" if sources[NUM_TRIED:] else "all recordings"
+        lines = [f"By their poses {of} give {len(lengths)} trajectories of {sum(lengths):,} frames in all."]
+        lines += [f"Left out: {reason}" for reason in left_out[:5]]
+        return lines + ([f"Left out: {len(left_out) - 5} more."] if left_out[5:] else [])
 
     def split_line(self, options: Mapping[str, str], sources: Iterable[Source]) -> str:
         """For plans: which recordings are kept for validation, as far as that is known before they are read."""
@@ -177,8 +211,7 @@ class TrajectoryRecipe(DatasetRecipe):
     def ignored_line(self, options: Mapping[str, str]) -> list[str]:
         """A line about `ignored`, for plans; none where nothing is."""
         ignored = self.ignored(options)
-        listed = ", ".join(f"{count} {kind}" for kind, count in ignored.items())
-        return [f"Ignored: {sum(ignored.values())} files ({listed})."] if ignored else []
+        return [f"Ignored: {sum(ignored.values()):,} files ({told(ignored)})."] if ignored else []
 
     def check_files(self, data_dir: Path) -> dict[str, Any]:
         """Poses and frames."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from raev2.errors import DataError
+from raev2.files.picture_folder import scan_folder
 from raev2_data_recipes.base import Option
 from raev2_data_recipes.drives.pose_files import read_raw_poses
 from raev2_data_recipes.drives.readings import (
@@ -26,22 +27,28 @@ from raev2_data_recipes.drives.readings import (
     understand,
 )
 from raev2_data_recipes.drives.sampling import Piece, resample, split_long
-from raev2_data_recipes.drives.trajectory_recipe import HEADINGS, TrajectoryRecipe, require
+from raev2_data_recipes.drives.trajectory_recipe import (
+    HEADINGS,
+    TrajectoryRecipe,
+    everything_below,
+    files_below,
+    require,
+)
 from raev2_tasks.nwm.data.trajectories import Frame, Source, Trajectory
 from raev2_tasks.nwm.data.video_frames import (
     DECODERS,
+    SUFFIXES,
     Picture,
     Timeline,
     duration_s,
     frame_rate,
+    is_video,
     logger,
     read_frames,
     timeline,
 )
 from raev2_tasks.nwm.pose import Array
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".ts"}
-FRAME_SUFFIXES = {".jpg", ".jpeg", ".png"}
 POSE_NAMES = ("poses.csv", "poses.txt")
 POSE_SUFFIXES = (".csv", ".txt")
 POSE_OPTIONS = {
@@ -130,6 +137,7 @@ class VideoPoses(_WithPoses):
             + (f", {bare} of them without poses." if bare else "."),
             *self.reading(resolved).lines,
             f"Sample {resolved['rate_hz']} frames a second, in pieces of at most {resolved['segment_s']} s.",
+            *self.trial_lines(resolved, sources),
             self.split_line(resolved, sources),
             *self.ignored_line(resolved),
         ]
@@ -145,7 +153,7 @@ class VideoPoses(_WithPoses):
         reading = self.reading(options)
         files = self._videos(options)
         if not files:
-            expected = f"files ending in {', '.join(sorted(VIDEO_SUFFIXES))}"
+            expected = f"files ending in {', '.join(SUFFIXES)}, or videos by their content"
             raise DataError(f"data {self.name}: src", "no videos", got=src, expected=expected)
         names = ["_".join(file.relative_to(src).with_suffix("").parts) for file in files]
         for file, name in zip(files, names, strict=True):
@@ -153,7 +161,8 @@ class VideoPoses(_WithPoses):
             yield Source(name, str(file), partial(_read_video, file, name, reading, dict(options)))
 
     def _videos(self, options: Mapping[str, str]) -> list[Path]:
-        return sorted(file for file in self.folder(options).rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+        files = files_below(self.folder(options))
+        return [file for file in files if file.suffix not in POSE_SUFFIXES and is_video(file)]
 
     def pose_files(self, options: Mapping[str, str]) -> list[Path]:
         """Beside the videos."""
@@ -165,10 +174,9 @@ class VideoPoses(_WithPoses):
         rates = (frame_rate(file) for file in self._videos(options))
         return next((1 / rate for rate in rates if rate), None)
 
-    def reads(self, src: Path, file: Path) -> bool:
-        """Videos, and files of poses beside one."""
-        beside = (file.with_suffix(suffix).is_file() for suffix in VIDEO_SUFFIXES)
-        return file.suffix.lower() in VIDEO_SUFFIXES or (file.suffix in POSE_SUFFIXES and any(beside))
+    def files_read(self, options: Mapping[str, str]) -> list[Path]:
+        """Videos, and the files of poses beside them."""
+        return self._videos(options) + self.pose_files(options)
 
 
 class FramesPoses(_WithPoses):
@@ -195,6 +203,7 @@ class FramesPoses(_WithPoses):
             f"Read {len(sources)} folders of frames of {recordings} recordings from {resolved['src']}"
             + (f", {bare} of them without poses." if bare else "."),
             *self.reading(resolved).lines,
+            *self.trial_lines(resolved, sources),
             self.split_line(resolved, sources),
             *self.ignored_line(resolved),
         ]
@@ -214,8 +223,7 @@ class FramesPoses(_WithPoses):
             yield Source(recording, str(folder), partial(_read_folder, folder, reading, dict(options)))
 
     def _folders(self, options: Mapping[str, str]) -> list[Path]:
-        src = self.folder(options)
-        return sorted(path for path in src.iterdir() if path.is_dir() and not path.name.startswith((".", "@", "__")))
+        return [folder.path for folder in everything_below(self.folder(options)).folders]
 
     def pose_files(self, options: Mapping[str, str]) -> list[Path]:
         """Inside the folders."""
@@ -226,10 +234,9 @@ class FramesPoses(_WithPoses):
         """As stated."""
         return 1 / (self.number(options, "rate_hz", 0.01) * self.number(options, "every", 1, whole=True))
 
-    def reads(self, src: Path, file: Path) -> bool:
+    def files_read(self, options: Mapping[str, str]) -> list[Path]:
         """Frames and files of poses in the sub-folders."""
-        inside = len(file.relative_to(src).parts) == 2 and not file.parent.name.startswith((".", "@", "__"))
-        return inside and (file.suffix.lower() in FRAME_SUFFIXES or file.name in POSE_NAMES)
+        return [file for folder in self._folders(options) for file in pictures_in(folder)] + self.pose_files(options)
 
 
 def _read_video(file: Path, name: str, reading: Reading, options: Mapping[str, str]) -> Iterator[Trajectory]:
@@ -303,8 +310,7 @@ def _times_of_frames(where: str, times: Array, found: PoseFile) -> Array:
 def _read_folder(folder: Path, reading: Reading, options: Mapping[str, str]) -> Iterator[Trajectory]:
     where = f"trajectory {folder.name}"
     found = _poses_beside(where, [folder / name for name in POSE_NAMES], reading)
-    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES), key=natural)
-    yield from trajectories_of(where, folder.name, files, None, found, options)
+    yield from trajectories_of(where, folder.name, pictures_in(folder), None, found, options)
 
 
 def trajectories_of(
@@ -375,6 +381,11 @@ def _scale(options: Mapping[str, str], pieces: list[Piece]) -> float:
         return float(options["scale"])
     steps = np.concatenate([np.hypot(*np.diff(piece.poses[:, :2], axis=0).T) for piece in pieces])
     return 1 / float(steps.mean()) if len(steps) and steps.any() else 1.0
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures directly in a folder, in order of the numbers in their names."""
+    return sorted(scan_folder(folder).pictures, key=natural)
 
 
 def natural(file: Path) -> list[int | str]:

@@ -40,6 +40,7 @@ Frame = bytes | NDArray[np.uint8]
 SplitRule = Literal["by-recording", "nwm-legacy", "by-time", "given"]
 SPLITS = ("train", "val")
 REJECTS = "rejects.jsonl"
+BAD_SOURCE = (DataError, OSError, ValueError)  # what a source that cannot be used raises
 QUANTILES = (0.0, 0.005, 0.5, 0.995, 1.0)
 FORMULAS = {
     "spacing_m": "mean over pairs of consecutive training frames of |p[i+1] - p[i]|",
@@ -147,16 +148,15 @@ def write_trajectories(
             for trajectory in source.read():
                 try:
                     entry, num_black = _write_one(folder, trajectory, source.recording, storage, entries)
-                except DataError as error:
-                    rejects.append({"path": source.path, "trajectory": trajectory.id, "reason": str(error)})
+                except BAD_SOURCE as error:
+                    rejects.append({"path": source.path, "trajectory": trajectory.id, "reason": reason_of(error)})
                     continue
                 entries.append(entry)
                 black += num_black
                 if trajectory.split is not None:
                     given[entry["id"]] = trajectory.split
-        except (DataError, OSError, ValueError) as error:
-            reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-            rejects.append({"path": source.path, "reason": reason})
+        except BAD_SOURCE as error:
+            rejects.append({"path": source.path, "reason": reason_of(error)})
     for reject in rejects:
         logger.warning("left out: %s", reject["reason"])
     if not entries:
@@ -206,6 +206,11 @@ def write_trajectories(
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
+
+
+def reason_of(error: Exception) -> str:
+    """Why a source is left out, in words."""
+    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
 
 
 def _write_one(

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import DataError
+from raev2.files.images import is_picture
 
 logger = logging.getLogger(__name__)
 DECODERS = ("pyav", "decord")
@@ -33,6 +34,11 @@ CHUNK_BYTES = 256 * 2**20  # of pictures that decord hands over at once
 NUM_PROBES = 16
 TIME_LIMIT_S = 120.0  # for a chunk
 LATE_S = 4.0  # what begins later is not decoded from the beginning
+SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv",
+    ".ogv", ".mxf",
+)  # fmt: skip
+CONTAINERS = {"mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mxf"}  # FFmpeg's words for them
 UNTIMED = {"avi"}  # containers without presentation times
 INDEXED = {"mov", "matroska"}  # containers that list their key frames
 INVISIBLE = {"vp8"}  # codecs with packets that show nothing
@@ -85,6 +91,20 @@ def timeline(file: Path, decode: bool = False) -> Timeline:
     if not len(pts):
         raise DataError(f"video {file.name}", "corrupt, it has no frames")
     return Timeline((pts - pts[0]) * base, pts)
+
+
+def is_video(file: Path) -> bool:
+    """Whether a file claims to be a video, by its suffix or by its content. It may still be damaged."""
+    if file.suffix.lower() in SUFFIXES:
+        return True
+    if is_picture(file):
+        return False
+    av = _pyav()
+    try:
+        with av.open(str(file)) as container:
+            return bool(container.streams.video) and container.format.name.split(",")[0] in CONTAINERS
+    except (av.error.FFmpegError, OSError):
+        return False
 
 
 def frame_rate(file: Path) -> float:

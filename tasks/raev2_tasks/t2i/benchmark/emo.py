@@ -113,13 +113,17 @@ def scene(row: PromptRow, rng: np.random.Generator) -> Scene:
     return Scene(row, background, (Sprite(row.prompt, entry["code"], None, (x, y), side),), texts)
 
 
-def score(image: NDArray[np.uint8], row: PromptRow) -> ImageScore:
-    """Judge one 256 px picture; correct = the nearest emoji is the one asked for, or looks the same (near duplicate).
+def look(image: NDArray[np.uint8], tag: str) -> list[str]:
+    """The five emojis that a 256 px picture is most like, for ``judge``."""
+    return nearest(image, 5)
 
-    strict: it is exactly the one. ``values``: ``top5`` counts the five nearest, near duplicates included.
+
+def judge(best: list[str], row: PromptRow) -> ImageScore:
+    """Judge what ``look`` saw; exact = the nearest emoji is the one asked for, or looks the same (near duplicate).
+
+    ``values``: ``top5`` counts the five nearest, near duplicates included.
     """
     wanted = row.include[0]["code"]
-    best = nearest(image, 5)
     same = {wanted, *near_duplicates().get(wanted, ())}
     first = best[0] if best else None
     correct = first in same
@@ -128,7 +132,7 @@ def score(image: NDArray[np.uint8], row: PromptRow) -> ImageScore:
         "nearest": [_name_of()[code] for code in best],
         "values": {"top5": float(any(code in same for code in best))},
     }
-    return ImageScore(correct, first == wanted, row.tag, details)
+    return ImageScore(correct, correct, row.tag, details)
 
 
 def nearest(image: NDArray[np.uint8], num: int) -> list[str]:

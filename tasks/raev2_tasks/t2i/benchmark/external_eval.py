@@ -121,7 +121,7 @@ def geneval_results(file: Path, about: Mapping[str, Any]) -> list[MetricResult]:
         raise _not_results(file, "GenEval's results.jsonl", error) from error
     _check_count(file, len(found), about["num_images"])
     scores = [ImageScore(right, right, row.tag, {"values": {}}) for right, row in zip(correct, rows, strict=True)]
-    summary = summarise(scores, rows, "geneval")
+    summary = summarise(scores, rows, "geneval")  # the judgement is GenEval's own
     low, high = summary.interval
     whole = {(row.tag, row.prompt) for row in rows} == {(row.tag, row.prompt) for row in geneval_rows()}
     name = "geneval" if whole else "geneval_subset"
@@ -147,17 +147,23 @@ def dpg_results(file: Path, about: Mapping[str, Any]) -> list[MetricResult]:
     """Numbers of the results file of DPG-Bench: the mean over prompts times 100, and its categories."""
     from raev2.batch import MetricResult
 
-    rows, categories = {}, {}
+    rows, categories, num_pictures = {}, {}, about["images_per_prompt"]
     for line in _text(file).splitlines():
         score = re.fullmatch(r"(.+?)((?:, [0-9.]+){2,})", line)
         category = re.fullmatch(r"\t([\w -]+): ([0-9.]+)", line)
         if score:
-            rows[Path(score[1]).name] = float(score[2].rpartition(", ")[2])
+            *pictures, average = score[2].removeprefix(", ").split(", ")
+            rows[Path(score[1]).name], num_pictures = float(average), min(num_pictures, len(pictures))
         elif category and " - " not in category[1]:
             categories[category[1]] = float(category[2])
     if not rows:
         raise _not_results(file, "the results file of DPG-Bench", None)
     _check_count(file, len(rows), about["num_prompts"], "The benchmark passes over pictures that fail; see its log.")
+    if num_pictures < about["images_per_prompt"]:
+        raise DataError(
+            f"results {file}", "too few pictures of a prompt were scored", got=num_pictures,
+            expected=str(about["images_per_prompt"]), hint="Run DPG-Bench with --pic-num 4 and --resolution EDGE_PX.",
+        )  # fmt: skip
     values = list(rows.values())
     meaning = "100 x share of questions answered right by DPG-Bench's own scorer, each only if those it depends on are."
     part = "Questions of this category by themselves, last tile of each prompt."

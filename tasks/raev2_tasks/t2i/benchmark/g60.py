@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import SpecError, did_you_mean
-from raev2_tasks.t2i.benchmark import rows
+from raev2_tasks.t2i.benchmark import rows, rules
 from raev2_tasks.t2i.benchmark.captions import captions
 from raev2_tasks.t2i.benchmark.compositions import Compositions
 from raev2_tasks.t2i.benchmark.foreground import Component, components
 from raev2_tasks.t2i.benchmark.palette import COLORS, TURQUOISES, name_color
 from raev2_tasks.t2i.benchmark.rows import RELATIONS, PromptRow
-from raev2_tasks.t2i.benchmark.rules import Detection, ImageScore, judge
+from raev2_tasks.t2i.benchmark.rules import Detection
 from raev2_tasks.t2i.benchmark.scene import Scene, place
 from raev2_tasks.t2i.benchmark.sprites import Sprite, size_of
 from raev2_tasks.t2i.benchmark.templates import SpriteTemplates
@@ -47,6 +47,7 @@ LARGEST_PX = {1: 120, 2: 100}  # by number of objects
 LARGEST_OF_MANY_PX = 84
 GAP_PX = 6
 MIN_SCORE = 0.60
+judge = rules.judge
 
 
 @functools.cache
@@ -143,10 +144,10 @@ def scene(row: PromptRow, rng: np.random.Generator) -> Scene:
     return Scene(row, background, sprites, captions(row, background, sizes, rng))
 
 
-def score(image: NDArray[np.uint8], row: PromptRow) -> ImageScore:
-    """Judge one 256 px picture (256, 256, 3)."""
-    coloured = row.tag in ("colors", "color_attr")
-    return judge([detect(component, coloured) for component in components(image)], row)
+def look(image: NDArray[np.uint8], tag: str) -> list[Detection]:
+    """The sprites of a 256 px picture (256, 256, 3), for ``judge``; prompts of some tags tint them."""
+    coloured = tag in ("colors", "color_attr")
+    return [detect(component, coloured) for component in components(image)]
 
 
 def detect(component: Component, coloured: bool) -> Detection:

@@ -27,13 +27,13 @@ class Detection:
 class ImageScore:
     """The judgement of one picture.
 
-    correct  GenEval's rule: everything asked for is there; more objects of other classes do no harm
-    strict   correct, and nothing else is in the picture
+    exact    what the prompt asks for is there, and nothing else
+    lenient  GenEval's rule: more objects of other classes do no harm
     details  what was seen, and why it is wrong; ``values`` are numbers that a summary averages
     """
 
-    correct: bool
-    strict: bool
+    exact: bool
+    lenient: bool
     tag: str
     details: dict[str, Any]
 
@@ -71,12 +71,15 @@ def judge(detections: Sequence[Detection], row: PromptRow) -> ImageScore:
     for entry in row.include:
         wanted[entry["class"]] += entry["count"]
     nothing_else = not num_unknown and {name: len(found) for name, found in of_class.items()} == dict(wanted)
+    lenient = not wrong
+    if lenient and not nothing_else:
+        wrong.append("more than was asked for")
     details = {
         "wrong": wrong,
         "detections": [vars(detection) for detection in detections],
         "values": {"components": float(len(detections)), "unknown": float(num_unknown)},
     }
-    return ImageScore(not wrong, not wrong and nothing_else, row.tag, details)
+    return ImageScore(not wrong, lenient, row.tag, details)
 
 
 def relations(subject: Box, reference: Box) -> set[str]:

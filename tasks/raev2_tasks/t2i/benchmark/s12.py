@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from raev2.errors import SpecError, did_you_mean
-from raev2_tasks.t2i.benchmark import rows
+from raev2_tasks.t2i.benchmark import rows, rules
 from raev2_tasks.t2i.benchmark.captions import captions
 from raev2_tasks.t2i.benchmark.compositions import Compositions
 from raev2_tasks.t2i.benchmark.foreground import Component, components
 from raev2_tasks.t2i.benchmark.palette import BACKGROUNDS, COLORS, flat, name_color
 from raev2_tasks.t2i.benchmark.rows import RELATIONS, PromptRow
-from raev2_tasks.t2i.benchmark.rules import Detection, ImageScore, judge
+from raev2_tasks.t2i.benchmark.rules import Detection
 from raev2_tasks.t2i.benchmark.scene import Box, Scene, place
 
 SHAPES = (
@@ -40,6 +40,7 @@ NUM_BINDINGS = 30  # prompts in each tier of color_attr
 
 MASK_PX, MASK_AREA = 40, 0.30  # side of a normalised mask, and how much of it is filled
 MIN_IOU, MIN_MARGIN = 0.65, 0.02
+judge = rules.judge
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,9 @@ def draw_mask(name: str, radius: float, rotation: float) -> Image.Image:
     return mask.reduce(SUPERSAMPLING)
 
 
-def score(image: NDArray[np.uint8], row: PromptRow) -> ImageScore:
-    """Judge one 256 px picture (256, 256, 3)."""
-    return judge([detect(component) for component in components(image)], row)
+def look(image: NDArray[np.uint8], tag: str) -> list[Detection]:
+    """The shapes of a 256 px picture (256, 256, 3), for ``judge``; alike for prompts of every tag."""
+    return [detect(component) for component in components(image)]
 
 
 def detect(component: Component) -> Detection:

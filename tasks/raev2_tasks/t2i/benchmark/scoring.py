@@ -22,13 +22,13 @@ NUM_RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class TrackSummary:
-    """Scores of a track, all between 0 and 1 unless said otherwise.
+    """Scores of a track, all between 0 and 1 unless said otherwise; a picture is right when it is ``exact``.
 
     per_tag   mean over the pictures of a tag
     macro     unweighted mean over tags, the headline; ``interval`` is its 95 % bootstrap interval over prompts
     micro     mean over all pictures
-    strict    like macro, for pictures with nothing else in them
-    any       part of the prompts with at least one correct picture
+    lenient   like macro, by GenEval's rule: other objects do no harm
+    any       part of the prompts with at least one right picture
     per_tier  like per_tag, for the tiers of a track that has them
     values    means of further numbers of the track
     """
@@ -41,7 +41,7 @@ class TrackSummary:
     macro: float
     interval: tuple[float, float]
     micro: float
-    strict: float
+    lenient: float
     any: float
     per_tier: dict[str, float]
     values: dict[str, float]
@@ -70,15 +70,15 @@ def score_images(track: str, images_u8: Any, rows: Sequence[PromptRow]) -> list[
     pictures = to_pictures(images_u8)
     if len(pictures) != len(rows):
         raise SpecError("benchmark", "images and prompts differ in number", got=len(pictures), expected=str(len(rows)))
-    return [module.score(picture, row) for picture, row in zip(pictures, rows, strict=True)]
+    return [module.judge(module.look(picture, row.tag), row) for picture, row in zip(pictures, rows, strict=True)]
 
 
 def summarise(scores: Sequence[ImageScore], rows: Sequence[PromptRow], track: str = "") -> TrackSummary:
     """Means by tag and over tags; several pictures of a prompt are several equal rows."""
     if not scores or len(scores) != len(rows):
         raise SpecError("benchmark", "nothing to summarise", got=f"{len(scores)} scores, {len(rows)} prompts")
-    correct = np.array([item.correct for item in scores], dtype=float)
-    strict = np.array([item.strict for item in scores], dtype=float)
+    exact = np.array([item.exact for item in scores], dtype=float)
+    lenient = np.array([item.lenient for item in scores], dtype=float)
     tags = np.array([row.tag for row in rows])
     names = list(dict.fromkeys(tags.tolist()))
     prompt_ids = {key: index for index, key in enumerate(dict.fromkeys((row.tag, row.prompt) for row in rows))}
@@ -87,7 +87,7 @@ def summarise(scores: Sequence[ImageScore], rows: Sequence[PromptRow], track: st
     values = {
         key: float(np.mean([item.details["values"][key] for item in scores])) for key in scores[0].details["values"]
     }
-    per_tag = {name: float(correct[tags == name].mean()) for name in names}
+    per_tag = {name: float(exact[tags == name].mean()) for name in names}
     return TrackSummary(
         track=track,
         num_images=len(scores),
@@ -95,23 +95,23 @@ def summarise(scores: Sequence[ImageScore], rows: Sequence[PromptRow], track: st
         per_tag=per_tag,
         images_per_tag={name: int((tags == name).sum()) for name in names},
         macro=float(np.mean(list(per_tag.values()))),
-        interval=_interval(correct, tags, prompt_of),
-        micro=float(correct.mean()),
-        strict=float(np.mean([strict[tags == name].mean() for name in names])),
-        any=float(np.mean([correct[prompt_of == index].any() for index in range(len(prompt_ids))])),
-        per_tier={str(name): float(correct[tiers == name].mean()) for name in np.unique(tiers) if name},
+        interval=_interval(exact, tags, prompt_of),
+        micro=float(exact.mean()),
+        lenient=float(np.mean([lenient[tags == name].mean() for name in names])),
+        any=float(np.mean([exact[prompt_of == index].any() for index in range(len(prompt_ids))])),
+        per_tier={str(name): float(exact[tiers == name].mean()) for name in np.unique(tiers) if name},
         values=values,
     )
 
 
-def _interval(correct: NDArray[np.float64], tags: NDArray[Any], prompt_of: NDArray[np.int64]) -> tuple[float, float]:
+def _interval(right: NDArray[np.float64], tags: NDArray[Any], prompt_of: NDArray[np.int64]) -> tuple[float, float]:
     """95 % interval of the macro mean: prompts are drawn again inside each tag, 10,000 times, seed 0."""
     rng = np.random.default_rng(0)
     means = []
     for tag in dict.fromkeys(tags.tolist()):
         _, prompt = np.unique(prompt_of[tags == tag], return_inverse=True)
         num = np.bincount(prompt)
-        hits = np.bincount(prompt, weights=correct[tags == tag])
+        hits = np.bincount(prompt, weights=right[tags == tag])
         drawn = rng.integers(len(num), size=(NUM_RESAMPLES, len(num)))
         means.append(hits[drawn].sum(axis=1) / num[drawn].sum(axis=1))
     low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])

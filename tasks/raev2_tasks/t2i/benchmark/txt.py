@@ -153,23 +153,23 @@ def scene(row: PromptRow, rng: np.random.Generator) -> Scene:
     )
 
 
-def score(image: NDArray[np.uint8], row: PromptRow) -> ImageScore:
-    """Judge one 256 px picture; correct = the exact word, strict = and its colour.
+def judge(seen: tuple[str, str | None], row: PromptRow) -> ImageScore:
+    """Judge what ``look`` saw; exact = the word in its colour, lenient = the word in any.
 
     ``values``: ``char_accuracy`` is 1 - edit distance / length, at least 0; ``color`` the share of right colours.
     """
     wanted = row.include[0]
-    text, color = read(image)
+    text, color = seen
     distance = edit_distance(text, wanted["text"])
     same_color = color == wanted["color"]
     wrong = ([f"reads {text!r}"] if distance else []) + ([] if same_color else [f"is {color}"])
     values = {"char_accuracy": max(0.0, 1 - distance / len(wanted["text"])), "color": float(same_color)}
     details = {"wrong": wrong, "text": text, "color": color, "values": values}
-    return ImageScore(distance == 0, not wrong, row.tag, details)
+    return ImageScore(not wrong, distance == 0, row.tag, details)
 
 
-def read(image: NDArray[np.uint8]) -> tuple[str, str | None]:
-    """The letters of a picture from left to right, and their colour (None without letters)."""
+def look(image: NDArray[np.uint8], tag: str) -> tuple[str, str | None]:
+    """The letters of a 256 px picture from left to right, and their colour (None without letters); for ``judge``."""
     letters = _letters(image)
     if not letters:
         return "", None

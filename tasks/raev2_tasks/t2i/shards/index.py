@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,6 +39,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TAR_NAMES = ("*.tar", "*.tar.*", "*.tgz", "*.tbz2", "*.txz", "*.tzst")
+HELD_OUT = "The split test is held out as val, because nothing is named for validation; it is never trained on."
 OWN_SUFFIXES = (".idx", ".jsonl", ".json")
 BYTES_A_PROCESS = 64 * 2**20  # smaller work is not worth another process
 
@@ -68,11 +69,13 @@ class Survey:
 
     val_below   samples of training tars with a smaller place validate, because no tar is named for it
     ignored     what else lies there, for people
+    note        what else to say about the splits
     """
 
     tars: list[Tar]
     val_below: int
     ignored: str
+    note: str = ""
 
     def split(self, tar: Tar, place: int) -> str:
         """The split of a sample."""
@@ -101,6 +104,8 @@ class Survey:
         lines.append("Samples: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()) + ".")
         if self.val_below:
             lines.append("No tar is named for validation: its samples are drawn from all training tars.")
+        if self.note:
+            lines.append(self.note)
         if counts.get("test"):
             lines.append("The split test is kept apart; nothing is trained on it.")
         return [*lines, *([self.ignored] if self.ignored else [])]
@@ -109,8 +114,9 @@ class Survey:
 def survey(folder: str | Path, *, skip: str = "", val_samples: int = 1000, num_workers: int = 1) -> Survey:
     """Find the tars below `folder`, read their headers, and divide their samples.
 
-    A word of a tar's path below `folder` names its split (`split_in_name`). Where none is named for validation,
-    `val_samples` samples of all training tars are, at most a tenth of them, but up to 8 (`least_val`).
+    A word of a tar's path below `folder` names its split (`split_in_name`). Where none is named for validation, those
+    for a test are held out; where there are none either, `val_samples` samples of all training tars are, at most a
+    tenth of them, but up to 8 (`least_val`).
 
     skip         leave out tars whose path matches one of these patterns, separated by commas
     num_workers  processes that read the tars; 0: as many as are worth it
@@ -128,9 +134,11 @@ def survey(folder: str | Path, *, skip: str = "", val_samples: int = 1000, num_w
             f"data {folder}", "no tar is left for training", got=f"{len(tars)} tars: {got}",
             expected="tars without val or test in their path", hint="Give the folder that holds them as the source.",
         )  # fmt: skip
+    note = HELD_OUT if tests_validate({tar.split for tar in tars}) else ""
+    tars = [replace(tar, split="val") if note and tar.split == "test" else tar for tar in tars]
     drawn = any(tar.split == "val" for tar in tars)
     places = np.concatenate([tar.places for tar in training])
-    return Survey(tars, 0 if drawn else val_below(places, val_samples), ignored)
+    return Survey(tars, 0 if drawn else val_below(places, val_samples), ignored, note)
 
 
 def find_tars(folder: Path, skip: str = "") -> tuple[list[Path], str]:
@@ -166,6 +174,11 @@ def val_below(places: np.ndarray, num: int) -> int:
     """The bound of the `num` smallest of `places`, at most a tenth of them, but up to 8."""
     num = min(num, max(len(places) // 10, least_val(len(places))))
     return int(np.partition(places, num - 1)[num - 1]) + 1 if num else 0
+
+
+def tests_validate(splits: Collection[str]) -> bool:
+    """Whether 'test' is held out as val among the splits that are there: where nothing is named for validation."""
+    return "test" in splits and "val" not in splits
 
 
 def least_val(num_samples: int) -> int:

@@ -126,8 +126,9 @@ class StreamedDataset(ImageDataset):
         sample = self._next(seed, number)
         where = f"data {sample['__url__']}: {sample['__key__']}"
         try:
-            members = {name: (0, 0) for name in sample if not name.startswith("__")}
-            pixels, converted = decode_image(sample[image_suffix(where, members)], self.image_size, where, self.shape)
+            members = [name for name in sample if not name.startswith("__")]
+            image = sample[image_suffix(where, members, sample.__getitem__)]
+            pixels, converted = decode_image(image, self.image_size, where, self.shape)
             captions = parse_captions(sample.get("txt"), sample.get("json"), self.caption_kind, self.caption_fields)
             caption = self.rule.choose(captions, uniforms(4, "caption", self.seed, number), where)
         except BadSample as error:

@@ -9,13 +9,14 @@ import math
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from raev2.files.images import is_picture, picture_suffixes
 from raev2_tasks.t2i.shards.pixels import sample_picture_size
 from raev2_tasks.t2i.text.captions import (
     TXT,
@@ -31,7 +32,7 @@ from raev2_tasks.t2i.text.encodings import decode_text
 
 BLOCK = 512  # bytes; a tar ends with two blocks of zeros
 COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
-IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+TEXTS = ("txt", "json")  # suffixes of the other members that are read
 INDEX_ROW = np.dtype(
     [
         ("image_offset", "<u8"), ("image_bytes", "<u4"),
@@ -102,9 +103,10 @@ class Scan:
 
 @dataclass(frozen=True)
 class TarSample:
-    """Files of one sample as they lie in a tar; `name` says which one it is."""
+    """Files of one sample as they lie in a tar; `name` says which one it is, `suffix` is that of the image."""
 
     name: str
+    suffix: str
     image: bytes
     text: bytes | None
     json: bytes | None
@@ -140,7 +142,7 @@ def scan_shard(file: Path, rule: ScanRule = ANY, decode: bool = False) -> Scan:
 
     decode   decode every image completely, instead of reading its size only
     """
-    rows, keys, kinds = list[tuple[int, ...]](), list[str](), Counter[str]()
+    rows, keys, kinds, unread = list[tuple[int, ...]](), list[str](), Counter[str](), Counter[str]()
     problems: list[Problem] = []
     with file.open("rb") as data:
         previous = ""
@@ -158,7 +160,11 @@ def scan_shard(file: Path, rule: ScanRule = ANY, decode: bool = False) -> Scan:
             rows.append(row)
             keys.append(key)
             kinds.update(caption.kind for caption in captions)
+            unread.update(members.keys() - {sample.suffix, *TEXTS})
             problems += _doubts(key, sample, captions[0], rule)
+    if unread:
+        text = ", ".join(f"{number} .{suffix}" for suffix, number in sorted(unread.items()))
+        problems.append(Problem("", "ignored", f"members that are not read: {text}", fatal=False))
     return Scan(np.array(rows, dtype=INDEX_ROW), keys, kinds, problems)
 
 
@@ -197,18 +203,28 @@ def compression(file: Path) -> str:
 
 def read_sample(data: IO[bytes], name: str, members: Members) -> TarSample:
     """Read the files of a sample of an open tar. Raises BadSample unless it has exactly one image."""
-    image, text, json = (
-        os.pread(data.fileno(), members[suffix][1], members[suffix][0]) if suffix in members else None
-        for suffix in (image_suffix(name, members), "txt", "json")
-    )
-    return TarSample(name, image or b"", text, json)
+
+    def read(suffix: str) -> bytes:
+        offset, num_bytes = members[suffix]
+        return os.pread(data.fileno(), num_bytes, offset)
+
+    suffix = image_suffix(name, members, read)
+    text, json = (read(one) if one in members else None for one in TEXTS)
+    return TarSample(name, suffix, read(suffix), text, json)
 
 
-def image_suffix(name: str, members: Members) -> str:
-    """Suffix of the image of a sample. Raises BadSample unless there is exactly one."""
-    images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
-    if not images and any(suffix.rpartition(".")[2] in IMAGE_SUFFIXES for suffix in members):
+def image_suffix(name: str, suffixes: Iterable[str], read: Callable[[str], bytes]) -> str:
+    """Suffix of the image of a sample: one that Pillow knows, else that of the file that is a picture by its content.
+
+    read   the bytes of the file with a suffix
+
+    Raises BadSample unless there is exactly one image.
+    """
+    others = [suffix for suffix in suffixes if suffix not in TEXTS]
+    images = [suffix for suffix in others if f".{suffix}" in picture_suffixes()]
+    if not images and any(f".{suffix.rpartition('.')[2]}" in picture_suffixes() for suffix in others):
         raise BadSample("dotted_key", name, "its key has a dot, which tar readers take for a suffix")
+    images = images or [suffix for suffix in others if is_picture(read(suffix))]
     if len(images) != 1:
         raise BadSample("bad_image", name, f"{len(images) or 'no'} images", hint="Exactly one is needed.")
     return images[0]
@@ -259,9 +275,7 @@ def _row(sample: TarSample, members: Members, captions: list[Caption], rule: Sca
     if max(width, height) > limit:
         raise BadSample("bad_geometry", sample.name, "image too large", got=f"{width} x {height} px")
     rule.shape.check(sample.name, width, height)
-    places = [
-        place for suffix in (image_suffix(sample.name, members), "txt", "json") for place in members.get(suffix, (0, 0))
-    ]
+    places = [place for suffix in (sample.suffix, *TEXTS) for place in members.get(suffix, (0, 0))]
     flags = HAS_SCENE if json_fields(sample.json).get("scene") else 0
     return (*places, width, height, min(len(captions), 255), min(captions[0].num_words, limit), flags)
 
