@@ -231,10 +231,9 @@ def load_vae(name: str) -> Any:
         model_class = getattr(diffusers, config["_class_name"])
         return model_class.from_pretrained(source, subfolder=subfolder)
     except (OSError, json.JSONDecodeError) as error:
-        gate = f" Its licence ({info.licence}) must be accepted at its page first." if info and info.gated else ""
         raise CheckpointError(
             f"VAE {name}", "cannot be loaded", got=str(error).splitlines()[0][:200],
-            hint=f"Check the network, or give a local diffusers folder as the name.{gate}",
+            hint=f"Check the network, or give a local diffusers folder as the name. {vae_asset(name).note}".strip(),
         ) from error  # fmt: skip
 
 

@@ -184,7 +184,7 @@ def encoder_asset(name: str) -> Asset:
     if info.route == "local":
         return Asset(what, str(Path(__file__).parents[1] / "assets" / info.model_id), note=info.note)
     source = f"timm/{info.model_id}" if info.route == "timm" else info.model_id
+    terms = f"Its licence ({info.licence}) must be accepted at https://huggingface.co/{source} ({info.note}). "
     note = f"The nearest encoder with an open licence is {nearest_open_encoder(info).name!r}"
-    if info.gated:
-        note = f"Its licence ({info.licence}) must be accepted at https://huggingface.co/{source} ({info.note}). {note}"
-    return Asset(what, source, gated=info.gated, note=f"{note}; a local folder is accepted in place of the name")
+    note = f"{terms * info.gated}A local folder is accepted in place of the name. {note}"
+    return Asset(what, source, gated=info.gated, note=note)

@@ -31,7 +31,7 @@ from typing_extensions import override
 from raev2.errors import CheckpointError, SpecError
 from raev2.shapes import Images, Tokens
 from raev2.spec import EncoderSpec
-from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, encoder_info, nearest_open_encoder
+from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, encoder_asset, encoder_info
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PROJECTION_SEED = 0
@@ -487,16 +487,11 @@ def _triple(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _no_weights(name: str, info: EncoderInfo | None, url: str, error: Exception) -> CheckpointError:
-    hints = [f"They come from {url}"]
-    if info is not None and info.gated:
-        hints = [f"Its licence ({info.licence}) must be accepted at {url} ({info.note})"]
-    hints.append("A local folder with config.json and model.safetensors is accepted in place of the name")
-    if info is not None:
-        hints.append(f"The nearest encoder with an open licence is {nearest_open_encoder(info).name!r}")
+    note = "A local folder with config.json and model.safetensors is accepted in place of the name"
     reason = (str(error).strip().splitlines() or [""])[0][:200]
     return CheckpointError(
         f"encoder {name}", "the weights cannot be loaded", got=f"{type(error).__name__}: {reason}",
-        hint=". ".join(hints),
+        hint=f"They come from {url}. {encoder_asset(name).note if info else note}.",
     )  # fmt: skip
 
 
