@@ -19,8 +19,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from raev2.shapes import Latents, Patches, Times, Tokens, Vectors
+
 Rope = tuple[Float[Tensor, "... P"], Float[Tensor, "... P"]]  # cos and sin, (N, P) or (B, N, P), P = head_dim / 2
-KeysValues = tuple[Float[Tensor, "B heads M d"], Float[Tensor, "B heads M d"]]  # keys rotated
+Queries = Float[Tensor, "B heads N d"]
+Keys = Float[Tensor, "B heads M d"]
+KeysValues = tuple[Keys, Keys]  # keys rotated
+KeyMask = Bool[Tensor, "B 1 1 _"]  # True: the key is seen
+Modulation = Float[Tensor, "B _ D6"]  # per sample (B, 1, 6 D) or per token (B, N, 6 D)
 PLAIN_UP_TO = 512 * 512  # scores of a head: beyond, a CPU does not have the memory for them either
 NUM_FREQUENCIES = 256  # of the time embedding
 
@@ -30,12 +36,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def attention(
-    q: Float[Tensor, "B heads N d"],
-    k: Float[Tensor, "B heads M d"],
-    v: Float[Tensor, "B heads M d"],
-    mask: Bool[Tensor, "B 1 1 M"] | None = None,
-) -> Float[Tensor, "B heads N d"]:
+def attention(q: Queries, k: Keys, v: Keys, mask: KeyMask | None = None) -> Queries:
     """softmax(q k^T / sqrt(d)) v, where `mask` is True: torch's fused kernels.
 
     On a CPU in bfloat16 short sequences take plain matrix products: forward and backward are 2 to 4 times as fast at 64
@@ -92,7 +93,7 @@ class SwiGLU(nn.Module):
         self.w12 = FusedLinear(dim, [hidden_dim, hidden_dim])
         self.w3 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Tokens) -> Tokens:
         """Apply to every token."""
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
@@ -172,20 +173,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(
-        self,
-        x: Float[Tensor, "B N D"],
-        rope: Rope,
-        mask: Bool[Tensor, "B 1 1 NM"] | None = None,
-        past: KeysValues | None = None,
-    ) -> Float[Tensor, "B N D"]:
-        """Attend to the sequence and, after it, to the `past`; in `mask` True means that a key is seen."""
+    def forward(self, x: Tokens, rope: Rope, mask: KeyMask | None = None, past: KeysValues | None = None) -> Tokens:
+        """Attend to the sequence and, after it, to the `past`."""
         q, k, v = self.project(x, rope)
         if past is not None:
             k, v = torch.cat([k, past[0].to(k.dtype)], dim=2), torch.cat([v, past[1].to(v.dtype)], dim=2)
         return self.attend(q, k, v, mask)
 
-    def project(self, x: Float[Tensor, "B N D"], rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tokens, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, N, head_dim), queries and keys rotated."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (B, N, heads, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -193,7 +188,7 @@ class Attention(nn.Module):
         q, k = rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Float[Tensor, "B N D"]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tokens:
         """Attention and the output projection."""
         out = attention(q, k, v, mask)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -221,13 +216,13 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B N D"],
+        x: Tokens,
         rope: Rope,
-        mask: Bool[Tensor, "B 1 1 NM"] | None = None,
-        modulation: Float[Tensor, "B _ D6"] | None = None,
+        mask: KeyMask | None = None,
+        modulation: Modulation | None = None,
         past: KeysValues | None = None,
-    ) -> Float[Tensor, "B N D"]:
-        """Apply to a sequence; `modulation` is per sample (B, 1, 6 D) or per token (B, N, 6 D)."""
+    ) -> Tokens:
+        """Apply to a sequence."""
         if modulation is None:
             x = x + self.attn(self.norm1(x), rope, mask, past)
             return x + self.mlp(self.norm2(x))
@@ -244,9 +239,7 @@ class FinalLayer(nn.Module):
         self.norm = RMSNorm(dim)
         self.linear = nn.Linear(dim, out_dim)
 
-    def forward(
-        self, x: Float[Tensor, "B N D"], modulation: Float[Tensor, "B _ D2"] | None = None
-    ) -> Float[Tensor, "B N P"]:
+    def forward(self, x: Tokens, modulation: Float[Tensor, "B _ D2"] | None = None) -> Patches:
         """Predicted patches."""
         x = self.norm(x)
         if modulation is not None:
@@ -258,14 +251,14 @@ class FinalLayer(nn.Module):
 # What enters: patches, positions, numbers
 
 
-def patchify(latents: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B N P"]:
+def patchify(latents: Latents, patch_size: int) -> Patches:
     """Cut into patches, row by row; the values of a patch are ordered (channel, row, column)."""
     if patch_size == 1:
         return latents.flatten(2).transpose(1, 2)
     return F.pixel_unshuffle(latents, patch_size).flatten(2).transpose(1, 2)
 
 
-def unpatchify(patches: Float[Tensor, "B N P"], patch_size: int, rows: int, cols: int) -> Float[Tensor, "B C H W"]:
+def unpatchify(patches: Patches, patch_size: int, rows: int, cols: int) -> Latents:
     """Put predicted patches back; the values of a patch are ordered (row, column, channel)."""
     x = patches.unflatten(1, (rows, cols)).unflatten(-1, (patch_size, patch_size, -1))  # (B, rows, cols, p, p, C)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
@@ -278,7 +271,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
 
-    def forward(self, patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N D"]:
+    def forward(self, patches: Patches) -> Tokens:
         """Tokens of patches from `patchify`."""
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
@@ -325,7 +318,7 @@ class FourierEmbed(nn.Module):
         self.register_buffer("frequencies", torch.empty(NUM_FREQUENCIES))
         self.mlp = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
+    def forward(self, t: Times) -> Vectors:
         """Embed; angles are computed in float32."""
         angles = 2 * math.pi * t.float()[:, None] * self.frequencies.float()
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.frequencies.dtype))

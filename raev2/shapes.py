@@ -16,6 +16,9 @@ Images = Float[Tensor, "B 3 Hpx Wpx"]  # float RGB in [0, 1]
 ImagesU8 = UInt8[Tensor, "B 3 Hpx Wpx"]
 Tokens = Float[Tensor, "B N D"]
 Latents = Float[Tensor, "B C H W"]  # normalised: zero mean, unit variance per element
+Patches = Float[Tensor, "B N P"]  # of latents: the values of a patch in a row
+Vectors = Float[Tensor, "B D"]
 Times = Float[Tensor, " B"]  # 0 = data, 1 = noise
 Mask = Bool[Tensor, "B M"]  # True = attend
 Labels = Int[Tensor, " B"]
+LatentShape = tuple[int, int, int]  # C, H, W

@@ -7,15 +7,15 @@ decoder-noise   noise on tokens while the decoder trains, on and off (both stage
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raev2.analysis.table import Table
+from raev2.analysis.table import Table, lines
 from raev2.errors import SpecError
+from raev2.files.damage import read_json
 from raev2.pipeline import train
 from raev2.report.chart import Series
 from raev2.spec import RunSpec, TokenizerSpec
@@ -82,15 +82,13 @@ def run_ablation(name: str, spec: RunSpec, out: Path) -> Table:
         tokenizer = tokenizer or str(run_dir / "tokenizer")
         rows.append({"variant": label, **results_of(run_dir)})
         runs[label] = Run(run_dir, variant, make_accelerator(variant.precision))
-    metric, series = _series(plan, rows, runs)
+    metric, series = _over_places(plan, rows) if plan.places else _over_training(plan, runs)
     trained = f"{spec.tokenizer_training.images:,} images in stage 1"
     if plan.stage == "generator":
         trained += f", {spec.generator_training.images:,} in stage 2"
-    columns = list(dict.fromkeys(column for row in rows for column in row))
     return Table(
         name,
         plan.title,
-        columns,
         rows,
         f"Recipe {spec.task.name}/{spec.recipe}, one run and one seed each ({trained}). Small differences are noise. "
         f"Plot: {metric}.",
@@ -100,25 +98,27 @@ def run_ablation(name: str, spec: RunSpec, out: Path) -> Table:
     )
 
 
-def _series(plan: Ablation, rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> tuple[str, list[Series]]:
-    """Metric and lines of the plot: the first metric of the table, or of what was evaluated most often in stage 2."""
-    if plan.places:
-        metric = next(name for name in rows[0] if name != "variant")
-        values = {row["variant"]: row[metric] for row in rows}
-        lines = {name: {place: values[label] for label, place in line.items()} for name, line in plan.places.items()}
-    else:
-        found = {label: run.history(stage=plan.stage, kind="eval") for label, run in runs.items()}
-        moments = {(entry["protocol"], entry["images"]) for entries in found.values() for entry in entries}
-        if not moments:
-            return "nothing, no protocol needs a generator", []
-        protocol = Counter(name for name, _ in sorted(moments)).most_common(1)[0][0]
-        found = {label: [e for e in entries if e["protocol"] == protocol] for label, entries in found.items()}
-        metric = next(iter(next(entries for entries in found.values() if entries)[0]["metrics"]))
-        lines = {label: {e["images"]: e["metrics"][metric] for e in entries} for label, entries in found.items()}
-        metric += f" of {protocol}"
+def _over_places(plan: Ablation, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[Series]]:
+    """The first metric of the table, and its lines over the places of the plan."""
+    metric = next(name for name in rows[0] if name != "variant")
+    values = {row["variant"]: row[metric] for row in rows}
     return metric, [
-        Series(name, list(line.keys()), list(line.values()), points=True) for name, line in lines.items() if line
+        Series(name, list(line.values()), [values[label] for label in line], points=True)
+        for name, line in plan.places.items()
     ]
+
+
+def _over_training(plan: Ablation, runs: Mapping[str, Run]) -> tuple[str, list[Series]]:
+    """The first metric of what was evaluated most often in stage 2, and its line for every variant."""
+    found = [{"variant": label, **e} for label, run in runs.items() for e in run.history(stage=plan.stage, kind="eval")]
+    moments = {(entry["protocol"], entry["images"]) for entry in found}
+    if not moments:
+        return "nothing, no protocol needs a generator", []
+    protocol = Counter(name for name, _ in sorted(moments)).most_common(1)[0][0]
+    found = [entry | entry["metrics"] for entry in found if entry["protocol"] == protocol]
+    metric = next(iter(found[0]["metrics"]))
+    series = lines(found, "images", [metric], by="variant")
+    return f"{metric} of {protocol}", series
 
 
 def results_of(run_dir: Path) -> dict[str, float]:
@@ -130,6 +130,6 @@ def results_of(run_dir: Path) -> dict[str, float]:
     for protocol in load_spec(run_dir / "spec.yaml").evaluation.protocols:
         file = run_dir / "eval" / f"{protocol}.json"
         if file.is_file():  # not there: it needs a stage that the ablation does not train
-            rows = json.loads(file.read_text())["results"]
+            rows = read_json(file)["results"]
             found |= {row["name"]: row["value"] for row in rows if row.get("role") != "scale"}
     return found

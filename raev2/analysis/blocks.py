@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raev2.analysis.table import Table
+from raev2.analysis.table import Table, lines
 from raev2.flow import interpolate
 from raev2.model.generator import Generator
-from raev2.report.chart import Series
 from raev2.shapes import Latents
 
 
@@ -36,28 +35,15 @@ def block_table(
     for t in times:
         point = interpolate(latents, noise, torch.full((len(latents),), t, device=latents.device))
         for block, tokens in enumerate(block_tokens(generator, point.z_t, point.t, cond), start=1):
-            rows.append(
-                {
-                    "t": t,
-                    "block": block,
-                    "CKA": linear_cka(tokens.flatten(0, 1), target.flatten(0, 1)),
-                    "spatial": spatial_similarity(tokens, target),
-                }
-            )
-    series = [
-        Series(f"{name}, t = {t:g}", [r["block"] for r in own], [r[name] for r in own], points=True)
-        for t in times
-        for own in [[row for row in rows if row["t"] == t]]
-        for name in ("CKA", "spatial")
-    ]
+            cka = linear_cka(tokens.flatten(0, 1), target.flatten(0, 1))
+            rows.append({"t": t, "block": block, "CKA": cka, "spatial": spatial_similarity(tokens, target)})
     return Table(
         "blocks",
         "Similarity of the generator's blocks to clean latents",
-        ("t", "block", "CKA", "spatial"),
         rows,
         f"{len(latents)} images. CKA over all tokens; spatial: correlation of the cosine maps within each image, "
         "averaged. t = 1 is noise.",
-        series,
+        lines(rows, "block", ("CKA", "spatial"), by="t"),
         x_label="block of the trunk",
         settings={"images": len(latents), "times": list(times), "seed": seed},
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
-from raev2.analysis.table import Table
-from raev2.report.chart import Series
+from raev2.analysis.table import Table, lines
 
 PROPERTIES = ("LP", "LDS", "mean")
 
@@ -18,38 +19,32 @@ def correlation_table(encoders: Sequence[Mapping[str, Any]], outcomes: Sequence[
     encoders   one mapping an encoder: name, LP, LDS and the outcomes
     """
     complete = [row for row in encoders if all(row.get(name) is not None for name in ("LP", "LDS", *outcomes))]
-    values = {name: [float(row[name]) for row in complete] for name in ("LP", "LDS", *outcomes)}
-    values["mean"] = [(a + b) / 2 for a, b in zip(min_max(values["LP"]), min_max(values["LDS"]), strict=True)]
+    lp, lds = (min_max([row[name] for row in complete]) for name in ("LP", "LDS"))
+    points = [{**row, "mean": (a + b) / 2} for row, a, b in zip(complete, lp, lds, strict=True)]
+    points.sort(key=itemgetter("mean"))
     rows: list[dict[str, Any]] = []
     for outcome in outcomes:
         for name in PROPERTIES:
-            r = pearson(values[name], values[outcome])
-            low, high = fisher_interval(r, len(complete))
-            rows.append({"outcome": outcome, "property": name, "r": r, "low": low, "high": high, "n": len(complete)})
-    series = [
-        Series(outcome, [x for x, _ in pairs], [y for _, y in pairs], points=True)
-        for outcome in outcomes
-        for pairs in [sorted(zip(values["mean"], values[outcome], strict=True))]
-    ]
+            r = pearson([point[name] for point in points], [point[outcome] for point in points])
+            low, high = fisher_interval(r, len(points))
+            rows.append({"outcome": outcome, "property": name, "r": r, "low": low, "high": high, "n": len(points)})
     return Table(
         "correlation",
         "Correlation of encoder properties with generation",
-        ("outcome", "property", "r", "low", "high", "n"),
         rows,
         f"{source} low, high: 95 % interval by Fisher's z. mean: of LP and LDS, each scaled to [0, 1] over these "
         "encoders. With so few encoders the intervals are wide; a negative r with gFID means better.",
-        series,
+        lines(points, "mean", outcomes),
         x_label="mean of scaled LP and LDS",
     )
 
 
 def pearson(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Correlation coefficient; nan where one of the two does not vary."""
-    n = len(xs)
-    mean_x, mean_y = sum(xs) / n, sum(ys) / n
-    cov = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
-    var_x, var_y = sum((x - mean_x) ** 2 for x in xs), sum((y - mean_y) ** 2 for y in ys)
-    return cov / math.sqrt(var_x * var_y) if var_x and var_y else math.nan
+    try:
+        return statistics.correlation(xs, ys)
+    except statistics.StatisticsError:
+        return math.nan
 
 
 def fisher_interval(r: float, n: int) -> tuple[float | None, float | None]:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raev2.analysis.table import Table
+from raev2.analysis.table import Table, lines
 from raev2.data import FolderDataset, ordered_batches, to_float
 from raev2.errors import DataError
-from raev2.report.chart import Series
 from raev2.spec import EncoderSpec
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 
@@ -50,21 +49,14 @@ def probe_encoders(
             (x_train, y_train, _), (x_val, y_val, lds) = (pooled(encoder, split, device) for split in (train, val))
             accuracy, balanced = linear_probe(x_train, y_train, x_val, y_val, len(train.classes))
             rows.append({"encoder": name, "K": count, "LP": accuracy, "LP balanced": balanced, "LDS": lds})
-    series = [
-        Series(f"{metric} {name}", [r["K"] for r in own], [r[metric] for r in own], points=True)
-        for name in encoders
-        for own in [[row for row in rows if row["encoder"] == name]]
-        for metric in ("LP", "LDS")
-    ]
     return Table(
         "probe",
         "Linear probing and local distance similarity by number of layers",
-        ("encoder", "K", "LP", "LP balanced", "LDS"),
         rows,
         f"LP: multinomial logistic regression on the mean token, standardised, L2 1e-3, trained on 'train' and "
         f"measured on 'val' of {data_dir}; balanced: mean over classes. LDS: 4-neighbours against Manhattan distance "
         f"of at least {far_distance(grid)} on the {grid[0]} x {grid[1]} grid, first {LDS_IMAGES} images of 'val'.",
-        series,
+        lines(rows, "K", ("LP", "LDS"), by="encoder"),
         x_label="K, number of last layers summed",
         settings={"data": str(data_dir), "grid": list(grid)},
     )

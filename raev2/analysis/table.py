@@ -10,12 +10,10 @@ from typing import Any
 from raev2.files.artefact import write_json
 from raev2.report.chart import Series, line_chart, standalone
 
-Cell = str | float | int | None
-
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same columns.
+    """Rows by column, all columns that any row has.
 
     note     what the numbers are and depend on, for the reader of the table
     series   lines of the plot; empty: no plot
@@ -23,13 +21,16 @@ class Table:
 
     name: str
     title: str
-    columns: Sequence[str]
-    rows: Sequence[Mapping[str, Cell]]
+    rows: Sequence[Mapping[str, Any]]
     note: str
     series: Sequence[Series] = ()
     x_label: str = ""
-    log: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in the order of their first appearance."""
+        return list(dict.fromkeys(column for row in self.rows for column in row))
 
     def markdown(self) -> str:
         """The table with its title and note."""
@@ -45,14 +46,28 @@ class Table:
         content = {"title": self.title, "settings": dict(self.settings), "rows": rows, "note": self.note}
         write_json(files[0], content)
         files[1].write_text(self.markdown())
-        chart = line_chart(self.series, title=self.title, x_label=self.x_label, log=self.log) if self.series else ""
+        chart = line_chart(self.series, title=self.title, x_label=self.x_label) if self.series else ""
         if chart:
             files.append(out / f"{self.name}.svg")
             files[-1].write_text(standalone(chart, self.series))
         return files
 
 
-def _text(cell: Cell) -> str:
+def lines(rows: Sequence[Mapping[str, Any]], x: str, ys: Sequence[str], by: str = "") -> list[Series]:
+    """Lines of a plot: a column over another one for each of `ys`, and for each value of the column `by`."""
+
+    def label(y: str, group: object) -> str:
+        return y if not by else str(group) if len(ys) == 1 else f"{y}, {by} = {group}"
+
+    return [
+        Series(label(y, group), [row[x] for row in own], [row[y] for row in own], points=True)
+        for group in dict.fromkeys(row.get(by) for row in rows)
+        for own in [[row for row in rows if row.get(by) == group]]
+        for y in ys
+    ]
+
+
+def _text(cell: object) -> str:
     if cell is None:
         return "-"
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

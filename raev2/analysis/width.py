@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raev2.analysis.table import Table
+from raev2.analysis.table import Table, lines
 from raev2.batch import PathPoint
 from raev2.flow import interpolate, sample_t
 from raev2.model.condition import NoCondition
 from raev2.model.generator import Generator
-from raev2.report.chart import Series
 from raev2.spec import DiTSpec, FlowSpec
 
 
@@ -49,15 +48,11 @@ def width_table(
     return Table(
         "width",
         "Over-fitting one image: final loss by width",
-        ("width", "loss", "bound"),
         rows,
         f"Latent tokens of {channels} channels. loss: mean squared error of the velocity over the last tenth of "
         f"{steps} steps (LightningDiT, depth {depth}, batch {batch_size} noises of one image, velocity prediction). "
         f"bound: Theorem 1, zero from a width of {channels} on. The loss also holds what {steps} steps did not learn.",
-        [
-            Series("loss", [r["width"] for r in rows], [r["loss"] for r in rows], points=True),
-            Series("bound", [r["width"] for r in rows], [r["bound"] for r in rows], points=True),
-        ],
+        lines(rows, "width", ("loss", "bound")),
         x_label="width of the network",
         settings={"steps": steps, "depth": depth, "batch_size": batch_size, "lr": lr, "seed": seed},
     )

@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
 from raev2.errors import CheckpointError, SpecError
-from raev2.files.artefact import FILES, load_artefact, load_strict, save_artefact, write_json
+from raev2.files.artefact import FILES, load_artefact, save_artefact, write_json
 from raev2.files.damage import read_json
 from raev2.files.replace import EXPORT, new_folder
 from raev2.interop.autoencoders import export_autoencoder, import_autoencoder
-from raev2.interop.convert import part
 from raev2.interop.decoders import HEADS, decoder_spec, decoder_tensors, export_decoder, import_decoder
 from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
 from raev2.interop.files import Source, generator_part, read_config, read_source, tokenizer_part
@@ -31,10 +29,8 @@ from raev2.pipeline import GENERATOR, TOKENIZER, load_generator, tokenizer_of
 from raev2.report.page import direction
 from raev2.spec import EncoderSpec, TokenizerSpec
 from raev2.spec_io import load_spec, override_values, validated
-from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
-from raev2.tokenizer.latent_stats import LatentStats
-from raev2.tokenizer.rae import RAE
+from raev2.tokenizer.rae import RAE, read_parts
 
 Rows = list[tuple[str, str]]
 NOTE = "note"  # name of a row whose text is no file
@@ -100,19 +96,13 @@ def _import_generator(source: Source, options: Namespace, out: Path) -> Rows:
 def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
     config, encoder_spec, decoder_fields, noise = _given_tokenizer(options)
     origin = _origin(options, config)
-    decoder, latent_dim, grid = decoder_spec(decoder_tensors(source.tensors), decoder_fields)
+    decoder, _, grid = decoder_spec(decoder_tensors(source.tensors), decoder_fields)
     encoder = build_encoder(encoder_spec, grid, source=options.encoder_dir)
-    if encoder.width != latent_dim:
-        raise CheckpointError(
-            str(source.path), "the decoder belongs to another encoder", got=f"latents of width {latent_dim}",
-            expected=f"{encoder.width}, the width of {encoder.info.name}",
-        )  # fmt: skip
     _check_image_size(config, encoder, grid)
-    with init_empty_weights(include_buffers=False):
-        spec = validated(TokenizerSpec, {"encoder": encoder_spec, "decoder": decoder, "grid": grid, **noise}, "--set ")
-        rae = RAE(spec, encoder)
+    spec = validated(TokenizerSpec, {"encoder": encoder_spec, "decoder": decoder, "grid": grid, **noise}, "--set ")
     pixels = (encoder.info.mean, encoder.info.std) if origin == ORIGINS["rae"] else (None, None)
-    rae.decoder = import_decoder(source.tensors, {**decoder_fields, "grid": grid}, *pixels)
+    trained = import_decoder(source.tensors, {**decoder_fields, "grid": grid}, *pixels)
+    rae = RAE(spec, encoder, decoder=trained)
 
     files = dict(source.files)
     notes: Rows = [("statistics", "none: give them with --stats, or compute them; without them nothing is encoded")]
@@ -279,22 +269,22 @@ def _artefacts(path: Path) -> dict[str, Path]:
 def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Rows:
     """decoder.pt, stats.pt and generator.pt as RAEv2 reads them, and config.yaml."""
     config: dict[str, Any] = {}
-    rows: Rows = []
+    files: dict[str, Mapping[str, Tensor]] = {}
     if "tokenizer" in artefacts:
-        spec, decoder, stats = _read_tokenizer(artefacts["tokenizer"])
-        _save_pickle(export_decoder(decoder), out / "decoder.pt")
+        values, tensors, path = load_artefact(artefacts["tokenizer"], kind="tokenizer")
+        spec, decoder, stats = read_parts(values, tensors, str(path))
         config["stage_1"] = spec.model_dump(mode="json")
-        rows.append(("decoder", "decoder.pt"))
+        files["decoder"] = export_decoder(decoder)
         if stats is not None:
-            _save_pickle(export_stats(stats), out / "stats.pt")
-            rows.append(("statistics", "stats.pt"))
+            files["stats"] = export_stats(stats)
     if "generator" in artefacts:
         generator = load_generator(artefacts["generator"])
-        config["stage_2"] = generator_config(generator)
-        _save_pickle(export_generator(generator), out / "generator.pt")
-        rows.append(("generator", "generator.pt"))
+        config["stage_2"], files["generator"] = generator_config(generator), export_generator(generator)
+    for name, content in files.items():
+        _save_pickle(content, out / f"{name}.pt")
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    return [*rows, ("config", "config.yaml")]
+    names = {"stats": "statistics"}
+    return [(names.get(name, name), f"{name}.pt") for name in files] + [("config", "config.yaml")]
 
 
 def _save_pickle(tensors: Mapping[str, Any], file: Path) -> None:
@@ -302,20 +292,6 @@ def _save_pickle(tensors: Mapping[str, Any], file: Path) -> None:
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     file.write_bytes(buffer.getvalue())
-
-
-def _read_tokenizer(path: Path) -> tuple[TokenizerSpec, ViTDecoder, LatentStats | None]:
-    """Spec, decoder and statistics of a tokenizer artefact; its encoder is not needed."""
-    config, tensors, _ = load_artefact(path, kind="tokenizer")
-    if config["tokenizer"].get("kind", "rae") != "rae":
-        raise CheckpointError(
-            str(path), "has no decoder of its own", got=config["tokenizer"]["kind"], expected="an RAE"
-        )
-    spec = TokenizerSpec.model_validate(config["tokenizer"])
-    decoder = ViTDecoder(tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
-    load_strict(decoder, part(tensors, "decoder."), str(path))
-    stats = config["stats"]
-    return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
 
 
 def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Rows:

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_strict
-from raev2.interop.convert import part, some
+from raev2.interop.convert import some
 from raev2.interop.decoders import decoder_spec, export_decoder, import_decoder
 from raev2.interop.generators import nearest_multiples
 from raev2.interop.stats import spread
 from raev2.nn import sincos_2d
 from raev2.spec import EncoderSpec, TokenizerSpec
+from raev2.tokenizer.base import part
 from raev2.tokenizer.encoder_table import RGB_MEAN, RGB_STD
 from raev2.tokenizer.encoders import TransformersTrunk, build_encoder
 from raev2.tokenizer.latent_stats import EPS, LatentStats
@@ -107,11 +107,9 @@ def import_autoencoder(tensors: Mapping[str, Tensor], config: Mapping[str, Any],
     known = KNOWN_ENCODERS.get((kind, config["encoder_hidden_size"], config["encoder_num_hidden_layers"], patch), kind)
     encoder = EncoderSpec(name=f"hf:{known}", norm="plain", antialias=False)
     spec = TokenizerSpec(encoder=encoder, decoder=decoder, grid=grid, noise_tau=config["noise_tau"])
-    frozen = build_encoder(encoder, grid, source=encoder_dir)
-    with init_empty_weights(include_buffers=False):
-        rae = RAE(spec, frozen)
+    trained = import_decoder(decoder_weights, decoder_config, mean, std)
+    rae = RAE(spec, build_encoder(encoder, grid, source=encoder_dir), decoder=trained)
     rae.encoder_dir = encoder_dir
-    rae.decoder = import_decoder(decoder_weights, decoder_config, mean, std)
     rae.set_stats(_import_stats(tensors, config, rae))
     return rae.eval()
 

@@ -127,11 +127,6 @@ def sizes(tensors: Mapping[str, Tensor], axes: Mapping[str, tuple[str, int]]) ->
     return {key: tensors[name].shape[axis] for key, (name, axis) in axes.items() if name in tensors}
 
 
-def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The plain weights of a training checkpoint, without the prefixes of wrappers; averaged weights first."""
     state_dict = state_dict.get(weights_key(state_dict), state_dict)

@@ -11,9 +11,10 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from raev2.errors import CheckpointError
-from raev2.interop.convert import Change, Conversion, Names, describe, export, part, place, sizes, unchanged, unwrap
+from raev2.interop.convert import Change, Conversion, Names, describe, export, place, sizes, unchanged, unwrap
 from raev2.spec import DECODER_SIZES, DecoderSpec
 from raev2.spec_io import validated
+from raev2.tokenizer.base import part
 from raev2.tokenizer.decoder import ViTDecoder
 
 HEADS = "decoder_num_attention_heads"  # in the reference's JSON files, whose other entries the weights know better

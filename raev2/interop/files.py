@@ -155,19 +155,17 @@ def generator_part(values: Mapping[str, Any]) -> dict[str, Any]:
     They are the mapping itself, or the 'params' beside a 'target' that ends with the class name. 'prediction' is taken
     from wherever it stands.
     """
-    found: dict[str, Any] = {}
-    prediction: dict[str, Any] = {}
-    for node in _mappings(values):
-        target = str(node.get("target", "")).rpartition(".")[2]
-        if found:  # the outer one; a configuration for autoguidance has a second inside
-            pass
-        elif target in NETWORKS and isinstance(node.get("params"), Mapping):
-            found = {"model": target, **node["params"]}
-        elif {"hidden_size", "depth", "num_heads"} <= node.keys():
-            found = dict(node)
-        if isinstance(node.get("prediction"), str):
-            prediction.setdefault("prediction", node["prediction"])
-    return prediction | (found or dict(values))
+    nodes = list(_mappings(values))
+    found = next(filter(None, map(_arguments, nodes)), dict(values))  # the outer one: autoguidance has a second inside
+    predictions = [node["prediction"] for node in nodes if isinstance(node.get("prediction"), str)]
+    return {**({"prediction": predictions[0]} if predictions else {}), **found}
+
+
+def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    target = str(node.get("target", "")).rpartition(".")[2]
+    if target in NETWORKS and isinstance(node.get("params"), Mapping):
+        return {"model": target, **node["params"]}
+    return dict(node) if {"hidden_size", "depth", "num_heads"} <= node.keys() else {}
 
 
 def tokenizer_part(values: Mapping[str, Any]) -> dict[str, Any]:

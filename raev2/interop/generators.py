@@ -175,14 +175,10 @@ def _reorder_heads(generator: Generator, name: str, start: int, value: Tensor, *
         width, num_heads = spec.head_width, spec.head_num_heads
     head_dim = width // num_heads
     order = torch.arange(head_dim, device=value.device).view(-1, 2).T.flatten()  # 0, 2, 4, ..., 1, 3, 5, ...
-    order = order if to_ours else order.argsort()
-    if "_norm." in name:
-        return value[order]
-    count = min(max(2 * width - start, 0), len(value))  # rows of queries and keys; those of values stay
-    if not count:
-        return value
-    reordered = value[:count].unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
-    return reordered if count == len(value) else torch.cat([reordered, value[count:]])
+    rows = torch.arange(len(value), device=value.device).view(-1, head_dim)
+    heads = rows[: max(2 * num_heads - start // head_dim, 0)]  # of queries and keys; those of values stay
+    heads.copy_(heads[:, order if to_ours else order.argsort()])
+    return value[rows.flatten()]
 
 
 def _rotary_tables(generator: Generator) -> dict[str, Tensor]:

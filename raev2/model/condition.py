@@ -22,9 +22,8 @@ from raev2.batch import Cond, CondTokens, FrameCache, drop_cond
 from raev2.errors import SpecError
 from raev2.model.dit import Trunk
 from raev2.nn import RMSNorm
+from raev2.shapes import LatentShape, Vectors
 from raev2.spec import Spec, TrunkSpec
-
-LatentShape = tuple[int, int, int]  # C, H, W
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Conditioner(nn.Module, ABC):
     fields           the tensors of the condition by name
     optional_fields  tensors that may be absent
     num_tokens       number of condition tokens, for a condition of free length the largest one
+    free_size        what stands for a free length in `example_cond`
     parts            names of the parts that can be absent alone; none: a condition is there or is not
     """
 
@@ -50,7 +50,7 @@ class Conditioner(nn.Module, ABC):
         super().__init__()
         self.fields = dict(fields)
         self.optional_fields: dict[str, CondField] = {}
-        self.num_tokens = num_tokens
+        self.num_tokens = self.free_size = num_tokens
 
     @abstractmethod
     def forward(self, cond: Cond) -> CondTokens | None:
@@ -60,7 +60,7 @@ class Conditioner(nn.Module, ABC):
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional condition in the shapes, dtypes and on the device of `cond`."""
 
-    def vector(self, cond: Cond) -> Float[Tensor, "B D"] | None:
+    def vector(self, cond: Cond) -> Vectors | None:
         """One vector per sample for an adaLN trunk; None when there is nothing to add."""
         raise SpecError(
             "generator.conditioning", f"{type(self).__name__} has no vector form", got="adaln", expected="in_context"
@@ -105,38 +105,32 @@ class Conditioner(nn.Module, ABC):
             )  # fmt: skip
 
     def check(self, cond: Cond) -> None:
-        """Raise `SpecError` unless `cond` has the right names, shapes and values. Reads values: not for inner loops."""
-        self._check_fields(cond, self.fields, self.optional_fields)
+        """Raise `SpecError` unless a raw condition has the right names, shapes and values.
 
-    def _check_fields(
-        self, cond: Cond, fields: Mapping[str, CondField], optional_fields: Mapping[str, CondField]
-    ) -> None:
-        if not fields.keys() <= cond.keys() <= fields.keys() | optional_fields.keys():
-            optional = f" and perhaps {sorted(optional_fields)}" if optional_fields else ""
-            raise SpecError("cond", "wrong names", got=sorted(cond), expected=f"{sorted(fields)}{optional}")
+        Reads values: not for inner loops.
+        """
+        fields = self.fields | self.optional_fields
+        if not self.fields.keys() <= cond.keys() <= fields.keys():
+            optional = f" and perhaps {sorted(self.optional_fields)}" if self.optional_fields else ""
+            raise SpecError("cond", "wrong names", got=sorted(cond), expected=f"{sorted(self.fields)}{optional}")
         batch_sizes = {name: value.shape[0] for name, value in cond.items() if value.ndim}
         if len(set(batch_sizes.values())) > 1:
             raise SpecError("cond", "tensors disagree in the batch axis", got=batch_sizes)
-        for name, field in ((name, field) for name, field in {**fields, **optional_fields}.items() if name in cond):
-            shape = tuple(cond[name].shape)
-            fits = len(shape) == len(field.shape) + 1 and all(
-                want in (None, have) for want, have in zip(field.shape, shape[1:], strict=True)
-            )
-            if not fits:
-                expected = ("B", *("any" if size is None else size for size in field.shape))
-                raise SpecError(f"cond.{name}", "wrong shape", got=shape, expected=f"({', '.join(map(str, expected))})")
+        for name, value in cond.items():
+            shape, expected = tuple(value.shape), ("B", *fields[name].shape)
+            if len(shape) != len(expected) or any(
+                want not in ("B", None, have) for want, have in zip(expected, shape, strict=True)
+            ):
+                text = ", ".join("any" if size is None else str(size) for size in expected)
+                raise SpecError(f"cond.{name}", "wrong shape", got=shape, expected=f"({text})")
 
     def example_cond(self, batch_size: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """A condition of zeros with the right shapes, for counting, compiling and tests."""
-        return {
-            name: torch.zeros(
-                batch_size,
-                *(self.num_tokens if size is None else size for size in field.shape),
-                dtype=field.dtype,
-                device=device,
-            )
-            for name, field in self.fields.items()
-        }
+        cond = {}
+        for name, field in self.fields.items():
+            shape = [self.free_size if size is None else size for size in field.shape]
+            cond[name] = torch.zeros(batch_size, *shape, dtype=field.dtype, device=device)
+        return self.complete(cond)
 
 
 class ConditionSpec(Spec, ABC):
@@ -223,7 +217,7 @@ class LabelConditioner(Conditioner):
         return CondTokens(self.table(cond["label"])[:, None] + self.tokens)
 
     @override
-    def vector(self, cond: Cond) -> Float[Tensor, "B D"]:
+    def vector(self, cond: Cond) -> Vectors:
         return self.table(cond["label"])
 
     @override

@@ -6,6 +6,7 @@ image tokens modulated in every block by time + condition (`"adaln"`, RAE v1).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from raev2.batch import CondTokens, FrameCache, ModelOutput
 from raev2.errors import SpecError
@@ -30,6 +32,7 @@ from raev2.nn import (
     turn,
     unpatchify,
 )
+from raev2.shapes import Latents, LatentShape, Patches, Times, Tokens, Vectors
 from raev2.spec import DDTSpec, DiTSpec, TrunkSpec
 
 
@@ -37,9 +40,9 @@ from raev2.spec import DDTSpec, DiTSpec, TrunkSpec
 class TrunkOutput:
     """Image tokens after the last block and after the base head's block, the time embedding, the REPA projection."""
 
-    tokens: Float[Tensor, "B N D"]
-    base_tokens: Float[Tensor, "B N D"] | None
-    time: Float[Tensor, "B D"]
+    tokens: Tokens
+    base_tokens: Tokens | None
+    time: Vectors
     hidden: Float[Tensor, "B N Z"] | None
     final_modulation: Float[Tensor, "B 1 D2"] | None
 
@@ -53,23 +56,16 @@ class Trunk(nn.Module):
     """
 
     def __init__(
-        self,
-        spec: TrunkSpec,
-        latent_shape: tuple[int, int, int],
-        *,
-        silu_cond: bool = False,
-        final_modulation: bool = False,
+        self, spec: TrunkSpec, latent_shape: LatentShape, *, silu_cond: bool = False, final_modulation: bool = False
     ) -> None:
         super().__init__()
-        channels, rows, cols = _grid(spec, latent_shape)
-        self.spec = spec
-        self.silu_cond = silu_cond
-        self.final_modulation = final_modulation
+        self.spec, self.silu_cond, self.final_modulation = spec, silu_cond, final_modulation
+        channels, rows, cols = self.grid = _grid(spec, latent_shape)
         self.patch_embed = PatchEmbed(channels, spec.width, spec.patch_size)
         self.time_embed = FourierEmbed(spec.width)
         # Fixed. A parameter and not a buffer because published parameter counts include it.
-        positions = nn.Parameter(sincos_2d(spec.width, rows, cols), requires_grad=False) if spec.abs_pos_embed else None
-        self.pos_embed = positions
+        positions = nn.Parameter(sincos_2d(spec.width, rows, cols), requires_grad=False)
+        self.pos_embed = positions if spec.abs_pos_embed else None
         self.rope = Rope2D(spec.width // spec.num_heads, rows, cols)
         self.age_rope = AgeRope(spec.width // spec.num_heads)
         self.blocks = nn.ModuleList(
@@ -84,11 +80,7 @@ class Trunk(nn.Module):
         self.repa_proj = None if spec.repa_dim is None else nn.Linear(spec.width, spec.repa_dim)
 
     def forward(
-        self,
-        patches: Float[Tensor, "B N P"],
-        t: Float[Tensor, " B"],
-        cond_tokens: CondTokens | None,
-        cond_vector: Float[Tensor, "B D"] | None,
+        self, patches: Patches, t: Times, cond_tokens: CondTokens | None, cond_vector: Vectors | None
     ) -> TrunkOutput:
         """Run the blocks over patches (in-context: and time and condition tokens)."""
         num_patches = patches.shape[1]
@@ -174,38 +166,58 @@ def _mask(cond: CondTokens, num_before: int) -> Bool[Tensor, "B 1 1 NM"] | None:
     return (mask if cond.past is None else torch.cat([mask, cond.past.mask], dim=1))[:, None, None]
 
 
-def zero_init(layer: nn.Linear) -> None:
+def zero_init(*layers: nn.Linear) -> None:
     """Weight and bias 0: output and modulation layers start from an exact zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+        nn.init.zeros_(parameter)
 
 
-class DiT(nn.Module):
-    """LightningDiT: the trunk and a final layer, modulated in the adaLN variant. Optional base head and REPA."""
+class Network(nn.Module, ABC):
+    """A trunk, and what makes a prediction of its tokens: `DiT` or `DDT`."""
 
-    def __init__(self, spec: DiTSpec, latent_shape: tuple[int, int, int]) -> None:
+    def __init__(self, spec: TrunkSpec, trunk: Trunk) -> None:
         super().__init__()
-        channels, rows, cols = _grid(spec, latent_shape)
-        self.patch_size = spec.patch_size
+        channels, rows, cols = trunk.grid
+        self.patch_size, self.out_dim = spec.patch_size, channels * spec.patch_size**2
         self._unpatchify = partial(unpatchify, patch_size=spec.patch_size, rows=rows, cols=cols)
-        out_dim = channels * spec.patch_size**2
-        self.trunk = Trunk(spec, latent_shape, final_modulation=spec.conditioning == "adaln")
-        self.final = FinalLayer(spec.width, out_dim)
-        self.base_final = None if spec.base_head_depth is None else FinalLayer(spec.width, out_dim)
-        self.init_weights()
+        self.trunk = trunk
 
     def forward(
-        self,
-        z_t: Float[Tensor, "B C H W"],
-        t: Float[Tensor, " B"],
-        cond_tokens: CondTokens | None,
-        cond_vector: Float[Tensor, "B D"] | None,
+        self, z_t: Latents, t: Times, cond_tokens: CondTokens | None, cond_vector: Vectors | None
     ) -> ModelOutput:
         """Predict from noisy latents, time and the condition in the form that `spec.conditioning` asks for."""
-        trunk = self.trunk(patchify(z_t, self.patch_size), t, cond_tokens, cond_vector)
-        pred = self._unpatchify(self.final(trunk.tokens, trunk.final_modulation))
-        base_pred = None if self.base_final is None else self._unpatchify(self.base_final(trunk.base_tokens))
+        patches = patchify(z_t, self.patch_size)
+        trunk = self.trunk(patches, t, cond_tokens, cond_vector)
+        pred = self._unpatchify(self.predict(patches, trunk))
+        base_pred = None if trunk.base_tokens is None else self._unpatchify(self.predict_base(trunk))
         return ModelOutput(pred, base_pred, trunk.hidden)
+
+    @abstractmethod
+    def predict(self, patches: Patches, trunk: TrunkOutput) -> Patches:
+        """The prediction, by patches."""
+
+    @abstractmethod
+    def predict_base(self, trunk: TrunkOutput) -> Patches:
+        """That of the base head."""
+
+
+class DiT(Network):
+    """LightningDiT: the trunk and a final layer, modulated in the adaLN variant. Optional base head and REPA."""
+
+    def __init__(self, spec: DiTSpec, latent_shape: LatentShape) -> None:
+        super().__init__(spec, Trunk(spec, latent_shape, final_modulation=spec.conditioning == "adaln"))
+        self.final = FinalLayer(spec.width, self.out_dim)
+        self.base_final = None if spec.base_head_depth is None else FinalLayer(spec.width, self.out_dim)
+        self.init_weights()
+
+    @override
+    def predict(self, patches: Patches, trunk: TrunkOutput) -> Patches:
+        return self.final(trunk.tokens, trunk.final_modulation)
+
+    @override
+    def predict_base(self, trunk: TrunkOutput) -> Patches:
+        assert self.base_final is not None
+        return self.base_final(trunk.base_tokens)
 
     def init_weights(self) -> None:
         """The trunk by its own table; final and base_final linear 0, so the first prediction is exactly 0.
@@ -218,12 +230,10 @@ class DiT(nn.Module):
                 if isinstance(layer, nn.Linear):
                     nn.init.xavier_uniform_(layer.weight)
                     nn.init.zeros_(layer.bias)
-        zero_init(self.final.linear)
-        if self.base_final is not None:
-            zero_init(self.base_final.linear)
+        zero_init(*(final.linear for final in (self.final, self.base_final) if final is not None))
 
 
-class DDT(nn.Module):
+class DDT(Network):
     """DiT^DH: a deep narrow trunk produces a condition for every token of a shallow wide head.
 
         c = Linear(SiLU(time + trunk tokens))                     one condition vector per image token
@@ -235,14 +245,9 @@ class DDT(nn.Module):
     Source: RAE (arXiv 2510.11690) section on the wide head; RAEv2 (arXiv 2605.18324).
     """
 
-    def __init__(self, spec: DDTSpec, latent_shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        channels, rows, cols = _grid(spec, latent_shape)
-        self.patch_size = spec.patch_size
-        self._unpatchify = partial(unpatchify, patch_size=spec.patch_size, rows=rows, cols=cols)
-        self.trunk = Trunk(spec, latent_shape, silu_cond=True)
-        out_dim = channels * spec.patch_size**2
-
+    def __init__(self, spec: DDTSpec, latent_shape: LatentShape) -> None:
+        super().__init__(spec, Trunk(spec, latent_shape, silu_cond=True))
+        channels, rows, cols = self.trunk.grid
         self.join = nn.Identity() if spec.width == spec.head_width else nn.Linear(spec.width, spec.head_width)
         self.head_embed = PatchEmbed(channels, spec.head_width, spec.patch_size)
         self.head_rope = Rope2D(spec.head_width // spec.head_num_heads, rows, cols)
@@ -251,41 +256,29 @@ class DDT(nn.Module):
         )
         # Modulation of all head blocks and of the final layer depends on c alone: one product.
         self.modulation = FusedLinear(spec.head_width, [6 * spec.head_width] * spec.head_depth + [2 * spec.head_width])
-        self.final = FinalLayer(spec.head_width, out_dim)
+        self.final = FinalLayer(spec.head_width, self.out_dim)
 
         self.base_modulation = self.base_final = None
         if spec.base_head_depth is not None:
             self.base_modulation = nn.Linear(spec.width, 2 * spec.width)
-            self.base_final = FinalLayer(spec.width, out_dim)
+            self.base_final = FinalLayer(spec.width, self.out_dim)
         self.init_weights()
 
-    def forward(
-        self,
-        z_t: Float[Tensor, "B C H W"],
-        t: Float[Tensor, " B"],
-        cond_tokens: CondTokens | None,
-        cond_vector: Float[Tensor, "B D"] | None,
-    ) -> ModelOutput:
-        """Predict from noisy latents, time and the condition in the form that `spec.conditioning` asks for."""
-        patches = patchify(z_t, self.patch_size)
-        trunk = self.trunk(patches, t, cond_tokens, cond_vector)
-        time = trunk.time[:, None]
-
-        # Head.
-        c = self.join(F.silu(time + trunk.tokens))
+    @override
+    def predict(self, patches: Patches, trunk: TrunkOutput) -> Patches:
+        c = self.join(F.silu(trunk.time[:, None] + trunk.tokens))
         *modulations, final_modulation = self.modulation(F.silu(c)).split(self.modulation.splits, dim=-1)
         x = self.head_embed(patches)
         rope = self.head_rope(x.shape[1])
         for block, modulation in zip(self.head_blocks, modulations, strict=True):
             x = block(x, rope, modulation=modulation)
-        pred = self._unpatchify(self.final(x, final_modulation))
+        return self.final(x, final_modulation)
 
-        # Base head.
-        base_pred = None
-        if self.base_final is not None and self.base_modulation is not None:
-            u = F.silu(time + trunk.base_tokens)
-            base_pred = self._unpatchify(self.base_final(u, self.base_modulation(F.silu(u))))
-        return ModelOutput(pred, base_pred, trunk.hidden)
+    @override
+    def predict_base(self, trunk: TrunkOutput) -> Patches:
+        assert self.base_final is not None and self.base_modulation is not None and trunk.base_tokens is not None
+        u = F.silu(trunk.time[:, None] + trunk.base_tokens)
+        return self.base_final(u, self.base_modulation(F.silu(u)))
 
     def init_weights(self) -> None:
         """Initial values of DiT^DH; consequence: the first prediction of both heads is exactly 0.
@@ -298,15 +291,12 @@ class DDT(nn.Module):
         """
         self.trunk.init_weights()
         self.head_embed.init_weights()
-        for layer in (self.modulation, self.base_modulation):
-            if layer is not None:
-                zero_init(layer)
-        for final in (self.final, self.base_final):
-            if final is not None:
-                zero_init(final.linear)
+        zero_init(self.modulation, self.final.linear)
+        if self.base_final is not None and self.base_modulation is not None:
+            zero_init(self.base_modulation, self.base_final.linear)
 
 
-def _grid(spec: TrunkSpec, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def _grid(spec: TrunkSpec, latent_shape: LatentShape) -> tuple[int, int, int]:
     """Channels, and rows and columns of patches."""
     channels, height, width = latent_shape
     if height % spec.patch_size or width % spec.patch_size:

@@ -17,9 +17,10 @@ from typing_extensions import override
 
 from raev2.batch import Cond, CondTokens, FrameCache, PastFrames, drop_cond
 from raev2.errors import SpecError
-from raev2.model.condition import CondField, Conditioner, ConditionSpec, LatentShape, need_tokens, tokens_parameter
+from raev2.model.condition import CondField, Conditioner, ConditionSpec, need_tokens, tokens_parameter
 from raev2.model.dit import Trunk
 from raev2.nn import FourierEmbed, PatchEmbed, WaveEmbed, patchify, sincos_2d, waves
+from raev2.shapes import LatentShape
 from raev2.spec import TrunkSpec
 
 _FRAME_FIELDS = ("context_latents", "context_age", "context_valid", "context_id")
@@ -112,23 +113,18 @@ class BlockCausalFrames(Conditioner):
     parts = ("context", "action", "time")
 
     def __init__(self, spec: FramesCondition, width: int, latent_shape: LatentShape) -> None:
-        motion = {"action": CondField((3,)), "rel_time": CondField((1,))}
-        super().__init__({"context_latents": CondField((None, *latent_shape)), **motion}, spec.num_action_tokens + 1)
-        flags = {name: CondField((), torch.bool) for name in ("has_action", "has_time")}
+        fields = {
+            "context_latents": CondField((None, *latent_shape)), "action": CondField((3,)), "rel_time": CondField((1,))
+        }  # fmt: skip
+        super().__init__(fields, spec.num_action_tokens + 1)
         self.optional_fields = {
             "context_age": CondField((None,)),
             "context_valid": CondField((None,), torch.bool),
             "context_id": CondField((None,), torch.int64),
-            **flags,
+            "has_action": CondField((), torch.bool),
+            "has_time": CondField((), torch.bool),
         }
-        self._prepared_fields = {
-            **motion,
-            **flags,
-            "context_valid": CondField((None,), torch.bool),
-            "context_keys": CondField((None,) * 4),
-            "context_values": CondField((None,) * 4),
-            **({"context_newest": CondField((None, width))} if spec.at_image else {}),
-        }
+        self.free_size = spec.num_frames
         self.spec = spec
         self.tokens_per_frame = latent_shape[1] * latent_shape[2] // spec.patch_size**2
         self.context_embed = PatchEmbed(latent_shape[0], width, spec.patch_size)
@@ -256,10 +252,7 @@ class BlockCausalFrames(Conditioner):
 
     @override
     def check(self, cond: Cond) -> None:
-        if self.is_prepared(cond):
-            self._check_fields(cond, self._prepared_fields, {})
-        else:
-            self._check_fields(cond, self.fields, self.optional_fields)
+        super().check(cond)
         num_frames = {name: value.shape[1] for name, value in cond.items() if name in _FRAME_FIELDS}
         if len(set(num_frames.values())) > 1:
             raise SpecError("cond", "tensors disagree in the number of context frames", got=num_frames)
@@ -269,16 +262,6 @@ class BlockCausalFrames(Conditioner):
                 "cond.rel_time", "outside the range of times that the generator was made for", got=f"{longest:g} s",
                 expected=f"at most {self.spec.max_time:g} s", hint="Go there in several steps.",
             )  # fmt: skip
-
-    @override
-    def example_cond(self, batch_size: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Every frame and the motion are there."""
-        latent_shape = [size or 0 for size in self.fields["context_latents"].shape[1:]]
-        return self.complete({
-            "context_latents": torch.zeros(batch_size, self.spec.num_frames, *latent_shape, device=device),
-            "action": torch.zeros(batch_size, 3, device=device),
-            "rel_time": torch.zeros(batch_size, 1, device=device),
-        })  # fmt: skip
 
     @override
     def drop(self, cond: Cond, uniform: Float[Tensor, " B"], prob: float) -> dict[str, Tensor]:

@@ -23,9 +23,10 @@ from raev2.batch import Cond, FrameCache, ModelOutput
 from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact, load_strict, push_to_hub, save_artefact
 from raev2.files.damage import damaged
-from raev2.model.condition import ConditionSpec, LabelCondition, LatentShape, NoCondition, TextCondition
+from raev2.model.condition import ConditionSpec, LabelCondition, NoCondition, TextCondition
 from raev2.model.dit import DDT, DiT
 from raev2.model.frames import FramesCondition
+from raev2.shapes import Latents, LatentShape, Times
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec, NetworkSpec
 
 
@@ -45,15 +46,13 @@ class Generator(nn.Module):
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.network_spec = network
-        self.condition_spec = condition
-        self.flow = flow
-        self.latent_shape = latent_shape
+        self.network_spec, self.condition_spec = network, condition
+        self.flow, self.latent_shape = flow, latent_shape
         self.extra = dict(extra or {})
         self.network = DDT(network, latent_shape) if isinstance(network, DDTSpec) else DiT(network, latent_shape)
         self.conditioner = condition.build(network, latent_shape)
 
-    def forward(self, z_t: Float[Tensor, "B C H W"], t: Float[Tensor, " B"], cond: Cond) -> ModelOutput:
+    def forward(self, z_t: Latents, t: Times, cond: Cond) -> ModelOutput:
         """Prediction at the noisy latents `z_t`, time `t` in [0, 1] (1 = noise), raw or prepared condition `cond`."""
         cond = self.conditioner.prepare(cond, self.network.trunk)
         if self.network_spec.conditioning == "in_context":

@@ -30,67 +30,62 @@ class Series:
 
 def line_chart(series: Sequence[Series], *, title: str, x_label: str, log: bool = False) -> str:
     """An SVG of all series in one frame, with a legend. Values that are not finite are left out."""
-    values = [y for line in series for y in (*line.ys, *line.raw) if math.isfinite(y) and (y > 0 or not log)]
+
+    def drawn(y: Number) -> bool:
+        return math.isfinite(y) and (y > 0 or not log)
+
+    values = [y for line in series for y in (*line.ys, *line.raw) if drawn(y)]
     places = [x for line in series if not line.constant for x in line.xs]
     if not values or not places:
         return ""
     low, high, ticks = _log_range(values) if log else _linear_range(values)
     left, right = min(places), max(places)
     right = right if right > left else left + 1
+    base, end = HEIGHT - BOTTOM, WIDTH - RIGHT
 
     def at_x(x: Number) -> Number:
-        return LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (x - left) / (right - left) * (end - LEFT)
 
     def at_y(y: Number) -> Number:
-        share = (math.log10(y) - low) / (high - low) if log else (y - low) / (high - low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        return base - ((math.log10(y) if log else y) - low) / (high - low) * (base - TOP)
 
-    def path(xs: Sequence[Number], ys: Sequence[Number], style: str) -> str:
-        pen, parts = "M", []
-        for x, y in _thin(list(zip(xs, ys, strict=True))):
-            if math.isfinite(y) and (y > 0 or not log):
-                parts.append(f"{pen}{at_x(x):.1f},{at_y(y):.1f}")
-                pen = "L"
-            else:
-                pen = "M"
-        return f'<path class="{style}" d="{"".join(parts)}"/>' if parts else ""
+    def path(xs: Sequence[Number], ys: Sequence[Number], style: str) -> None:
+        points = _thin(list(zip(xs, ys, strict=True)))
+        parts = [
+            f"{'L' if i and drawn(points[i - 1][1]) else 'M'}{at_x(x):.1f},{at_y(y):.1f}"
+            for i, (x, y) in enumerate(points)
+            if drawn(y)
+        ]
+        out.extend([f'<path class="{style}" d="{"".join(parts)}"/>'] if parts else [])
+
+    def text(x: Number, y: Number, anchor: str, content: str, style: str = "") -> None:
+        out.append(f'<text{style} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{content}</text>')
 
     out = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for tick in ticks:
         y = at_y(tick)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    x_ticks = [tick for tick in _linear_range([left, right], 6)[2] if left <= tick <= right]
-    for tick in x_ticks:
-        anchor = "end" if at_x(tick) > WIDTH - RIGHT - 20 else "middle"
-        out.append(
-            f'<text x="{at_x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="{anchor}">{number(tick)}</text>'
-        )
-    base = HEIGHT - BOTTOM
-    out.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(f'<text class="label" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    for number_of, line in enumerate(series):
-        colour = f"c{number_of % 8}"
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        text(LEFT - 8, y + 4, "end", number(tick))
+    for tick in _linear_range([left, right], 6)[2]:
+        if left <= tick <= right:
+            text(at_x(tick), base + 17, "end" if at_x(tick) > end - 20 else "middle", number(tick))
+    out.append(f'<line class="axis" x1="{LEFT}" x2="{end}" y1="{base}" y2="{base}"/>')
+    text((LEFT + end) / 2, HEIGHT - 4, "middle", escape(x_label), ' class="label"')
+    keys = []
+    for n, line in enumerate(series):
+        colour, name = f"c{n % 8}", escape(line.name)
+        keys.append(f'<span><i class="key {colour}{" dashed" * line.constant}"></i>{name}</span>')
         if line.constant:
-            out.append(path([left, right], [line.ys[0]] * 2, f"line dashed {colour}"))
+            path([left, right], [line.ys[0]] * 2, f"line dashed {colour}")
             continue
         if line.raw:
-            out.append(path(line.xs, line.raw, f"line raw {colour}"))
-        out.append(path(line.xs, line.ys, f"line {colour}"))
-        if line.points or len(line.xs) == 1:
-            for x, y in zip(line.xs, line.ys, strict=True):
-                if math.isfinite(y) and (y > 0 or not log):
-                    tip = f"<title>{escape(line.name)}: {number(y)} at {x:,.0f}</title>"
-                    out.append(
-                        f'<circle class="dot {colour}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.2">{tip}</circle>'
-                    )
-    out.append("</svg>")
-    keys = "".join(
-        f'<span><i class="key c{n % 8}{" dashed" if line.constant else ""}"></i>{escape(line.name)}</span>'
-        for n, line in enumerate(series)
-    )
-    return "".join(out) + f'<div class="legend">{keys}</div>'
+            path(line.xs, line.raw, f"line raw {colour}")
+        path(line.xs, line.ys, f"line {colour}")
+        for x, y in zip(line.xs, line.ys, strict=True) if line.points or len(line.xs) == 1 else ():
+            if drawn(y):
+                tip = f"<title>{name}: {number(y)} at {x:,.0f}</title>"
+                out.append(f'<circle class="dot {colour}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.2">{tip}</circle>')
+    return "".join([*out, "</svg>", '<div class="legend">', *keys, "</div>"])
 
 
 COLOURS = ("#2a6fdb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285", "#e67700", "#495057")

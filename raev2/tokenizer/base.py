@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,8 @@ def check_float(images: AnyImages, where: str) -> None:
             where, "images must be floats in [0, 1]", got=images.dtype, expected="torch.float32",
             hint="Convert 8-bit images with images_u8.float() / 255.",
         )  # fmt: skip
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

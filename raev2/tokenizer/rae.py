@@ -9,6 +9,7 @@ Training uses `tokens`, `noisy_tokens` and `decode_tokens`; the loop is in train
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artef
 from raev2.files.damage import damaged
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
-from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
+from raev2.tokenizer.base import AnyImages, Tokenizer, check_float, part
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.tokenizer.latent_stats import LatentStats, check_same_encoder, denormalise, normalise
@@ -31,6 +32,7 @@ class RAE(Tokenizer):
 
     Precision is float32 unless the caller runs it under autocast.
 
+    decoder       a trained one; None: with initial values
     extra         further entries of config.json: where imported weights come from, their licence
     encoder_dir   folder with the encoder's weights, for tokenizers that bring their own; saved with the artefact
     """
@@ -38,12 +40,23 @@ class RAE(Tokenizer):
     stats_mean: Tensor
     stats_var: Tensor
 
-    def __init__(self, spec: TokenizerSpec, encoder: FrozenEncoder, stats: LatentStats | None = None) -> None:
+    def __init__(
+        self,
+        spec: TokenizerSpec,
+        encoder: FrozenEncoder,
+        stats: LatentStats | None = None,
+        decoder: ViTDecoder | None = None,
+    ) -> None:
         super().__init__()
         self.spec, self.encoder = spec, encoder
         self.extra: dict[str, Any] = {}
         self.encoder_dir: Path | None = None
-        self.decoder = ViTDecoder(encoder.width, spec.decoder, spec.grid)
+        self.decoder = decoder or ViTDecoder(encoder.width, spec.decoder, spec.grid)
+        if (width := self.decoder.embed.in_features) != encoder.width:
+            raise CheckpointError(
+                "RAE", "the decoder belongs to another encoder", got=f"latents of width {width}",
+                expected=f"{encoder.width}, the width of {encoder.info.name}",
+            )  # fmt: skip
         self._stats: LatentStats | None = None
         self.register_buffer("stats_mean", torch.zeros(self.latent_shape), persistent=False)
         self.register_buffer("stats_var", torch.ones(self.latent_shape), persistent=False)
@@ -144,20 +157,10 @@ class RAE(Tokenizer):
     def _from_artefact(
         cls, config: dict[str, Any], tensors: dict[str, Tensor], path: Path, encoder: str | Path | None
     ) -> RAE:
-        kind = config["tokenizer"].get("kind", "rae")
-        if kind != "rae":
-            raise CheckpointError(
-                str(path), "not an RAE", got=kind, hint="Open it with raev2.tokenizer.baselines.load_tokenizer."
-            )
+        spec, decoder, stats = read_parts(config, tensors, str(path))
         own = path / ENCODER if (path / ENCODER).is_dir() else None
-        rae = cls.from_spec(TokenizerSpec.model_validate(config["tokenizer"]), encoder=encoder or own)
+        rae = cls(spec, build_encoder(spec.encoder, spec.grid, source=encoder or own), stats, decoder)
         rae.extra, rae.encoder_dir = dict(config.get("extra", {})), own
-        decoder_tensors = {
-            name.removeprefix("decoder."): value for name, value in tensors.items() if name.startswith("decoder.")
-        }
-        load_strict(rae.decoder, decoder_tensors, str(path))
-        if config["stats"] is not None:
-            rae.set_stats(LatentStats(mean=tensors["stats.mean"], var=tensors["stats.var"], **config["stats"]))
         return rae.eval()
 
     def save_pretrained(self, path: str | Path) -> Path:
@@ -221,6 +224,20 @@ latents = rae.encode(images)  # float RGB in [0, 1], (B, 3, H, W)
 images = rae.decode(latents)
 ```
 """
+
+
+def read_parts(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+) -> tuple[TokenizerSpec, ViTDecoder, LatentStats | None]:
+    """Spec, decoder and statistics in a tokenizer artefact; CheckpointError for a tokenizer without a decoder."""
+    kind = config["tokenizer"].get("kind", "rae")
+    if kind != "rae":
+        hint = "It has no decoder of its own; raev2.tokenizer.baselines.load_tokenizer opens it."
+        raise CheckpointError(where, "not an RAE", got=kind, hint=hint)
+    spec, stats = TokenizerSpec.model_validate(config["tokenizer"]), config["stats"]
+    decoder = ViTDecoder(tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
+    load_strict(decoder, part(tensors, "decoder."), where)
+    return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
 
 
 def add_token_noise(tokens: Tokens, tau: float, distribution: str, generator: torch.Generator) -> Tokens:

@@ -105,9 +105,7 @@ def test_published_numbers_say_where_they_come_from():
 
 
 def test_a_table_is_written_as_json_markdown_and_svg(tmp_path):
-    table = Table(
-        "t", "Title", ("a", "b"), [{"a": 1, "b": 0.5}, {"a": 2}], "A note.", [Series("b", [1, 2], [0.5, 1.0])]
-    )
+    table = Table("t", "Title", [{"a": 1, "b": 0.5}, {"a": 2}], "A note.", [Series("b", [1, 2], [0.5, 1.0])])
     table.write(tmp_path)
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == [{"a": 1, "b": 0.5}, {"a": 2, "b": None}]
     assert "| 2 | - |" in (tmp_path / "t.md").read_text()

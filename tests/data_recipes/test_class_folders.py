@@ -345,6 +345,17 @@ def test_a_plan_compares_no_more_than_it_can(tmp_path: Path, monkeypatch: pytest
             ["test/*2", "cat/*2"], "test/ beside cat/.",
             {"splits=no": {"train": {"test": 2, "cat": 2}}},
         ),
+        (
+            ["train2017/*3", "val2017/*2"], "train2017/, val2017/. Say which: splits",
+            {
+                "splits=yes": {"train": {"": 3}, "val": {"": 2}},
+                "splits=no": {"train": {"train2017": 3, "val2017": 2}},
+            },
+        ),
+        (
+            ["W/my_train/cat/*3", "W/my_train/dog/*1", "W/my_test/cat/*2"], "my_test/, my_train/. Say which: splits",
+            {"splits=yes": {"train": {"cat": 3, "dog": 1}, "val": {"cat": 2}}},
+        ),
     ],
 )  # fmt: skip
 def test_a_layout_with_two_readings_is_refused_with_the_option_for_each(
@@ -362,6 +373,18 @@ def test_a_layout_with_two_readings_is_refused_with_the_option_for_each(
             counts(tmp_path, **{name: {"yes": True, "no": False}[value] if name == "splits" else int(value)})
             == expected
         )
+
+
+def test_folders_for_splits_inside_the_class_folders_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "cat/Train/*3", "cat/test/*1", "dog/Train/*3", "dog/test/*1")
+    with pytest.raises(
+        DataError,
+        match="folders for splits inside the class folders; got cat/Train/, cat/test/, dog/Train/, dog/test/. Put the "
+        "class folders into train/ and test/ instead; or, if all the pictures are for training: --set class_level=1",
+    ):
+        layout(tmp_path)
+    assert counts(tmp_path, class_level=1) == {"train": {"cat": 4, "dog": 4}}
+    assert set(counts(make(tmp_path / "b", "test_tube/*2", "dev_board/*2"))["train"]) == {"test_tube", "dev_board"}
 
 
 def test_a_doubt_below_a_wrapper_counts_the_wrapper(tmp_path: Path) -> None:

@@ -187,7 +187,6 @@ def test_a_prepared_condition_gives_the_same_output(kind):
     rows = [2, 0]
     picked = {name: value[rows] for name, value in prepared.items()}
     assert_same(predict(picked, generator, [x[rows] for x in POINT]), expected.pred[rows])
-    generator.check_cond(prepared)
     assert generator.prepare_cond(prepared).keys() == prepared.keys()
 
 

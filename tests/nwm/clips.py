@@ -62,6 +62,10 @@ CLIPS = {
     "mjpeg, avi": Clip(".avi", "mjpeg", "yuvj420p"),
     "prores, mov": Clip(".mov", "prores_ks", "yuv422p10le"),
     "ffv1, mkv": Clip(".mkv", "ffv1"),
+    "mpeg1 with B-frames, mpg": Clip(".mpg", "mpeg1video", options={"bf": "2", "g": "15", "b": "2M"}),
+    "mpeg2 with B-frames, mxf": Clip(".mxf", "mpeg2video", options={"bf": "2", "g": "15", "b": "4M"}),
+    "wmv2, wmv": Clip(".wmv", "wmv2", options={"b": "2M"}),
+    "h264 with B-frames, flv": Clip(".flv", "libx264", options=H264),
     "mpeg2 with B-frames, ts": Clip(".ts", "mpeg2video", options={"bf": "2", "g": "15", "b": "2M"}),
 }
 

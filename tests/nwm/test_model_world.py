@@ -110,7 +110,8 @@ def test_goals_are_recorded_frames_with_their_true_paths(run_dir):
     ]
     for goal in goals:
         assert min(np.abs(goal.true_path - step).max() for step in steps) < 1e-9
-    assert source.motion.speed_m_s == pytest.approx(source.spacing_m * data.rate_hz, rel=0.05), "they only drive ahead"
+    assert {goal.spacing_m for goal in goals} == {data.spacing_m}
+    assert source.motion.speed_m_s == pytest.approx(data.spacing_m * data.rate_hz, rel=0.05), "they only drive ahead"
 
 
 def test_costs_depend_on_the_commands_alone(run_dir):

@@ -374,9 +374,10 @@ def test_videos(tmp_path):
     text = "\n".join(rejects(tmp_path / "out"))
     manifest = read_manifest(tmp_path / "out")
     assert manifest["rejected"] == 2 and manifest["ignored"] == {".csv": 1, ".jpg": 1}
-    lines = video_poses.VIDEO.plan({"src": str(src)})
+    lines = video_poses.VIDEO.plan({"src": str(src), "time_offset_s": "100", "rate_hz": "2", "segment_s": "3"})
+    (held_out,) = {one.recording for one in read_trajectories(tmp_path / "out", "val")}
     assert lines[0] == f"Read 4 videos (0.2 minutes) from {src}, 1 of them without poses."
-    assert lines[-2] == "Split: 2 of 4 recordings for validation, by their names: corrupt, nopose."
+    assert lines[-3] == f"Split: 1 of 2 recordings for validation, by their names: {held_out}."
     assert lines[-1] == "Ignored: 2 files (.csv: 1, .jpg: 1)."
     assert "video nopose: its pose file is missing; expected nopose.csv or nopose.txt" in text
     assert "video corrupt.mp4: corrupt, cannot be opened" in text

@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from raev2.errors import SpecError
+from raev2.errors import DataError, SpecError
+from raev2.spec_io import override_spec
+from raev2_tasks.nwm.plan import planning
 from raev2_tasks.nwm.plan.command import plan_command
 from raev2_tasks.nwm.plan.path_metrics import ate, final_position_error
 from raev2_tasks.nwm.plan.planning import (
     CEM,
     MPPI,
+    PRESETS,
     Limits,
     LinePath,
     Motion,
@@ -27,6 +30,7 @@ from raev2_tasks.nwm.plan.planning import (
     UnicyclePath,
     accumulate_batch,
     latent_cost,
+    lpips_cost,
     pixel_cost,
     plan,
     random_commands,
@@ -231,6 +235,29 @@ def test_a_penalty_keeps_the_path_out_of_a_place():
     assert math.isfinite(kept.cost)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_settings_take_the_mean_of_the_best_of_120(name):
+    spec, asked = PRESETS[name], []
+
+    def score(commands, seconds):
+        asked.append(commands.shape)
+        return end_at((1.2, 0.4))(commands, seconds)
+
+    steps = spec.num_steps(2.0)
+    found = plan(score, spec, MOTION, steps, spec.step_s)
+    assert asked == [(120, 8, 3), (1, 8, 3)] and spec.step_s == 0.25
+    first, last = found.iterations
+    best = np.argsort(first.costs)[: spec.sampler.elites]
+    ends = accumulate_batch(first.commands[best])[:, -1, :2]  # of a line and of a spline linear in its variables
+    assert found.path[-1, :2] == pytest.approx(ends.mean(0), abs=1e-9)
+    assert found.cost == last.costs[0] != first.costs.min()
+
+
+def test_coarse_and_a_mean_exclude_each_other():
+    with pytest.raises(SpecError, match="coarse chooses among candidates, and sampler.result=mean takes none"):
+        override_spec(PRESETS["rae-nwm"], ["coarse=4"])
+
+
 def test_ranking_given_candidates():
     candidates = np.stack([straight_ahead(MOTION, STEPS, SECONDS) * scale for scale in (0.2, 1.0, 2.0)])
     found = rank(end_at((1.6, 0)), candidates, SECONDS)
@@ -257,6 +284,16 @@ def test_latent_cost_is_zero_at_the_goal_and_two_at_its_opposite():
     costs = latent_cost(torch.stack([goal, -goal, 3 * goal]), goal)
     assert costs == pytest.approx([0, 2, 0], abs=1e-6)
     assert pixel_cost(torch.stack([goal, goal + 0.5]), goal) == pytest.approx([0, 0.25])
+
+
+def test_lpips_cost_compares_8_bit_pictures_with_the_goal(monkeypatch):
+    def distance(images, target):
+        assert images.dtype == target.dtype == torch.uint8 and images.shape == target.shape
+        return (images.float() - target.float()).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr(planning, "_lpips_alex", lambda device: distance)
+    goal = torch.full((3, 8, 8), 0.2)
+    assert lpips_cost(torch.stack([goal, goal + 0.4]), goal) == pytest.approx([0, 0.4 * 255])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +357,7 @@ def test_motion_range_names_what_is_outside():
 
 
 def test_the_command_writes_numbers_and_a_picture(tmp_path, capsys):
-    plan_command(["--toy", "--goals", "6", "--seconds", "1", "2", "--success-m", "1", "--out", str(tmp_path)])
+    plan_command(["--toy", "--goals", "6", "--seconds", "1", "2", "--success", "0.5", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "2s.json").read_text())
     assert result["source"] == "toy world" and result["spec"]["sampler"]["kind"] == "cem"
     numbers = {
@@ -328,8 +365,9 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path, capsys):
     }
     for metric in ("ate_m", "final_position_m", "final_yaw_deg"):
         assert numbers["plan"][metric] < min(numbers["straight"][metric], numbers["random"][metric])
-    assert numbers["plan"]["ate_wp"] == pytest.approx(numbers["plan"]["ate_m"] / result["spacing_m"])
     goals = result["goals"]
+    assert {goal["spacing_m"] for goal in goals} == {0.2}
+    assert numbers["plan"]["ate_wp"] == pytest.approx(numbers["plan"]["ate_m"] / 0.2)
     assert numbers["plan"]["ate_m"] == pytest.approx(np.mean([goal["errors"]["plan"]["ate_m"] for goal in goals]))
     paths = [accumulate(np.array(goal["commands"])) for goal in goals]
     again = [float(ate(path, np.array(goal["true_path"]))) for path, goal in zip(paths, goals, strict=True)]
@@ -339,7 +377,20 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path, capsys):
             picture.load()
             assert picture.width > 700
     shown = capsys.readouterr().out
-    assert "6 goals 2 s ahead" in shown and "straight" in shown and "success" in shown
+    assert "6 goals 2 s ahead" in shown and "straight" in shown and "success_rel" in shown
+
+
+def test_the_command_knows_published_settings_by_name(tmp_path):
+    plan_command(["--toy", "--goals", "2", "--preset", "rae-nwm", "--set", "repeats=2", "--out", str(tmp_path)])
+    spec = json.loads((tmp_path / "2s.json").read_text())["spec"]
+    assert spec == PRESETS["rae-nwm"].replace(repeats=2).model_dump(mode="json")
+
+
+def test_the_published_cost_needs_the_weights_of_its_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    planning._lpips_alex.cache_clear()
+    with pytest.raises(DataError, match="LPIPS needs the alex backbone"):
+        plan_command(["--toy", "--goals", "1", "--preset", "nwm", "--out", str(tmp_path)])
 
 
 def test_the_command_gives_equal_numbers_again(tmp_path):
@@ -355,6 +406,7 @@ def test_the_command_gives_equal_numbers_again(tmp_path):
         (["--toy", "--set", "sampler.elites=100"], r"spec.sampler: elites \(100\) cannot exceed population \(64\)"),
         (["--toy", "--seconds", "1.3"], "plan.step_s: does not divide the length of the plan; got 0.5 s for 1.3 s"),
         (["--toy", "--goals", "0"], "--goals: not usable; got 0"),
+        (["--toy", "--success", "0"], "--success: not usable; got 0.0; expected a share above 0, such as 0.25"),
         (["--toy", "--run", "runs/x"], "--toy: needs no --run"),
     ],
 )

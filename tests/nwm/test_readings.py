@@ -302,7 +302,7 @@ def test_bad_folders_are_counted_each_with_its_reason_and_nothing_else_is_lost(t
     options = {"src": str(src)}
     lines = FRAMES.plan(options)
     assert lines[0].startswith("Read 10 folders of frames of 10 recordings") and "1 of them without poses" in lines[0]
-    assert "By their poses all recordings give 3 trajectories of 36 frames in all." in lines  # one has a broken picture
+    assert "By their poses all 10 give 3 trajectories with 36 frames." in lines  # one has a broken picture
     assert any(line.startswith("Left out: poses ") and "pose 9" in line for line in lines)
     assert lines[-1] == "Ignored: 4 files (.gpx: 1, .md: 1, Thumbs.db: 1, folder .cache: 1)."
     manifest = FRAMES.build(tmp_path / "out", options)

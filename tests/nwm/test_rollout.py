@@ -236,6 +236,35 @@ def test_every_frame_is_encoded_once_for_all_branches(monkeypatch):
     assert sum(map(len, branch.state.caches)) == 2 * 4 + 5, "frames that left the history are let go"
 
 
+@pytest.mark.parametrize("form", ["block_causal", "in_context"])
+def test_each_robot_of_several_has_its_own_unit_of_length(form):
+    """A frame of the slow robot (0.25 m) and one of the fast robot (1 m) are one command to a model of spacing 0.5."""
+    generator = network(form=form)
+    cond = {
+        "action": torch.tensor([[0.25, -0.125, 0.5], [1.0, -0.5, 0.5]]), "rel_time": torch.ones(2, 1),
+        "context_latents": torch.zeros(2), "spacing_m": torch.tensor([[0.25], [1.0]]),
+    }  # fmt: skip
+    assert generator.condition_spec.spacing == 0.5
+    slow, fast = model_cond(generator.condition_spec, cond)["action"]
+    one = {**{name: value[:1] for name, value in cond.items()}, "action": torch.tensor([[0.5, -0.25, 0.5]])}
+    del one["spacing_m"]
+    assert slow.tolist() == fast.tolist() == model_cond(generator.condition_spec, one)["action"][0].tolist()
+    assert cond["action"][0, 0] == 0.25, "the caller's tensors stay"
+
+
+def test_a_rollout_knows_the_robot_that_it_starts_from():
+    """Spacings travel with the rows of a history, through steps and branches; poses stay in metres."""
+    generator = Counter()
+    start = replace(history(2), spacing=torch.tensor([[0.5], [2.0]]))
+    rollout = RolloutSession(generator, SamplingSpec(steps=2), start)
+    rollout.step((1, 0, 0), 0.25)
+    assert generator.seen[-1]["action"][:2, 0].tolist() == [2.0, 0.5] and "spacing_m" not in generator.seen[-1]
+    assert rollout.pose[:, 0].tolist() == [1.0, 1.0]
+    branch = rollout.branch([1, 0, 1])
+    branch.step((1, 0, 0), 0.25)
+    assert generator.seen[-1]["action"][:3, 0].tolist() == [0.5, 2.0, 0.5]
+
+
 def test_in_context_models_get_published_units():
     generator = network(form="in_context")
     cond = {

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from trajectory_folders import walk, write
 
 from raev2.errors import DataError
 from raev2.files.manifest import read_manifest
+from raev2.model.frames import FramesCondition
 from raev2_data_recipes.drives.trajectory_mix import RECIPE
+from raev2_tasks.nwm.cond import model_cond
+from raev2_tasks.nwm.data.dataset import TrajectoryDataset
+from raev2_tasks.nwm.data.places import Places
+from raev2_tasks.nwm.data.report_data import describe
 from raev2_tasks.nwm.data.trajectories import read_trajectories
 
 
@@ -15,7 +22,10 @@ def test_a_mix_holds_the_trajectories_of_its_folders_and_keeps_their_splits(worl
     (tmp_path / "a").symlink_to(world)
     (tmp_path / "b").symlink_to(world)
     options, spacing = {"src": f"{tmp_path / 'a'}, {tmp_path / 'b'}"}, read_manifest(world)["spacing_m"]
-    assert RECIPE.plan(options) == [f"Copy 120 frames of {tmp_path / name}, {spacing:.3g} m apart." for name in "ab"]
+    told = (
+        f"train 72, val 48 frames, {spacing:.3g} {read_manifest(world)['length_unit']} apart, the unit of its motions."
+    )
+    assert RECIPE.plan(options)[:2] == [f"Copy {tmp_path / name}: {told}" for name in "ab"]
     RECIPE.build(tmp_path / "mix", options)
     for split in ("train", "val"):
         parts, mixed = read_trajectories(world, split), read_trajectories(tmp_path / "mix", split)
@@ -29,6 +39,44 @@ def test_a_mix_holds_the_trajectories_of_its_folders_and_keeps_their_splits(worl
         name: str(RECIPE.options[name].default) for name in ("size", "fit", "format")
     }
     assert {name: part["spacing_m"] for name, part in manifest["parts"].items()} == {"a": spacing, "b": spacing}
+
+
+@pytest.fixture
+def two_robots(tmp_path):
+    """A mix of two folders: half a metre a frame, and two metres a frame along the same path."""
+    for name, pace in (("slow", 1), ("fast", 4)):
+        walks = [walk(f"{letter}-0", 12) for letter in "abcde"]
+        write(tmp_path / name, [replace(one, position=pace * one.position) for one in walks])
+    RECIPE.build(tmp_path / "mix", {"src": f"{tmp_path / 'slow'},{tmp_path / 'fast'}"})
+    return tmp_path / "mix"
+
+
+def motions(folder) -> dict[str, float]:
+    """What a model is told of one frame ahead, by folder."""
+    data = TrajectoryDataset(folder, "train", (24, 32))
+    spec = FramesCondition(spacing=data.spacing_m)
+    samples = {one.id[:4]: data.sample_at(one.id, 3, 1)["cond"] for one in data.trajectories}
+    assert {name: float(cond["action"][0]) for name, cond in samples.items()} == {"slow": 0.5, "fast": 2.0}, "metres"
+    conds = {name: {key: value[None] for key, value in cond.items()} for name, cond in samples.items()}
+    return {name: float(model_cond(spec, cond)["action"][0, 0]) / spec.spacing for name, cond in conds.items()}
+
+
+def test_a_model_is_told_motions_in_frames_of_their_own_folder(two_robots):
+    assert motions(two_robots) == {"slow": 1.0, "fast": 1.0}
+    assert Places(TrajectoryDataset(two_robots, "val", (24, 32)), 1).spacing_m(0) == 0.5
+    shown = describe(two_robots)
+    assert "slow: 0.500 metre a frame" in shown and "fast: 2.000 metre a frame" in shown
+    assert "unit of motions for a model: a frame of the folder that they come from" in shown
+
+
+def test_a_mix_that_was_built_before_keeps_the_mean_as_its_unit(two_robots):
+    """Runs that were trained on it go on with the numbers that they know."""
+    for split in ("train", "val"):
+        lines = [json.loads(line) for line in (two_robots / f"{split}.jsonl").read_text().splitlines()]
+        assert {line.pop("spacing_m") for line in lines} == {0.5, 2.0}
+        (two_robots / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert motions(two_robots) == pytest.approx({"slow": 0.4, "fast": 1.6})
+    assert any(line.startswith("unit of motions for a model: the mean frame of all") for line in describe(two_robots))
 
 
 def test_units_of_length_do_not_mix(world, tmp_path):

@@ -47,13 +47,13 @@ def build(src: Path, out: Path, **options: str) -> dict[str, tuple[np.ndarray, l
 def test_every_picture_has_the_pose_of_the_time_at_which_it_is_shown(clips, decoder, tmp_path):
     if decoder == "decord":
         pytest.importorskip("decord")
-    found = build(clips, tmp_path / "out", rate_hz="10", decoder=decoder)
+    found = build(clips, tmp_path / "out", rate_hz="15", decoder=decoder)
     assert len(found) == len(CLIPS) >= 14
     wrong = {}
     for (name, clip), (told, numbers) in zip(CLIPS.items(), (found[key] for key in sorted(found)), strict=True):
         shown = clip.times()
         visible = shown[shown > -1e-6]
-        assert len(numbers) >= (len(visible) - 1) // 3 >= 35
+        assert len(numbers) >= (len(visible) - 1) // 2 >= 40
         true = shown[numbers] - visible[0]
         wrong[name] = int((np.abs(true - told) > 0.002).sum())  # mkv and webm count milliseconds
     assert wrong == dict.fromkeys(CLIPS, 0)

@@ -112,6 +112,30 @@ def test_folders_train_and_val_are_the_splits(photos, tmp_path):
     assert set(captions(tmp_path / "out", "val")) == {f"val/{n:02d}" for n in (1, 7, 9, 11)}
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("train2017", "val2017"),
+        ("My photos/TRAIN", "My photos/dev"),
+        ("a/train", "a/valid"),
+        ("x_train", "x_validation"),
+    ],
+)
+def test_pictures_are_of_the_split_that_a_folder_around_them_names(photos, first, second):
+    for name, new in (("part0", first), ("part1", second)):
+        (photos / new).parent.mkdir(exist_ok=True)
+        (photos / name).rename(photos / new)
+    found = FOLDER._found({"src": str(photos), "val_fraction": "0.25"}).files
+    assert {split: {path.stem for path in paths} for split, paths in found.items()} == {
+        "train": {f"{n:02d}" for n in range(0, 12, 2)}, "val": {f"{n:02d}" for n in range(1, 12, 2)}
+    }  # fmt: skip
+
+
+def test_a_word_for_a_split_that_only_some_names_have_names_none(photos):
+    (photos / "part0").rename(photos / "test tubes")
+    assert set(FOLDER._found({"src": str(photos), "val_fraction": "0"}).files) == {"train", "val"}
+
+
 def test_a_new_picture_moves_no_other_between_the_splits(photos, tmp_path):
     names = [photos / f"{n}.png" for n in range(40)]
     before = set(FOLDER._found({"src": str(photos), "val_fraction": "0.25"}).files["val"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections import Counter
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -101,6 +103,28 @@ def test_quotes_that_never_end_are_named_with_their_line(pictures):
     (pictures / "t.csv").write_text('image,caption\n0.png,"a cat\n1.png,a dog\n')
     with pytest.raises(DataError, match=r"t\.csv: line 3 cannot be read; got unexpected end of data. Quotation marks"):
         TABLE.plan(TABLE.resolve({"src": str(pictures / "t.csv")}))
+
+
+def test_paths_of_other_systems_are_found_and_missing_pictures_are_told_before_a_build(pictures):
+    nfc, nfd = (unicodedata.normalize(form, "Zo\u00eb.png") for form in ("NFC", "NFD"))
+    (pictures / "my cats").mkdir()
+    for name, number in ((nfc, 20), (f"my cats/{nfd}", 21), ("my cats/1.png", 22)):
+        picture(number).save(pictures / name)
+    rows = [nfd, f"my cats\\{nfc}", ".\\my cats\\1.png", str(pictures / "2.png"), "C:\\cats\\3.png", "gone.png"]
+    (pictures / "t.csv").write_text("sep=;\nimage;caption\n" + "".join(f"{row};a cat\n" for row in rows))
+    plan = TABLE.plan(TABLE.resolve({"src": str(pictures / "t.csv")}))
+    assert "(CSV in UTF-8 with ';')" in plan[0]
+    assert "Of the first 1,000 pictures 2 are not there, first C:\\cats\\3.png." in plan
+    manifest = TABLE.build(pictures / "out", {"src": str(pictures / "t.csv"), "val_fraction": "0"})
+    assert (manifest["splits"]["train"]["num_samples"], manifest["rejected_kinds"]) == (4, {"FileNotFoundError": 2})
+    dataset = TextImageDataset(pictures / "out", "train", SIZE)
+    found = {dataset.fields(i)["source_id"]: dataset.image(i).permute(1, 2, 0).numpy() for i in range(4)}
+    for row, number in zip(rows, (20, 21, 22, 2), strict=False):
+        assert (found[row] == np.asarray(picture(number))).all()
+    for text in ("", "\ufeff", "\n\n"):
+        (pictures / "t.csv").write_text(text)
+        with pytest.raises(DataError, match="src: an empty table; got .*t.csv"):
+            TABLE.plan(TABLE.resolve({"src": str(pictures / "t.csv")}))
 
 
 # Forms of JSON.
@@ -283,7 +307,6 @@ def test_what_is_named_for_a_test_is_held_out_where_nothing_is_for_validation(pi
         file.with_suffix(".TXT").write_text("c")
     plan = FOLDER.plan(FOLDER.resolve({"src": str(folder.parent)}))
     assert plan[0] == f"Read {folder.parent}: train 6, val 2." and HELD_OUT in plan
-    assert "Unpacked/ is around everything and was looked through." in plan
     found = built(FOLDER, folder.parent, pictures / "captioned-out")
     assert set(found["val"]) == {"Unpacked/Testing/2", "Unpacked/Testing/5"} and len(found["train"]) == 6
 

@@ -16,7 +16,7 @@ from shard_examples import SIZE, file_of, pair, picture, stream, tokenize, write
 from raev2.command.cli import main
 from raev2.errors import DataError
 from raev2.files.splits import split_in_name, split_word
-from raev2_data_recipes.captions.caption_tars import BLIP3O, TAR_SHARDS
+from raev2_data_recipes.captions.caption_tars import BLIP3O, SCALE_RAE, TAR_SHARDS
 from raev2_tasks.t2i.shards.check import check_shards
 from raev2_tasks.t2i.shards.files import read_index, rewrite_shards, verify_shards
 from raev2_tasks.t2i.shards.index import HELD_OUT, in_processes, index_shards, survey
@@ -68,6 +68,8 @@ def test_a_tar_named_validation_is_not_trained_on(tmp_path, capsys):
     tar_of(tmp_path / "src" / "cc3m-validation-0000.tar", range(100, 112))
     tar_of(tmp_path / "src" / "Testing" / "0.tar", range(200, 205))
     (tmp_path / "src" / "README.md").write_text("about")
+    (tmp_path / "src" / "gone.tar").symlink_to(tmp_path / "gone")
+    (tmp_path / "src" / "._README.md").write_bytes(b"x")
     (tmp_path / "src" / "__MACOSX").mkdir()
     (tmp_path / "src" / "__MACOSX" / "._0.tar").write_bytes(b"x")
     options = ["--set", f"src={tmp_path / 'src'}"]
@@ -76,7 +78,7 @@ def test_a_tar_named_validation_is_not_trained_on(tmp_path, capsys):
     for line in (
         "  Testing/0.tar: test 5", "  cc3m-train-0000.tar: train 32", "  cc3m-validation-0000.tar: val 12",
         "Samples: train 32, val 12, test 5.", "The split test is kept apart; nothing is trained on it.",
-        "Other files, not read: 1 .md, 1 hidden or of tools.",
+        "Other files, not read: .md: 1, broken link: 1, folder __MACOSX: 1, hidden file: 1.",
     ):  # fmt: skip
         assert line in plan.splitlines()
     for recipe in ("tar-shards", "blip3o"):
@@ -230,6 +232,26 @@ def test_nothing_is_dropped_without_being_counted(tmp_path, caplog):
     training = TextImageDataset(tmp_path / "out", "train", SIZE, tokenize=tokenize)
     stream(training, 10, batch_size=4)
     assert not training.bad.counts, "the index has left out what training would leave out"
+
+
+@pytest.mark.parametrize("recipe", [TAR_SHARDS, SCALE_RAE], ids=lambda recipe: recipe.name)
+def test_damaged_tars_are_counted_and_cost_no_other(recipe, tmp_path):
+    whole = tar_of(tmp_path / "src" / "good.tar", range(12)).read_bytes()
+    for name, data in {
+        "empty": b"", "page": b"<html>not found</html>" * 50, "cut": whole[: len(whole) // 3],
+        "hole": whole[: 5 * 512] + bytes([255]) * 1024 + whole[7 * 512 :],
+    }.items():  # fmt: skip
+        (tmp_path / "src" / f"{name}.tar").write_bytes(data)
+    options = {"src": str(tmp_path / "src"), "val_samples": "0"} | ({"size": "16"} if recipe is SCALE_RAE else {})
+    plan = recipe.plan(recipe.resolve(options))
+    assert sum("(bad_tar 1)" in line for line in plan) == 4
+    recipe.build(tmp_path / "out", options)
+    lines = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
+    reasons = {line["path"].partition(":")[0]: line["reason"] for line in lines if "bad_tar" in line["reason"]}
+    assert set(reasons) == {"empty.tar", "page.tar", "cut.tar", "hole.tar"}
+    assert "empty file" in reasons["empty.tar"] and "bytes are left" in reasons["hole.tar"]
+    dataset = TextImageDataset(tmp_path / "out", "train", SIZE)
+    assert {f"picture {n}" for n in range(12)} <= {dataset.caption(i) for i in range(len(dataset))}
 
 
 def test_check_rewrite_and_training_agree_about_shapes(tmp_path, caplog):

@@ -302,8 +302,9 @@ def test_index_takes_tars_named_val_for_validation(tmp_path):
     write_tar(tmp_path / "t" / "x-val-0.tar", pair("9", 9))
     splits = index_shards(tmp_path / "t")["splits"]
     assert (splits["train"]["num_samples"], splits["val"]["num_samples"]) == (6, 1)
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="no tar files here"):
-        index_shards(tmp_path / "t" / "nothing")
+        index_shards(tmp_path / "nothing")
     with pytest.raises(SpecError, match="unknown kind of caption; got poem; expected one of short, long"):
         index_shards(tmp_path / "t", rule=ScanRule("poem"))
 

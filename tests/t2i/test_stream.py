@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shlex
 from collections import Counter
 from functools import partial
@@ -86,6 +87,28 @@ def test_pipes_are_read_and_s3_becomes_one(source):
     assert open_stream("https://host/{00..02}.tar").urls == [f"https://host/0{n}.tar" for n in range(3)]
 
 
+def test_s3_is_read_by_the_command_aws_and_resumes_by_shard(tmp_path, monkeypatch, caplog):
+    """A stand-in for `aws` shows what is asked of it; one object is missing in the store."""
+    store = tmp_path / "store" / "my bucket"
+    for number in range(6):
+        write_tar(store / f"{number}.tar", [m for n in range(8) for m in pair(f"{n}", 8 * number + n)])
+    command = tmp_path / "bin" / "aws"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\ncat "{tmp_path}/store/${{3#s3://}}"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    options = {"num_samples": 48, "shuffle_buffer": 1}
+    urls = "s3://my bucket/{0..5}.tar"
+    whole = captions(open_stream(urls, **options), 6)
+    assert Counter(whole) == Counter(f"picture {n}" for n in range(48))
+    assert "s3 cp s3://my bucket/0.tar -" in (tmp_path / "calls").read_text().splitlines()
+    assert captions(open_stream(urls, **options), 3, start_images=16) == whole[16:40]
+    (store / "3.tar").unlink()
+    dataset = open_stream(urls, **options)
+    assert Counter(captions(dataset, 5)) == Counter(f"picture {n}" for n in range(48) if not 24 <= n < 32)
+    assert dataset.bad.counts == {"bad_tar": 1} and "a shard cannot be read to its end" in caplog.text
+
+
 def test_addresses_that_cannot_be_read_are_refused(monkeypatch):
     for url, message in (
         (
@@ -147,6 +170,19 @@ def server(tmp_path):
         yield f"http://127.0.0.1:{http.server_port}"
         http.shutdown()
         thread.join()
+
+
+def test_a_stream_from_a_web_server_resumes_by_shard_and_counts_what_is_not_there(tmp_path, server):
+    for number in range(4):
+        write_tar(tmp_path / f"{number}.tar", [m for n in range(8) for m in pair(f"{n}", 8 * number + n)])
+    options = {"num_samples": 32, "shuffle_buffer": 1}
+    whole = captions(open_stream(f"{server}/{{0..3}}.tar", **options), 4)
+    assert Counter(whole) == Counter(f"picture {n}" for n in range(32))
+    assert captions(open_stream(f"{server}/{{0..3}}.tar", **options), 2, start_images=16) == whole[16:]
+    (tmp_path / "2.tar").unlink()
+    dataset = open_stream(f"{server}/{{0..3}}.tar", **options)
+    assert Counter(captions(dataset, 3)) == Counter(f"picture {n}" for n in range(32) if not 16 <= n < 24)
+    assert dataset.bad.counts["bad_tar"] == 1
 
 
 def test_a_run_trains_on_shards_from_a_web_server(t2i_spec, t2i_run, tmp_path, server):

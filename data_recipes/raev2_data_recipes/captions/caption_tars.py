@@ -15,9 +15,17 @@ from statistics import median
 from typing import Any
 
 from raev2_data_recipes.base import DatasetRecipe, Option
-from raev2_data_recipes.captions.shard_recipe import MAX_ASPECT_OPTION, Deferred, Example, ShardRecipe, prepared
+from raev2_data_recipes.captions.shard_recipe import (
+    MAX_ASPECT_OPTION,
+    Deferred,
+    Example,
+    ShardRecipe,
+    prepared,
+    trial_lines,
+)
 from raev2_tasks.t2i.shards.files import verify_shards
 from raev2_tasks.t2i.shards.index import Survey, index_shards, place_of, survey
+from raev2_tasks.t2i.shards.pixels import sample_picture_size
 from raev2_tasks.t2i.shards.tar_scan import (
     Members,
     Problem,
@@ -58,8 +66,9 @@ class TarRecipe(ShardRecipe):
         return [
             _headline(found, options),
             *found.lines(),
-            f"{size}, save as {options['format']}.",
+            *trial_lines(self._examples(found, "train", options)),
             *self.notes(options),
+            f"{size}, save as {options['format']}.",
         ]
 
     def notes(self, options: Mapping[str, str]) -> list[str]:
@@ -163,6 +172,10 @@ class RenderedText(TarRecipe):
         **SHARD_OPTIONS,
     }
 
+    def notes(self, options: Mapping[str, str]) -> list[str]:
+        """Which writing is left out."""
+        return [f"Leave out writing that is lower than {options['min_text_px']} px at 1024 px (median)."]
+
     def example(self, sample: TarSample, options: Mapping[str, str]) -> Example:
         """The caption, and the writing itself as a second caption of kind ``ocr``."""
         captions = self.captions(sample, options)
@@ -210,24 +223,49 @@ class TarShards(DatasetRecipe):
         src = Path(options["src"]).expanduser()
         num_val = self.whole_number(options, "val_samples", 0)
         found = survey(src, skip=options["skip"], val_samples=num_val, num_workers=0)
-        return [_headline(found, options), *found.lines(), "Write an index of the usable samples. Copy nothing."]
+        tried = trial_lines(_indexed(found, self._rule(options)))
+        return [
+            _headline(found, options),
+            *found.lines(),
+            *tried,
+            "Write an index of the usable samples. Copy nothing.",
+        ]
 
     def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
         """Write indices and manifest."""
         src = Path(options["src"]).expanduser()
-        least_px = self.whole_number(options, "min_side", 0)
-        shape = ShapeRule((least_px, least_px), self.number(options, "max_aspect", 1))
-        rule = ScanRule(options["kind"], caption_fields(options["captions"], options["kind"]), shape)
         return index_shards(
-            src, folder, source=dataset_name, skip=options["skip"], rule=rule,
+            src, folder, source=dataset_name, skip=options["skip"], rule=self._rule(options),
             val_samples=self.whole_number(options, "val_samples", 0), options=options, licence=self.licence,
             max_bad_share=self.number(options, "max_bad_share", 0), attribution=self.attribution,
             num_workers=0,
         )  # fmt: skip
 
+    def _rule(self, options: Mapping[str, str]) -> ScanRule:
+        least_px = self.whole_number(options, "min_side", 0)
+        shape = ShapeRule((least_px, least_px), self.number(options, "max_aspect", 1))
+        return ScanRule(options["kind"], caption_fields(options["captions"], options["kind"]), shape)
+
     def check_files(self, data_dir: Path) -> dict[str, Any]:
         """Tars and indices."""
         return verify_shards(data_dir)
+
+
+def _indexed(found: Survey, rule: ScanRule) -> Iterator[Deferred]:
+    """The samples for training as they would be indexed."""
+    for tar in found.tars:
+        for key, members in _members(tar.file) if tar.split == "train" else ():
+            name = f"{tar.name}: {key}"
+            yield Deferred(name, partial(_read_indexed, name, tar.file, members, rule))
+
+
+def _read_indexed(name: str, file: Path, members: Members | Problem, rule: ScanRule) -> Example:
+    if isinstance(members, Problem):
+        return _fail(members)
+    with file.open("rb") as data:
+        sample = read_sample(data, name, members)
+    rule.shape.check(name, *sample_picture_size(sample.image, name))
+    return Example(name, sample.image, rule.captions(sample))
 
 
 def _members(file: Path) -> Iterator[tuple[str, Members | Problem]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -12,10 +13,10 @@ from pathlib import Path
 
 from raev2.errors import DataError, SpecError, did_you_mean
 from raev2.files.images import is_picture
-from raev2.files.picture_folder import PictureFolder, scan_folder, told
-from raev2.files.splits import split_word
+from raev2.files.picture_folder import scan_folder, told
+from raev2.files.splits import split_in_name, split_word
 from raev2_data_recipes.base import Option
-from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared
+from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared, trial_lines
 from raev2_data_recipes.captions.tables import Row, Table, open_table
 from raev2_tasks.t2i.shards.index import HELD_OUT, least_val, tests_validate
 from raev2_tasks.t2i.text.captions import (
@@ -30,6 +31,7 @@ from raev2_tasks.t2i.text.encodings import decode_text
 
 IMAGE_COLUMNS = ("file_name", "image", "path", "file", "filename", "image_path", "filepath", "img")
 CAPTION_COLUMNS = tuple(dict.fromkeys(("caption", "text", "prompt", *KNOWN_FIELDS)))
+NUM_LOOKED_FOR = 1000  # pictures of a table for which a plan looks
 VAL_FRACTION = Option(
     "0.05", "share for validation, 0 to 0.5, but at least 8 samples; unused where the source has splits"
 )
@@ -80,6 +82,7 @@ class CaptionedFolder(ShardRecipe):
             steps.append("Captions in " + ", ".join(f"{name} {num}" for name, num in sorted(encodings.items())) + ".")
         if found.ignored:
             steps.append(f"Other files, not read: {told(found.ignored)}.")
+        steps += trial_lines(self.splits(options)["train"])
         return [*steps, _image_step(self.size_px(options), options)]
 
     def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
@@ -101,11 +104,7 @@ class CaptionedFolder(ShardRecipe):
         if not top.has_pictures():
             got = f"{src} ({told(ignored)})" if ignored else src
             raise DataError(where, "no pictures found", got=got, expected="files of a format that Pillow reads")
-        inner = _inside_wrapper(top)
-        named = any(split_word(folder.path.name) for folder in inner.filled())
-        files = _by_folder(inner, where) if named else {"train": top.all_pictures()}
-        if named and inner is not top:
-            notes.append(f"{inner.path.relative_to(src)}/ is around everything and was looked through.")
+        files = _by_folder(top.all_pictures(), src, where) or {"train": top.all_pictures()}
         if tests_validate(files):
             files["val"] = files.pop("test")
             notes.append(HELD_OUT)
@@ -157,8 +156,13 @@ class CaptionTable(ShardRecipe):
         used = {column for column, _ in table.captions}
         if more := [name for name in table.table.columns if name.lower() in CAPTION_COLUMNS and name not in used]:
             steps.append(f"Not read: {', '.join(more)}; to use them too: --set captions={','.join([*used, *more])}")
+        if missing := table.missing():
+            steps.append(
+                f"Of the first {NUM_LOOKED_FOR:,} pictures {len(missing):,} are not there, first {missing[0]}."
+            )
         if sample := table.first_caption():
             steps.append(f"A caption: {sample}")
+        steps += trial_lines(self.splits(options)["train"], with_caption=False)
         return [*steps, _image_step(self.size_px(options), options)]
 
     def splits(self, options: Mapping[str, str]) -> dict[str, Iterable[Deferred]]:
@@ -180,6 +184,8 @@ class CaptionTable(ShardRecipe):
     def _table(self, options: Mapping[str, str]) -> CaptionRows:
         src, where = Path(options["src"]).expanduser(), f"data {self.name}"
         table = open_table(src, where, options["encoding"])
+        if not table.columns:
+            raise DataError(f"{where}: src", "an empty table", got=src)
         by_name = {name.lower(): name for name in reversed(table.columns)}
         image = options["image"] or next((by_name[name] for name in IMAGE_COLUMNS if name in by_name), "image")
         wanted = options["captions"] or next((by_name[name] for name in CAPTION_COLUMNS if name in by_name), "caption")
@@ -264,7 +270,7 @@ class CaptionRows:
         if isinstance(cell, Mapping):  # an image of a Hugging Face dataset
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, str) and cell.strip():
-            name, data = cell, (self.root / cell.strip()).read_bytes()
+            name, data = cell, self._path(cell).read_bytes()
         elif isinstance(cell, bytes):
             name, data = f"{self.file.stem}:{number + 1}", cell
         else:
@@ -275,6 +281,18 @@ class CaptionRows:
             raise BadSample("bad_caption", where, f"no caption in column {columns}")
         licence = row.get("license") or row.get("licence")
         return Example(name, prepare(data), captions, {"license": str(licence)} if licence else {})
+
+    def missing(self) -> list[str]:
+        """Those of the first paths that lead to no file."""
+        cells = (row.get(self.image) for row in islice(self.table.rows([self.image]), NUM_LOOKED_FOR))
+        return [cell for cell in cells if isinstance(cell, str) and cell.strip() and not self._path(cell).is_file()]
+
+    def _path(self, cell: str) -> Path:
+        """The file that a path names, also in another Unicode form or with the separators of Windows."""
+        texts = [cell.strip(), cell.strip().replace("\\", "/")]
+        tried = [self.root / text for text in texts]
+        tried += [self.root / unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
+        return next((path for path in tried if path.is_file()), tried[0])
 
     def _name(self, row: Row, number: int) -> str:
         cell = row.get(self.image)
@@ -307,23 +325,23 @@ def _text_file(path: Path) -> Path:
     return next((file for file in found if file.is_file()), path.with_suffix(".txt"))
 
 
-def _inside_wrapper(folder: PictureFolder) -> PictureFolder:
-    """The folder inside those that are alone around everything, if it has splits in it; else `folder`."""
-    inner = folder
-    while not inner.pictures and len(inner.filled()) == 1 and not split_word(inner.filled()[0].path.name):
-        (inner,) = inner.filled()
-    return inner if any(split_word(one.path.name) for one in inner.filled()) else folder
+def _by_folder(paths: Sequence[Path], src: Path, where: str) -> dict[str, list[Path]]:
+    """Pictures by the split that a folder around them names, the innermost; empty where none is named.
 
-
-def _by_folder(root: PictureFolder, where: str) -> dict[str, list[Path]]:
-    """Pictures by the split that their folder in `root` names; DataError where that leaves a doubt."""
-    files: dict[str, list[Path]] = {}
-    outside = list(root.pictures)
-    for folder in root.filled():
-        split = split_word(folder.path.name)
-        (files.setdefault(split, []) if split else outside).extend(folder.all_pictures())
+    Names with a word in them, such as train2017, count where all have one. DataError where that leaves a doubt.
+    """
+    above = [path.relative_to(src).parts[:-1] for path in paths]
+    splits = [next(filter(None, map(split_word, reversed(parts))), None) for parts in above]
+    if not any(splits):
+        splits = [split_in_name(parts, where) for parts in above]
+        if None in splits or "train" not in splits:
+            return {}
+    files: dict[str | None, list[Path]] = {}
+    for path, split in zip(paths, splits, strict=True):
+        files.setdefault(split, []).append(path)
+    outside = files.pop(None, [])
     if "train" not in files or outside:
-        got = f"{', '.join(files)} and {len(outside)} pictures elsewhere" + (
+        got = f"{', '.join(map(str, files))} and {len(outside)} pictures elsewhere" + (
             f", such as {outside[0]}" if outside else ""
         )
         raise DataError(
@@ -331,7 +349,7 @@ def _by_folder(root: PictureFolder, where: str) -> dict[str, list[Path]]:
             expected="all pictures in train/, val/ and test/, or none",
             hint="Move the others into train/, or rename the folders.",
         )  # fmt: skip
-    return files
+    return {str(split): found for split, found in files.items()}
 
 
 def _divide(paths: list[Path], val_fraction: float, name: Callable[[Path], str]) -> dict[str, list[Path]]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from raev2.errors import DataError, SpecError
+from raev2.files.picture_folder import told
 from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_data_recipes.pictures.image_folder import resize_and_crop
 from raev2_tasks.t2i.shards.files import Deferred, Example, verify_shards, write_shards
 from raev2_tasks.t2i.shards.pixels import KEPT_FORMATS, encode_image, read_sample_picture
 from raev2_tasks.t2i.shards.tar_scan import MAX_ASPECT, ShapeRule
-from raev2_tasks.t2i.text.captions import KINDS
+from raev2_tasks.t2i.text.captions import KINDS, Caption
 
+NUM_TRIED = 20  # samples that a plan reads
 MAX_ASPECT_OPTION = Option(
     f"{MAX_ASPECT}", "leave out pictures whose longer side is more than this many times the shorter one"
 )
@@ -88,6 +92,23 @@ class ShardRecipe(DatasetRecipe):
         return src
 
 
+def trial_lines(examples: Iterable[Deferred], with_caption: bool = True) -> list[str]:
+    """For plans: what becomes of the first samples for training, which are read for that."""
+    tried, captions, left_out, first = list(islice(examples, NUM_TRIED)), list[Caption](), Counter[str](), ""
+    for deferred in tried:
+        try:
+            captions += deferred.read().captions
+        except (DataError, OSError, ValueError) as error:
+            left_out[getattr(error, "kind", type(error).__name__)] += 1
+            first = first or f"{deferred.source}: {error}"
+    lines = [f"Of the first {len(tried)} samples for training {len(tried) - left_out.total()} can be used."]
+    if left_out:
+        lines += [f"Left out of them: {told(left_out)}. The first: {first}"]
+    if captions and with_caption:
+        lines += [f"A caption: {captions[0].text:.80} ({captions[0].kind})"]
+    return lines
+
+
 def prepared(data: bytes, size_px: int | None, image_format: str, max_aspect: float = MAX_ASPECT) -> bytes:
     """An image file as it goes into a shard: plain RGB, and ``size_px`` square unless that is None.
 
@@ -102,4 +123,4 @@ def prepared(data: bytes, size_px: int | None, image_format: str, max_aspect: fl
     return encode_image(rgb if size_px is None else resize_and_crop(rgb, size_px), image_format)
 
 
-__all__ = ["MAX_ASPECT_OPTION", "Deferred", "Example", "ShardRecipe", "prepared"]
+__all__ = ["MAX_ASPECT_OPTION", "Deferred", "Example", "ShardRecipe", "prepared", "trial_lines"]

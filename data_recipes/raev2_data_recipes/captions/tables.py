@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -63,13 +64,14 @@ def open_table(src: Path, where: str, encoding: str = "") -> Table:
 def _csv(src: Path, encoding: str) -> Table:
     with src.open(encoding=encoding, newline="") as text:
         head = text.read(CHUNK // 16)
-    delimiter = _delimiter(head, "\t" if src.suffix.lower() == ".tsv" else ",")
+    told = re.match(r"\ufeff?sep=(.)\r?\n", head)  # a line by which spreadsheet programs name the delimiter
+    delimiter = told[1] if told else _delimiter(head, "\t" if src.suffix.lower() == ".tsv" else ",")
 
     def lines() -> Iterator[list[str]]:
         with src.open(encoding=encoding, newline="") as text:
             reader = csv.reader(text, delimiter=delimiter, strict=True)
             try:
-                yield from (cells for cells in reader if cells)
+                yield from islice((cells for cells in reader if cells), 1 if told else 0, None)
             except (csv.Error, UnicodeError) as error:
                 raise DataError(
                     f"data {src}", f"line {reader.line_num} cannot be read", got=str(error),
@@ -85,7 +87,7 @@ def _csv(src: Path, encoding: str) -> Table:
                 row[None] = cells[len(columns) :]
             yield row
 
-    return Table(f"CSV in {_name(encoding)} with {DELIMITERS[delimiter]}", columns, rows)
+    return Table(f"CSV in {_name(encoding)} with {DELIMITERS.get(delimiter, delimiter)}", columns, rows)
 
 
 def _delimiter(head: str, default: str) -> str:

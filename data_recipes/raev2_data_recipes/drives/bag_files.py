@@ -65,8 +65,8 @@ def find_bags(src: Path) -> list[Bag]:
     for folder in sorted(folders):
         found.append(_folder_bag(folder))
     loose = [file for file in files if file.suffix in (".bag", *STORAGE_SUFFIXES) and file.parent not in folders]
-    for _, files in groupby(loose, key=lambda file: (file.parent, file.suffix, _prefix(file))):
-        found.extend(_drives(sorted(files, key=_number)))
+    for _, parts in groupby(loose, key=lambda file: (file.parent, file.suffix, _prefix(file))):
+        found.extend(_drives(sorted(parts, key=_number)))
     names = [bag.name for bag in found]
     return [bag if names.count(bag.name) == 1 else _with_folders(src, bag) for bag in found]
 

@@ -78,7 +78,9 @@ def checked(raw: RawPoses) -> RawPoses:
     """`raw` itself; DataError for a number that is not finite, or a quaternion of length zero."""
     for name in ("t", "position", "yaw", "quaternion", "rotation"):
         values = getattr(raw, name)
-        bad = [] if values is None else np.flatnonzero(~np.isfinite(values.reshape(len(raw), -1)).all(1))
+        if values is None:
+            continue
+        bad = np.flatnonzero(~np.isfinite(values.reshape(len(raw), -1)).all(1))
         if len(bad):
             raise DataError(
                 raw.where, f"{name} is not finite in {len(bad)} of {len(raw)} poses", got=f"pose {bad[0] + 1}",

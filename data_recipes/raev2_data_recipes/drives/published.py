@@ -53,12 +53,14 @@ class PublishedDrives(TrajectoryRecipe):
         resolved = self.resolve(options)
         layout, found = self.layout(resolved)
         sources = list(self.sources(resolved))
+        lines, usable = self.trial(resolved, sources)
         return [
             f"Read {len(sources)} recordings in the layout of {layout} from {len(found)} folders of {resolved['src']}.",
             *self._told(layout, found, resolved),
             f"Sample {resolved['rate_hz']} frames a second, poses interpolated at their times.",
-            *self.trial_lines(resolved, sources),
-            self.split_line(resolved, sources),
+            *lines,
+            self.split_line(resolved, usable),
+            self.frames_line(resolved),
             *self.ignored_line(resolved),
         ]
 

@@ -41,13 +41,14 @@ class ReconHdf5(TrajectoryRecipe):
     def plan(self, options: Mapping[str, str]) -> list[str]:
         """What ``build`` will do; lists the source folder."""
         resolved = self.resolve(options)
-        sources, storage = list(self.sources(resolved)), self.storage(resolved)
+        sources = list(self.sources(resolved))
+        lines, usable = self.trial(resolved, sources)
         parents = len({source.recording for source in sources})
         return [
             f"Read {len(sources)} HDF5 files of {parents} recordings from {resolved['src']}.",
-            self.split_line(resolved, sources),
-            f"Store frames of {storage.size[1]} px." if storage.size else "Keep the JPEG files of 640 x 480.",
-            *self.trial_lines(resolved, sources),
+            *lines,
+            self.split_line(resolved, usable),
+            self.frames_line(resolved),
             *self.ignored_line(resolved),
         ]
 

@@ -79,12 +79,14 @@ class RosBag(TrajectoryRecipe):
     def plan(self, options: Mapping[str, str]) -> list[str]:
         """What ``build`` will do; opens the bags."""
         resolved = self.resolve(options)
-        sources, bags = list(self.sources(resolved)), find_bags(self.folder(resolved))
+        sources = list(self.sources(resolved))
+        lines, usable = _topic_lines(find_bags(self.folder(resolved)), resolved)
         return [
             f"Read {len(sources)} bags from {resolved['src']}, topics: {resolved['preset']}.",
-            *_topic_lines(bags, resolved),
-            f"Sample {resolved['rate_hz']} frames a second by the clock of {resolved['clock']}; {resolved['filter']}.",
-            self.split_line(resolved, sources),
+            *lines,
+            f"Sample {resolved['rate_hz']} frames a second; clock: {resolved['clock']}, filter: {resolved['filter']}.",
+            self.split_line(resolved, [source for source in sources if source.recording in usable]),
+            self.frames_line(resolved),
             *self.ignored_line(resolved),
         ]
 
@@ -124,9 +126,13 @@ def _chosen(where: str, reader: Any, options: Mapping[str, str]) -> tuple[Topic,
     )
 
 
-def _topic_lines(bags: list[Bag], options: Mapping[str, str]) -> list[str]:
-    """Topics with types, counts and rates, and which are taken; bags with the same topics share their lines."""
+def _topic_lines(bags: list[Bag], options: Mapping[str, str]) -> tuple[list[str], set[str]]:
+    """Topics with types, counts and rates, and which are taken; and the names of the bags that have what is needed.
+
+    Bags with the same topics share their lines.
+    """
     alike: dict[tuple[Any, ...], list[str]] = {}
+    usable: set[str] = set()
     lines: list[str] = []
     for bag in bags:
         where = f"bag {bag.name}"
@@ -134,18 +140,19 @@ def _topic_lines(bags: list[Bag], options: Mapping[str, str]) -> list[str]:
         try:
             with opened(bag.paths) as reader:
                 topics = topics_of(where, reader)
+                image, pose = _chosen(where, reader, options)
+                usable.add(bag.name)
                 key = tuple(sorted((topic.name, topic.kind) for topic in topics.by_name.values()))
                 if key in alike:
                     alike[key].append(bag.name)
                     continue
                 alike[key] = [bag.name]
                 lines += [f"{where}: {topics.listed()}"]
-                image, pose = _chosen(where, reader, options)
                 lines += [f"{where}: images from {image.name}, poses from {pose.name}."]
         except DataError as error:
             lines += [f"Cannot be used: {error}"]
     lines += [f"{len(names) - 1} more bags have the topics of {names[0]}." for names in alike.values() if names[1:]]
-    return lines
+    return lines, usable
 
 
 def _read(bag: Bag, options: Mapping[str, str]) -> Iterator[Trajectory]:

@@ -15,7 +15,10 @@ from raev2_tasks.nwm.data.trajectories import SPLITS, Source, Storage, StoredTra
 
 
 class TrajectoryMix(TrajectoryRecipe):
-    """Copies the trajectories of prepared folders, which keep their splits; every frame weighs the same in training."""
+    """Copies the trajectories of prepared folders, which keep their splits and the spacing of their robot.
+
+    Every frame weighs the same in training.
+    """
 
     checks_heading = False  # it was checked when the folders were built
     name = "trajectory-mix"
@@ -32,11 +35,8 @@ class TrajectoryMix(TrajectoryRecipe):
         """What ``build`` will do; reads the manifests."""
         resolved = self.resolve(options)
         self.facts(resolved)
-        return [
-            f"Copy {sum(split['num_samples'] for split in manifest['splits'].values()):,} frames of {folder}, "
-            f"{manifest['spacing_m']:.3g} m apart."
-            for folder, manifest in self._manifests(resolved)
-        ]
+        copies = [f"Copy {folder}: {_told(manifest)}." for folder, manifest in self._manifests(resolved)]
+        return [*copies, self.frames_line(resolved)]
 
     def facts(self, options: Mapping[str, str]) -> dict[str, Any]:
         """Those of the folders, which must agree in their rate."""
@@ -69,10 +69,10 @@ class TrajectoryMix(TrajectoryRecipe):
 
     def sources(self, options: Mapping[str, str]) -> Iterator[Source]:
         """One per trajectory; names begin with the name of the folder."""
-        for folder, _ in self._manifests(options):
+        for folder, manifest in self._manifests(options):
             for split in SPLITS:
                 for one in read_trajectories(folder, split):
-                    read = partial(_read, one, f"{folder.name}-{one.id}", split)
+                    read = partial(_read, one, f"{folder.name}-{one.id}", split, one.spacing_m or manifest["spacing_m"])
                     yield Source(f"{folder.name}/{one.recording}", str(one.frames_dir), read)
 
     def _manifests(self, options: Mapping[str, str]) -> list[tuple[Path, dict[str, Any]]]:
@@ -87,9 +87,15 @@ class TrajectoryMix(TrajectoryRecipe):
         return [(folder, read_manifest(folder)) for folder in folders]
 
 
-def _read(one: StoredTrajectory, name: str, split: str) -> Iterator[Trajectory]:
+def _told(manifest: Mapping[str, Any]) -> str:
+    """Frames by split, and how far apart they are."""
+    counts = ", ".join(f"{split} {entry['num_samples']:,}" for split, entry in manifest["splits"].items())
+    return f"{counts} frames, {manifest['spacing_m']:.3g} {manifest['length_unit']} apart, the unit of its motions"
+
+
+def _read(one: StoredTrajectory, name: str, split: str, spacing_m: float) -> Iterator[Trajectory]:
     frames = (one.frame_file(index).read_bytes() for index in range(len(one)))
-    yield Trajectory(name, one.t, one.poses[:, :2], one.poses[:, 2], frames, one.command, split)
+    yield Trajectory(name, one.t, one.poses[:, :2], one.poses[:, 2], frames, one.command, split, spacing_m)
 
 
 RECIPE = TrajectoryMix()

@@ -179,11 +179,15 @@ class TrajectoryRecipe(DatasetRecipe):
         unread = Counter(file.suffix.lower() or file.name for file in found.all_pictures() if file not in read)
         return dict(sorted((found.all_ignored() + unread).items()))
 
-    def trial_lines(self, options: Mapping[str, str], sources: Sequence[Source]) -> list[str]:
-        """For plans: what the poses of the first recordings give, and which cannot be used. No picture is read."""
+    def trial(self, options: Mapping[str, str], sources: Sequence[Source]) -> tuple[list[str], list[Source]]:
+        """For plans: lines about what the poses of the first sources give, and the sources but for those that fail.
+
+        No picture is read.
+        """
         least, rate = self.storage(options).min_frames, self.number(options, "rate_hz", 0.01)
-        lengths, left_out = list[int](), list[str]()
+        lengths, left_out, usable = list[int](), list[str](), list[Source](sources[NUM_TRIED:])
         for source in sources[:NUM_TRIED]:
+            before = len(lengths)
             try:
                 for one in self._read(options, None, rate, source):
                     try:
@@ -193,10 +197,18 @@ class TrajectoryRecipe(DatasetRecipe):
                         left_out.append(str(error))
             except BAD_SOURCE as error:
                 left_out.append(reason_of(error))
-        of = f"the first {NUM_TRIED} of {len(sources)} recordings" if sources[NUM_TRIED:] else "all recordings"
-        lines = [f"By their poses {of} give {len(lengths)} trajectories of {sum(lengths):,} frames in all."]
+            usable += [source] if len(lengths) > before else []
+        of = f"the first {NUM_TRIED} of {len(sources)}" if sources[NUM_TRIED:] else f"all {len(sources)}"
+        lines = [f"By their poses {of} give {len(lengths)} trajectories with {sum(lengths):,} frames."]
         lines += [f"Left out: {reason}" for reason in left_out[:5]]
-        return lines + ([f"Left out: {len(left_out) - 5} more."] if left_out[5:] else [])
+        return lines + ([f"Left out: {len(left_out) - 5} more."] if left_out[5:] else []), usable
+
+    def frames_line(self, options: Mapping[str, str]) -> str:
+        """For plans: how frames are stored."""
+        storage = self.storage(options)
+        if storage.size is None:
+            return f"Keep JPEG and PNG files as they are, store other frames as {storage.suffix[1:]}."
+        return f"Store frames of {storage.size[1]} px ({storage.fit}) as {storage.suffix[1:]}."
 
     def split_line(self, options: Mapping[str, str], sources: Iterable[Source]) -> str:
         """For plans: which recordings are kept for validation, as far as that is known before they are read."""

@@ -132,14 +132,16 @@ class VideoPoses(_WithPoses):
         resolved = self.resolve(options)
         sources = list(self.sources(resolved))
         bare = len(sources) - len(self.pose_files(resolved))
+        lines, usable = self.trial(resolved, sources)
         seconds = sum(duration_s(file) for file in self._videos(resolved))
         return [
             f"Read {len(sources)} videos ({seconds / 60:.1f} minutes) from {resolved['src']}"
             + (f", {bare} of them without poses." if bare else "."),
             *self.reading(resolved).lines,
             f"Sample {resolved['rate_hz']} frames a second, in pieces of at most {resolved['segment_s']} s.",
-            *self.trial_lines(resolved, sources),
-            self.split_line(resolved, sources),
+            *lines,
+            self.split_line(resolved, usable),
+            self.frames_line(resolved),
             *self.ignored_line(resolved),
         ]
 
@@ -199,13 +201,15 @@ class FramesPoses(_WithPoses):
         resolved = self.resolve(options)
         sources = list(self.sources(resolved))
         bare = len(sources) - len(self.pose_files(resolved))
+        lines, usable = self.trial(resolved, sources)
         recordings = len({source.recording for source in sources})
         return [
             f"Read {len(sources)} folders of frames of {recordings} recordings from {resolved['src']}"
             + (f", {bare} of them without poses." if bare else "."),
             *self.reading(resolved).lines,
-            *self.trial_lines(resolved, sources),
-            self.split_line(resolved, sources),
+            *lines,
+            self.split_line(resolved, usable),
+            self.frames_line(resolved),
             *self.ignored_line(resolved),
         ]
 

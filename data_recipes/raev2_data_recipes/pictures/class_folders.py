@@ -14,7 +14,7 @@ from pathlib import Path
 
 from raev2.errors import DataError
 from raev2.files.picture_folder import PictureFolder, scan_folder, text_of, told
-from raev2.files.splits import SPLIT_WORDS
+from raev2.files.splits import SPLIT_WORDS, split_in_name
 from raev2_data_recipes.pictures.layout import File, Layout, few, num_pictures, source_name
 
 WHERE = "data image-folder: src"
@@ -74,6 +74,14 @@ def _split_of(folder: PictureFolder) -> str | None:
     return SPLIT_WORDS.get(folder.path.name.lower())
 
 
+def _word_in(folder: PictureFolder) -> str | None:
+    """The split whose word is in the name of a folder, such as train2017; None where there is none, or two."""
+    try:
+        return split_in_name([folder.path.name], WHERE)
+    except DataError:
+        return None
+
+
 def _inside_wrapper(folder: PictureFolder) -> PictureFolder:
     """The innermost folder that is alone around everything; `folder` itself where there is none."""
     if len(folder.filled()) != 1 or _split_of(folder.filled()[0]):
@@ -101,7 +109,12 @@ def _root(top: PictureFolder, choice: Choice, layout: Layout) -> PictureFolder:
 def _parts(root: PictureFolder, choice: Choice, layout: Layout) -> dict[str, PictureFolder]:
     """The folder of train, and that of val where there is one."""
     named = [folder for folder in root.filled() if _split_of(folder)]
-    others = [folder for folder in root.filled() if not _split_of(folder)]
+    worded = {_word_in(folder) for folder in root.filled()}
+    alike = not named and "train" in worded and None not in worded and len(worded) > 1
+    if alike and choice.splits is None:
+        raise _doubt(_names(root.filled()), ("splits", "splits=yes"), ("classes", "splits=no"))
+    named = root.filled() if alike else named
+    others = [folder for folder in root.filled() if folder not in named]
     if not _are_splits(named, others, choice, layout):
         return {"train": root}
     folders = _by_split(named)
@@ -142,9 +155,10 @@ def _by_split(named: Sequence[PictureFolder]) -> dict[str, PictureFolder]:
     """Split -> its folder; two folders for one are refused."""
     folders: dict[str, PictureFolder] = {}
     for folder in named:
-        first = folders.setdefault(str(_split_of(folder)), folder)
+        split = str(_split_of(folder) or _word_in(folder))
+        first = folders.setdefault(split, folder)
         if first is not folder:
-            what = f"two folders for {_split_of(folder)}"
+            what = f"two folders for {split}"
             raise DataError(WHERE, what, got=_names([first, folder]), hint="Move one away.")
     return folders
 
@@ -174,6 +188,13 @@ def _class_level(parts: Mapping[str, PictureFolder], above: int) -> int:
             hint = "Sort the pictures of both splits into class sub-folders of the same names."
             raise DataError(f"data image-folder: {part.path}", "pictures without a class folder", hint=hint)
     folders = [folder for part in parts.values() for folder in part.filled()]
+    inside = [f"{one.path.parent.name}/{one.path.name}/" for f in folders for one in f.filled() if _split_of(one)]
+    if inside:
+        raise DataError(
+            WHERE, "folders for splits inside the class folders", got=text_of(few(inside)),
+            hint="Put the class folders into train/ and test/ instead; or, if all the pictures are for training: "
+            f"--set class_level={above + 1}.",
+        )  # fmt: skip
     names = sorted({text_of(folder.path.name) for folder in folders})
     num_outside = sum(len(part.pictures) for part in parts.values())
     num_inside = sum(len(folder.all_pictures()) for folder in folders)

@@ -32,11 +32,19 @@ def encode_context(raw: Cond, encode: EncodeImages) -> dict[str, torch.Tensor]:
 def model_cond(spec: FramesCondition, cond: Cond) -> dict[str, torch.Tensor]:
     """The tensors of a condition that a generator takes, in its units.
 
+    Motions of one robot among several ("spacing_m", metres between two of its frames) are scaled to the mean spacing of
+    all, which the generator divides by: a step of the usual length is the same number for each of them.
+
     Metres, radians and seconds are what `block_causal` takes. `in_context` takes numbers as they come, so motions are
     given in spacings over the longest offset and times in frames over 128, the scales of published models.
     """
+    cond = dict(cond)
+    spacing = cond.pop("spacing_m", None)  # (B, 1)
+    if spacing is not None:
+        move, yaw = cond["action"].split([2, 1], dim=1)
+        cond["action"] = torch.cat([move * (spec.spacing / spacing), yaw], dim=1)
     if spec.form == "block_causal":
-        return dict(cond)
+        return cond
     cond = {name: cond[name] for name in IN_CONTEXT_FIELDS}
     most_frames = spec.max_time / spec.frame_period
     scale = cond["action"].new_tensor([spec.spacing * most_frames, spec.spacing * most_frames, 1.0])

@@ -43,12 +43,14 @@ class History:
     age_s     (B, K) seconds before the newest frame, whose age is 0
     valid     (B, K) bool; False where a slot holds no frame
     id        (B, K) int64; equal ids mean the same frame, which is then computed once. Negative: a frame of its own
+    spacing   (B, 1) metres between two frames of the robot; None: those that the generator was trained with
     """
 
     latents: Tensor
     age_s: Tensor
     valid: Tensor
     id: Tensor
+    spacing: Tensor | None = None
 
     @classmethod
     def of_cond(cls, cond: Cond) -> History:
@@ -56,7 +58,7 @@ class History:
         latents = cond["context_latents"]
         missing = torch.full(latents.shape[:2], -1, device=latents.device)
         valid = cond.get("context_valid", torch.ones_like(missing, dtype=torch.bool))
-        return cls(latents, cond["context_age"].float(), valid, cond.get("context_id", missing))
+        return cls(latents, cond["context_age"].float(), valid, cond.get("context_id", missing), cond.get("spacing_m"))
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -64,7 +66,8 @@ class History:
     def rows(self, rows: Sequence[int]) -> History:
         """The histories with these numbers; a number may come several times."""
         index = torch.as_tensor(list(rows), device=self.latents.device)
-        return History(self.latents[index], self.age_s[index], self.valid[index], self.id[index])
+        spacing = None if self.spacing is None else self.spacing[index]
+        return History(self.latents[index], self.age_s[index], self.valid[index], self.id[index], spacing)
 
     def then(self, latents: Tensor, seconds: float, id: Tensor) -> History:
         """With one more frame `seconds` after the newest one; the oldest leaves."""
@@ -74,6 +77,7 @@ class History:
             torch.cat([self.age_s[:, 1:] + seconds, newest], 1),
             torch.cat([self.valid[:, 1:], torch.ones_like(self.valid[:, :1])], 1),
             torch.cat([self.id[:, 1:], id[:, None].to(self.id)], 1),
+            self.spacing,
         )
 
 
@@ -252,6 +256,7 @@ class RolloutSession:
             "action": torch.as_tensor(command, dtype=torch.float32, device=device),
             "rel_time": torch.full((num, 1), float(seconds), device=device),
             "has_action": torch.full((num,), self.use_action, device=device),
+            **({} if history.spacing is None else {"spacing_m": history.spacing}),
         }
 
     def _sample(self, cond: dict[str, Tensor], noise: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class TrajectoryDataset(ImageDataset):
 
     @property
     def spacing_m(self) -> float:
-        """Mean distance between consecutive training frames."""
+        """Mean distance between consecutive training frames, of all robots."""
         return self.manifest["spacing_m"]
 
     @property
@@ -187,7 +187,8 @@ class TrajectoryDataset(ImageDataset):
         """The context that ends at frame `t`, oldest frame first.
 
         Returns context_images uint8 (K, 3, H_px, W_px), context_keys int64 (K,), indices in the split, context_age
-        float32 (K,), seconds before now, and context_valid bool (K,).
+        float32 (K,), seconds before now, and context_valid bool (K,); of a folder with several robots also spacing_m
+        float32 (1,), metres between two frames of this one.
         """
         number = self.trajectory_number(trajectory)
         self.frame_index(number, t)
@@ -199,11 +200,13 @@ class TrajectoryDataset(ImageDataset):
         times = self.trajectories[number].t
         age = np.where(frames >= 0, times[t] - times[there], (t - frames) / self.rate_hz)
         keys = self._starts[number] + there
+        spacing_m = self.trajectories[number].spacing_m
         return {
             "context_images": torch.stack([self.image(int(key)) for key in keys]),
             "context_keys": torch.from_numpy(keys.astype(np.int64)),
             "context_age": torch.from_numpy(age.astype(np.float32)),
             "context_valid": torch.from_numpy(valid),
+            **({} if spacing_m is None else {"spacing_m": torch.tensor([spacing_m])}),
         }
 
     def commands(self, trajectory: int | str, t: int, num_steps: int, stride: int = 1) -> Array:

@@ -106,6 +106,11 @@ class Places:
         samples = [self.dataset.sample_at(*self.moments[index], later) for index in indices]
         return self.dataset.collate_cond([sample["cond"] for sample in samples])
 
+    def spacing_m(self, index: int) -> float:
+        """Metres between two frames of the robot that was there."""
+        number, _ = self.moments[index]
+        return self.dataset.trajectories[number].spacing_m or self.dataset.spacing_m
+
     def _pose(self, index: int, later: int) -> np.ndarray:
         number, frame = self.moments[index]
         return self.dataset.trajectories[number].poses[frame + later]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +36,7 @@ def describe(dir: str | Path, open_frames: bool = True) -> list[str]:
     lines.append(
         f"{rate:g} frames a second, {spacing:.3f} {manifest['length_unit']} a frame, split {manifest['split_rule']}"
     )
+    lines += _parts(manifest.get("parts", {}), own_units=all(one.spacing_m is not None for one in every))
     error, count = heading_error(every, spacing)
     if count:
         lines.append(f"heading: motion points {np.rad2deg(error):+.1f} degrees from the yaw (median of {count} steps)")
@@ -50,6 +53,18 @@ def describe(dir: str | Path, open_frames: bool = True) -> list[str]:
     splits = [split for split in SPLITS for _ in trajectories[split]]
     odd = warnings(every, splits, spacing, rate) + frame_warnings(num_frozen(every, spacing), black, total)
     return lines + [f"warning: {line}" for line in odd]
+
+
+def _parts(parts: Mapping[str, Any], own_units: bool) -> list[str]:
+    """The folders that a mix was joined from, and what a model takes as the unit of their motions."""
+    lines = [f"{name}: {part['spacing_m']:.3f} {part['length_unit']} a frame" for name, part in parts.items()]
+    if lines and own_units:
+        lines.append("unit of motions for a model: a frame of the folder that they come from")
+    elif lines:
+        lines.append(
+            "unit of motions for a model: the mean frame of all folders; build the mix again to have each its own"
+        )
+    return lines
 
 
 def _is_black(file: Path) -> bool:

@@ -1,7 +1,8 @@
 """Folders of trajectories: what data recipes write and `TrajectoryDataset` reads. Read `Trajectory` first.
 
     manifest.json                 as of every dataset; also rate_hz, length_unit, camera, spacing_m, actions, ...
-    train.jsonl, val.jsonl        one line per trajectory: id, recording, num_frames, poses, sha256, suffix
+    train.jsonl, val.jsonl        one line per trajectory: id, recording, num_frames, poses, sha256, suffix; spacing_m
+                                  where folders with robots of several speeds were joined
     poses/<id>.npz                t (T,) s, position (T, 2) m, yaw (T,) rad, unwrapped; frame_sha256 (T, 32) uint8;
                                   command (T, c) where the recording has one
     frames/<id>/000000.jpg, ...   the frames
@@ -59,6 +60,7 @@ class Trajectory:
     frames    T encoded image files, or RGB arrays (H, W, 3) uint8; read once. DataError from it rejects the trajectory
     command   (T, c) what the robot was told at each frame, or None
     split     'train' or 'val' for data that comes with a split
+    spacing_m  metres between two frames of its robot, where others in the folder have another; None: that of the folder
     """
 
     id: str
@@ -68,6 +70,7 @@ class Trajectory:
     frames: Iterable[Frame]
     command: Array | None = None
     split: str | None = None
+    spacing_m: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTrajectory:
-    """A trajectory of a folder: poses (T, 3) x, y, yaw in memory, frames on disk."""
+    """A trajectory of a folder: poses (T, 3) x, y, yaw in memory, frames on disk; `spacing_m` as in `Trajectory`."""
 
     id: str
     recording: str
@@ -113,6 +116,7 @@ class StoredTrajectory:
     frames_dir: Path
     suffix: str
     frame_sha256: NDArray[np.uint8] = field(repr=False)
+    spacing_m: float | None = None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -254,6 +258,8 @@ def _write_one(
         "poses": f"poses/{name}.npz",
         "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
     }
+    if trajectory.spacing_m is not None:
+        entry["spacing_m"] = trajectory.spacing_m
     return entry, sum(one.black for one in stored)
 
 
@@ -412,6 +418,7 @@ def _read_one(folder: Path, line: Mapping[str, Any]) -> StoredTrajectory:
     return StoredTrajectory(
         line["id"], line["recording"], values["t"], np.column_stack([values["position"], values["yaw"]]),
         values.get("command"), folder / "frames" / line["id"], line["suffix"], values["frame_sha256"],
+        line.get("spacing_m"),
     )  # fmt: skip
 
 

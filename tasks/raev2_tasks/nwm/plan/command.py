@@ -24,6 +24,7 @@ from raev2.spec_io import override_spec
 from raev2_tasks.nwm.data.own_start import add_own_options, own_file
 from raev2_tasks.nwm.plan.path_metrics import path_errors, summarise
 from raev2_tasks.nwm.plan.planning import (
+    PRESETS,
     Array,
     Goal,
     GoalSource,
@@ -42,9 +43,10 @@ from raev2_tasks.nwm.pose import accumulate, compose, relative
 from raev2_tasks.nwm.worlds.worlds import ToyWorld
 
 logger = logging.getLogger(__name__)
-RESULT_FORMAT_VERSION = 1
+RESULT_FORMAT_VERSION = 2
 METHODS = ("plan", "straight", "random")
 MAX_PICTURES = 4
+TOY_SPACING_M = 0.2  # a quarter of a second at the mean speed
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,7 @@ def plan_goals(source: GoalSource, spec: PlanSpec, num: int, seconds: float) -> 
             "random": accumulate(random_commands(spec, source.motion, steps, spec.step_s, [spec.seed, number])),
         }
         errors = {
-            name: {
-                metric: float(value) for metric, value in path_errors(path, goal.true_path, source.spacing_m).items()
-            }
+            name: {metric: float(value) for metric, value in path_errors(path, goal.true_path, goal.spacing_m).items()}
             for name, path in paths.items()
         }
         outcomes.append(Outcome(goal, found, paths, errors))
@@ -83,13 +83,13 @@ def plan_goals(source: GoalSource, spec: PlanSpec, num: int, seconds: float) -> 
     return outcomes
 
 
-def summaries(outcomes: Sequence[Outcome], success_m: float) -> dict[str, list[MetricResult]]:
+def summaries(outcomes: Sequence[Outcome], success: float) -> dict[str, list[MetricResult]]:
     """Means over the goals, by method."""
-    return {name: summarise([outcome.errors[name] for outcome in outcomes], success_m) for name in METHODS}
+    return {name: summarise([outcome.errors[name] for outcome in outcomes], success) for name in METHODS}
 
 
 def write_outcomes(
-    out: Path, outcomes: Sequence[Outcome], source: GoalSource, spec: PlanSpec, seconds: float, success_m: float
+    out: Path, outcomes: Sequence[Outcome], source: GoalSource, spec: PlanSpec, seconds: float, success: float
 ) -> None:
     """Write `<out>.json`, with everything the numbers depend on, and `<out>.png`."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,12 +99,11 @@ def write_outcomes(
             "format_version": RESULT_FORMAT_VERSION,
             "source": source.name,
             "seconds": seconds,
-            "success_m": success_m,
-            "spacing_m": source.spacing_m,
+            "success": success,
             "motion": asdict(source.motion),
             "spec": spec.model_dump(mode="json"),
             "results": {
-                name: [vars(result) for result in results] for name, results in summaries(outcomes, success_m).items()
+                name: [vars(result) for result in results] for name, results in summaries(outcomes, success).items()
             },
             "goals": [_goal_values(outcome) for outcome in outcomes],
         },
@@ -145,6 +144,7 @@ def _goal_values(outcome: Outcome) -> dict[str, Any]:
     }
     return {
         "name": outcome.goal.name,
+        "spacing_m": outcome.goal.spacing_m,
         "cost": outcome.plan.cost,
         "commands": outcome.plan.commands.tolist(),
         "true_path": outcome.goal.true_path.tolist(),
@@ -157,7 +157,6 @@ class ToyGoals:
 
     name = ToyWorld.name
     motion = Motion(speed_m_s=0.8, speed_std=0.4, turn_std=0.6)
-    spacing_m = 0.2
 
     def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
         """Planning problems, one after the other."""
@@ -177,7 +176,7 @@ class ToyGoals:
                 seen = images(world, world.imagine(commands)[:, -1])
                 return cost_between(spec.cost, seen, goal)
 
-            yield Goal(f"seed {seed}", driven, start, world.render(poses[-1:])[0], score)
+            yield Goal(f"seed {seed}", driven, TOY_SPACING_M, start, world.render(poses[-1:])[0], score)
 
     def _drive(self, world: ToyWorld, seed: int, seconds: float, spec: PlanSpec) -> Array:
         """Poses (S, 3) of a random drive that touches no wall, seen from the start."""
@@ -211,13 +210,19 @@ def plan_command(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[2.0], help="how far ahead the goals are (default: 2)"
     )
-    parser.add_argument("--success-m", type=float, default=0.5, help="a goal is reached within this (default: 0.5)")
+    parser.add_argument(
+        "--success", type=float, default=0.25, metavar="SHARE",
+        help="a goal is reached within this share of the length of the driven path (default: 0.25)",
+    )  # fmt: skip
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="settings of a published evaluation")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--out", metavar="DIR", help="default: RUN/plans")
     options = parser.parse_args(argv)
     if options.goals < 1:
         raise SpecError("--goals", "not usable", got=options.goals, expected="a number >= 1")
-    spec = override_spec(PlanSpec(), options.overrides)
+    if not options.success > 0:
+        raise SpecError("--success", "not usable", got=options.success, expected="a share above 0, such as 0.25")
+    spec = override_spec(PRESETS[options.preset] if options.preset else PlanSpec(), options.overrides)
     for seconds in options.seconds:
         spec.num_steps(seconds)
     own = own_file(options)
@@ -242,8 +247,8 @@ def plan_command(argv: Sequence[str]) -> None:
             return
     for seconds in options.seconds:
         outcomes = plan_goals(source, spec, options.goals, seconds)
-        write_outcomes(out / f"{seconds:g}s", outcomes, source, spec, seconds, options.success_m)
-        _print(summaries(outcomes, options.success_m), seconds, len(outcomes))
+        write_outcomes(out / f"{seconds:g}s", outcomes, source, spec, seconds, options.success)
+        _print(summaries(outcomes, options.success), seconds, len(outcomes))
     print(f"\n{out}")
 
 

@@ -23,7 +23,6 @@ class ModelGoals:
         trained = open_run(run)
         self.run_dir, self.name, self.context = trained.run.dir, str(trained.run.dir), trained.context()
         self.motion = Motion.of(recorded_velocities(self.context))
-        self.spacing_m = float(self.context.dataset("train").manifest["spacing_m"])
 
     def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
         """Planning problems, one after the other."""
@@ -33,7 +32,7 @@ class ModelGoals:
             start, goal = places.images([place], 0.0), places.images([place], seconds)
             true_path = np.stack([np.asarray(places.motions([place], 0.0, time))[0] for time in times])
             score = self._score(predictor, place, goal, spec)
-            yield Goal(f"place {place}", true_path, as_frame(start), as_frame(goal), score)
+            yield Goal(f"place {place}", true_path, places.spacing_m(place), as_frame(start), as_frame(goal), score)
 
     def own_goal(self, own: OwnFile, goal: Path, spec: PlanSpec) -> OwnGoal:
         """From your own picture or clip to your own picture; nothing is known of the true path."""

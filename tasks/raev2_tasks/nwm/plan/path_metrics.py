@@ -2,7 +2,8 @@
 
 Paths are poses (T, 3) or (B, T, 3) in one frame: x and y in metres, yaw in radians. The shared start pose is left out.
 Nothing is aligned and no scale is fitted. ATE and RPE agree with the package `evo` (pose relations
-translation_part, RPE over one frame).
+translation_part, RPE over one frame). Published code gives `evo` one constant orientation for all poses, so published
+RPE are `rpe_world`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from raev2_tasks.nwm.pose import relative, wrap
 Array = NDArray[np.float64]
 ABOUT = {
     "ate": "Absolute trajectory error, the root mean square distance of planned and driven positions",
-    "rpe": "Relative pose error, the root mean square difference of planned and driven steps",
+    "rpe": "Relative pose error, the root mean square difference of planned and driven steps, each seen from its start",
+    "rpe_world": "Relative pose error as published code has it: steps compared in the frame of the start of the path",
     "final_position": "Distance of the last planned and the last driven position",
     "final_yaw": "Angle between the last planned and the last driven heading",
 }
-UNITS = {"m": "metres", "wp": "waypoint units", "deg": "degrees"}
+UNITS = {"m": "metres", "wp": "waypoint units", "deg": "degrees", "rel": "lengths of the driven path"}
 
 
 def ate(path: ArrayLike, true: ArrayLike) -> Array:
@@ -45,6 +47,21 @@ def rpe(path: ArrayLike, true: ArrayLike) -> Array:
     return np.sqrt(((of_path[..., :2] - of_true[..., :2]) ** 2).sum(-1).mean(-1))
 
 
+def rpe_world(path: ArrayLike, true: ArrayLike) -> Array:
+    """`rpe` with the steps of both paths in one frame, so that a wrong heading counts in every step, metres, (...)."""
+    path, true = _pair(path, true)
+    if path.shape[-2] < 2:
+        return np.full(path.shape[:-2], np.nan)
+    return np.sqrt((np.diff(path[..., :2] - true[..., :2], axis=-2) ** 2).sum(-1).mean(-1))
+
+
+def path_length(true: ArrayLike) -> Array:
+    """Length of a path from its start, the origin, metres, shape (...)."""
+    points = np.asarray(true, dtype=np.float64)[..., :2]
+    steps = np.diff(np.concatenate([np.zeros_like(points[..., :1, :]), points], axis=-2), axis=-2)
+    return np.hypot(steps[..., 0], steps[..., 1]).sum(-1)
+
+
 def final_position_error(path: ArrayLike, true: ArrayLike) -> Array:
     """Distance between the last positions, metres, shape (...)."""
     path, true = _pair(path, true)
@@ -60,21 +77,27 @@ def final_yaw_error(path: ArrayLike, true: ArrayLike) -> Array:
 def path_errors(path: ArrayLike, true: ArrayLike, spacing_m: float) -> dict[str, Array]:
     """All errors of paths by name. The suffix is the unit: `_m` metres, `_deg` degrees, `_wp` waypoint units.
 
+    `_rel` is a share of the length of the driven path, or of one waypoint unit where the robot hardly moved.
+
     spacing_m   mean distance between consecutive frames of the data; one waypoint unit. Published ATE and RPE are in
                 waypoint units
     """
-    metres = {"ate": ate(path, true), "rpe": rpe(path, true), "final_position": final_position_error(path, true)}
+    metres = {
+        "ate": ate(path, true), "rpe": rpe(path, true), "rpe_world": rpe_world(path, true),
+        "final_position": final_position_error(path, true),
+    }  # fmt: skip
     return {
         **{f"{name}_m": value for name, value in metres.items()},
         **{f"{name}_wp": value / spacing_m for name, value in metres.items()},
+        "final_position_rel": metres["final_position"] / np.maximum(path_length(true), spacing_m),
         "final_yaw_deg": np.degrees(final_yaw_error(path, true)),
     }
 
 
-def summarise(errors: Sequence[Mapping[str, float]], success_m: float) -> list[MetricResult]:
+def summarise(errors: Sequence[Mapping[str, float]], success: float) -> list[MetricResult]:
     """Means with standard errors over goals, each goal the numbers of `path_errors`; and the share that arrived.
 
-    success_m   a goal counts as reached when the final position error is at most this, metres
+    success   a goal counts as reached when the final position error is at most this share of the driven path
     """
     if not errors:
         raise DataError("planning", "no goals to average over")
@@ -86,9 +109,9 @@ def summarise(errors: Sequence[Mapping[str, float]], success_m: float) -> list[M
             quantity, unit = name.rsplit("_", 1)
             about = f"{ABOUT[quantity]}, in {UNITS[unit]}; mean over goals."
             results.append(MetricResult(name, *_mean(values), better="lower", role="detail", about=about))
-    reached = np.array([error["final_position_m"] <= success_m for error in errors], dtype=np.float64)
-    about = f"Share of goals that the plan ends within {success_m:g} m of."
-    return [*results, MetricResult("success", *_mean(reached), better="higher", role="headline", about=about)]
+    reached = np.array([error["final_position_rel"] <= success for error in errors], dtype=np.float64)
+    about = f"Share of goals that the plan ends within {success:g} x the length of the driven path of."
+    return [*results, MetricResult("success_rel", *_mean(reached), better="higher", role="headline", about=about)]
 
 
 def _mean(values: Array) -> tuple[float, int, float | None]:

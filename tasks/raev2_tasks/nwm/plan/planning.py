@@ -10,6 +10,7 @@ are drawn. Limits act on the velocities of a command, so a path that keeps to it
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,13 @@ from raev2.spec import Spec
 from raev2_tasks.nwm.pose import IDENTITY, accumulate, exp, log, relative
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from raev2.eval.image_pairs import PairDistance
+
 Array = NDArray[np.float64]
+Cost = Literal["latent", "pixel", "lpips"]
 Score = Callable[[Array, float], Array]
 """(commands (B, S, 3), seconds a command) -> costs (B,); lower is better. Equal commands must get equal costs."""
 
@@ -135,7 +140,11 @@ PathSpec = Annotated[UnicyclePath | LinePath | SplinePath, Field(discriminator="
 
 
 class CEM(Spec):
-    """Cross-entropy method: draw, refit mean and deviation to the best candidates, draw again."""
+    """Cross-entropy method: draw, refit mean and deviation to the best candidates, draw again.
+
+    result   `best`: the best candidate of all. `mean`: the mean that was fitted last, scored once more, as published
+             evaluations take it; it need not be better than any candidate
+    """
 
     kind: Literal["cem"] = "cem"
     population: int = Field(64, ge=2, description="candidates an iteration")
@@ -143,6 +152,7 @@ class CEM(Spec):
     iterations: int = Field(4, ge=1)
     momentum: float = Field(0.1, ge=0, lt=1, description="share of the old mean and deviation that is kept")
     min_std: float = Field(0.05, ge=0, description="lower bound of the deviation, as a share of the first one")
+    result: Literal["best", "mean"] = Field("best", description="what is planned: a candidate, or the mean fitted last")
 
     @model_validator(mode="after")
     def _elites_are_few(self) -> CEM:
@@ -223,12 +233,20 @@ class PlanSpec(Spec):
     path: PathSpec = UnicyclePath()
     sampler: SamplerSpec = CEM()
     limits: Limits = Limits()
-    cost: Literal["latent", "pixel"] = Field("latent", description="distance of the last frame to the goal")
+    cost: Cost = Field("latent", description="distance of the last frame to the goal")
     step_s: float = Field(0.5, gt=0, description="duration of a command")
     sampler_steps: int | None = Field(4, ge=1, description="solver steps of a predicted frame; null: as in the run")
     repeats: int = Field(1, ge=1, description="sampled futures per candidate")
     coarse: int | None = Field(None, ge=1, description="candidates scored step by step; null: all of them")
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_result(self) -> PlanSpec:
+        if self.coarse is not None and isinstance(self.sampler, CEM) and self.sampler.result == "mean":
+            raise ValueError(
+                "coarse chooses among candidates, and sampler.result=mean takes none; leave one of them out"
+            )
+        return self
 
     def num_steps(self, seconds: float) -> int:
         """Commands in a plan of this length; SpecError unless `step_s` divides it."""
@@ -240,6 +258,18 @@ class PlanSpec(Spec):
         return steps
 
 
+# The settings of published evaluations, for goals 2 s ahead: 8 commands of 0.25 s, 120 candidates, one iteration. The
+# prior is that of the data here; the published ones are constants for four datasets.
+# Source: facebookresearch/nwm planning_eval.py; RAE-NWM's variant of it
+_PUBLISHED = CEM(population=120, elites=5, iterations=1, momentum=0, result="mean")
+PRESETS = {
+    "nwm": PlanSpec(path=LinePath(), sampler=_PUBLISHED, cost="lpips", step_s=0.25, sampler_steps=None, repeats=3),
+    "rae-nwm": PlanSpec(
+        path=SplinePath(points=3), sampler=_PUBLISHED.replace(elites=3), cost="latent", step_s=0.25, sampler_steps=None
+    ),
+}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems
 
@@ -249,12 +279,14 @@ class Goal:
     """One planning problem.
 
     true_path   poses (S, 3) that were driven, at the times of the commands, seen from the start
+    spacing_m   mean distance between consecutive frames of the robot; one waypoint unit
     start       frame at the start (Hpx, Wpx, 3); goal: the frame to reach
     score       cost of candidates by the world model
     """
 
     name: str
     true_path: Array
+    spacing_m: float
     start: NDArray[np.uint8]
     goal: NDArray[np.uint8]
     score: Score
@@ -272,14 +304,12 @@ class OwnGoal:
 class GoalSource(Protocol):
     """Where planning problems come from: a trained model with its validation data, or the toy world.
 
-    name        for the result file
-    motion      how the robot of the data moves
-    spacing_m   mean distance between consecutive frames; one waypoint unit
+    name     for the result file
+    motion   how the robot of the data moves
     """
 
     name: str
     motion: Motion
-    spacing_m: float
 
     def goals(self, num: int, seconds: float, spec: PlanSpec) -> Iterable[Goal]:
         """`num` problems with a goal `seconds` ahead, spread over the validation data."""
@@ -301,7 +331,7 @@ class Iteration:
 class Plan:
     """What a search found.
 
-    commands    the best candidate, (S, 3), each lasting `seconds`
+    commands    the best candidate, or what the sampler makes of them, (S, 3), each lasting `seconds`
     cost        its cost
     iterations  everything that was tried, in order
     """
@@ -333,7 +363,7 @@ def plan(
     penalty  (paths (B, S, 3) seen from the start) -> cost to add, (B,); for places to keep away from
 
     Equal arguments give equal plans. The mean that an iteration draws around is one of its candidates, so a plan is
-    never worse than the mean of the prior (with `coarse`: as far as one jump can tell).
+    never worse than the mean of the prior (with `coarse`: as far as one jump can tell; not with `result=mean`).
     """
     sampler, iterations = spec.sampler, []
     mean, std = spec.path.prior(motion, steps * seconds)
@@ -364,6 +394,10 @@ def plan(
             std = sampler.momentum * std + (1 - sampler.momentum) * spread
             std = np.maximum(std, sampler.min_std * first_std)
 
+    if isinstance(sampler, CEM) and sampler.result == "mean":
+        commands = spec.limits.apply(spec.path.commands(mean[None], steps, seconds), seconds)
+        iterations.append(Iteration(commands, total(commands, jump=False)))
+        return _best(iterations[-1:], seconds, tuple(iterations))
     if spec.coarse is not None:
         best = best_first(np.concatenate([tried.costs for tried in iterations]))[: spec.coarse]
         commands = np.concatenate([tried.commands for tried in iterations])[best]
@@ -411,9 +445,24 @@ def pixel_cost(predicted: Tensor, goal: Tensor) -> Array:
     return ((predicted.double() - goal.double()[None]) ** 2).mean((1, 2, 3)).cpu().numpy()
 
 
-def cost_between(cost: Literal["latent", "pixel"], predicted: Tensor, goal: Tensor) -> Array:
-    """`latent_cost` or `pixel_cost` by name."""
-    return {"latent": latent_cost, "pixel": pixel_cost}[cost](predicted, goal)
+def lpips_cost(predicted: Tensor, goal: Tensor) -> Array:
+    """LPIPS (AlexNet) of images (B, 3, Hpx, Wpx) to the goal (3, Hpx, Wpx); (B,). DataError without its weights."""
+    import torch
+
+    images, target = ((255 * values).round().to(torch.uint8) for values in (predicted, goal))
+    return _lpips_alex(predicted.device)(images, target.expand_as(images)).double().cpu().numpy()
+
+
+@functools.cache
+def _lpips_alex(device: torch.device) -> PairDistance:
+    from raev2.eval.image_pairs import build_pair_distance
+
+    return build_pair_distance("lpips_alex", device)
+
+
+def cost_between(cost: Cost, predicted: Tensor, goal: Tensor) -> Array:
+    """A cost by name."""
+    return {"latent": latent_cost, "pixel": pixel_cost, "lpips": lpips_cost}[cost](predicted, goal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 
 from raev2.errors import DataError, SpecError
 from raev2.files.hashes import file_sha256
-from raev2.files.picture_folder import TOOL_NAMES
+from raev2.files.picture_folder import scan_folder, told
 from raev2.files.splits import split_in_name
 from raev2_tasks.t2i.shards.files import (
     json_line,
@@ -144,12 +144,11 @@ def survey(folder: str | Path, *, skip: str = "", val_samples: int = 1000, num_w
 def find_tars(folder: Path, skip: str = "") -> tuple[list[Path], str]:
     """Tars below a folder in sorted order, and a sentence about what else is there."""
     patterns = [pattern.strip() for pattern in skip.split(",") if pattern.strip()]
-    tars, ignored = list[Path](), Counter[str]()
-    for file in _files(folder):
+    found = scan_folder(folder, lambda file: True)
+    tars, ignored = list[Path](), found.all_ignored()
+    for file in found.all_pictures():
         name = file.relative_to(folder)
-        if any(part.startswith(".") or part.lower() in TOOL_NAMES for part in name.parts):
-            ignored["hidden or of tools"] += 1
-        elif not any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in TAR_NAMES):
+        if not any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in TAR_NAMES):
             if file.suffix not in OWN_SUFFIXES:
                 ignored[file.suffix.lower() or "without suffix"] += 1
         elif any(fnmatch.fnmatch(str(name), pattern) for pattern in patterns):
@@ -166,8 +165,7 @@ def find_tars(folder: Path, skip: str = "") -> tuple[list[Path], str]:
             got=f"{len(compressed)} of {len(tars)}, first {file.relative_to(folder)} ({how})", expected="plain tars",
             hint=f"Unpack each and move it away: {_unpack(file, how)}; or leave them out with the option skip.",
         )  # fmt: skip
-    what = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
-    return sorted(tars), f"Other files, not read: {what}." if what else ""
+    return tars, f"Other files, not read: {told(ignored)}." if ignored else ""
 
 
 def val_below(places: np.ndarray, num: int) -> int:
@@ -262,19 +260,6 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], num_work
 
 
 # Parts of the above.
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder in sorted order; links to folders are followed, each folder once."""
-    seen: set[Path] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = Path(place).resolve()
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (Path(place) / name for name in sorted(names))
 
 
 def _unpack(file: Path, how: str) -> str:

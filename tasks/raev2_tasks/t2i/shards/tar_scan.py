@@ -257,7 +257,10 @@ def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, Memb
             if member.offset_data + member.size > size:
                 problems.append(Problem(key, "bad_tar", "the file ends inside this sample"))
                 return
-        if os.pread(data.fileno(), BLOCK, tar.offset) != bytes(BLOCK):
+        if size > tar.offset and os.pread(data.fileno(), BLOCK, tar.offset) != bytes(BLOCK):
+            text = f"cannot be read on: no file begins after this one, and {size - tar.offset:,} bytes are left"
+            problems.append(Problem(key, "bad_tar", text))
+        elif size <= tar.offset:
             problems.append(Problem(key, "bad_tar", "no end mark: the file may have been cut after here", fatal=False))
     except (tarfile.TarError, OSError) as error:
         problems.append(Problem(key, "bad_tar", f"cannot be read on: {error}"))

@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from raev2.batch import Cond, CondTokens
 from raev2.errors import SpecError
-from raev2.model.condition import CondField, Conditioner, ConditionSpec, LatentShape, need_tokens, visible
+from raev2.model.condition import CondField, Conditioner, ConditionSpec, need_tokens, visible
 from raev2.nn import Block, RMSNorm, Rope
+from raev2.shapes import LatentShape
 from raev2.spec import TrunkSpec
 
 
