@@ -164,6 +164,7 @@ class MetricResult:
 
     stderr   None: not estimated
     note     what this number depends on, such as an interval or a count
+    warning  what forbids to read this number as it stands; terminal and report say it
     better   which values are better
     role     a headline gets a tile and a curve, a scale row is a known case that its metric is read against
     about    one sentence for the reader of a report, in plain words
@@ -178,6 +179,7 @@ class MetricResult:
     stderr: float | None = None
     note: str = ""
     _: KW_ONLY
+    warning: str = ""
     better: Better
     role: Role
     about: str

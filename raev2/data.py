@@ -12,7 +12,8 @@ import json
 import logging
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,16 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
 
     manifest      what the data is: at least name, fingerprint, licence, attribution, classes
     image_size    height and width in pixels of every image
+    group_kind    what `group` tells apart, in the plural
     """
 
     manifest: dict[str, Any]
     dir: Path
     split: str
     image_size: tuple[int, int]
+    group_kind = "groups"
     _order: tuple[tuple[int, int], Tensor] | None = None  # (seed, epoch) and its permutation
+    _subset: tuple[tuple[int, int], list[int]] | None = None  # (number, seed) and its indices
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -76,6 +80,27 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
     def fingerprint(self) -> str:
         """Hash of the content."""
         return self.manifest["fingerprint"]
+
+    def key(self, index: int) -> str:
+        """What sample `index` is, wherever it stands in the split: a hash of its content, or a name."""
+        return str(index)
+
+    def group(self, index: int) -> Hashable:
+        """What subsets spread over, such as the class of sample `index`; None: there are no groups."""
+        return None
+
+    def subset(self, num: int | None = None, seed: int = 0) -> list[int]:
+        """Indices of `num` samples (None: all) in random order, chosen by `random_subset`."""
+        wanted = min(len(self), num or len(self)), seed
+        if self._subset is None or self._subset[0] != wanted:
+            every = range(len(self))
+            self._subset = wanted, random_subset([*map(self.key, every)], [*map(self.group, every)], *wanted)
+        return self._subset[1]
+
+    def asked(self, num_samples: int, numbers: Sequence[int]) -> list[int]:
+        """The samples whose conditions evaluation samples with these numbers get: a subset, repeated as needed."""
+        order = self.subset(num_samples)
+        return [order[number % len(order)] for number in numbers]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.image(index), "cond": self.cond(index), "key": index}
@@ -105,6 +130,8 @@ class FolderDataset(ImageDataset):
 
     fields   index fields that become raw conditions, e.g. ('label',)
     """
+
+    group_kind = "classes"
 
     def __init__(
         self,
@@ -169,6 +196,14 @@ class FolderDataset(ImageDataset):
             )  # fmt: skip
         return {field: entry[field] for field in self.fields}
 
+    def key(self, index: int) -> str:
+        """The SHA-256 of the file where the index has it, else its name."""
+        return self.index[index].get("sha256") or self.index[index]["file"]
+
+    def group(self, index: int) -> Hashable:
+        """The label."""
+        return self.index[index].get("label")
+
 
 class _Stream(Dataset[dict[str, Any] | DataError]):
     """Sample number -> sample: the dataset's own order, the flip, and the policy for unreadable images.
@@ -230,7 +265,7 @@ def train_batches(
 
     loader = DataLoader(
         _Stream(dataset, seed, flip), batch_sampler=_Endless(numbers), num_workers=num_workers,
-        collate_fn=partial(_collate_or_error, dataset), worker_init_fn=_ignore_signals,
+        collate_fn=partial(_collate_or_error, dataset), worker_init_fn=ignore_signals,
     )  # fmt: skip
     return _raise_errors(iter(loader))
 
@@ -255,6 +290,24 @@ def ordered_batches(
                 dataset.skipped(error)
         if samples:
             yield _collate(dataset, samples)[0]
+
+
+def random_subset(keys: Sequence[str], groups: Sequence[Hashable], num: int, seed: int = 0) -> list[int]:
+    """Positions of `num` of these items in random order. Every group has its share; which items, only their keys say.
+
+    Items are in the order of a hash of (seed, key). Item j of n of a group stands at (j + u) / n, with u of [0, 1) by
+    a hash of (seed, group), and the `num` items that stand first are taken: systematic sampling.
+    """
+    order = sorted(range(len(keys)), key=[derived_seed("subset", seed, key) for key in keys].__getitem__)
+    sizes, seen = Counter(groups), Counter[Hashable]()
+    starts = {group: derived_seed("group", seed, group) / 2**63 for group in sizes}
+    places = [0.0] * len(keys)
+    for item in order:
+        group = groups[item]
+        places[item] = (seen[group] + starts[group]) / sizes[group]
+        seen[group] += 1
+    chosen = set(sorted(order, key=places.__getitem__)[:num])
+    return [item for item in order if item in chosen]
 
 
 def to_float(images_u8: Tensor) -> Tensor:
@@ -292,7 +345,7 @@ def _collate(dataset: ImageDataset, samples: list[dict[str, Any]]) -> tuple[Batc
     return batch, sum(sample.get("skipped", 0) for sample in samples)
 
 
-def _ignore_signals(_: int) -> None:
+def ignore_signals(_: int) -> None:
     """In a worker: Ctrl-C and a cancelled job reach the whole process group, and the training still needs a batch."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

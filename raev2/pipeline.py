@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -23,24 +24,27 @@ from torch import Tensor
 
 from raev2.batch import Cond, MetricResult
 from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float, to_uint8
-from raev2.errors import CheckpointError, DataError, FileError, SpecError
-from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, ssim
+from raev2.errors import CheckpointError, FileError, SpecError
+from raev2.eval.features import NotFinite
+from raev2.eval.generate import PROGRESS_SECONDS
+from raev2.eval.pictures import cache_dir
 from raev2.eval.protocols import run_protocol
+from raev2.eval.reconstruct import Reconstruction, reconstruct_pictures
 from raev2.files.artefact import write_json
-from raev2.files.grid import save_grid, save_pairs
+from raev2.files.grid import save_grid
 from raev2.files.hashes import folder_sha256
-from raev2.files.images import centre_crop, read_rgb
 from raev2.files.manifest import read_manifest
-from raev2.files.picture_folder import PictureFolder, scan_folder, told
-from raev2.files.replace import RECONSTRUCTIONS, SAMPLES, new_folder
+from raev2.files.picture_array import PictureArrayWriter
+from raev2.files.replace import SAMPLES, new_folder
 from raev2.guidance import build_guidance
 from raev2.model.generator import Generator
 from raev2.sampler import sample
 from raev2.spec import Guidance, NoGuidance, RunSpec, SamplingSpec, TokenizerSpec
-from raev2.spec_io import load_spec
-from raev2.task import EvalContext, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
+from raev2.spec_io import load_spec, spec_from_dict
+from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import build_tokenizer, load_tokenizer
+from raev2.tokenizer.encoders import hash_weights
 from raev2.tokenizer.rae import RAE
 from raev2.train_generator import train_generator
 from raev2.train_tokenizer import measure_stats, train_tokenizer
@@ -54,6 +58,7 @@ from raev2.training.run import Run, add_provenance, make_accelerator, memory_fie
 logger = logging.getLogger(__name__)
 EVAL = "eval"  # folder of a run
 NUM_GRID_IMAGES = 32
+NUM_SHOWN = 64  # pictures in the grid of `raev2 sample`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +124,10 @@ def _train(run: Run, task: Task, stage: str, origin: Origin | None) -> Path:
 
             def evaluate_now(generator: Generator, images: int) -> None:
                 now = TrainedRun(run, task, rae, generator)
-                _evaluate(now, spec.evaluation.in_training, images, unguided, suffix="-none")
+                try:
+                    _evaluate(now, spec.evaluation.in_training, images, unguided, suffix="-none")
+                except NotFinite as error:
+                    logger.error("no evaluation after %s images, the training goes on: %s", f"{images:,}", error)
 
             def look(generator: Generator, images: int) -> None:
                 file = run.dir / "samples" / f"{GENERATOR}-{images:09d}.png"
@@ -186,7 +194,7 @@ class TrainedRun:
             build_guidance(sampling.guidance, generator, weak)  # an unusable setting is reported before any work
         spec = spec.replace(sampling=sampling, evaluation=evaluation)
         context = EvalContext(
-            spec, self.rae, lambda split: task.dataset(spec, split), run.device, run.dir / EVAL / "reference",
+            spec, self.rae, lambda split: task.dataset(spec, split), run.device, cache_dir(),
             generator=generator, weak=weak,
         )  # fmt: skip
         return context if generator is None else replace(context, generate=_image_sampler(task, context))
@@ -236,23 +244,71 @@ def find_run(run_dir: str | None, task_name: str | None) -> Path:
 # Sample
 
 
+class Samples:
+    """Pictures that were asked for; each chunk is drawn when it is reached.
+
+    size         height and width in pixels
+    chunk_size   pictures a chunk
+    plan         what the pictures depend on
+    """
+
+    def __init__(self, run_dir: Path, options: Mapping[str, object], sampling: SamplingSpec | None, seed: int) -> None:
+        trained = open_trained(run_dir)
+        generator, spec = trained.need_generator(), trained.run.spec
+        sampling = sampling or spec.sampling
+        self.cond, self.captions = trained.task.sample_cond(spec, trained.task.dataset(spec, "train"), options)
+        self.generate = image_sampler(trained, sampling, seed)
+        self.size, self.chunk_size = trained.rae.spec.image_size, sampling.batch_size
+        self.plan = {
+            "run": str(run_dir), "seed": seed, "captions": self.captions, "sampling": sampling.model_dump(mode="json"),
+            "time_shift": generator.time_shift, "precision": spec.precision, "size": list(self.size),
+            "weights": _weights(trained.context(sampling)),
+        }  # fmt: skip
+
+    def chunks(self, start: int = 0) -> Iterator[NDArray[np.uint8]]:
+        """Pictures (B, H, W, 3) from number `start` on, on every process; each of them draws whole chunks."""
+        num, size, told = len(self.captions), self.chunk_size, time.monotonic()
+        for first in range(start, num, size * dist.world_size()):
+            begin = first + size * dist.rank()
+            own = range(begin, min(begin + size, num))
+            cond = {name: value[own.start : own.stop] for name, value in self.cond.items()}
+            drawn = self.generate(cond, own).permute(0, 2, 3, 1).cpu().numpy() if own else np.empty(0, np.uint8)
+            yield from (chunk for chunk in dist.gather_objects(drawn) if len(chunk))
+            if dist.is_main() and time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                logger.info("%d of %d pictures", min(first + size * dist.world_size(), num), num)
+
+
 def sample_run(
     run_dir: Path, options: Mapping[str, object], sampling: SamplingSpec | None = None, seed: int = 0, *, out: Path
 ) -> Path:
     """Images for the conditions in `options` (see Task.sample_cond): single PNGs, a grid, and the plan as JSON."""
-    trained = open_trained(run_dir)
-    generator, spec = trained.need_generator(), trained.run.spec
-    sampling = sampling or spec.sampling
-    raw, captions = trained.task.sample_cond(spec, trained.task.dataset(spec, "train"), options)
-    num = len(captions)
-    images = image_sampler(trained, sampling, seed)(raw, range(num))
-    plan = {"run": str(run_dir), "seed": seed, "captions": captions, "sampling": sampling.model_dump(mode="json")}
+    samples = Samples(run_dir, options, sampling, seed)
+    shown: list[NDArray[np.uint8]] = []
     with new_folder(out, SAMPLES) as folder:
-        for index, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-            Image.fromarray(pixels).save(folder / f"{index:05d}.png")
-        save_grid(images, folder / "grid.png", captions=captions)
-        write_json(folder / "plan.json", {**plan, "time_shift": generator.time_shift})
+        for number, pixels in enumerate(picture for chunk in samples.chunks() for picture in chunk):
+            Image.fromarray(pixels).save(folder / f"{number:05d}.png")
+            if number < NUM_SHOWN:
+                shown.append(pixels)
+        grid = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)
+        save_grid(grid, folder / "grid.png", captions=samples.captions[:NUM_SHOWN])
+        write_json(folder / "plan.json", samples.plan)
     return out
+
+
+def sample_array(
+    run_dir: Path, options: Mapping[str, object], sampling: SamplingSpec | None = None, seed: int = 0, *, file: Path
+) -> Path:
+    """The same images as one array in an .npz file, with the plan; what a killed process had drawn is kept."""
+    samples = Samples(run_dir, options, sampling, seed)
+    if dist.is_main():
+        with PictureArrayWriter(file, samples.plan, samples.size, samples.chunk_size) as writer:
+            for pictures in samples.chunks(dist.from_main(writer.done)):
+                writer.append(pictures)
+    else:
+        for _ in samples.chunks(dist.from_main(0)):
+            pass
+    return file
 
 
 def _save_samples(trained: TrainedRun, dataset: ImageDataset, sampling: SamplingSpec, file: Path) -> None:
@@ -318,23 +374,53 @@ def _evaluate(
     sampling   other settings than those of the run
     suffix     added to the protocol's name, with other settings
     """
-    run, context = trained.run, trained.context(sampling)
-    spec, results = context.spec, {}
+    run, spec, results = trained.run, trained.run.spec, {}
     for evaluator in get_evaluators(trained.task, spec, protocols):
+        context, name = _context_for(evaluator, trained, sampling), evaluator.protocol
         evaluator.protocol += suffix
-        if evaluator.needs_generator:
-            own, stage, seen, decay = context, GENERATOR, images, spec.generator_training.ema_decays[0]
-        else:
-            own, stage = replace(context, generate=None, generator=None, weak=None), TOKENIZER
-            seen, decay = spec.tokenizer_training.final_images, spec.tokenizer_training.ema_decay
-        own = replace(own, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
-        found = run_protocol(evaluator, own, run.dir / EVAL, images_seen=seen, ema_decay=decay)
+        stage, seen, decay = GENERATOR, images, spec.generator_training.ema_decays[0]
+        if not evaluator.needs_generator:
+            loop = spec.tokenizer_training
+            stage, seen, decay = TOKENIZER, loop.final_images, loop.ema_decay
+        context = replace(context, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
+        origin = {"evaluator": name, "run": str(run.dir.resolve()), "weights": _weights(context)}
+        found = run_protocol(evaluator, context, run.dir / EVAL, images_seen=seen, ema_decay=decay, extra=origin)
         run.log(
             stage=stage, kind="eval", images=seen, protocol=evaluator.protocol,
             metrics={result.name: result.value for result in found},
         )  # fmt: skip
         results[evaluator.protocol] = found
     return results
+
+
+def _context_for(evaluator: Evaluator, trained: TrainedRun, sampling: SamplingSpec | None = None) -> EvalContext:
+    context = trained.context(sampling)
+    return context if evaluator.needs_generator else replace(context, generate=None, generator=None, weak=None)
+
+
+def _weights(context: EvalContext) -> dict[str, str]:
+    networks = {TOKENIZER: context.rae, GENERATOR: context.generator}
+    return {name: hash_weights(network) for name, network in networks.items() if network is not None}
+
+
+def rerun(file: Path) -> list[MetricResult]:
+    """The numbers of a result file once more, as the file says and whatever the spec of its run says by now.
+
+    Raises CheckpointError where weights or data are no longer those of the file.
+    """
+    said = json.loads(file.read_text())
+    home = Path(said["run"])
+    trained = open_trained(home if home.is_dir() else file.absolute().parent.parent)
+    trained = replace(trained, run=replace(trained.run, spec=spec_from_dict(said["spec"])))
+    (evaluator,) = get_evaluators(trained.task, trained.run.spec, [said["evaluator"]])
+    context = _context_for(evaluator, trained)
+    now = {"weights": _weights(context), **json.loads(json.dumps(evaluator.describe(context)))}
+    changed = [name for name, value in now.items() if said.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            str(file), "what it measured is another now", got=", ".join(changed), hint="Evaluate the run again."
+        )
+    return run_protocol(evaluator, context)
 
 
 def guidance_name(guidance: Guidance) -> str:
@@ -347,67 +433,10 @@ def guidance_name(guidance: Guidance) -> str:
 # Reconstruct
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """Numbers of one image; `distance_name` says which perceptual distance this machine could compute."""
-
-    file: str
-    psnr: float
-    ssim: float
-    distance: float
-    distance_name: str
-
-
-def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> list[Reconstruction]:
-    """Encode and decode image files with the tokenizer in `source` (run folder, artefact folder or hub id).
-
-    Writes one PNG per image, `grid.png`, originals above their reconstructions, and the numbers as `table.json`.
-    """
+def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> tuple[list[Reconstruction], dict[str, str]]:
+    """`reconstruct_pictures` with the tokenizer in `source` (run folder, artefact folder or hub id)."""
     device = make_accelerator("fp32").device
-    rae = _load_tokenizer(source).to(device)
-    files = image_files(paths)
-    name = "lpips_vgg" if lpips_available("vgg") else "feature_distance_micro"
-    distance = build_pair_distance(name, device)
-    rows: list[Reconstruction] = []
-    pairs: list[Tensor] = []
-    with new_folder(out, RECONSTRUCTIONS) as folder:
-        for file in files:
-            original = read_image(file, rae.spec.image_size)[None]
-            decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
-            values = [float(score(decoded, original)) for score in (psnr, ssim, distance)]
-            rows.append(Reconstruction(str(file), values[0], values[1], values[2], name))
-            image = Image.fromarray(decoded[0].permute(1, 2, 0).numpy())
-            image.save(folder / f"{len(rows) - 1:05d}-{file.stem}.png")
-            pairs.append(torch.cat([original, decoded]))
-        originals, decodeds = torch.stack(pairs[:64]).unbind(1)
-        save_pairs(originals, decodeds, folder / "grid.png")
-        write_json(folder / "table.json", {"format_version": 1, "rows": [asdict(row) for row in rows]})
-    return rows
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """Image files among paths, folders searched to any depth, in name order; the log says what is left out there."""
-    found, left_out = [], Counter[str]()
-    for path in paths:
-        if not path.exists():
-            raise DataError(str(path), "no such file or folder")
-        folder = scan_folder(path) if path.is_dir() else PictureFolder(path.parent, [path])
-        found += folder.all_pictures()
-        left_out += folder.all_ignored()
-    if not found:
-        raise DataError(
-            ", ".join(map(str, paths)), "no images here", got=told(left_out) or None,
-            expected="files of a format that Pillow reads",
-        )  # fmt: skip
-    if left_out:
-        logger.info("left out: %s", told(left_out))
-    return found
-
-
-def read_image(file: Path, size: tuple[int, int]) -> Tensor:
-    """One image file as uint8 (3, H_px, W_px), resized to cover `size` and centre-cropped."""
-    rgb = centre_crop(read_rgb(file, str(file)), size)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    return reconstruct_pictures(_load_tokenizer(source).to(device), device, paths, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -483,8 +483,20 @@ class SamplingSpec(Spec):
     batch_size: int = Field(64, gt=0)
 
 
+class ExpectedSpec(Spec):
+    """A number that a run of this recipe should reach: `raev2 eval --expect` compares."""
+
+    protocol: str
+    metric: str = Field(description="name of the metric in the protocol's results")
+    value: float
+    tolerance: float = Field(gt=0, description="how far the number obtained may be away, to either side")
+    source: str = Field(description="who reports it, under which settings")
+
+
 class EvaluationSpec(Spec):
     """Evaluation settings shared by the protocols of a task."""
+
+    added: ClassVar = ("expected",)
 
     protocols: tuple[str, ...] = Field((), description="protocols run at the end of training; see `raev2 tasks`")
     in_training: tuple[str, ...] = Field(
@@ -494,6 +506,7 @@ class EvaluationSpec(Spec):
     compare_guidance: tuple[SerializeAsAny[Guidance], ...] = Field(
         (), description="settings compared after training: a grid and the generation protocols for each"
     )
+    expected: tuple[ExpectedSpec, ...] = Field((), description="numbers that `raev2 eval --expect` compares with")
     seed: int = Field(0, ge=0, lt=2**63)
 
 

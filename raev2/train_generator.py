@@ -90,7 +90,7 @@ def train_generator(
         with ema.applied(generator, decay):
             if crossed(loop.sample_every_images, before, images) and not stop:
                 look(generator, images)
-            if crossed(loop.eval_every_images, before, images) and not stop:
+            if images and crossed(loop.eval_every_images, before, images) and not stop:
                 logged = dist.from_main(len(run.history(stage=STAGE, kind="eval", images=images)))
                 if logged < len(spec.evaluation.in_training):
                     evaluate(generator, images)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from packaging.requirements import Requirement
 from pydantic import ValidationError
 
-from raev2.errors import DataError, RaeError, SpecError, did_you_mean
+from raev2.errors import DataError, FileError, RaeError, SpecError, did_you_mean
 from raev2.files.assets import INCEPTION_WEIGHTS, LPIPS_WEIGHTS
 from raev2.files.damage import damaged
 from raev2.files.manifest import read_manifest, verify_dataset
+from raev2.files.picture_array import PLAN, holds_plan
 from raev2.files.replace import ARTEFACT, EXPORT, RECONSTRUCTIONS, SAMPLES, Kind, check_replaceable
-from raev2.spec import Guidance, RunSpec, SamplingSpec
+from raev2.spec import ExpectedSpec, Guidance, RunSpec, SamplingSpec
 from raev2.spec_io import apply_overrides, fingerprint, load_spec, spec_to_dict
 from raev2.task import (
     Task,
@@ -33,7 +35,11 @@ from raev2.task import (
 )
 from raev2.tokenizer.encoder_table import ENCODERS, encoder_asset
 
+if TYPE_CHECKING:
+    from raev2.batch import MetricResult
+
 OK, FAILED = 0, 1
+SCORES = ("psnr", "ssim", "distance")  # columns of `raev2 reconstruct`
 
 
 def sample(options: Namespace) -> int:
@@ -44,13 +50,17 @@ def sample(options: Namespace) -> int:
     _check_positive("--steps", options.steps)
     _check_positive("--seed", options.seed, least=0)
     run_dir = pipeline.find_run(options.run, options.task)
-    out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
-    _refuse_existing(options, out, SAMPLES)
     sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
     given = {name: value for name in ("n", *options.conditions) if (value := getattr(options, name)) is not None}
-    pipeline.sample_run(run_dir, given, sampling, options.seed, out=out)
-    print(f"guidance: {_plan(sampling)}\n{out / 'grid.png'}")
-    return 0
+    if options.npz:
+        _refuse_existing_array(options)
+        written = pipeline.sample_array(run_dir, given, sampling, options.seed, file=Path(options.npz))
+    else:
+        out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
+        _refuse_existing(options, out, SAMPLES)
+        written = pipeline.sample_run(run_dir, given, sampling, options.seed, out=out) / "grid.png"
+    print(f"guidance: {_plan(sampling)}\n{written}")
+    return OK
 
 
 def reconstruct(options: Namespace) -> int:
@@ -59,23 +69,74 @@ def reconstruct(options: Namespace) -> int:
 
     out = Path(options.out)
     _refuse_existing(options, out, RECONSTRUCTIONS)
-    rows = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
+    rows, failed = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
     shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
-    mean = ("mean", *(f"{sum(float(row[i]) for row in shown) / len(shown):.4f}" for i in (1, 2, 3)))
+    mean = ("mean", *(f"{sum(getattr(row, name) for row in rows) / len(rows):.4f}" for name in SCORES))
     _print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
     print(f"\n{out / 'grid.png'}")
-    return 0
+    if failed:
+        print(f"not read: {len(failed)} of {len(rows) + len(failed)}: {', '.join(failed)}", file=sys.stderr)
+    return DataError.exit_code if failed else OK
 
 
 def evaluate(options: Namespace) -> int:
-    """`raev2 eval`."""
+    """`raev2 eval`: a run, or pictures of any origin."""
+    if options.action == "reference":
+        return _build_reference(options)
+    if options.images:
+        return _evaluate_pictures(options)
     from raev2 import pipeline
 
+    for name in ("reference", "out"):
+        if getattr(options, name):
+            raise SpecError(f"--{name}", "has no effect without --images")
     run_dir = pipeline.find_run(options.run, options.task)
-    for protocol, results in pipeline.evaluate_run(run_dir, options.protocol or ()).items():
-        _print_metrics(protocol, map(vars, results))
+    spec = load_spec(run_dir / "spec.yaml")
+    expected = _expected(options, spec)
+    protocols = options.protocol or [*spec.evaluation.protocols, *(row.protocol for row in expected)]
+    results = pipeline.evaluate_run(run_dir, list(dict.fromkeys(protocols)))
+    for protocol, found in results.items():
+        _print_metrics(protocol, map(vars, found))
     print(f"\n{run_dir / 'eval'}")
-    return 0
+    return _compare_expected(expected, results)
+
+
+def _evaluate_pictures(options: Namespace) -> int:
+    """`raev2 eval --images`."""
+    from raev2.eval.pictures import find_evaluator, score_pictures
+    from raev2.eval.protocols import write_numbers
+    from raev2.training.run import make_accelerator
+
+    for option, given in {"--reference": options.reference, "--protocol": options.protocol}.items():
+        if not given:
+            raise SpecError(option, "needed with --images")
+    if len(options.protocol) > 1:
+        raise SpecError("--protocol", "one at a time with --images", got=" ".join(options.protocol))
+    (protocol,), expected = options.protocol, _expected(options, None)
+    images, device = Path(options.images), make_accelerator("fp32").device
+    out = Path(options.out or images.with_name(f"{images.name}.{protocol}.json"))
+    evaluator = find_evaluator([get_task(options.task)] if options.task else usable_tasks(), protocol)
+    results, about = score_pictures(evaluator, images, Path(options.reference), device, _workers(options))
+    write_numbers(out, protocol, results, about, device)
+    _print_metrics(protocol, map(vars, results))
+    print(f"\n{out}")
+    return _compare_expected(expected, {protocol: results})
+
+
+def _build_reference(options: Namespace) -> int:
+    """`raev2 eval reference build`."""
+    from raev2.eval.pictures import build_reference, find_evaluator
+    from raev2.training.run import make_accelerator
+
+    tasks, device = [get_task(options.task)] if options.task else usable_tasks(), make_accelerator("fp32").device
+    for evaluator in [find_evaluator(tasks, protocol) for protocol in options.protocol]:
+        for file in build_reference(evaluator, Path(options.data), options.split, device, _workers(options)):
+            print(file)
+    return OK
+
+
+def _workers(options: Namespace) -> int:
+    return min(8, os.cpu_count() or 1) if options.workers is None else options.workers
 
 
 def report(options: Namespace) -> int:
@@ -91,7 +152,7 @@ def report(options: Namespace) -> int:
 
 def show(options: Namespace) -> int:
     """`raev2 show`."""
-    task, spec = _find_recipe(options.recipe, options.task)
+    task, spec = _find_recipe(options.recipe, options.task, "raev2 show")
     spec = apply_overrides(spec, options.overrides)
     print(yaml.safe_dump(spec_to_dict(spec), sort_keys=False, allow_unicode=True))
     _print_sizes(task, spec)
@@ -182,7 +243,7 @@ def assets(options: Namespace) -> int:
     """`raev2 assets`."""
     from raev2.training.preflight import Plan, fetch_all, needed_assets, with_tokenizer
 
-    task, spec = _find_recipe(options.recipe, options.task)
+    task, spec = _find_recipe(options.recipe, options.task, "raev2 assets")
     spec = apply_overrides(spec, options.overrides)
     found = needed_assets(Plan(task, with_tokenizer(spec, download=False), Path()))
     _print_table(
@@ -273,6 +334,39 @@ COMMANDS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _expected(options: Namespace, spec: RunSpec | None) -> Sequence[ExpectedSpec]:
+    """What `--expect` compares with: the numbers that the recipe it names states, or those in the spec of the run."""
+    if options.expect is None:
+        return ()
+    if options.expect:
+        spec = _find_recipe(options.expect, options.task, "--expect")[1]
+    if spec is None:
+        raise SpecError("--expect", "which recipe states the numbers?", expected="--expect RECIPE")
+    expected = [row for row in spec.evaluation.expected if row.protocol in (options.protocol or [row.protocol])]
+    if not expected:
+        raise SpecError(
+            "--expect", f"the recipe {spec.recipe} states no number for these protocols",
+            expected="entries in evaluation.expected", hint="Name another recipe: --expect RECIPE.",
+        )  # fmt: skip
+    return expected
+
+
+def _compare_expected(expected: Sequence[ExpectedSpec], results: Mapping[str, Sequence[MetricResult]]) -> int:
+    """Print what was expected beside what was obtained; the exit code."""
+    rows, code = [], OK
+    for row in expected:
+        obtained = {result.name: result.value for result in results[row.protocol]}.get(row.metric)
+        good = obtained is not None and abs(obtained - row.value) <= row.tolerance
+        code = code if good else FAILED
+        shown = "not measured" if obtained is None else f"{obtained:.6g}"
+        verdict = "ok" if good else "OUTSIDE"
+        rows.append((row.protocol, row.metric, f"{row.value:g}", shown, f"{row.tolerance:g}", verdict, row.source))
+    if rows:
+        print()
+        _print_table(("protocol", "metric", "expected", "obtained", "tolerance", "", "source"), rows)
+    return code
+
+
 def _sampling(default: SamplingSpec, options: Namespace) -> SamplingSpec:
     """The run's sampling settings with the options of the command line in their place."""
     guidance: dict[str, Any] = default.guidance.model_dump()
@@ -303,15 +397,15 @@ def _plan(sampling: SamplingSpec) -> str:
     return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
 
 
-def _find_recipe(name: str, task_name: str | None) -> tuple[Task, RunSpec]:
+def _find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, RunSpec]:
     candidates = [get_task(task_name)] if task_name else usable_tasks()
     having = [task for task in candidates if name in task.recipes()]
     if not having:
         known = [recipe for task in candidates for recipe in task.recipes()]
-        raise SpecError("raev2 show", "unknown recipe", got=repr(name), hint=did_you_mean(name, known))
+        raise SpecError(where, "unknown recipe", got=repr(name), hint=did_you_mean(name, known))
     if len(having) > 1:
         raise SpecError(
-            "raev2 show", f"several tasks have a recipe {name!r}", expected=f"--task {'|'.join(t.name for t in having)}"
+            where, f"several tasks have a recipe {name!r}", expected=f"--task {'|'.join(t.name for t in having)}"
         )
     return having[0], get_recipe(having[0], name)
 
@@ -351,7 +445,7 @@ def _print_metrics(protocol: str, results: Iterable[Mapping[str, Any]]) -> None:
     rows = [
         (
             r["name"], f"{r['value']:.6g}", "" if r["stderr"] is None else f"{r['stderr']:.2g}", r["num_samples"],
-            direction(r), r["note"],
+            direction(r), r.get("warning") or r["note"],
         ) for r in results
     ]  # fmt: skip
     _print_table(("metric", "value", "stderr", "n", "better", "note"), rows)
@@ -371,6 +465,18 @@ def _refuse_existing(options: Namespace, out: Path, kind: Kind) -> None:
     given = [value for name, value in vars(options).items() if name != "out"]
     needed = [text for value in given for text in (value if isinstance(value, list) else [value])]
     check_replaceable(out, kind, options.overwrite, needed)
+
+
+def _refuse_existing_array(options: Namespace) -> None:
+    """The same for the file of --npz."""
+    file = Path(options.npz)
+    if file.suffix != ".npz":
+        raise SpecError("--npz", "not usable", got=str(file), expected="a name that ends in .npz")
+    if file.exists() and not options.overwrite:
+        raise SpecError("--npz", "exists already", got=str(file), hint="Choose another file, or add --overwrite.")
+    if file.exists() and not holds_plan(file):
+        hint = "Choose another file, or move this one away."
+        raise FileError(str(file), "exists and is not replaced", got=f"no {PLAN} of ours in it", hint=hint)
 
 
 def _missing_of_extras() -> dict[str, list[str]]:

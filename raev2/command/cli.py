@@ -81,7 +81,11 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     )
     sample.add_argument("--weak", metavar="DIR", help="weak generator for --guidance auto")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--out", metavar="DIR", help="default: RUN/samples/seed-N")
+    where = sample.add_mutually_exclusive_group()
+    where.add_argument("--out", metavar="DIR", help="default: RUN/samples/seed-N")
+    where.add_argument(
+        "--npz", metavar="FILE", help="one array instead, as other evaluators read it; an interrupted one is continued"
+    )
     sample.add_argument("--overwrite", action="store_true")
     if sampled is not None:
         _add_conditions(sample, sampled)
@@ -92,9 +96,28 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     reconstruct.add_argument("--out", metavar="DIR", default="reconstructions")
     reconstruct.add_argument("--overwrite", action="store_true")
 
-    evaluate = command("eval", "evaluate by protocol name; writes RUN/eval/PROTOCOL.json")
+    evaluate = command("eval", "evaluate a run, or any pictures, by protocol name; writes PROTOCOL.json")
     _run_options(evaluate)
+    evaluate.add_argument("--images", metavar="PATH", help="pictures instead of a run: a folder, or an .npz file")
+    evaluate.add_argument(
+        "--reference", metavar="PATH", help="what --images is compared with: pictures, a dataset folder or statistics"
+    )
+    evaluate.add_argument("--out", metavar="FILE", help="result of --images (default: beside them)")
     evaluate.add_argument("--protocol", nargs="+", help="default: the protocols of the recipe")
+    evaluate.add_argument(
+        "--expect", nargs="?", const="", metavar="RECIPE",
+        help="compare with the numbers that a recipe states, by default that of the run; exit code 1 outside",
+    )  # fmt: skip
+    reference = evaluate.add_subparsers(dest="action", metavar="reference").add_parser(
+        "reference", help="build reference features"
+    )
+    reference.description = "features of reference pictures, kept for all runs"
+    reference.add_argument("verb", choices=("build",))
+    reference.add_argument("data", metavar="DATA", help="dataset folder, folder of pictures, or .npz file")
+    reference.add_argument("--protocol", nargs="+", required=True)
+    reference.add_argument("--split", default="train", help="of a dataset folder (default: train)")
+    for parser in (evaluate, reference):
+        parser.add_argument("--workers", type=int, help="processes that read pictures (default: up to 8)")
 
     report = command("report", "write RUN/report.html")
     _run_options(report)

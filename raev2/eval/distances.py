@@ -1,13 +1,18 @@
-"""Distances between two sets of images, from their features. Pure functions; read `frechet_distance` first.
+"""Distances between two sets of images, from their features. Pure functions; read `FrechetTo` first.
 
-All sums are float64. No matrix square root of a non-symmetric matrix is taken anywhere, so no SciPy version and no
-BLAS build can change a number, and a covariance of deficient rank (fewer images than features) is an ordinary input.
+All sums are float64. No matrix square root is taken anywhere, so no SciPy version and no BLAS build can change a
+number, and a covariance of deficient rank (fewer images than features) is an ordinary input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -80,53 +85,143 @@ class Moments:
         return moments
 
 
-def frechet_distance(
-    mean1: Float[Tensor, " D"],
-    cov1: Float[Tensor, "D D"],
-    mean2: Float[Tensor, " D"],
-    cov2: Float[Tensor, "D D"],
-) -> float:
-    """Squared Wasserstein-2 distance of two Gaussians.
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and unbiased covariance of features, as a stored reference has them; `count` None: not stated."""
 
-    |mean1 - mean2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1 cov2)^(1/2))
+    mean: Float[Tensor, " D"]
+    cov: Float[Tensor, "D D"]
+    count: int | None = None
 
-    The last trace is the nuclear norm of cov1^(1/2) cov2^(1/2), a sum of singular values. Always finite and >= 0.
+
+class FrechetTo:
+    """Fréchet distances to one reference, whose covariance is decomposed once.
+
+    |mean - mean_ref|^2 + tr(cov) + tr(cov_ref) - 2 tr((cov cov_ref)^(1/2))
+
+    With cov_ref = F F^T, the last trace is the sum of the square roots of the eigenvalues of F^T cov F, which is
+    symmetric. No more of them count than the sets have images, so rounding never stands in for a missing rank.
+
+    rows   features of the reference: all of them, and no more than they are long, are F without a decomposition
 
     Source: Heusel et al., 2017, GANs trained by a two time-scale update rule, eq. 6
     """
-    mean1, cov1, mean2, cov2 = (value.to("cpu", torch.float64) for value in (mean1, cov1, mean2, cov2))
-    cross = torch.linalg.svdvals(_sqrt_psd(cov1) @ _sqrt_psd(cov2)).sum()
-    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
-    return max(float(distance), 0.0)
+
+    def __init__(self, reference: Moments | Gaussian, rows: Float[Tensor, "R D"] | None = None) -> None:
+        self.mean, cov = reference.mean.double(), reference.cov.double()
+        self.trace, self.rank = cov.trace(), _rank(reference, len(cov))
+        if rows is not None and len(rows) == reference.count and len(rows) <= len(cov):
+            self.factor = (rows.double() - self.mean).T / (len(rows) - 1) ** 0.5
+        else:
+            self.factor = _factor(cov, self.rank)
+
+    def __call__(self, moments: Moments | Gaussian) -> float:
+        """Distance of a set; always finite and >= 0."""
+        cov = moments.cov.double()
+        inner = self.factor.T @ cov @ self.factor
+        return self._distance(moments.mean.double() - self.mean, cov.trace(), inner, _rank(moments, self.rank))
+
+    def stderr(self, features: Float[Tensor, "S D"], num_groups: int = 10) -> float | None:
+        """Standard error from drawing these images: jackknife that leaves out one group at a time.
+
+        It says nothing about the spread over training seeds. None with fewer than four images a group.
+        """
+        if len(features) < 4 * num_groups:
+            return None
+        inner, sums, squares = list[Moments](), list[Tensor](), list[Tensor]()
+        for group in range(num_groups):
+            rows = features[group::num_groups].double() - self.mean
+            inner.append(Moments.of(rows @ self.factor))
+            sums.append(rows.sum(0))
+            squares.append(rows.square().sum())
+        values, total = [], reduce(Moments.merge, inner)
+        for own, own_sum, own_square in zip(inner, sums, squares, strict=True):
+            rest = total.merge(own, sign=-1)
+            offset = (sum(sums) - own_sum) / rest.count
+            trace = (sum(squares) - own_square - rest.count * offset.square().sum()) / (rest.count - 1)
+            values.append(self._distance(offset, trace, rest.cov, _rank(rest, self.rank)))
+        return _jackknife(values)
+
+    def _distance(self, offset: Tensor, trace: Tensor, inner: Tensor, rank: int) -> float:
+        with one_thread():
+            cross = torch.linalg.eigvalsh(inner)[-rank:].clamp(min=0).sqrt().sum()
+        return max(float(offset.square().sum() + trace + self.trace - 2 * cross), 0.0)
 
 
-def moments_distance(moments1: Moments, moments2: Moments) -> float:
+def moments_distance(moments: Moments | Gaussian, reference: Moments | Gaussian) -> float:
     """Fréchet distance of two sets of features, from their moments."""
-    return frechet_distance(moments1.mean, moments1.cov, moments2.mean, moments2.cov)
+    return FrechetTo(reference)(moments)
 
 
-def frechet_stderr(
-    features: Float[Tensor, "S D"], reference: Moments | Float[Tensor, "S D"], num_groups: int = 10
-) -> float | None:
-    """Standard error of the Fréchet distance from drawing these images: jackknife that leaves out one group at a time.
-
-    reference   moments of a fixed set, or features paired with `features` (then both lose the same group)
-
-    It says nothing about the spread over training seeds. None with fewer than four images a group.
-    """
+def paired_frechet(
+    features: Float[Tensor, "S D"], reference: Float[Tensor, "S D"], num_groups: int = 10
+) -> tuple[float, float | None]:
+    """Fréchet distance of paired sets and its jackknife error: both lose the same group."""
+    own, their = (
+        [Moments.of(rows[group::num_groups]) for group in range(num_groups)] for rows in (features, reference)
+    )
+    total, total_reference = reduce(Moments.merge, own), reduce(Moments.merge, their)
+    distance = FrechetTo(total_reference, reference)(total)
     if len(features) < 4 * num_groups:
-        return None
-    total = Moments.of(features)
-    total_reference = reference if isinstance(reference, Moments) else Moments.of(reference)
-    distances = []
+        return distance, None
+    values, numbers = [], torch.arange(len(features))
     for group in range(num_groups):
-        without = total.merge(Moments.of(features[group::num_groups]), sign=-1)
-        other = total_reference
-        if not isinstance(reference, Moments):
-            other = total_reference.merge(Moments.of(reference[group::num_groups]), sign=-1)
-        distances.append(moments_distance(without, other))
-    values = torch.tensor(distances, dtype=torch.float64)
-    return float(((num_groups - 1) / num_groups * (values - values.mean()).square().sum()).sqrt())
+        rest = FrechetTo(total_reference.merge(their[group], sign=-1), reference[numbers % num_groups != group])
+        values.append(rest(total.merge(own[group], sign=-1)))
+    return distance, _jackknife(values)
+
+
+def inception_score(logits: Float[Tensor, "S D"], num_splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """Inception Score: mean over splits of exp(KL(p(y|x) || p(y))), and its standard deviation over splits.
+
+    logits   without the bias of the last layer, as torch-fidelity defines it; its seed and its order of images
+
+    Source: Salimans et al., 2016, Improved techniques for training GANs
+    """
+    num_splits = min(num_splits, len(logits))
+    order = np.random.RandomState(seed).permutation(len(logits))
+    log_probs = logits.double().log_softmax(1)[order]
+    bounds = [split * len(logits) // num_splits for split in range(num_splits + 1)]
+    scores = []
+    for start, stop in pairwise(bounds):
+        log_p = log_probs[start:stop]
+        kl = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1).mean()
+        scores.append(float(kl.exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_distance(
+    features: Float[Tensor, "S D"],
+    reference: Float[Tensor, "R D"],
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
+) -> tuple[float, float]:
+    """Kernel distance, KID in Inception's features: `squared_mmd` of subsets, mean and standard deviation.
+
+    The subsets and their seed are those of torch-fidelity; sets with fewer images have smaller subsets.
+
+    Source: Binkowski et al., 2018, Demystifying MMD GANs
+    """
+    size, draw = min(subset_size, len(features), len(reference)), np.random.RandomState(seed).choice
+    values = [
+        squared_mmd(*(rows[draw(len(rows), size, replace=False)] for rows in (features, reference)))
+        for _ in range(num_subsets)
+    ]
+    return float(np.mean(values)), float(np.std(values))
+
+
+def squared_mmd(features: Float[Tensor, "S D"], reference: Float[Tensor, "R D"]) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3; may be slightly negative."""
+    x, y = features.double(), reference.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def mean_of_others(own: Tensor) -> Tensor:
+        return (own.sum() - own.trace()) / (len(own) * (len(own) - 1))
+
+    return float(mean_of_others(kernel(x, x)) + mean_of_others(kernel(y, y)) - 2 * kernel(x, y).mean())
 
 
 def precision_recall(
@@ -148,19 +243,43 @@ def precision_recall(
     )
 
 
-def _sqrt_psd(cov: Tensor) -> Tensor:
-    """Symmetric square root; eigenvalues at the level of rounding are zero (rank deficiency), never negative."""
-    values, vectors = torch.linalg.eigh(cov)
-    floor = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
-    return (vectors * values.where(values > floor, 0).sqrt()) @ vectors.T
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Eigenvalues in one thread: more gain little, and lose twentyfold when other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _factor(cov: Tensor, rank: int) -> Tensor:
+    """F with cov = F F^T."""
+    if rank == len(cov):
+        factor, failed = torch.linalg.cholesky_ex(cov)
+        if not failed:
+            return factor
+    with one_thread():
+        values, vectors = torch.linalg.eigh(cov)
+    return vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
+
+
+def _rank(moments: Moments | Gaussian, most: int) -> int:
+    """The most that the covariance of so many images can have, and `most`."""
+    return most if moments.count is None else min(most, moments.count - 1)
+
+
+def _jackknife(values: Sequence[float]) -> float:
+    spread = torch.tensor(values, dtype=torch.float64).var(correction=0)
+    return float(((len(values) - 1) * spread).sqrt())
 
 
 def _neighbour_radii(points: Tensor, k: int, chunk_size: int) -> Tensor:
     radii = []
     for start in range(0, len(points), chunk_size):
         distances = torch.cdist(points[start : start + chunk_size], points)
-        rows = torch.arange(len(distances))
-        distances[rows, rows + start] = torch.inf  # a point is not its own neighbour
+        distances.diagonal(start).fill_(torch.inf)  # a point is not its own neighbour
         radii.append(distances.kthvalue(k, dim=1).values)
     return torch.cat(radii)
 

@@ -1,4 +1,4 @@
-"""Feature networks for metrics: 8-bit images -> one float32 vector each.
+"""Feature networks for metrics: 8-bit images -> one float32 vector each, and more outputs of the same pass.
 
 A metric carries the name of its feature network: `fd_micro` is a Fréchet distance in the space of the encoder
 'micro'. The name FID belongs to Inception features alone. No network runs under autocast here.
@@ -7,6 +7,9 @@ A metric carries the name of its feature network: `fd_micro` is a Fréchet dista
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -22,7 +25,7 @@ from raev2.tokenizer.encoder_table import ENCODERS, encoder_asset
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.training import dist
 
-INCEPTION = "inception"
+INCEPTION, LOGITS, SPATIAL = "inception", "logits", "spatial"
 
 
 class FeatureExtractor(ABC):
@@ -32,16 +35,24 @@ class FeatureExtractor(ABC):
     dim           length of the vector
     preparation   how images are resized and normalised, in words, for the result files
     fingerprint   SHA-256 of the network's name, preparation and weights
+    more          length of further outputs of the same pass, by name
+    model         what files of published statistics have in their names
     """
 
     name: str
     dim: int
     preparation: str
     fingerprint: str
+    more: Mapping[str, int] = MappingProxyType({})
+    model: str = ""
 
     @abstractmethod
     def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
         """Features of 8-bit images, float32 on the CPU."""
+
+    def outputs(self, images_u8: ImagesU8) -> dict[str, Tensor]:
+        """All outputs by name; '' has the features."""
+        return {"": self(images_u8)}
 
 
 class EncoderFeatures(FeatureExtractor):
@@ -62,31 +73,44 @@ class EncoderFeatures(FeatureExtractor):
 
 
 class InceptionFeatures(FeatureExtractor):
-    """The 2048 pool features of `inception-v3-compat` of torch-fidelity: the network of FID, with its own resize."""
+    """The 2048 pool features of `inception-v3-compat` of torch-fidelity: the network of FID, with its own resize.
 
-    name, dim = INCEPTION, 2048
+    More: `logits` without bias, of the Inception Score, and `spatial`, of sFID: the first 7 channels of the block
+    `mixed_6` of TensorFlow, 17 x 17, channels last as ADM's statistics have them.
+
+    file   weights; None: those of FID
+    """
+
+    name, model, dim, more = INCEPTION, INCEPTION, 2048, MappingProxyType({LOGITS: 1008, SPATIAL: 17 * 17 * 7})
     preparation = "torch-fidelity inception-v3-compat: TensorFlow 1 bilinear resize to 299 px, pool features"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, file: Path | None = None) -> None:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise DataError(
                 "features inception", "torch-fidelity is not installed", hint="Run `pip install raev2[eval]`."
             ) from error
-        dist.on_main(INCEPTION_WEIGHTS.fetch)
-        self.device = device
+        file, self.device = file or _inception_weights(), device
         self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(INCEPTION_WEIGHTS.place)
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
         ).to(device)
-        self.fingerprint = json_sha256(
-            [self.preparation, INCEPTION_WEIGHTS.place.name]
-        )  # the name holds the hash, which was checked
+        self.network.Mixed_6d.register_forward_hook(self._keep)
+        self.fingerprint = json_sha256([self.preparation, file.name])  # the name holds the hash, which was checked
 
     def __call__(self, images_u8: ImagesU8) -> Float[Tensor, "B D"]:
         """Pool features."""
+        return self.outputs(images_u8)[""]
+
+    def outputs(self, images_u8: ImagesU8) -> dict[str, Tensor]:
+        """Pool features, `logits` and `spatial`."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.network(images_u8.to(self.device))[0].float().cpu()
+            pool, logits = self.network(images_u8.to(self.device))
+        found = {"": pool, LOGITS: logits, SPATIAL: self.spatial}
+        return {name: value.float().cpu() for name, value in found.items()}
+
+    def _keep(self, block: object, inputs: object, output: Tensor) -> None:
+        self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
 
 
 def build_extractor(name: str, device: torch.device) -> FeatureExtractor:
@@ -97,6 +121,26 @@ def build_extractor(name: str, device: torch.device) -> FeatureExtractor:
 def extractor_needs(name: str) -> list[Asset]:
     """Weights that `build_extractor` reads."""
     return [INCEPTION_WEIGHTS] if name == INCEPTION else [encoder_asset(name)]
+
+
+class NotFinite(DataError):
+    """Features that are no numbers: evaluation ends, training goes on without this evaluation."""
+
+
+def not_finite(numbers: Sequence[int], outputs: Mapping[str, Tensor]) -> list[int]:
+    """Numbers of the pictures that have an output which is not finite."""
+    fine = torch.stack([value.isfinite().all(1) for value in outputs.values()]).all(0)
+    return [number for number, good in zip(numbers, fine.tolist(), strict=True) if not good]
+
+
+def check_finite(space: str, pictures: str, bad: Sequence[int]) -> None:
+    """Raise NotFinite on all processes, with space and pictures in it, where one of them has found bad ones."""
+    bad = sorted({number for part in dist.gather_objects(list(bad)) for number in part})
+    if bad:
+        raise NotFinite(
+            f"features '{space}' of {pictures}", f"not finite for {len(bad):,} pictures",
+            got=f"numbers {', '.join(map(str, bad[:5]))}", hint="The feature network or its weights are broken.",
+        )  # fmt: skip
 
 
 def frechet_name(extractor_name: str) -> str:
@@ -116,3 +160,9 @@ def load_encoder(name: str, device: torch.device) -> FrozenEncoder:
     info = ENCODERS.get(name)
     side = info.side if info else 16
     return build_encoder(EncoderSpec(name=name), (side, side)).to(device)
+
+
+def _inception_weights() -> Path:
+    """Weights file in torch's cache, downloaded once. Its hash is checked: it is a pickle that others load for us."""
+    dist.on_main(INCEPTION_WEIGHTS.fetch)
+    return INCEPTION_WEIGHTS.place

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from raev2.task import EvalContext
 from raev2.training import dist
 
 logger = logging.getLogger(__name__)
+CHUNK_SIZE = 64  # images a chunk; fixed, so that no result depends on a batch size
 PROGRESS_SECONDS = 15.0
 
 
@@ -46,17 +47,21 @@ def collect(
 
     rows   global numbers of a chunk -> tensors by name, one row a number
     """
-    own: list[tuple[list[int], dict[str, Tensor]]] = []
-    for chunk in local_chunks(num_samples, chunk_size, what):
-        found = {name: value.detach().cpu() for name, value in rows(chunk).items()}
-        for name, value in found.items():
+    return gathered((chunk, rows(chunk)) for chunk in local_chunks(num_samples, chunk_size, what))
+
+
+def gathered(parts: Iterable[tuple[Sequence[int], Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Rows of all numbered samples, in order and on every process, from the parts that each process computed."""
+    own: list[tuple[Sequence[int], dict[str, Tensor]]] = []
+    for chunk, rows in parts:
+        own.append((chunk, {name: value.detach().cpu() for name, value in rows.items()}))
+        for name, value in rows.items():
             assert len(value) == len(chunk), f"{name}: {len(value)} rows for {len(chunk)} samples"
-        own.append((chunk, found))
-    parts = [part for process in dist.gather_objects(own) for part in process]
-    parts.sort(key=lambda part: part[0][0])
-    order = [index for chunk, _ in parts for index in chunk]
-    assert order == list(range(num_samples)), "every sample exactly once"
-    return {name: torch.cat([found[name] for _, found in parts]) for name in parts[0][1]}
+    found = [part for process in dist.gather_objects(own) for part in process]
+    numbers = torch.tensor([number for chunk, _ in found for number in chunk])
+    assert len(numbers.unique()) == len(numbers), "every sample exactly once"
+    order = numbers.argsort()
+    return {name: torch.cat([rows[name] for _, rows in found])[order] for name in found[0][1]}
 
 
 def generated_images(

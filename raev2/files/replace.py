@@ -34,7 +34,7 @@ _STAGES = "(tokenizer|generator)"
 CHECKPOINT = Kind("", "", r"[^/]+\.(json|safetensors)")
 ARTEFACT = Kind("config.json", VERSION, _ARTEFACT)
 SAMPLES = Kind("plan.json", '"time_shift"', r"plan\.json|grid\.png|\d{5,}\.png")
-RECONSTRUCTIONS = Kind("table.json", VERSION, r"table\.json|grid\.png|\d{5,}-[^/]*\.png")
+RECONSTRUCTIONS = Kind("table.json", VERSION, r"table\.(json|csv)|grid\.png|\d{5,}-[^/]*\.png")
 EXPORT = Kind(
     "export.json", VERSION,
     rf"[^/]+\.(json|yaml|pt|safetensors)|{_STAGES}/{_ARTEFACT}",

@@ -36,7 +36,7 @@ MAX_EVENTS = 50
 PAUSE_SECONDS = 1800
 LEARNING_RATE, IMAGES_PER_S = "Learning rate", "Speed, images/s"  # always on a linear scale
 NO_LOSS = {"stage", "kind", "images", "step", "time", "images_per_s", "data_wait", "skipped_images"}  # of a log line
-NO_MEANING = {"better": "", "role": "detail", "about": "", "of": None, "point": None, "levels": ()}  # in old files
+NO_MEANING = {"better": "", "role": "detail", "about": "", "of": None, "point": None, "levels": (), "warning": ""}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -62,6 +62,7 @@ def write_report(run_dir: str | Path) -> Path:
     header = _header(run_dir, spec, provenance, lines)
     summary = _summary(spec, provenance, lines, results, data)
     warnings += _health(lines)
+    warnings += [f"{result['protocol']}: {text}." for result in results for text in result.get("warnings", ())]
     samples = {
         "generator": _grids(run_dir / "samples", "generator"),
         "tokenizer": _grids(run_dir / "samples", "tokenizer"),
@@ -157,6 +158,7 @@ def _tiles(results: Sequence[Mapping]) -> list[dict[str, str]]:
     for result, entry in filter(None, chain(*zip_longest(*of_protocols))):
         error = f"± {number(entry['stderr'])}, " if entry.get("stderr") else ""
         text = f"{error}n = {entry['num_samples']:,}, {direction(entry)} is better, protocol {result['protocol']}"
+        text = entry["warning"] or text
         tiles.setdefault(entry["name"], {"name": entry["name"], "value": number(entry["value"]), "text": text})
     return list(tiles.values())[:MAX_TILES]
 
@@ -174,7 +176,8 @@ def _in_words(result: Mapping) -> list[str]:
             beside = "; ".join(f"{row['name']} {number(row['value'])} ({row['about'].rstrip('.')})" for row in scale)
             return [
                 f"Protocol {result['protocol']}: {entry['name']} is {number(entry['value'])}, n = "
-                f"{entry['num_samples']:,}; {direction(entry)} is better. On the same scale: {beside}."
+                f"{entry['num_samples']:,}; {entry['warning'] or f'{direction(entry)} is better'}. "
+                f"On the same scale: {beside}."
             ]
     return []
 
@@ -336,7 +339,7 @@ def _evaluation(result: Mapping, run_dir: Path) -> dict[str, Any]:
         {
             "name": entry["name"], "value": number(entry["value"]), "num_samples": f"{entry['num_samples']:,}",
             "stderr": number(entry["stderr"]) if entry.get("stderr") is not None else "",
-            "note": entry.get("note", ""), "role": entry["role"], "better": direction(entry),
+            "note": entry["warning"] or entry.get("note", ""), "role": entry["role"], "better": direction(entry),
         }
         for entry in result["results"]
     ]  # fmt: skip

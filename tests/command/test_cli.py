@@ -176,7 +176,8 @@ def test_missing_pictures(refused, run_copy, tmp_path):
     assert refused(3, "reconstruct", "--run", run_copy, "nowhere.png") == "nowhere.png: no such file or folder"
     (tmp_path / "notes.txt").write_text("x")
     message = refused(3, "reconstruct", "--run", run_copy, "notes.txt")
-    assert message == "notes.txt: cannot be read as an image; got UnidentifiedImageError"
+    reason = "notes.txt: cannot be read as an image; got UnidentifiedImageError"
+    assert message == f"notes.txt: none of 1 pictures can be read; got {reason}"
     (tmp_path / "empty").mkdir()
     expected = "empty: no images here; expected files of a format that Pillow reads"
     assert refused(3, "reconstruct", "--run", run_copy, "empty") == expected

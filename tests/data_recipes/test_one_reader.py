@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from raev2.data import FolderDataset
+from raev2.eval.reconstruct import image_files, read_image
 from raev2.files.images import centre_crop
-from raev2.pipeline import image_files, read_image
 from raev2_data_recipes.captions.shard_recipe import prepared
 from raev2_data_recipes.pictures import image_folder
 from raev2_tasks.nwm.data.dataset import TrajectoryDataset

@@ -7,10 +7,13 @@ import torch
 
 from raev2.errors import DataError
 from raev2.eval.distances import (
+    FrechetTo,
+    Gaussian,
     Moments,
-    frechet_distance,
-    frechet_stderr,
+    inception_score,
+    kernel_distance,
     moments_distance,
+    paired_frechet,
     precision_recall,
 )
 
@@ -23,7 +26,7 @@ def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form():
     mean1, mean2 = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([0.0, 1.0, 0.5]).double()
     std1, std2 = torch.tensor([1.0, 2.0, 0.3]).double(), torch.tensor([2.0, 0.5, 0.3]).double()
     expected = float((mean1 - mean2).square().sum() + (std1 - std2).square().sum())
-    found = frechet_distance(mean1, std1.square().diag(), mean2, std2.square().diag())
+    found = moments_distance(Gaussian(mean1, std1.square().diag()), Gaussian(mean2, std2.square().diag()))
     assert found == pytest.approx(expected, abs=1e-10)
 
 
@@ -35,7 +38,7 @@ def test_frechet_distance_of_non_commuting_covariances_is_the_closed_form():
     cross = math.sqrt(float(product.trace()) + 2 * math.sqrt(float(torch.linalg.det(product))))
     zero = torch.zeros(2).double()
     expected = float(a.trace() + b.trace()) - 2 * cross
-    assert frechet_distance(zero, a, zero, b) == pytest.approx(expected, abs=1e-10)
+    assert moments_distance(Gaussian(zero, a), Gaussian(zero, b)) == pytest.approx(expected, abs=1e-10)
 
 
 def test_frechet_distance_of_rank_deficient_sets_is_finite_and_zero_to_itself():
@@ -77,10 +80,10 @@ def test_jackknife_error_matches_the_spread_over_independent_draws():
     reference = Moments.of(randn(4000, 4, seed=99))
     draws = [randn(200, 4, seed=seed) + 0.5 for seed in range(40)]
     spread = torch.tensor([moments_distance(Moments.of(draw), reference) for draw in draws]).std()
-    estimates = [frechet_stderr(draw, reference) for draw in draws]
+    estimates = [FrechetTo(reference).stderr(draw) for draw in draws]
     estimate = torch.tensor([value for value in estimates if value is not None]).mean()
     assert 0.7 < estimate / spread < 1.4
-    assert frechet_stderr(draws[0][:20], reference) is None
+    assert FrechetTo(reference).stderr(draws[0][:20]) is None
 
 
 def test_precision_and_recall_of_equal_distant_and_collapsed_sets():
@@ -101,3 +104,80 @@ def test_precision_counts_by_hand_and_does_not_depend_on_the_chunk_size():
     assert precision_recall(real, fake, chunk_size=7) == precision_recall(real, fake)
     with pytest.raises(DataError, match="too few images; got 3; expected > 3"):
         precision_recall(real[:3], fake)
+
+
+# The fast ways give the numbers of the slow ones.
+
+
+def by_singular_values(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Fréchet distance of two sets without any covariance: the nuclear norm of the product of centred features."""
+    (mean_a, a), (mean_b, b) = ((rows.mean(0), (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5) for rows in (a, b))
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    return float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
+
+
+def spectrum(num: int, dim: int, seed: int) -> torch.Tensor:
+    """Features whose standard deviations span three decades, in no particular axes."""
+    rotation = torch.linalg.qr(randn(dim, dim, seed=99).double())[0]
+    return randn(num, dim, seed=seed).double() * torch.logspace(0, -3, dim).double() @ rotation
+
+
+@pytest.mark.parametrize(("num", "num_reference"), [(300, 400), (40, 400), (400, 40), (40, 50), (64, 65)])
+def test_the_distance_is_that_of_singular_values_at_every_rank(num, num_reference):
+    features, reference = spectrum(num, 64, 0), spectrum(num_reference, 64, 1) + 0.1
+    expected = by_singular_values(features, reference)
+    own, their = Moments.of(features), Moments.of(reference)
+    assert moments_distance(own, their) == pytest.approx(expected, rel=1e-9)
+    assert FrechetTo(their, reference)(own) == pytest.approx(expected, rel=1e-9)
+    stored = Gaussian(their.mean, their.cov)  # a file that does not say how many images it has
+    assert moments_distance(own, stored) == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_feature_that_is_always_zero_changes_nothing():
+    features, reference = spectrum(100, 20, 0), spectrum(90, 20, 1)
+    padded = [torch.cat([rows, torch.zeros(len(rows), 1).double()], 1) for rows in (features, reference)]
+    expected = moments_distance(Moments.of(features), Moments.of(reference))
+    assert moments_distance(*map(Moments.of, padded)) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("num", [60, 200])
+def test_the_error_is_the_jackknife_over_ten_groups_that_are_left_out(num):
+    features, reference = spectrum(num, 64, 0), spectrum(num, 64, 1)
+    rest = [torch.arange(num) % 10 != group for group in range(10)]
+    for found, left_out in (
+        (FrechetTo(Moments.of(reference)).stderr(features), [reference] * 10),
+        (paired_frechet(features, reference)[1], [reference[keep] for keep in rest]),
+    ):
+        values = [by_singular_values(features[keep], other) for keep, other in zip(rest, left_out, strict=True)]
+        spread = torch.tensor(values, dtype=torch.float64)
+        assert found == pytest.approx(float((9 / 10 * (spread - spread.mean()).square().sum()).sqrt()), rel=1e-6)
+    assert paired_frechet(features, reference)[0] == pytest.approx(by_singular_values(features, reference), rel=1e-9)
+    assert paired_frechet(features[:39], reference[:39])[1] is None
+
+
+# Inception Score and kernel distance against closed forms; torch-fidelity is the oracle of test_fidelity.py.
+
+
+def test_the_inception_score_is_the_number_of_classes_that_are_told_apart():
+    one_hot = 50 * torch.eye(4).repeat(100, 1)  # sure of its class, all classes equally often
+    assert inception_score(one_hot)[0] == pytest.approx(4, rel=0.05)  # 40 images a split, not all of 10 a class
+    assert inception_score(one_hot, num_splits=1) == pytest.approx((4, 0))
+    assert inception_score(torch.zeros(100, 4)) == pytest.approx((1, 0))
+    assert inception_score(randn(200, 6).double(), num_splits=1)[0] == pytest.approx(
+        inception_score(randn(200, 6).double() + 3.0, num_splits=1)[0]
+    )
+
+
+def test_the_kernel_distance_of_two_points_is_the_closed_form():
+    # All images alike: x . x / D = 4, y . y / D = 1, x . y / D = 2
+    features, reference = torch.full((30, 8), 2.0), torch.full((40, 8), 1.0)
+    mean, spread = kernel_distance(features, reference, num_subsets=3)
+    assert mean == pytest.approx(5**3 + 2**3 - 2 * 3**3) and spread == pytest.approx(0, abs=1e-9)
+
+
+def test_the_kernel_distance_of_one_distribution_is_zero_within_its_error():
+    features, reference = randn(3000, 8), randn(3000, 8, seed=1)
+    mean, spread = kernel_distance(features, reference, num_subsets=20, subset_size=500)
+    assert abs(mean) < spread
+    moved, _ = kernel_distance(features + 0.3, reference, num_subsets=20, subset_size=500)
+    assert moved > 5 * spread

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
+import logging
 import platform
 import re
 from pathlib import Path
@@ -17,11 +19,11 @@ from raev2.eval.image_pairs import FeatureDistance
 from raev2.eval.protocols import (
     GenerationEvaluator,
     ReconstructionEvaluator,
-    block_shuffle,
     ep_fid,
     run_protocol,
-    split_features,
 )
+from raev2.eval.sets import block_shuffle, set_features, split_pictures
+from raev2.report.page import write_report
 from raev2.spec import (
     DataSpec,
     DDTSpec,
@@ -97,7 +99,8 @@ def context(data_dir, tmp_path) -> EvalContext:
 
     def generate(cond, indices):
         """A perfect memory: the validation picture of each index, with some noise of that index."""
-        images = torch.stack([dataset("val").image(index % 40) for index in indices]).int()
+        val = dataset("val")
+        images = torch.stack([val.image(index) for index in val.asked(40, indices)]).int()
         noise = [torch.randint(-9, 10, images.shape[1:], generator=torch.Generator().manual_seed(i)) for i in indices]
         return (images + torch.stack(noise)).clamp(0, 255).to(torch.uint8)
 
@@ -105,7 +108,8 @@ def context(data_dir, tmp_path) -> EvalContext:
 
 
 def cond(spec, dataset, indices):
-    return {"label": torch.tensor([dataset.cond(index % len(dataset))["label"] for index in indices])}
+    asked = dataset.asked(spec.evaluation.num_samples, indices)
+    return {"label": torch.tensor([dataset.cond(index)["label"] for index in asked])}
 
 
 def pairs(name, device):
@@ -172,7 +176,7 @@ def test_the_perceptual_distance_falls_back_only_under_its_own_name(monkeypatch)
     evaluator = ReconstructionEvaluator("reconstruction")
     for available, expected in ((True, "lpips_vgg"), (False, "feature_distance_micro")):
         monkeypatch.setattr("raev2.eval.protocols.lpips_available", lambda backbone, found=available: found)
-        assert evaluator._available() == expected
+        assert evaluator.available() == expected
     assert frechet_name("inception") == "fid" and frechet_name("micro") == "fd_micro"
 
 
@@ -182,16 +186,18 @@ def test_the_perceptual_distance_falls_back_only_under_its_own_name(monkeypatch)
 def test_generation_yields_the_numbers_and_their_scale(context):
     found = values(run_protocol(generation(), context))
     assert list(found) == [
-        "fd_pixels", "fd_ratio_pixels", "precision_pixels", "recall_pixels",
-        "fd_pixels_val", "fd_pixels_shuffled", "precision_pixels_val", "recall_pixels_val",
+        "fd_pixels", "fd_ratio_pixels", "fd_pixels_floor", "fd_pixels_val", "fd_pixels_shuffled",
+        "precision_pixels", "recall_pixels", "precision_pixels_val", "recall_pixels_val",
     ]  # fmt: skip
-    assert found["fd_pixels_val"] < found["fd_pixels"] < found["fd_pixels_shuffled"]
+    assert found["fd_pixels_floor"] < found["fd_pixels_val"] < found["fd_pixels"] < found["fd_pixels_shuffled"]
     assert found["fd_ratio_pixels"] > 1
 
 
 def test_real_pictures_have_ratio_one(context, data_dir):
     val = FolderDataset(data_dir, "val", (SIZE, SIZE))
-    real = dataclasses.replace(context, generate=lambda cond, indices: torch.stack([val.image(i) for i in indices]))
+    real = dataclasses.replace(
+        context, generate=lambda cond, indices: torch.stack([val.image(i) for i in val.asked(40, indices)])
+    )
     found = values(run_protocol(generation(num_samples=40), real))
     assert found["fd_ratio_pixels"] == pytest.approx(1, abs=1e-9)
     assert found["fd_pixels"] == pytest.approx(found["fd_pixels_val"])
@@ -201,7 +207,8 @@ def test_real_pictures_have_ratio_one(context, data_dir):
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_numbers_do_not_depend_on_the_chunk_size(context, monkeypatch, tmp_path, chunk):
     expected = values(run_protocol(generation(), context))
-    monkeypatch.setattr("raev2.eval.protocols.CHUNK_SIZE", chunk)
+    for module in ("sets", "protocols"):
+        monkeypatch.setattr(f"raev2.eval.{module}.CHUNK_SIZE", chunk)
     again = dataclasses.replace(context, cache_dir=tmp_path / "other")
     assert values(run_protocol(generation(), again)) == pytest.approx(expected, rel=1e-6)
 
@@ -215,7 +222,7 @@ def test_every_condition_goes_with_its_index(context):
 
     run_protocol(generation(num_samples=70), dataclasses.replace(context, generate=generate))
     val = context.dataset("val")
-    assert seen == {index: val.cond(index % 40)["label"] for index in range(70)}
+    assert seen == {number: val.cond(val.subset()[number % 40])["label"] for number in range(70)}
 
 
 def test_reference_features_are_computed_once_and_found_by_fingerprint(context, data_dir, tmp_path):
@@ -227,8 +234,8 @@ def test_reference_features_are_computed_once_and_found_by_fingerprint(context, 
     dataset = context.dataset("train")
     before = len(list(context.cache_dir.iterdir()))
     extractor.fingerprint = "0" * 64  # other weights
-    split_features(context, extractor, dataset, 90)
-    split_features(context, extractor, dataset, 89)
+    set_features(split_pictures(dataset), extractor, context.cache_dir)
+    set_features(split_pictures(dataset, dataset.subset(89)), extractor, context.cache_dir)
     assert len(list(context.cache_dir.iterdir())) == before + 2
 
 
@@ -266,6 +273,26 @@ def test_the_result_file_says_what_the_numbers_depend_on(context, tmp_path):
     installed = {name: version for name, version in package_versions().items() if version is not None}
     assert written["versions"] == {"python": platform.python_version(), **installed}, "the list of provenance.json"
     assert written["spec"]["tokenizer"]["grid"] == [2, 2] and written["date"]
+
+
+def test_what_forbids_to_read_a_number_stands_in_file_log_and_report(context, data_dir, tmp_path, caplog):
+    """A generator that shows every training picture once, in the name of a single class."""
+    train = FolderDataset(data_dir, "train", (SIZE, SIZE))
+    memory = dataclasses.replace(context, generate=lambda cond, indices: torch.stack([train.image(i) for i in indices]))
+    evaluator = generation(num_samples=90, groups=lambda spec, dataset, numbers: [0] * len(numbers))
+    with caplog.at_level(logging.WARNING):
+        found = {result.name: result for result in run_protocol(evaluator, memory, tmp_path / "eval")}
+    assert found["fd_pixels"].value < 1e-6 < found["fd_pixels_floor"].value
+    written = json.loads((tmp_path / "eval/generation.json").read_text())
+    classes = len(train.classes)
+    assert written["coverage"] == {"what": "classes", "asked": 1, "of": classes}
+    headroom = f"no headroom at this size: as many real pictures of 'train' have {found['fd_pixels_floor'].value:.4g}"
+    expected = [f"fd_pixels: {headroom}", f"fd_ratio_pixels: {headroom}"]
+    expected += [f"asks for 1 of {classes} classes of the data, and says nothing about the others"]
+    assert written["warnings"] == caplog.messages == expected
+    page = html.unescape(write_report(tmp_path).read_text())
+    assert all(f"generation: {text}." in page for text in expected)
+    assert f"n = 90; {headroom}" in page and "n = 90; lower is better" not in page
 
 
 def test_the_same_protocol_twice_gives_the_same_numbers(context, tmp_path):
@@ -360,7 +387,7 @@ def test_metrics_of_the_core_say_what_they_mean(context):
         "psnr", "ssim", "precision_pixels", "recall_pixels", "precision_pixels_val", "recall_pixels_val",
     }  # fmt: skip
     assert {name: result.of for name, result in found.items() if result.role == "scale"} == {
-        "fd_pixels_val": "fd_pixels", "fd_pixels_shuffled": "fd_pixels",
+        "fd_pixels_floor": "fd_pixels", "fd_pixels_val": "fd_pixels", "fd_pixels_shuffled": "fd_pixels",
         "precision_pixels_val": "precision_pixels", "recall_pixels_val": "recall_pixels",
     }  # fmt: skip
     assert not any(result.levels for result in found.values()), "papers state levels of FID alone"

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from raev2.errors import DataError
+from raev2.eval.reconstruct import image_files
 from raev2.files.picture_folder import scan_folder, told
-from raev2.pipeline import image_files
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ MAX_LINES = 600
 ORDER = """
     errors files.plugins shapes spec batch
     files.damage files.hashes files.assets files.splits files.images files.picture_folder files.manifest files.replace
-    files.artefact files.grid
+    files.artefact files.grid files.picture_array
     flow guidance sampler nn data
     training.dist
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
@@ -34,7 +34,8 @@ ORDER = """
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files
     training.ema training.optim training.checkpoint training.lock training.run training.resume training.preflight
-    eval.features eval.distances eval.image_pairs eval.generate eval.protocols
+    eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
+    eval.pictures eval.reconstruct
     train_tokenizer train_generator
     report.chart report.published report.page
     pipeline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from raev2 import pipeline, train_generator
 from raev2.errors import CheckpointError
+from raev2.eval.features import EncoderFeatures, NotFinite
 from raev2.flow import training_loss
 from raev2.spec import RunSpec
 from raev2.spec_io import apply_overrides
@@ -106,14 +108,49 @@ def test_a_checkpoint_due_with_an_evaluation_is_there_when_the_evaluation_begins
 
     def interrupted(trained, *arguments, **options):
         there.append(checkpoints(trained.run.dir))
-        if len(there) == 2:
+        if len(there) == 1:
             raise KeyboardInterrupt
         return evaluate(trained, *arguments, **options)
 
     monkeypatch.setattr(pipeline, "_evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(spec, tmp_path / "run")
-    assert there == [[], [16, 32, 48]]
+    assert there == [[16, 32, 48]]
     run = pipeline.train(spec, tmp_path / "run")
     evaluated = [line["images"] for line in log(run) if line["kind"] == "eval"]
-    assert evaluated == [0, 48]
+    assert evaluated == [48]
+
+
+# Features of an evaluation that are not finite.
+
+
+def broken_features(monkeypatch) -> None:
+    """Every second picture has features that are no numbers."""
+    real = EncoderFeatures.__call__
+
+    def spoiled(self, images_u8):
+        features = real(self, images_u8)
+        features[::2] = torch.nan
+        return features
+
+    monkeypatch.setattr(EncoderFeatures, "__call__", spoiled)
+
+
+def test_training_goes_on_without_an_evaluation_whose_features_are_not_finite(spec, tmp_path, monkeypatch, caplog):
+    broken_features(monkeypatch)
+    settings = ["generator_training.eval_every_images=32", "evaluation.num_samples=16"]
+    run = pipeline.train(apply_overrides(spec, settings), tmp_path / "run")
+    assert (run / "generator" / "config.json").is_file()
+    assert "no evaluation after 32 images, the training goes on: features 'micro' of generated pictures" in caplog.text
+    assert not [entry for entry in log(run) if entry["kind"] == "eval" and entry["stage"] == "generator"]
+
+
+def test_an_evaluation_by_command_ends_with_the_space_and_the_pictures(trained_run, tmp_path, monkeypatch):
+    broken_features(monkeypatch)
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    for protocol, what in (
+        ("generation-micro", "generated pictures: not finite for 8 pictures; got numbers 0, 2, 4, 6, 8"),
+        ("reconstruction-micro", r"reconstructions and originals: not finite for \d+ pictures; got numbers \d"),
+    ):
+        with pytest.raises(NotFinite, match=f"features 'micro' of {what}.*The feature network or its weights"):
+            pipeline.evaluate_run(run, [protocol])

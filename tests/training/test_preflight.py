@@ -242,6 +242,15 @@ def _not_installed(name):
     raise PackageNotFoundError(name)
 
 
+def test_a_feature_space_among_several_may_be_missing(find, tiny_spec):
+    found = find(evaluation=tiny_spec.evaluation.replace(protocols=("generation-fdr6",)))
+    spaces = [finding for finding in found if finding.detail.startswith("the space is left out")]
+    assert sorted(finding.what for finding in spaces) == [
+        "Inception", "space clip", "space convnext", "space dinov2", "space mae", "space siglip"
+    ]  # fmt: skip
+    assert all((finding.state, finding.error) == ("missing", None) for finding in spaces)
+
+
 def test_a_task_says_what_its_conditions_need():
     task = get_task("t2i")
     spec = get_recipe(task, "raev2-siglip2b-gemma2")

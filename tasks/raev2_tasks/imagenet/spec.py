@@ -16,8 +16,7 @@ class ClassToImageSpec(TaskSpec):
     num_classes: int | None = Field(None, gt=0, description="null: counted from the dataset's class list")
     num_class_tokens: int = Field(8, ge=1, description="in-context tokens of a label (8 in RAEv2)")
     unconditional: bool = Field(False, description="train without labels; the only choice for unlabelled data")
-    eval_labels: Literal["validation", "balanced"] = Field(
+    eval_labels: Literal["validation", "balanced", "uniform"] = Field(
         "validation",
-        description="labels of evaluation samples: those of the validation split in order (on ImageNet 50 a class, the "
-        "published protocol), or every class equally often",
+        description="labels of samples that are asked for without a protocol; protocols name their own policy",
     )

@@ -58,16 +58,9 @@ class ClassToImage(Task):
 
     def eval_cond(self, spec: RunSpec, dataset: ImageDataset, indices: Sequence[int]) -> Cond:
         """Labels of evaluation samples by `task.eval_labels`; `dataset` is the validation split."""
-        import torch
+        from raev2_tasks.imagenet.protocols import label_cond
 
-        task = _task_spec(spec)
-        if task.unconditional:
-            return {}
-        if task.eval_labels == "balanced":
-            labels = [index % len(dataset.classes) for index in indices]
-        else:
-            labels = [dataset.cond(index % len(dataset))["label"] for index in indices]
-        return {"label": torch.tensor(labels)}
+        return label_cond(_task_spec(spec).eval_labels, spec, dataset, indices)
 
     def sample_options(self) -> Mapping[str, Mapping[str, Any]]:
         """Classes."""
@@ -98,7 +91,7 @@ class ClassToImage(Task):
         """Protocols; the names say which features measure."""
         from raev2_tasks.imagenet.protocols import protocols
 
-        return protocols(self, spec)
+        return protocols(spec)
 
     def recipes(self) -> dict[str, Callable[[], RunSpec]]:
         """quickstart, laptop, and the published systems."""

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raev2.batch import Better, Cond, MetricResult, Role
-from raev2.data import ImageDataset
+from raev2.data import ImageDataset, random_subset
 from raev2.errors import DataError
 from raev2.eval.features import FeatureExtractor, build_extractor, extractor_needs
-from raev2.eval.generate import collect, generated_images, local_chunks
-from raev2.eval.protocols import CHUNK_SIZE, GenerationEvaluator, ReconstructionEvaluator, mean_and_error
+from raev2.eval.generate import CHUNK_SIZE, collect, generated_images, local_chunks
+from raev2.eval.protocols import GenerationEvaluator, ReconstructionEvaluator, mean_and_error
 from raev2.files.assets import Asset
 from raev2.spec import RunSpec
 from raev2.task import EvalContext, Evaluator, Task
@@ -41,7 +41,7 @@ TRACKS = {
 WITH_COMPOSITIONS = ("g60", "s12")
 HELD, SEEN = "test_held", "test_seen"
 CLIP = "openai/clip-vit-large-patch14"
-CAPTIONS = "captions of the validation split in its order, repeated as needed"
+CAPTIONS = "captions of random pictures of the validation split, each once before any repeats"
 
 VALUES: dict[str, tuple[Better, str]] = {  # further numbers of the scorers
     "components": ("lower", "Objects found in a picture, mean; prompts name one to four, more are clutter."),
@@ -101,7 +101,7 @@ class BenchmarkEvaluator(Evaluator):
         """Name a protocol.
 
         prompt_cond   texts -> raw conditions
-        num_samples   at most so many pictures of each split: whole passes over its prompts, or evenly spread prompts
+        num_samples   at most so many pictures of each split: whole passes over its prompts, or a random part of them
         """
         self.protocol, self.track, self.prompt_cond, self.num_samples = protocol, track, prompt_cond, num_samples
         self.metric = f"{track}_exact"
@@ -114,7 +114,8 @@ class BenchmarkEvaluator(Evaluator):
         passes = min(track.IMAGES_PER_PROMPT, self.num_samples // len(prompts))
         if passes:
             return prompts * passes
-        return [prompts[i * len(prompts) // self.num_samples] for i in range(self.num_samples)]
+        chosen = random_subset([row.prompt for row in prompts], [row.tag for row in prompts], self.num_samples)
+        return [prompts[number] for number in chosen]
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """Prompts and their hashes."""
@@ -126,7 +127,9 @@ class BenchmarkEvaluator(Evaluator):
             }
             for split in (HELD, SEEN)
         }
-        return {"track": self.track, "prompts": prompts, "scored_at_px": 256}
+        known = {row.prompt for row in get_track(self.track).prompts(HELD)}
+        coverage = {"what": "prompts", "asked": prompts[HELD]["num_prompts"], "of": len(known)}
+        return {"track": self.track, "prompts": prompts, "coverage": coverage, "scored_at_px": 256}
 
     def run(self, context: EvalContext) -> Iterator[MetricResult]:
         """The headline, its parts by tag and tier, and the scale."""
@@ -274,22 +277,23 @@ class RetrievalEvaluator(Evaluator):
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """Which captions, among how many pictures."""
-        return {"label_policy": f"the first captions of '{self.split}', each once"}
+        return {"label_policy": f"captions of random pictures of '{self.split}', each once"}
 
     def run(self, context: EvalContext) -> Iterator[MetricResult]:
         """Share of captions whose picture is found first, and among the first 5; then the same after the tokenizer."""
         dataset = context.dataset(self.split)
-        num = min(len(dataset), self.num_samples)
+        asked = dataset.subset(self.num_samples)
+        num = len(asked)
         extractor = self.build(self.extractor, context.device)
 
         def rows(indices: Sequence[int]) -> dict[str, Tensor]:
-            real = torch.stack([dataset.image(index) for index in indices])
+            real = torch.stack([dataset.image(asked[index]) for index in indices])
             images = generated_images(context, lambda i: self.cond(context.spec, dataset, i), indices)
             decoded = context.reconstruct(real)
             return {"real": extractor(real), "image": extractor(images), "decoded": extractor(decoded)}
 
         found = collect(num, CHUNK_SIZE, rows, "pictures to match")
-        captions = [dataset.caption(index) for index in range(num)]  # type: ignore[attr-defined]
+        captions = [dataset.caption(index) for index in asked]  # type: ignore[attr-defined]
         name = f"retrieval_{self.extractor}"
         ranks = retrieval_ranks(found["image"], found["real"], captions)
         first, chance = f"{name}@1", f"by chance {1 / num:.3f}"
@@ -350,7 +354,7 @@ class ClipScoreEvaluator(Evaluator):
         limit = metric.model.config.text_config.max_position_embeddings
 
         def rows(indices: Sequence[int]) -> dict[str, Tensor]:
-            captions = [dataset.caption(index % len(dataset)) for index in indices]  # type: ignore[attr-defined]
+            captions = [dataset.caption(i) for i in dataset.asked(self.num_samples, indices)]  # type: ignore[attr-defined]
             images = generated_images(context, lambda i: self.cond(context.spec, dataset, i), indices)
             long = [len(text_tokenizer(caption)["input_ids"]) > limit for caption in captions]
             scores = [

@@ -100,8 +100,9 @@ class TextToImage(Task):
         return _EncodeCaptions(outputs, at_least, encoder.fingerprint)
 
     def eval_cond(self, spec: RunSpec, dataset: ImageDataset, indices: Sequence[int]) -> Cond:
-        """Captions of `dataset` in its order, repeated as needed."""
-        return dataset.collate_cond([dataset.cond(index % len(dataset)) for index in indices])
+        """Captions of a random subset of `dataset`, repeated as needed."""
+        asked = dataset.asked(spec.evaluation.num_samples, indices)
+        return dataset.collate_cond([dataset.cond(index) for index in asked])
 
     def prompt_cond(self, spec: RunSpec, prompts: Sequence[str]) -> Cond:
         """Raw conditions of texts; a text that is too long is cut, with a warning."""

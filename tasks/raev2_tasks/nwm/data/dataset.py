@@ -6,7 +6,7 @@ is a target frame with a condition: the context frames, the motion and the time 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,8 @@ class TrajectoryDataset(ImageDataset):
 
     Every place (trajectory, now) that has a target occurs once per epoch, so each frame has equal weight.
     """
+
+    group_kind = "trajectories"
 
     def __init__(
         self,
@@ -115,6 +117,15 @@ class TrajectoryDataset(ImageDataset):
     def cond(self, index: int) -> dict[str, Any]:
         """Nothing: a frame alone has no condition. See `sample_at`."""
         return {}
+
+    def key(self, index: int) -> str:
+        """Trajectory and frame."""
+        number, frame = self.locate(index)
+        return f"{self.trajectories[number].id}/{frame}"
+
+    def group(self, index: int) -> Hashable:
+        """The trajectory."""
+        return self.trajectories[self.locate(index)[0]].id
 
     def locate(self, index: int) -> tuple[int, int]:
         """(number of the trajectory, frame in it) of frame `index` of the split."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raev2.batch import Cond
+from raev2.data import random_subset
 from raev2.errors import DataError, SpecError
 from raev2_tasks.nwm.data.dataset import TrajectoryDataset
 from raev2_tasks.nwm.data.index import EvalIndex, read_index
@@ -19,17 +20,18 @@ from raev2_tasks.nwm.pose import relative
 
 
 class Places:
-    """Frames of a split with a full context before them and `horizon_s` after them; at most `num`, evenly spread.
+    """Frames of a split with a full context before them and `horizon_s` after them, or a random `num` of these.
 
     moments    (number of the trajectory, frame in it) of each place
     ids        select the noise of a prediction from each place
     period_s   seconds between two frames
+    coverage   how many of the trajectories have a place
     """
 
     def __init__(
         self, dataset: TrajectoryDataset, num: int | None = None, horizon_s: float = 0.0, index: str | None = None
     ) -> None:
-        """index: name of a frozen list of places (raev2_tasks.nwm.data.index) that is used instead, its first `num`."""
+        """index: name of a frozen list of places (raev2_tasks.nwm.data.index) that is used instead of all of them."""
         self.dataset, self.period_s = dataset, 1 / dataset.rate_hz
         if index is not None:
             self._take(read_index(dataset.dir, index), num, self.frames(horizon_s))
@@ -46,13 +48,22 @@ class Places:
                 expected=f"{dataset.num_context} frames of context and {horizon_s:g} s after them",
                 hint="Choose shorter horizons.",
             )  # fmt: skip
-        if num is not None and len(self.moments) > num:
-            self.moments = [self.moments[i * len(self.moments) // num] for i in range(num)]
+        self.moments = [self.moments[number] for number in self._subset(self.moments, num)]
         self.ids = list(range(len(self.moments)))
 
+    def _subset(self, moments: Sequence[tuple[int, int]], num: int | None) -> list[int]:
+        indices = [self.dataset.frame_index(*moment) for moment in moments]
+        groups = [self.dataset.group(index) for index in indices]
+        chosen = random_subset([self.dataset.key(index) for index in indices], groups, num or len(indices))
+        asked = {groups[number] for number in chosen}
+        self.coverage = {"what": self.dataset.group_kind, "asked": len(asked), "of": len(set(groups))}
+        return chosen
+
     def _take(self, index: EvalIndex, num: int | None, ahead: int) -> None:
-        self.moments = [(self.dataset.trajectory_number(place.trajectory), place.t) for place in index.places[:num]]
-        self.ids = [place.noise_seed for place in index.places[:num]]
+        listed = [(self.dataset.trajectory_number(place.trajectory), place.t) for place in index.places]
+        chosen = self._subset(listed, num)
+        self.moments = [listed[number] for number in chosen]
+        self.ids = [index.places[number].noise_seed for number in chosen]
         for number, frame in self.moments:
             trajectory = self.dataset.trajectories[number]
             if not self.dataset.num_context - 1 <= frame < len(trajectory) - ahead:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from raev2.errors import DataError
-from raev2.eval.distances import Moments, frechet_stderr, moments_distance
+from raev2.eval.distances import FrechetTo, Moments, paired_frechet
 
 BOOTSTRAP_DRAWS = 1000
 Numbers = tuple[str, float, int, float | None, str]  # what a `MetricResult` begins with; what it means is added
@@ -52,8 +52,11 @@ def correlation(name: str, first: Tensor, second: Tensor) -> Numbers:
 
 def frechet(name: str, features: Tensor, reference: Tensor) -> Numbers:
     """Fréchet distance of two sets of feature vectors (S, D) and (R, D); paired by row where S equals R."""
-    value = moments_distance(Moments.of(features), Moments.of(reference))
-    stderr = frechet_stderr(features, reference if len(reference) == len(features) else Moments.of(reference))
+    if len(features) == len(reference):
+        value, stderr = paired_frechet(features, reference)
+    else:
+        to = FrechetTo(Moments.of(reference), reference)
+        value, stderr = to(Moments.of(features)), to.stderr(features)
     return name, value, len(features), stderr, "compare at equal n only"
 
 
@@ -73,25 +76,6 @@ def clip_features(features: Tensor) -> Tensor:
         raise DataError("clips", "too short for a video distance", got=features.shape[1], expected="at least 3 frames")
     parts = [features.mean(1), features.std(1), steps.mean(1), steps.std(1)]
     return torch.cat(parts, dim=1)
-
-
-def kernel_distance(features: Tensor, reference: Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3; may be slightly negative.
-
-    Unlike a Fréchet distance it does not grow when there are few samples.
-
-    Source: Binkowski et al., 2018, Demystifying MMD GANs
-    """
-    x, y = features.double(), reference.double()
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def without_diagonal(square: Tensor) -> Tensor:
-        count = len(square)
-        return (square.sum() - square.diagonal().sum()) / (count * (count - 1))
-
-    return float(without_diagonal(kernel(x, x)) + without_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean())
 
 
 def _correlation(pairs: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from raev2.batch import Better, MetricResult
+from raev2.eval.distances import squared_mmd
 from raev2.eval.features import FeatureExtractor, build_extractor, extractor_needs, frechet_about, frechet_name
 from raev2.eval.generate import collect
 from raev2.eval.image_pairs import build_pair_distance, lpips_available, pair_needs, psnr
-from raev2.eval.protocols import ReconstructionEvaluator, split_features
+from raev2.eval.protocols import ReconstructionEvaluator
+from raev2.eval.sets import set_features, split_pictures
 from raev2.files.assets import Asset
 from raev2.spec import RunSpec
 from raev2.task import EvalContext, Evaluator
@@ -27,7 +29,7 @@ from raev2_tasks.nwm.data.dataset import as_trajectories
 from raev2_tasks.nwm.data.places import Places
 from raev2_tasks.nwm.data.video import contact_sheet
 from raev2_tasks.nwm.eval.action_following import ActionFollowing
-from raev2_tasks.nwm.eval.metrics import clip_features, frechet, kernel_distance, latent_distance, mean
+from raev2_tasks.nwm.eval.metrics import clip_features, frechet, latent_distance, mean
 from raev2_tasks.nwm.eval.predict import Predictor
 from raev2_tasks.nwm.spec import task_spec
 
@@ -125,9 +127,11 @@ class PredictionEvaluator(Evaluator):
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on, for the result file."""
+        places = self._places(context)
         found = {
             "label_policy": "the true motions, each seen from the frame that was reached",
-            "places": self._places(context).identity,
+            "places": places.identity,
+            "coverage": places.coverage,
             "horizons_s": list(self.horizons_s),
             "perceptual": self.perceptual,
             "features": self.features,
@@ -215,7 +219,7 @@ class PredictionEvaluator(Evaluator):
             yield MetricResult(
                 *frechet(_name(of, name), features, true), **_meaning(of, name, "lower", f"Fréchet {about}")
             )
-            of, value = f"kvd_enc_{net}", kernel_distance(features, true)
+            of, value = f"kvd_enc_{net}", squared_mmd(features, true)
             meaning = _meaning(of, name, "lower", f"Unbiased kernel {about}")
             yield MetricResult(_name(of, name), value, len(true), note="compare at equal n only", **meaning)
 
@@ -248,14 +252,15 @@ class _NearestFrame:
 
     def __init__(self, context: EvalContext, extractor: FeatureExtractor) -> None:
         self.train = context.dataset("train")
-        self.rows = split_features(context, extractor, self.train, len(self.train)).rows
+        workers = context.spec.data.num_workers
+        rows = set_features(split_pictures(self.train), extractor, context.cache_dir, workers).rows
+        assert rows is not None
+        self.rows = rows
 
     def __call__(self, features: Tensor) -> Tensor:
         """8-bit images (B, 3, Hpx, Wpx) for features (B, D)."""
-        found = torch.cdist(features.double(), self.rows.double()).argmin(1)
-        if len(self.rows) < len(self.train):
-            found = found * len(self.train) // len(self.rows)
-        return torch.stack([self.train.image(int(index)) for index in found])
+        found = torch.cdist(features.double(), self.rows.double()).argmin(1).tolist()
+        return torch.stack([self.train.image(self.train.subset()[number]) for number in found])
 
 
 def _name(metric: str, baseline: str) -> str:

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from tarfile import TarError, TarInfo
@@ -72,6 +72,8 @@ class TextImageDataset(ImageDataset):
     max_bad_share  training ends with an error when more of the last 10,000 samples of a worker are unusable, or more
                    than half of a shard
     """
+
+    group_kind = "sources"
 
     def __init__(
         self,
@@ -163,6 +165,15 @@ class TextImageDataset(ImageDataset):
     def scene(self, index: int) -> dict[str, Any] | None:
         """Ground truth of a rendered picture (objects, boxes, colours), where the sample has it."""
         return self.fields(index).get("scene")
+
+    def key(self, index: int) -> str:
+        """Source and name of sample `index`."""
+        source, position = self._locate(index)
+        return f"{source.name}/{source.key(position)}"
+
+    def group(self, index: int) -> Hashable:
+        """The source."""
+        return self.source_name(index)
 
     def key_name(self, index: int) -> str:
         """Name of sample `index` in its tar, unique in its shard."""

@@ -1,0 +1,279 @@
+"""Pictures of any origin, scored without a run. Read `score_pictures` first.
+
+A reference of generation is another set of pictures, or stored statistics; one of reconstruction is the originals, one
+for each picture.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raev2.batch import MetricResult
+from raev2.data import FolderDataset, random_subset
+from raev2.errors import DataError, SpecError
+from raev2.eval.features import FeatureExtractor
+from raev2.eval.protocols import GenerationEvaluator, ReconstructionEvaluator
+from raev2.eval.references import FORMATS, Reference, check_originals, read_reference
+from raev2.eval.sets import (
+    PictureSet,
+    SetFeatures,
+    features_file,
+    set_features,
+    split_pictures,
+)
+from raev2.files.hashes import file_sha256, json_sha256
+from raev2.files.images import picture_size, read_rgb
+from raev2.files.picture_array import PictureArray
+from raev2.files.picture_folder import scan_folder, told
+from raev2.files.replace import RECONSTRUCTIONS, SAMPLES
+from raev2.task import Evaluator, Task, get_recipe
+from raev2.training import dist
+
+PictureEvaluator = GenerationEvaluator | ReconstructionEvaluator
+Features = Callable[..., SetFeatures]  # of (pictures, extractor), up to max_rows
+
+
+def cache_dir() -> Path:
+    """Where features are kept for all runs, each under the hash of what it depends on."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raev2" / "features"
+
+
+def find_evaluator(tasks: Sequence[Task], protocol: str) -> PictureEvaluator:
+    """The protocol of this name of the first task that has one, as its quickstart sets it.
+
+    Raises SpecError for an unknown one, and for one that needs a run.
+    """
+    known: dict[str, Evaluator] = {}
+    for task in reversed(tasks):
+        known |= {evaluator.protocol: evaluator for evaluator in task.evaluators(get_recipe(task, "quickstart"))}
+    found = known.get(protocol)
+    if isinstance(found, PictureEvaluator):
+        return found
+    what = "needs a run, it does not score pictures alone" if found else "unknown protocol"
+    usable = sorted(name for name, evaluator in known.items() if isinstance(evaluator, PictureEvaluator))
+    raise SpecError("--protocol", what, got=repr(protocol), expected=f"one of {', '.join(usable)}")
+
+
+def score_pictures(
+    evaluator: PictureEvaluator, images: Path, reference: Path, device: torch.device, num_workers: int = 0
+) -> tuple[list[MetricResult], dict[str, Any]]:
+    """Scores of a folder or an .npz file of pictures by a protocol, and what they depend on."""
+    if isinstance(evaluator, ReconstructionEvaluator):
+        return _score_pairs(evaluator, images, reference, device, num_workers)
+    pictures, _ = open_pictures(images)
+    features = partial(set_features, num_workers=num_workers)
+    kept = partial(features, cache_dir=cache_dir(), max_rows=evaluator.max_rows)
+    against, about = _reference(reference, pictures, evaluator.reference_split, kept)
+    extractors = evaluator.open(device)
+    known = [against(extractor) for extractor in extractors]  # first: one may not fit
+    results: list[MetricResult] = []
+    with TemporaryDirectory() as folder:
+        for extractor, theirs in zip(extractors, known, strict=True):
+            once = features(pictures, extractor, cache_dir=Path(dist.from_main(folder)), max_rows=pictures.num)
+            results += evaluator.metrics(extractor, once, theirs, None)
+    results += evaluator.summary(results)
+    spaces = {own.name: {"preparation": own.preparation, "fingerprint": own.fingerprint} for own in extractors}
+    own = {"path": str(images), **pictures.identity}
+    return results, {"num_samples": pictures.num, "pictures": own, "reference": about, "features": spaces}
+
+
+def build_reference(
+    evaluator: PictureEvaluator, data: Path, split: str, device: torch.device, num_workers: int = 0
+) -> list[Path]:
+    """Put features of a dataset folder or of any pictures into the cache, where evaluations look; the files."""
+    pictures = _split(data, split) if is_dataset(data) else open_pictures(data, "the reference")[0]
+    files = []
+    for name in evaluator.extractors:
+        extractor = evaluator.build(name, device)
+        set_features(pictures, extractor, cache_dir(), num_workers)
+        files.append(features_file(pictures, extractor, cache_dir())[0])
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def open_pictures(path: Path, name: str = "the pictures") -> tuple[PictureSet, list[str]]:
+    """Pictures of a folder (to any depth) or an .npz file in random order, and their names in it, or places.
+
+    Raises DataError where there is no picture, they differ in size, or the file holds something else.
+    """
+    if path.is_file():
+        array = PictureArray(path)
+        names = keys = [str(place) for place in range(array.shape[0])]
+        size, content, read = array.shape[1:3], file_sha256(path), partial(_read_array, array)
+    else:
+        files = _files(path)
+        names = [file.relative_to(path).with_suffix("").as_posix() for file in files]
+        size, keys = _common_size(path, files), [file_sha256(file) for file in files]
+        content, read = json_sha256(keys), partial(_read_files, files)
+    order = random_subset(keys, [None] * len(keys), len(keys))
+    identity = {
+        "num_images": len(order), "image_size": list(size), "sha256": content,
+        "preparation": "as stored, Pillow's conversion to RGB, no resizing",
+    }  # fmt: skip
+    identity["fingerprint"] = json_sha256(identity)
+    pictures = PictureSet(name, len(order), identity, partial(_read_at, read, order), order)
+    return pictures, [names[place] for place in order]
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a folder was prepared for training."""
+    return (path / "manifest.json").is_file()
+
+
+def _split(path: Path, split: str, size: Sequence[int] | None = None) -> PictureSet:
+    """A split of a dataset folder as runs have it, cropped to a size, by default that of its first picture."""
+    dataset = FolderDataset(path, split, (0, 0))
+    file = dataset.dir / dataset.index[0]["file"]
+    height, width = size or picture_size(file, f"data {file}")[::-1]
+    dataset.image_size = height, width
+    return split_pictures(dataset)
+
+
+def _files(path: Path) -> list[Path]:
+    """Pictures in a folder, without the grids that our commands put beside them."""
+    if not path.is_dir():
+        raise DataError(f"pictures {path}", "no such file or folder")
+    folder = scan_folder(path)
+    files = [file for file in folder.all_pictures() if file.name != "grid.png" or not _is_ours(file.parent)]
+    if not files:
+        raise DataError(
+            f"pictures {path}", "no pictures here", got=told(folder.all_ignored()) or None,
+            expected="files of a format that Pillow reads, or an .npz file",
+        )  # fmt: skip
+    return files
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / kind.marker).is_file() for kind in (SAMPLES, RECONSTRUCTIONS))
+
+
+def _common_size(path: Path, files: Sequence[Path]) -> tuple[int, int]:
+    """Height and width of all pictures."""
+    width, height = picture_size(files[0], f"picture {files[0]}")
+    for file in files:
+        other = picture_size(file, f"picture {file}")
+        if other != (width, height):
+            raise DataError(
+                f"pictures {path}", "pictures of several sizes",
+                got=f"{files[0].name} {width} x {height} px, {file.name} {other[0]} x {other[1]} px",
+                hint="Bring them to one size: `raev2 data build image-folder --set src=DIR --set size=PX` does.",
+            )  # fmt: skip
+    return height, width
+
+
+def _read_at(read: Callable[[Sequence[int]], Tensor], places: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    return read([places[number] for number in numbers])
+
+
+def _read_array(array: PictureArray, places: Sequence[int]) -> Tensor:
+    return torch.from_numpy(array.read(places)).permute(0, 3, 1, 2).contiguous()
+
+
+def _read_files(files: Sequence[Path], places: Sequence[int]) -> Tensor:
+    pictures = [np.array(read_rgb(files[place], f"picture {files[place]}")) for place in places]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# References
+
+
+def _reference(
+    path: Path, pictures: PictureSet, split: str, features: Features
+) -> tuple[Callable[[FeatureExtractor], SetFeatures], dict[str, Any]]:
+    """Features of a reference of generation in any space, and what it is."""
+    files = [path] if path.suffix in FORMATS else sorted(path.glob("*.npz"))
+    if split == "train" and files:  # of validation there are pictures, no statistics
+        stored = [read_reference(file) for file in files]
+        about = stored[0].identity() if files == [path] else {"files": [own.identity() for own in stored]}
+        return partial(_stored, stored, features), {"path": str(path), **about}
+    size = pictures.identity["image_size"]
+    reference = _split(path, split, size) if is_dataset(path) else open_pictures(path, "the reference")[0]
+    _check_size(path, pictures, reference)
+    about = {"path": str(path), **reference.identity}
+    return lambda extractor: features(reference, extractor), about
+
+
+def _stored(several: Sequence[Reference], features: Features, extractor: FeatureExtractor) -> SetFeatures:
+    """Statistics in a file; pictures beside them, or their features, give precision, recall and KID.
+
+    Of several files it is the one with the model in its name.
+    """
+    fitting = [own for own in several if len(several) == 1 or extractor.model in own.file.name]
+    if len(fitting) != 1:
+        raise DataError(
+            f"reference {several[0].file.parent}", f"not one file of statistics for the space '{extractor.name}'",
+            got=", ".join(own.file.name for own in several), expected=f"a name with {extractor.model!r} in it",
+        )  # fmt: skip
+    stored = fitting[0]
+    own, rows, name = stored.of_space(extractor.name, extractor.dim), stored.rows, "the reference"
+    assert own is not None, "every reference has these"
+    if stored.has_pictures:
+        rows = features(open_pictures(stored.file, name)[0], extractor).rows
+    more = {output: stored.of_space(extractor.name, dim, output) for output, dim in extractor.more.items()}
+    spatial = {output: SetFeatures(name, found, None) for output, found in more.items() if found is not None}
+    return SetFeatures(name, own, rows, spatial)
+
+
+def _check_size(path: Path, pictures: PictureSet, reference: PictureSet) -> None:
+    (height, width), own = reference.identity["image_size"], pictures.identity["image_size"]
+    if [height, width] != own:
+        raise DataError(
+            f"reference {path}", "pictures of another size", got=f"{width} x {height} px",
+            expected=f"{own[1]} x {own[0]} px", hint="Prepare both sets in the same way.",
+        )  # fmt: skip
+
+
+def _score_pairs(
+    evaluator: ReconstructionEvaluator, images: Path, reference: Path, device: torch.device, num_workers: int
+) -> tuple[list[MetricResult], dict[str, Any]]:
+    check_originals(reference)
+    (pictures, names), (originals, known) = open_pictures(images), open_pictures(reference)
+    _check_size(reference, pictures, originals)
+    order = _originals(reference, names, known)
+    if order is None:
+        at = {place: number for number, place in enumerate(originals.places or ())}
+        order = [at[place] for place in pictures.places or ()]
+    pairs = replace(pictures, read=partial(_read_pairs, pictures.read, originals.read, order))
+    chunks = ((numbers, both[: len(both) // 2], both[len(both) // 2 :]) for numbers, both in pairs.chunks(num_workers))
+    return list(evaluator.scores(chunks, device)), {
+        "num_samples": pictures.num,
+        "pictures": {"path": str(images), **pictures.identity},
+        "reference": {"path": str(reference), **originals.identity},
+        "pairs": "by name" if {*names} == {*known} else "by place", "perceptual": evaluator.available(),
+    }  # fmt: skip
+
+
+def _originals(path: Path, names: Sequence[str], known: Sequence[str]) -> list[int] | None:
+    """Which original belongs to each picture, by name; None where they share no name: those at the same place."""
+    numbers, without = {name: number for number, name in enumerate(known)}, {*names} - {*known}
+    if len({*names}) == len(names) == len(known) == len(numbers):
+        if not without:
+            return [numbers[name] for name in names]
+        if len(without) == len(names):
+            return None
+    raise DataError(
+        f"reference {path}", "not one original for each picture",
+        got=f"{len(names):,} pictures, {len(known):,} originals, {len(without):,} names without an original",
+        hint="Give both the same names, or as many without a common name.",
+    )  # fmt: skip
+
+
+def _read_pairs(
+    pictures: Callable[[Sequence[int]], Tensor], originals: Callable[[Sequence[int]], Tensor], order: Sequence[int],
+    numbers: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return torch.cat([pictures(numbers), originals([order[number] for number in numbers])])

@@ -1,0 +1,376 @@
+"""Sets of pictures, what a feature network sees in them, and the metrics between two sets.
+
+Read `compare` first: it is the one place where two sets become numbers, for generators and for pictures of any origin.
+The order of a set is random (`ImageDataset.subset`), so that any first so many of its pictures are a fair sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from raev2.batch import Better, MetricResult, Role
+from raev2.data import ImageDataset, ignore_signals
+from raev2.errors import DataError
+from raev2.eval.distances import (
+    FrechetTo,
+    Gaussian,
+    Moments,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from raev2.eval.features import (
+    INCEPTION,
+    LOGITS,
+    SPATIAL,
+    FeatureExtractor,
+    check_finite,
+    frechet_about,
+    frechet_name,
+    not_finite,
+)
+from raev2.eval.generate import CHUNK_SIZE, local_chunks
+from raev2.files.hashes import json_sha256
+from raev2.shapes import ImagesU8
+from raev2.training import dist
+
+MANIFOLD_IMAGES = 10_000  # rows that are kept of a set, the references of precision and recall in the ADM evaluation
+SHUFFLE_BLOCKS = 4  # blocks a side of the block-shuffled pictures
+PUBLISHED_LEVELS = {INCEPTION: (2.0,)}  # papers state how much training reaches an FID of 2
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Numbered 8-bit pictures of one size, in random order.
+
+    name      what results call it, such as 'val'
+    num       how many
+    identity  all that the pictures depend on, as JSON; its SHA-256 names features that are kept
+    read      numbers -> pictures (B, 3, Hpx, Wpx) uint8; workers call it, so it can be pickled
+    places    where each picture lies in its source, so that reading goes forward; None: as numbered
+    """
+
+    name: str
+    num: int
+    identity: Mapping[str, Any]
+    read: Callable[[Sequence[int]], Tensor]
+    places: Sequence[int] | None = None
+
+    def chunks(self, num_workers: int = 0) -> Iterator[tuple[list[int], ImagesU8]]:
+        """Numbers and pictures of this process's share, read ahead by workers. An unreadable picture is an error."""
+        order = sorted(range(self.num), key=(self.places or range(self.num)).__getitem__)
+        chunks = [[order[i] for i in chunk] for chunk in local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}")]
+        reader: DataLoader[Any] = DataLoader(
+            _Reader(self.read, chunks), batch_size=None, num_workers=num_workers, worker_init_fn=ignore_signals
+        )
+        for numbers, images in zip(chunks, reader, strict=True):
+            if isinstance(images, DataError):
+                raise images
+            yield numbers, images
+
+
+class _Reader(Dataset[Tensor | DataError]):
+    """Chunk -> its pictures. An error is a value: DataLoader would make a RuntimeError with a traceback of it."""
+
+    def __init__(self, read: Callable[[Sequence[int]], Tensor], chunks: Sequence[Sequence[int]]) -> None:
+        self.read, self.chunks = read, chunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, number: int) -> Tensor | DataError:
+        try:
+            return self.read(self.chunks[number])
+        except DataError as error:
+            return error
+
+
+def split_pictures(dataset: ImageDataset, indices: Sequence[int] | None = None) -> PictureSet:
+    """Pictures of a split with these indices; None: all of them, in the order of `ImageDataset.subset`."""
+    indices = dataset.subset() if indices is None else indices
+    identity = {
+        "data": dataset.fingerprint, "split": dataset.split, "num_images": len(indices), "of": len(dataset),
+        "image_size": list(dataset.image_size), "preparation": dataset.preparation,
+        "pictures": json_sha256([dataset.key(index) for index in indices]),
+    }  # fmt: skip
+    identity["fingerprint"] = json_sha256(identity)
+    return PictureSet(dataset.split, len(indices), identity, partial(_read_split, dataset, indices), indices)
+
+
+def _read_split(dataset: ImageDataset, indices: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    return torch.stack([dataset.image(indices[number]) for number in numbers])
+
+
+def of_groups(dataset: ImageDataset, groups: Sequence[Hashable]) -> list[int]:
+    """For each entry the next picture of that group in random order, from the first again where they are used up.
+
+    A group that the split does not have is served from all of its pictures.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for index in dataset.subset():
+        members.setdefault(dataset.group(index), []).append(index)
+    taken, found = Counter[Hashable](), []
+    for group in groups:
+        pool = members.get(group) or dataset.subset()
+        found.append(pool[taken[group] % len(pool)])
+        taken[group] += 1
+    return found
+
+
+def coverage(dataset: ImageDataset, asked: Sequence[Hashable]) -> dict[str, Any]:
+    """How many of the groups of a split were asked for; empty where it has none."""
+    known = {dataset.group(index) for index in range(len(dataset))}
+    if known == {None}:
+        return {}
+    return {"what": dataset.group_kind, "asked": len({*asked} & known), "of": len(known)}
+
+
+def shuffled(pictures: PictureSet) -> PictureSet:
+    """The same pictures, each cut into blocks and these shuffled: right colours and textures, no shapes."""
+    identity = {**pictures.identity, "shuffle_blocks": SHUFFLE_BLOCKS}
+    return replace(pictures, identity=identity, read=partial(_read_shuffled, pictures.read))
+
+
+def _read_shuffled(read: Callable[[Sequence[int]], Tensor], numbers: Sequence[int]) -> Tensor:
+    return block_shuffle(read(numbers), numbers, SHUFFLE_BLOCKS)
+
+
+def block_shuffle(images_u8: ImagesU8, numbers: Sequence[int], blocks: int) -> ImagesU8:
+    """Cut each image into blocks x blocks pieces and shuffle them; the order depends on the image's number alone.
+
+    Pixels that are left over when the size does not divide are cropped at the right and bottom.
+    """
+    height, width = images_u8.shape[2] // blocks, images_u8.shape[3] // blocks
+    tiles = images_u8[:, :, : height * blocks, : width * blocks]
+    tiles = tiles.unflatten(3, (blocks, width)).unflatten(2, (blocks, height)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    orders = [torch.randperm(blocks**2, generator=torch.Generator().manual_seed(number)) for number in numbers]
+    moved = torch.stack([own[order] for own, order in zip(tiles, orders, strict=True)])  # (B, blocks^2, 3, h, w)
+    return moved.unflatten(1, (blocks, blocks)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+@dataclass(frozen=True)
+class SetFeatures:
+    """What a feature network sees in a set.
+
+    moments   of all its pictures
+    rows      by number: all, or the first so many; None where only statistics are stored
+    more      the same for further outputs of the network
+    """
+
+    name: str
+    moments: Moments | Gaussian
+    rows: Tensor | None
+    more: Mapping[str, SetFeatures] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, rows: Tensor, **more: Tensor) -> SetFeatures:
+        """A set of which all rows are at hand."""
+        return cls(name, Moments.of(rows), rows, {output: cls.of(name, own) for output, own in more.items()})
+
+    def first(self, num: int) -> Moments | Gaussian:
+        """Moments of the first `num` pictures."""
+        if num == self.moments.count:
+            return self.moments
+        assert self.rows is not None and len(self.rows) >= num, "a smaller set needs its rows"
+        return Moments.of(self.rows[:num])
+
+
+def set_features(
+    pictures: PictureSet,
+    extractor: FeatureExtractor,
+    cache_dir: Path,
+    num_workers: int = 0,
+    max_rows: int = MANIFOLD_IMAGES,
+) -> SetFeatures:
+    """Features of a set, by all processes together, kept in `cache_dir` under the hash of what they depend on."""
+    sizes = {"": extractor.dim, **extractor.more}
+    file, identity = features_file(pictures, extractor, cache_dir, max_rows)
+    if not all(dist.gather_objects(file.is_file())):
+        tensors = _features(pictures, extractor, sizes, num_workers, max_rows)
+        if dist.is_main():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            partial_file = file.with_suffix(f".{os.getpid()}.partial")
+            save_file(tensors, partial_file, metadata={"identity": json.dumps(identity)})
+            partial_file.replace(file)
+        dist.barrier()
+    tensors = load_file(file)
+    found = {}
+    for output in sizes:
+        moments = Moments.from_tensors({key: tensors[output + key] for key in ("count", "sum", "outer")})
+        found[output] = SetFeatures(pictures.name, moments, tensors.get(f"{output}rows"))
+    return replace(found.pop(""), more=found)
+
+
+def features_file(
+    pictures: PictureSet, extractor: FeatureExtractor, cache_dir: Path, max_rows: int = MANIFOLD_IMAGES
+) -> tuple[Path, dict[str, Any]]:
+    """Where `set_features` keeps the features of a set, and all that they depend on."""
+    sizes = {"": extractor.dim, **extractor.more}
+    identity = {**pictures.identity, "extractor": extractor.fingerprint, "rows": max_rows, "outputs": sizes}
+    name = extractor.name.replace("/", "_").replace(":", "_")
+    return cache_dir / f"features-{name}-{json_sha256(identity)[:16]}.safetensors", identity
+
+
+def _features(
+    pictures: PictureSet, extractor: FeatureExtractor, sizes: Mapping[str, int], num_workers: int, max_rows: int
+) -> dict[str, Tensor]:
+    """Moments and rows of all outputs, with the output in front of their names; of `spatial` there are no rows."""
+    moments = {output: Moments(size) for output, size in sizes.items()}
+    kept, bad = {output: dict[int, Tensor]() for output in sizes if output != SPATIAL}, list[int]()
+    for numbers, images in pictures.chunks(num_workers):
+        found = extractor.outputs(images)
+        bad += (broken := not_finite(numbers, found))
+        for output, values in ({} if broken else found).items():
+            moments[output].update(values)
+            if output in kept:
+                kept[output] |= {number: row for number, row in zip(numbers, values, strict=True) if number < max_rows}
+    check_finite(extractor.name, pictures.name, [(pictures.places or range(pictures.num))[number] for number in bad])
+    tensors = {
+        output + key: value for output, own in moments.items() for key, value in own.over_processes().tensors().items()
+    }
+    for output, own in kept.items():
+        merged = {number: row for part in dist.gather_objects(own) for number, row in part.items()}
+        tensors[f"{output}rows"] = torch.stack([merged[number] for number in range(len(merged))])
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sets with a known place, measured as generated pictures are.
+
+    floor      as many reference pictures of the labels that were asked for: a perfect generator
+    held_out   real pictures that are no references, as many where there are so many
+    blocks     the same, cut into blocks and shuffled
+    """
+
+    floor: SetFeatures
+    held_out: SetFeatures
+    blocks: SetFeatures
+
+
+def compare(
+    extractor: FeatureExtractor, pictures: SetFeatures, reference: SetFeatures, scale: Scale | None = None
+) -> Iterator[MetricResult]:
+    """The metrics of a set against a reference, computed on the main process; every process yields them.
+
+    pictures   generated ones, or others, with all their rows; without rows there is the distance alone
+    """
+    yield from dist.on_main(lambda: list(_compare(extractor.name, pictures, reference, scale)))
+
+
+def _compare(net: str, pictures: SetFeatures, reference: SetFeatures, scale: Scale | None) -> Iterator[MetricResult]:
+    yield from _distances(net, pictures, reference, scale)
+    if net == INCEPTION:
+        yield from _of_inception(pictures, reference)
+        if scale is not None:
+            yield from _of_inception(scale.held_out, reference, scale.held_out.name)
+    if pictures.rows is None or reference.rows is None:
+        return
+    yield from _manifolds(net, pictures.name, pictures.rows, reference.rows)
+    if scale is not None and scale.held_out.rows is not None:
+        split = scale.held_out.name
+        yield from _manifolds(net, f"real pictures of '{split}'", scale.held_out.rows, reference.rows, split)
+
+
+def _distances(net: str, pictures: SetFeatures, reference: SetFeatures, scale: Scale | None) -> Iterator[MetricResult]:
+    """The Fréchet distance, its ratio to that of real pictures, and the same distance of sets with a known place."""
+
+    distance = FrechetTo(reference.moments, reference.rows)
+    name, num, value = frechet_name(net), pictures.moments.count or 0, distance(pictures.moments)
+    warning = too_few(len(distance.mean), num, reference.moments.count)
+    floor = distance(scale.floor.moments) if scale else 0.0
+    if value < floor:
+        warning = f"no headroom at this size: as many real pictures of '{reference.name}' have {floor:.4g}"
+    yield MetricResult(
+        name, value, num, None if pictures.rows is None else distance.stderr(pictures.rows),
+        f"against {reference.moments.count or 'a stored number of'} pictures", warning=warning,
+        better="lower", role="headline", levels=PUBLISHED_LEVELS.get(net, ()),
+        about=frechet_about(net, f"{pictures.name} and those of '{reference.name}'"),
+    )  # fmt: skip
+    if scale is None:
+        return
+
+    split, num_real = scale.held_out.name, scale.held_out.moments.count
+    real, same = distance(scale.held_out.moments), distance(pictures.first(num_real))
+    if real > 0:
+        yield MetricResult(
+            "fid_ratio" if name == "fid" else f"fd_ratio_{net}", same / real, num_real,
+            note=f"both with {num_real:,} pictures", warning=warning, better="lower", role="headline",
+            about=f"{name} over {name}_{split}: 1 means as close to '{reference.name}' as real pictures are.",
+        )  # fmt: skip
+    row = partial(MetricResult, better="lower", role="scale", of=name)
+    note = "" if num_real == num else f"as many {pictures.name} have {same:.4g}"
+    about = f"The same distance for as many pictures of '{reference.name}' of the same kinds: a perfect generator's."
+    yield row(f"{name}_floor", floor, num, about=about)
+    about = f"The same distance for real pictures of '{split}'"
+    yield row(f"{name}_{split}", real, num_real, note=note, about=f"{about}: as good as it gets without copying.")
+    about += f", cut into {SHUFFLE_BLOCKS} x {SHUFFLE_BLOCKS} blocks and shuffled: right colours, no shapes."
+    yield row(f"{name}_shuffled", distance(scale.blocks.moments), num_real, note=note, about=about)
+
+
+def too_few(dim: int, *counts: int | None) -> str:
+    """A warning where a set has no more pictures than features, so that its covariance lacks rank."""
+    num = min(count for count in (*counts, dim + 1) if count is not None)
+    return "" if num > dim else f"only {num:,} pictures for {dim:,} features: biased, compare at equal numbers alone"
+
+
+def _of_inception(pictures: SetFeatures, reference: SetFeatures, split: str = "") -> Iterator[MetricResult]:
+    """Inception Score, sFID and KID of a set, or as their scale those of real pictures of a split."""
+
+    def result(name: str, value: float, num: int, stderr: float | None, better: Better, about: str) -> MetricResult:
+        own, of, role = (f"{name}_{split}", name, "scale") if split else (name, None, "headline")
+        return MetricResult(own, value, num, stderr, better=better, role=role, about=about, of=of)
+
+    logits, spatial = pictures.more.get(LOGITS), reference.more.get(SPATIAL)
+    if logits is not None and logits.rows is not None:
+        value, spread = inception_score(logits.rows)
+        about = "Inception Score, mean of 10 splits: are the pictures clear and their classes many? Grows with n."
+        yield result("inception_score", value, len(logits.rows), spread / 10**0.5, "higher", about)
+    if spatial is not None and SPATIAL in pictures.more:
+        value = FrechetTo(spatial.moments, spatial.rows)(pictures.more[SPATIAL].moments)
+        about = "sFID: the Fréchet distance of 2,023 spatial features of Inception; sees where things are."
+        yield result("sfid", value, pictures.moments.count or 0, None, "lower", about)
+    if pictures.rows is not None and reference.rows is not None:
+        num = min(len(pictures.rows), len(reference.rows))
+        value, spread = kernel_distance(pictures.rows, reference.rows)
+        about = "Kernel Inception Distance, mean of 100 subsets of up to 1,000: unlike FID it does not grow with few."
+        yield result("kid", value, num, spread / max(num / 1000, 1) ** 0.5, "lower", about)
+
+
+def _manifolds(net: str, what: str, rows: Tensor, reference: Tensor, split: str = "") -> Iterator[MetricResult]:
+    """Precision and recall of a set, or as their scale those of real pictures of a split."""
+    near = f"in the space of '{net}' (manifolds of 3 nearest neighbours)"
+    abouts = {
+        "precision": f"Share of {what} near a reference picture {near}: do they look right?",
+        "recall": f"Share of reference pictures near {what} {near}: is the variety covered? Grows with n.",
+    }
+    role: Role = "scale" if split else "headline"
+    shares = precision_recall(reference, rows)
+    for (kind, about), share, num in zip(abouts.items(), shares, (len(rows), len(reference)), strict=True):
+        name = f"{kind}_{net}"
+        own, of = (f"{name}_{split}", name) if split else (name, None)
+        stderr = (share * (1 - share) / num) ** 0.5
+        yield MetricResult(own, share, num, stderr, better="higher", role=role, about=about, of=of)
