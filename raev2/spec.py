@@ -514,6 +514,18 @@ class EvaluationSpec(Spec):
 # The run
 
 
+class ParallelSpec(Spec):
+    """How stage 2 is spread over processes. It changes speed and memory, not results beyond rounding."""
+
+    strategy: Literal["ddp", "fsdp", "hsdp"] = Field(
+        "ddp",
+        description="ddp: every process has all weights; fsdp: weights, averages and optimizer state are sharded over "
+        "all processes; hsdp: sharded within a machine, replicated across. Stage 1 is always ddp",
+    )
+    compile: bool = Field(False, description="torch.compile of every transformer block; minutes at the start")
+    activation_checkpointing: bool = Field(False, description="recompute blocks backwards: less memory, a third slower")
+
+
 class TaskSpec(Spec):
     """Fields of a task plugin; each task has its own subclass."""
 
@@ -522,6 +534,8 @@ class TaskSpec(Spec):
 
 class RunSpec(Spec):
     """Everything a run depends on. The fingerprint in a run folder is the hash of this."""
+
+    added = ("parallel",)
 
     recipe: str
     summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")
@@ -541,6 +555,7 @@ class RunSpec(Spec):
     generator_training: GeneratorTrainingSpec
     sampling: SamplingSpec = SamplingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
+    parallel: ParallelSpec = ParallelSpec()
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast with fp32 weights; fp32: no TF32")
 

@@ -19,6 +19,7 @@ from raev2.tokenizer.encoders import build_encoder
 from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.training.parallel import gradient_sync, is_plain, parallelise, whole
 from raev2.training.resume import check_identity
 from raev2.training.run import (
     NonFiniteGuard,
@@ -28,8 +29,6 @@ from raev2.training.run import (
     StopSignal,
     TrainingState,
     crossed,
-    distribute,
-    gradient_sync,
     memory_field,
     micro_batches,
     step_generator,
@@ -63,7 +62,7 @@ def train_generator(
     generator = Generator(spec.generator, task.condition(spec, dataset), spec.flow, rae.latent_shape).to(device)
     if spec.generator_from is not None:
         load_strict(generator, load_artefact(spec.generator_from, kind=STAGE)[1], spec.generator_from)
-    network = distribute(generator)
+    network = parallelise(generator, spec.parallel, generator.blocks(), apart=not generator.conditioner.reads_trunk)
     optimizer = build_optimizer(generator, loop.optimizer, loop.schedule.lr)
     ema, decay = EMA(generator, loop.ema_decays), loop.ema_decays[0]
     modules, optimizers = {"model": generator}, {"optimizer": optimizer}
@@ -86,14 +85,19 @@ def train_generator(
 
     def look_and_evaluate(images: int) -> None:
         """What is due after so many images: pictures, and numbers unless the log has them."""
-        before, stop = images - loop.batch_size, images >= loop.images
-        with ema.applied(generator, decay):
-            if crossed(loop.sample_every_images, before, images) and not stop:
-                look(generator, images)
-            if images and crossed(loop.eval_every_images, before, images) and not stop:
-                logged = dist.from_main(len(run.history(stage=STAGE, kind="eval", images=images)))
-                if logged < len(spec.evaluation.in_training):
-                    evaluate(generator, images)
+        before = images - loop.batch_size
+        looks, evaluates = (
+            crossed(every, before, images) for every in (loop.sample_every_images, loop.eval_every_images)
+        )
+        if images >= loop.images or not (looks or evaluates):
+            return
+        plain = _plain(generator)
+        with ema.applied(plain, decay):
+            if looks:
+                look(plain, images)
+            logged = dist.from_main(len(run.history(stage=STAGE, kind="eval", images=images)))
+            if images and evaluates and logged < len(spec.evaluation.in_training):
+                evaluate(plain, images)
 
     micro = loop.micro_batch_size or loop.batch_size // dist.world_size()
     with StopSignal() as stop, memory_field(f"{STAGE}_training.micro_batch_size", micro):
@@ -110,14 +114,14 @@ def train_generator(
                 batch, skipped = next(batches)
             skipped_images += skipped
             step = images // loop.batch_size
-            rng = step_generator(device, spec.seed, STAGE, dist.rank(), images)
+            rng = step_generator(device, spec.seed, STAGE, images)
             values: dict[str, Tensor] = {}
 
-            # Random numbers, for the whole batch at once: they do not depend on `micro_batch_size`.
-            num, size = len(batch.key), loop.micro_batch_size or len(batch.key)
-            all_drop = torch.rand(num, generator=rng, device=device)
-            all_t = sample_t(num, spec.flow, generator.time_shift, rng, device)
-            all_noise = torch.randn(num, *rae.latent_shape, generator=rng, device=device)
+            # Random numbers, those of the global batch: no number of processes or parts changes them.
+            num, size = loop.batch_size, loop.micro_batch_size or len(batch.key)
+            all_drop = dist.own_rows(torch.rand(num, generator=rng, device=device))
+            all_t = dist.own_rows(sample_t(num, spec.flow, generator.time_shift, rng, device))
+            all_noise = dist.own_rows(torch.randn(num, *rae.latent_shape, generator=rng, device=device))
 
             parts = zip(
                 micro_batches(batch, size), all_drop.split(size), all_t.split(size), all_noise.split(size), strict=True
@@ -167,13 +171,24 @@ def train_generator(
 
     # Artefact with the averaged weights.
     state.require_finite()
-    load_strict(generator, {**generator.state_dict(), **ema.state_dict(decay)}, "averaged generator")
+    generator = _plain(generator)
+    averages = {name: whole(value) for name, value in ema.state_dict(decay).items()}
+    load_strict(generator, {**generator.state_dict(), **averages}, "averaged generator")
     look(generator, images)
     if dist.is_main():
         generator.extra = {"recipe": spec.recipe, "images_seen": images, "ema_decay": decay}
         generator.save_pretrained(run.dir / STAGE, card=_card(run, dataset, images))
     dist.barrier()
     return generator.eval()
+
+
+def _plain(generator: Generator) -> Generator:
+    """The generator to look at and to save: itself, or a copy of a sharded or compiled one."""
+    if is_plain(generator):
+        return generator
+    copy = Generator(generator.network_spec, generator.condition_spec, generator.flow, generator.latent_shape)
+    load_strict(copy, {name: whole(value).cpu() for name, value in generator.state_dict().items()}, "generator")
+    return copy.to(generator.device).eval()
 
 
 def latent_encoder(rae: Tokenizer, device: torch.device) -> EncodeImages:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8, train_batches
 from raev2.files.artefact import load_strict
 from raev2.files.grid import save_pairs
-from raev2.spec import ScheduleSpec, TokenizerSpec
+from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
 from raev2.tokenizer.losses import (
     adaptive_weight,
+    augmentation,
     build_perceptual_loss,
     diffaug,
     generator_loss,
@@ -33,6 +34,7 @@ from raev2.tokenizer.rae import RAE
 from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2.training.parallel import gradient_sync, parallelise
 from raev2.training.run import (
     NonFiniteGuard,
     Progress,
@@ -42,8 +44,6 @@ from raev2.training.run import (
     TrainingState,
     attention_kernels,
     crossed,
-    distribute,
-    gradient_sync,
     memory_field,
     micro_batches,
     step_generator,
@@ -67,7 +67,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
     torch.manual_seed(spec.seed)
     rae = RAE.from_spec(spec.tokenizer).to(device)
-    decoder = distribute(rae.decoder)
+    decoder = parallelise(rae.decoder, ParallelSpec())
     perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
     optimizer = build_optimizer(rae.decoder, loop.optimizer, loop.schedule.lr)
     ema = EMA(rae.decoder, (loop.ema_decay,))
@@ -75,7 +75,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     optimizers = {"decoder_optimizer": optimizer}
     if adversarial:
         disc = build_discriminator(adversarial).to(device)
-        distributed_disc = distribute(disc)
+        distributed_disc = parallelise(disc, ParallelSpec())
         disc_optimizer = build_optimizer(disc, loop.optimizer, adversarial.lr)
         disc_schedule = ScheduleSpec(lr=adversarial.lr, final_lr=adversarial.lr / 10)
         disc_start, gan_start = (int(share * loop.images) for share in (adversarial.disc_start, adversarial.gan_start))
@@ -99,22 +99,25 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                 save_reconstructions(run, rae, val, images)
 
     def decoder_step(
-        pixels: Tensor, rng: torch.Generator, use_gan: bool, share: float
+        pixels: Tensor, noise: Tensor, draws: Tensor | None, share: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward; returns decoded images (not clamped) and named loss terms, 'loss' their weighted sum.
+
+        noise   added to the tokens
+        draws   of the augmentation before the discriminator; None: without its loss
 
         Backward goes from each loss to the images, then once from the images through the decoder.
         """
         with run.autocast():
-            decoded = decoder(rae.noisy_tokens(rae.tokens(pixels), rng)).float()
+            decoded = decoder(rae.tokens(pixels) + noise).float()
             leaf = decoded.detach().requires_grad_()
             terms = {"l1": l1_loss(leaf, pixels), "perceptual": perceptual(leaf, pixels)}
         terms["loss"] = terms["l1"] + loop.perceptual.weight * terms["perceptual"]
         (gradient,) = torch.autograd.grad(terms["loss"], leaf)
-        if use_gan and adversarial:
+        if draws is not None and adversarial:
             with run.autocast():
                 # Heads in eval mode: no power iteration of the spectral norm for the decoder's sake.
-                terms["gan"] = generator_loss(disc.eval()(diffaug(leaf, rng)))
+                terms["gan"] = generator_loss(disc.eval()(diffaug(leaf, draws)))
             (gan_gradient,) = torch.autograd.grad(terms["gan"], leaf)
             terms["adaptive_weight"] = adaptive_weight(
                 decoded, gradient, gan_gradient, rae.decoder.last_layer, adversarial.max_adaptive_weight
@@ -141,16 +144,23 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                 batch, skipped = next(batches)
             skipped_images += skipped
             step = images // loop.batch_size
-            rng = step_generator(device, spec.seed, STAGE, dist.rank(), images)
             train_disc = adversarial is not None and images >= disc_start
             use_gan = adversarial is not None and images >= gan_start
             values: dict[str, Tensor] = {}
             fakes: list[Tensor] = []
 
+            # Random numbers, those of the global batch: no number of processes or parts changes them.
+            rng, size = step_generator(device, spec.seed, STAGE, images), loop.micro_batch_size or len(batch.key)
+            all_noise = dist.own_rows(rae.token_noise(loop.batch_size, rng)).split(size)
+            before_gan, before_real, before_fake = (
+                dist.own_rows(augmentation(loop.batch_size, rng)).split(size) for _ in range(3)
+            )
+
             # Decoder.
-            for part, share, last in micro_batches(batch, loop.micro_batch_size):
+            for i, (part, share, last) in enumerate(micro_batches(batch, size)):
                 with gradient_sync(decoder, last), attention_kernels(device, num_tokens):
-                    decoded, terms = decoder_step(to_float(part.images.to(device)), rng, use_gan, share)
+                    draws = before_gan[i] if use_gan else None
+                    decoded, terms = decoder_step(to_float(part.images.to(device)), all_noise[i], draws, share)
                 fakes.append(decoded)
                 for name, term in terms.items():
                     values[name] = values.get(name, 0) + share * term.detach()
@@ -164,10 +174,11 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
             if train_disc:
                 disc.train()
                 values["disc"] = torch.zeros((), device=device)
-                for (part, share, last), fake in zip(micro_batches(batch, loop.micro_batch_size), fakes, strict=True):
+                for i, (part, share, last) in enumerate(micro_batches(batch, size)):
                     with gradient_sync(distributed_disc, last), attention_kernels(device, num_tokens), run.autocast():
                         real = to_float(part.images.to(device))
-                        both = torch.cat([diffaug(real, rng), diffaug(quantise_8bit(fake), rng)])
+                        fake = quantise_8bit(fakes[i])
+                        both = torch.cat([diffaug(real, before_real[i]), diffaug(fake, before_fake[i])])
                         disc_loss = hinge_loss(*distributed_disc(both).chunk(2))
                         (share * disc_loss).backward()
                     values["disc"] += share * disc_loss.detach()

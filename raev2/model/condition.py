@@ -60,6 +60,11 @@ class Conditioner(nn.Module, ABC):
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional condition in the shapes, dtypes and on the device of `cond`."""
 
+    @property
+    def reads_trunk(self) -> bool:
+        """Whether `prepare` computes with weights of the trunk's blocks, outside of their forward."""
+        return type(self).prepare is not Conditioner.prepare
+
     def vector(self, cond: Cond) -> Vectors | None:
         """One vector per sample for an adaLN trunk; None when there is nothing to add."""
         raise SpecError(

@@ -26,6 +26,7 @@ from raev2.files.damage import damaged
 from raev2.model.condition import ConditionSpec, LabelCondition, NoCondition, TextCondition
 from raev2.model.dit import DDT, DiT
 from raev2.model.frames import FramesCondition
+from raev2.nn import Block
 from raev2.shapes import Latents, LatentShape, Times
 from raev2.spec import DDTSpec, DiTSpec, FlowSpec, NetworkSpec
 
@@ -84,6 +85,10 @@ class Generator(nn.Module):
     def check_cond(self, cond: Cond) -> None:
         """Raise `SpecError` unless the condition has the right names, shapes and values."""
         self.conditioner.check(cond)
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, of the trunk and of a head."""
+        return [module for module in self.network.modules() if isinstance(module, Block)]
 
     @property
     def time_shift(self) -> float:

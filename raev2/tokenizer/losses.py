@@ -120,16 +120,18 @@ def adaptive_weight(
     rec_grad, gan_grad   gradients of the two losses with respect to `images_pred`, the output of the decoder
 
     The chain rule ends at the images for both losses, so each perceptual or discriminator network is passed backwards
-    once a step, here and for the update together. Norms are averaged over all processes, so the weight is the same
-    everywhere (in RAEv2 each process has its own). Call it outside autocast and before `backward`.
+    once a step, here and for the update together. The gradients are those of all processes, so the weight is the same
+    everywhere and for any number of them (in RAEv2 each process has its own). Call it outside autocast and before
+    `backward`.
 
     Source: VQGAN, equation 7, on the last layer
     """
-    norms = [
-        torch.autograd.grad(images_pred, last_layer, gradient, retain_graph=True)[0].float().norm()
+    rec_norm, gan_norm = (
+        dist.mean_over_processes(
+            torch.autograd.grad(images_pred, last_layer, gradient, retain_graph=True)[0].float()
+        ).norm()
         for gradient in (rec_grad, gan_grad)
-    ]
-    rec_norm, gan_norm = dist.mean_over_processes(torch.stack(norms))
+    )
     return (rec_norm / (gan_norm + 1e-6)).clamp(0, max_weight)
 
 
@@ -137,10 +139,15 @@ def adaptive_weight(
 # Differentiable augmentation
 
 
-def diffaug(images: Images, generator: torch.Generator) -> Images:
+def augmentation(batch_size: int, generator: torch.Generator) -> Float[Tensor, "B 5"]:
+    """The draws of `diffaug`, from U[0, 1): two for the translation, three for the colour of each sample."""
+    return torch.rand(batch_size, 5, generator=generator, device=generator.device)
+
+
+def diffaug(images: Images, draws: Float[Tensor, "B 5"]) -> Images:
     """Random translation and colour before the discriminator, per sample, differentiable.
 
-    With signed pixels x = 2 * images - 1 and draws u from U[0, 1):
+    With signed pixels x = 2 * images - 1 and draws u from U[0, 1) (`augmentation`):
 
     translation   by integers up to 1/8 of each side; what comes in is 0, which is mid-grey
     brightness    x + u - 1/2
@@ -149,10 +156,10 @@ def diffaug(images: Images, generator: torch.Generator) -> Images:
 
     Source: Zhao et al., Differentiable Augmentation for Data-Efficient GAN Training, policy 'color,translation'
     """
-    num_images, _, height, width = images.shape
+    height, width = images.shape[2:]
     x = 2 * images.float() - 1
-    x = _translate(x, _shifts(height, num_images, generator), _shifts(width, num_images, generator))
-    u = torch.rand(3, num_images, 1, 1, 1, generator=generator, device=generator.device).to(x)
+    x = _translate(x, _shifts(height, draws[:, 0]), _shifts(width, draws[:, 1]))
+    u = draws[:, 2:].T[:, :, None, None, None].to(x)
     x = x + u[0] - 0.5
     mean_c = x.mean(dim=1, keepdim=True)
     x = mean_c + (x - mean_c) * 2 * u[1]
@@ -161,9 +168,10 @@ def diffaug(images: Images, generator: torch.Generator) -> Images:
     return (x + 1) / 2
 
 
-def _shifts(size: int, num_images: int, generator: torch.Generator) -> Tensor:
+def _shifts(size: int, u: Tensor) -> Tensor:
+    """Whole pixels from -size / 8 to size / 8, each as likely as the others."""
     limit = round(size / 8)
-    return torch.randint(-limit, limit + 1, (num_images,), generator=generator, device=generator.device)
+    return (u * (2 * limit + 1)).long().clamp(max=2 * limit) - limit
 
 
 def _translate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -4,11 +4,12 @@
     latents = rae.encode(images)      # images in [0, 1] -> (B, C, H, W), zero mean and unit variance per element
     images = rae.decode(latents)      # in [0, 1]
 
-Training uses `tokens`, `noisy_tokens` and `decode_tokens`; the loop is in train_tokenizer.py.
+Training uses `tokens`, `token_noise` and `decode_tokens`; the loop is in train_tokenizer.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,10 @@ class RAE(Tokenizer):
         """Tokens as a map (B, C, H, W), not normalised: what the statistics are computed from."""
         return tokens.transpose(1, 2).unflatten(2, self.spec.grid)
 
-    def noisy_tokens(self, tokens: Tokens, generator: torch.Generator) -> Tokens:
-        """Tokens with the noise of decoder training, by the strength and distribution in the spec."""
-        return add_token_noise(tokens, self.spec.noise_tau, self.spec.noise_distribution, generator)
+    def token_noise(self, batch_size: int, generator: torch.Generator) -> Tokens:
+        """What decoder training adds to tokens, by the strength and distribution in the spec."""
+        shape = (batch_size, math.prod(self.spec.grid), self.latent_shape[0])
+        return token_noise(shape, self.spec.noise_tau, self.spec.noise_distribution, generator)
 
     def decode_tokens(self, tokens: Tokens) -> Images:
         """Decoder alone: tokens -> images, not clamped, with gradient."""
@@ -240,8 +242,8 @@ def read_parts(
     return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
 
 
-def add_token_noise(tokens: Tokens, tau: float, distribution: str, generator: torch.Generator) -> Tokens:
-    """tokens + sigma * noise with one sigma per sample, so that the decoder accepts imperfect latents.
+def token_noise(shape: tuple[int, int, int], tau: float, distribution: str, generator: torch.Generator) -> Tokens:
+    """sigma * noise with one sigma per sample; added to tokens, so that the decoder accepts imperfect latents.
 
     uniform: sigma = tau * U[0, 1), as in the released code     half_normal: sigma = |N(0, tau^2)|, as in the paper
 
@@ -249,10 +251,9 @@ def add_token_noise(tokens: Tokens, tau: float, distribution: str, generator: to
 
     Source: RAE, section 3.3
     """
-    shape, device = (tokens.shape[0], 1, 1), generator.device
+    per_sample, device = (shape[0], 1, 1), generator.device
     if distribution == "uniform":
-        sigma = tau * torch.rand(shape, generator=generator, device=device)
+        sigma = tau * torch.rand(per_sample, generator=generator, device=device)
     else:
-        sigma = tau * torch.randn(shape, generator=generator, device=device).abs()
-    noise = torch.randn(tokens.shape, generator=generator, device=device)
-    return tokens + (sigma * noise).to(tokens)
+        sigma = tau * torch.randn(per_sample, generator=generator, device=device).abs()
+    return sigma * torch.randn(shape, generator=generator, device=device)

@@ -27,6 +27,7 @@ from raev2.files.artefact import write_json
 from raev2.files.damage import read_json
 from raev2.files.hashes import file_sha256
 from raev2.files.replace import CHECKPOINT, new_folder
+from raev2.training.parallel import local, shard_like
 
 logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
@@ -70,7 +71,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no value is nan or infinite: one fused reduction and one synchronisation a device."""
-    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    floats = [local(tensor.detach()) for tensor in tensors if tensor.is_floating_point()]
+    floats = [tensor for tensor in floats if tensor.numel()]
     for device in {tensor.device for tensor in floats}:
         largest = torch._foreach_norm([tensor for tensor in floats if tensor.device == device], math.inf)
         if not torch.stack([value.float() for value in largest]).isfinite().all():
@@ -131,4 +133,5 @@ def load_optimizer_tensors(
             raise CheckpointError("optimizer state", f"names a parameter that the model has not: {name}")
         parameter = by_name[name]
         # the step count stays on the CPU, as torch's own optimizers keep it
-        optimizer.state[parameter][field] = value if value.ndim == 0 else value.to(parameter.device)
+        value = value if value.ndim == 0 else value.to(parameter.device)
+        optimizer.state[parameter][field] = shard_like(value, parameter) if value.shape == parameter.shape else value

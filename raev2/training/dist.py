@@ -33,6 +33,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def own_rows(values: Tensor) -> Tensor:
+    """The rows of this process of something that was drawn for the global batch: those of `train_batches`."""
+    return values[rank() :: world_size()].contiguous()
+
+
 def mean_over_processes(value: Tensor) -> Tensor:
     """Average of a tensor over all processes."""
     return sum_over_processes(value) / world_size()
@@ -44,6 +49,15 @@ def sum_over_processes(value: Tensor) -> Tensor:
         value = value.clone()
         torch_dist.all_reduce(value)
     return value
+
+
+def gather_rows(own: Tensor, count: int) -> Tensor:
+    """Rows in turn: row i is row i // world of process i % world. Every process gives as many (padded)."""
+    if not is_distributed():
+        return own[:count]
+    gathered = own.new_empty(world_size() * len(own), *own.shape[1:])
+    torch_dist.all_gather_into_tensor(gathered, own.contiguous())
+    return gathered.unflatten(0, (world_size(), len(own))).transpose(0, 1).flatten(0, 1)[:count]
 
 
 def gather_objects(value: Any) -> Sequence[Any]:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from raev2.training.parallel import local, shard_like, whole
+
 
 class EMA:
     """ema <- d * ema + (1 - d) * weight after every step n = 0, 1, ..., with d = min(decay, (1 + n) / (10 + n)).
@@ -33,9 +35,11 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move every average towards the current weights, after step number `step` (from 0)."""
-        weights = [parameter.detach() for _, parameter in _trained(model)]
+        weights = [local(parameter.detach()) for _, parameter in _trained(model)]
         for decay, averages in self._weights.items():
-            torch._foreach_lerp_(list(averages.values()), weights, 1 - min(decay, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(
+                [local(average) for average in averages.values()], weights, 1 - min(decay, (1 + step) / (10 + step))
+            )
 
     def state_dict(self, decay: float) -> dict[str, Tensor]:
         """The averaged weights by parameter name (the tensors themselves, not copies)."""
@@ -47,16 +51,16 @@ class EMA:
         if averages.keys() != tensors.keys():
             raise KeyError(f"EMA names differ: {sorted(averages.keys() ^ tensors.keys())[:4]}")
         for name, average in averages.items():
-            average.copy_(tensors[name])
+            average.copy_(shard_like(tensors[name], average))
 
     @contextmanager
     def applied(self, model: nn.Module, decay: float) -> Iterator[None]:
-        """Inside the `with`, the model has the averaged weights; afterwards its own again."""
+        """Inside the `with`, the model (not a sharded one) has the averaged weights; afterwards its own again."""
         averages = self._weights[decay]
         trained = {name: parameter.data for name, parameter in _trained(model)}
         try:
             for name, parameter in _trained(model):
-                parameter.data = averages[name]
+                parameter.data = whole(averages[name])
             yield
         finally:
             for name, parameter in _trained(model):

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raev2.spec import AdamWSpec, MuonSpec, ScheduleSpec
+from raev2.training import dist
+from raev2.training.parallel import local, shard_like, whole
 
 
 def learning_rate(schedule: ScheduleSpec, images_seen: int, total_images: int, batch_size: int = 0) -> float:
@@ -76,7 +78,7 @@ _SAFETY = 1.05
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115952949, 0.5518191394370137),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
 )
@@ -115,6 +117,7 @@ class Muon(torch.optim.Optimizer):
         M <- momentum * M + G;   U = G + momentum * M (nesterov) or M;   O = orthogonalise(U)
         P <- P * (1 - lr * weight_decay) - lr * 0.2 * sqrt(max(rows, cols)) * O
     so that elements change by about 0.2 lr on average, like AdamW, and one learning rate fits both.
+    With several processes each orthogonalises its share of the matrices. `step` uses up the gradients.
 
     matrices   (parameter, row counts of the separate matrices it holds)
     """
@@ -158,22 +161,30 @@ class Muon(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, gradients)
-        updates = torch._foreach_add(gradients, momenta, alpha=group["momentum"]) if group["nesterov"] else momenta
+        own_momenta, own_gradients = list(map(local, momenta)), list(map(local, gradients))
+        torch._foreach_mul_(own_momenta, group["momentum"])
+        torch._foreach_add_(own_momenta, own_gradients)
+        if group["nesterov"]:
+            torch._foreach_add_(own_gradients, own_momenta, alpha=group["momentum"])
+        updates = gradients if group["nesterov"] else momenta
 
-        # Matrices of one shape are orthogonalised together.
-        parts = [part for update in updates for part in update.split(group["splits"])]
-        weights = [part for parameter in parameters for part in parameter.split(group["splits"])]
+        # Matrices of one shape are orthogonalised together, each by one of the processes.
+        parts = [part for update in updates for part in whole(update).split(group["splits"])]
         by_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for i, part in enumerate(parts):
             by_shape[part.shape].append(i)
         for shape, members in by_shape.items():
-            stacked = torch.stack([parts[i] for i in members])
-            orthogonal = orthogonalise(stacked, fast_dtype(stacked.device)).unbind()
-            targets = [weights[i] for i in members]
-            torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(targets, list(orthogonal), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+            own = members[dist.rank() :: dist.world_size()]
+            padding = [members[0]] * (-(-len(members) // dist.world_size()) - len(own))
+            stacked = torch.stack([parts[i] for i in (*own, *padding)])
+            orthogonal = dist.gather_rows(orthogonalise(stacked, fast_dtype(stacked.device)), len(members))
+            for i, matrix in zip(members, orthogonal * (0.2 * math.sqrt(max(shape))), strict=True):
+                parts[i] = matrix
+        weights, matrices = list(map(local, parameters)), iter(parts)
+        steps = [torch.cat([next(matrices) for _ in group["splits"]]) for _ in parameters]
+        own_steps = [local(shard_like(step, parameter)) for step, parameter in zip(steps, parameters, strict=True)]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, own_steps, alpha=-group["lr"])
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         for parameter in parameters:
@@ -182,7 +193,8 @@ class Muon(torch.optim.Optimizer):
                     mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter), step=torch.tensor(0.0)
                 )
         states = [self.state[parameter] for parameter in parameters]
-        means, squares = [state["mean"] for state in states], [state["square"] for state in states]
+        means, squares = ([local(state[name]) for state in states] for name in ("mean", "square"))
+        parameters, gradients = list(map(local, parameters)), list(map(local, gradients))
         steps = [state["step"] for state in states]
         beta1, beta2 = group["betas"]
         torch._foreach_add_(steps, 1)

@@ -27,7 +27,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 from raev2.batch import Batch
 from raev2.data import STOP_SIGNALS, derived_seed
@@ -49,6 +48,7 @@ from raev2.training.checkpoint import (
     save_checkpoint,
 )
 from raev2.training.ema import EMA
+from raev2.training.parallel import for_main, shards_like, whole
 
 logger = logging.getLogger(__name__)
 MAX_NON_FINITE_STEPS = 20
@@ -173,9 +173,13 @@ def add_provenance(run: Run, name: str, value: Any) -> None:
         write_json(file, {**read_json(file), name: value})
 
 
-def step_generator(device: torch.device, *parts: object) -> torch.Generator:
-    """Random numbers of one step: a generator seeded by a hash of (seed, stage, rank, images seen)."""
-    return torch.Generator(device).manual_seed(derived_seed(*parts))
+def step_generator(device: torch.device, seed: int, stage: str, images: int) -> torch.Generator:
+    """Random numbers of one step: a generator seeded by a hash of (seed, stage, images seen), equal on all processes.
+
+    A training step draws for the whole global batch and keeps its own rows (`dist.own_rows`), so no number of processes
+    and no `micro_batch_size` changes what a sample gets.
+    """
+    return torch.Generator(device).manual_seed(derived_seed(seed, stage, 0, images))
 
 
 class StopSignal:
@@ -211,14 +215,6 @@ class Stopped(KeyboardInterrupt):
     """Training was asked to stop; what it needs to go on is saved."""
 
 
-def distribute(model: nn.Module) -> nn.Module:
-    """The model wrapped for several processes (DDP); the model itself with one."""
-    if not dist.is_distributed():
-        return model
-    parameter = next(model.parameters())
-    return DistributedDataParallel(model, device_ids=[parameter.device] if parameter.is_cuda else None)
-
-
 @contextmanager
 def memory_field(field: str, value: int) -> Iterator[None]:
     """Inside, memory that runs out is an error that names the field to lower."""
@@ -248,11 +244,6 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float
         yield part, len(part.key) / num, rows.stop == num
 
 
-def gradient_sync(model: nn.Module, sync: bool) -> AbstractContextManager[object]:
-    """Forward and backward inside: processes exchange gradients only where `sync` is True."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
-
-
 def attention_kernels(device: torch.device, num_tokens: int) -> AbstractContextManager[object]:
     """Attention kernels of transformers and timm in stage 1: plain matrix products for short sequences on a CPU.
 
@@ -270,7 +261,7 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], loss:
     With a non-finite loss or gradient on any process nothing is changed and the result is nan, so that it never
     reaches weights, averages or optimizer state.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else math.inf)
+    norm = whole(nn.utils.clip_grad_norm_(parameters, clip if clip is not None else math.inf))
     finite = not dist.any_process(not bool(torch.isfinite(norm + loss.detach())))
     if finite:
         optimizer.step()
@@ -298,8 +289,9 @@ class TrainingState:
         if not self.finite():
             logger.warning("%s: weights are not finite after %d images, no checkpoint", self.stage, images)
             return False
+        tensors = {stem: for_main(part) for stem, part in self._tensors().items()}
         if dist.is_main():
-            save_checkpoint(self.folder, images, Checkpoint(self._tensors(), {}), keep)
+            save_checkpoint(self.folder, images, Checkpoint(tensors, {}), keep)
         dist.barrier()
         return True
 
@@ -323,7 +315,7 @@ class TrainingState:
             return 0
         checkpoint = checkpoint or load_checkpoint(path)
         for stem, module in self.modules.items():
-            load_strict(module, checkpoint.tensors[stem], f"{path}/{stem}")
+            load_strict(module, shards_like(checkpoint.tensors[stem], module.state_dict()), f"{path}/{stem}")
         for decay in self.ema.decays:
             self.ema.load_state_dict(decay, checkpoint.tensors[f"ema-{decay}"])
         for stem, optimizer in self.optimizers.items():

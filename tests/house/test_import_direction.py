@@ -33,7 +33,8 @@ ORDER = """
     task spec_io testing
     interop.convert interop.generators interop.decoders interop.stats interop.discriminators
     interop.encoders interop.autoencoders interop.files
-    training.ema training.optim training.checkpoint training.lock training.run training.resume training.preflight
+    training.parallel training.ema training.optim training.checkpoint training.lock training.run training.resume
+    training.preflight
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
     eval.pictures eval.reconstruct
     train_tokenizer train_generator

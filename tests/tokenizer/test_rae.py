@@ -9,7 +9,7 @@ from torch import nn
 from raev2.errors import CheckpointError, SpecError
 from raev2.spec import DecoderSpec, EncoderSpec, TokenizerSpec
 from raev2.tokenizer.latent_stats import LatentStatsAccumulator
-from raev2.tokenizer.rae import RAE, add_token_noise
+from raev2.tokenizer.rae import RAE, token_noise
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
 DECODER = DecoderSpec(width=24, depth=1, num_heads=2, mlp_dim=24, patch_size=8)
@@ -155,8 +155,7 @@ def test_push_to_hub_uploads_the_artefact_folder(rae, monkeypatch):
     [("uniform", 0.4, 0.8**2 / 3), ("half_normal", 0.8 * (2 / torch.pi) ** 0.5, 0.8**2)],
 )
 def test_noise_has_one_sigma_per_sample_of_the_given_distribution(distribution, mean, second_moment):
-    zeros = torch.zeros(8000, 4, 32)
-    noise = add_token_noise(zeros, 0.8, distribution, torch.Generator().manual_seed(0))
+    noise = token_noise((8000, 4, 32), 0.8, distribution, torch.Generator().manual_seed(0))
     sigma = noise.square().mean((1, 2)).sqrt()
     assert sigma.mean().item() == pytest.approx(mean, rel=0.03)
     assert sigma.square().mean().item() == pytest.approx(second_moment, rel=0.03)
@@ -166,8 +165,8 @@ def test_noise_has_one_sigma_per_sample_of_the_given_distribution(distribution, 
         assert sigma.max() < 0.8 * 1.4
 
 
-def test_noise_follows_the_generator_and_tau_zero_is_the_identity(rae):
+def test_noise_follows_the_generator_and_tau_zero_is_none(rae):
     tokens = rae.tokens(images())
-    first, second = (rae.noisy_tokens(tokens, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, second) and not torch.equal(first, tokens)
-    assert torch.equal(add_token_noise(tokens, 0.0, "uniform", torch.Generator()), tokens)
+    first, second = (rae.token_noise(len(tokens), torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == tokens.shape and first.std() > 0
+    assert not token_noise((2, 4, 8), 0.0, "uniform", torch.Generator()).any()

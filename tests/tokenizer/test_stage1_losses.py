@@ -11,7 +11,14 @@ from raev2.spec import AdversarialSpec, EncoderSpec, FeatureLoss, LPIPSLoss
 from raev2.tokenizer import losses
 from raev2.tokenizer.discriminator import Discriminator, LocalNorm, Residual, _head, build_discriminator
 from raev2.tokenizer.encoders import build_encoder
-from raev2.tokenizer.losses import EncoderFeatureLoss, adaptive_weight, diffaug, hinge_loss, quantise_8bit
+from raev2.tokenizer.losses import (
+    EncoderFeatureLoss,
+    adaptive_weight,
+    augmentation,
+    diffaug,
+    hinge_loss,
+    quantise_8bit,
+)
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
 
@@ -113,21 +120,21 @@ def test_adaptive_weight_balances_gradients_and_ignores_the_scale_of_the_adversa
     assert adaptive_weight(pred, rec, 1e-9 * gan, layer.weight, 10.0).item() == 10
 
 
-def test_adaptive_weight_uses_norms_averaged_over_processes(monkeypatch):
+def test_adaptive_weight_uses_the_gradients_of_all_processes(monkeypatch):
     layer = nn.Conv2d(3, 3, 1, bias=False)
     pred = layer(images(1))
     gradient = torch.ones_like(pred)
-    norm = torch.autograd.grad(pred, layer.weight, gradient, retain_graph=True)[0].norm().item()
+    own = torch.autograd.grad(pred, layer.weight, gradient, retain_graph=True)[0]
+    others = iter([own, 0.5 * own - own])  # of the other process: the mean is as long, or a quarter of it
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(torch.tensor([norm, 0.0])))
-    # both losses have the same gradient here; on the other process their norms are `norm` and 0
-    assert adaptive_weight(pred, gradient, gradient, layer.weight).item() == pytest.approx(2, rel=1e-4)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(next(others)))
+    assert adaptive_weight(pred, gradient, gradient, layer.weight).item() == pytest.approx(4, rel=1e-4)
 
 
 def test_diffaug_follows_the_generator_and_keeps_the_gradient():
     x = images().requires_grad_()
-    first, second, other = (diffaug(x, generator(seed)) for seed in (1, 1, 2))
+    first, second, other = (diffaug(x, augmentation(len(x), generator(seed))) for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert first.shape == x.shape
     first.sum().backward()
@@ -139,19 +146,22 @@ def test_diffaug_moves_pixels_and_fills_with_grey():
     moved = losses._translate(x, torch.tensor([2]), torch.tensor([-1]))
     assert torch.equal(moved[0, :, :14, 1:], x[0, :, 2:, :15])
     assert torch.equal(moved[0, :, 14:], torch.zeros(3, 2, 16)) and torch.equal(moved[0, :, :, 0], torch.zeros(3, 16))
-    shifts = losses._shifts(64, 5000, generator())
-    assert (shifts.min(), shifts.max()) == (-8, 8)
+    shifts = losses._shifts(64, torch.linspace(0, 1, 1701))  # 1 itself is not drawn
+    counts = torch.bincount(shifts[:-1] + 8)
+    assert len(counts) == 17 and counts.min() >= 99 and counts.max() <= 101
+    assert shifts[-1] == 8
 
 
-def test_diffaug_colour_by_hand(monkeypatch):
-    monkeypatch.setattr(losses, "_shifts", lambda size, num, generator: torch.zeros(num, dtype=torch.long))
-    u = torch.rand(3, 2, 1, 1, 1, generator=generator(5))
+def test_diffaug_colour_by_hand():
+    draws = augmentation(2, generator(5))
+    draws[:, :2] = 0.5  # no translation
+    u = draws[:, 2:].T[:, :, None, None, None]
     x = 2 * images(2) - 1
     x = x + u[0] - 0.5
     x = x.mean(1, keepdim=True) * (1 - 2 * u[1]) + x * 2 * u[1]
     mean = x.mean((1, 2, 3), keepdim=True)
     expected = (mean * (0.5 - u[2]) + x * (u[2] + 0.5) + 1) / 2
-    torch.testing.assert_close(diffaug(images(2), generator(5)), expected)
+    torch.testing.assert_close(diffaug(images(2), draws), expected)
 
 
 def test_quantise_gives_8_bit_levels():

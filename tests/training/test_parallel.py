@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from raev2.errors import SpecError
+from raev2.model.condition import LabelCondition
+from raev2.model.generator import Generator
+from raev2.spec import DDTSpec, FlowSpec, ParallelSpec
+from raev2.training.parallel import gradient_sync, is_plain, parallelise
+
+
+def tiny() -> Generator:
+    torch.manual_seed(0)
+    spec = DDTSpec(width=16, depth=2, num_heads=2, head_width=24, head_depth=1, head_num_heads=2)
+    generator = Generator(spec, LabelCondition(num_classes=4), FlowSpec(), (3, 2, 2))
+    for parameter in generator.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return generator
+
+
+def gradients(generator: nn.Module, network: nn.Module) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    output = network(torch.randn(3, 3, 2, 2), torch.rand(3), {"label": torch.tensor([0, 1, 4])})
+    output.pred.square().mean().backward()
+    return [parameter.grad for parameter in generator.parameters() if parameter.grad is not None]
+
+
+def test_one_process_is_not_wrapped():
+    model = nn.Linear(2, 2)
+    for strategy in ("ddp", "fsdp", "hsdp"):
+        assert parallelise(model, ParallelSpec(strategy=strategy)) is model
+    with gradient_sync(model, False):
+        pass
+    assert is_plain(model)
+
+
+def test_recomputed_blocks_have_the_same_gradients_and_names():
+    plain, recomputed = tiny(), tiny()
+    network = parallelise(recomputed, ParallelSpec(activation_checkpointing=True), recomputed.blocks())
+    assert recomputed.state_dict().keys() == plain.state_dict().keys()
+    expected = gradients(plain, plain)
+    for ours, theirs in zip(gradients(recomputed, network), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert len(recomputed.blocks()) == 3
+
+
+COMPILED = """
+import torch
+from torch import nn
+from raev2.spec import ParallelSpec
+from raev2.training.parallel import is_plain, parallelise
+from test_parallel import gradients, tiny
+
+real = nn.Module.compile
+nn.Module.compile = lambda self, **options: real(self, backend="aot_eager", **options)
+plain, compiled = tiny(), tiny()
+network = parallelise(compiled, ParallelSpec(compile=True), compiled.blocks())
+assert not is_plain(compiled) and compiled.state_dict().keys() == plain.state_dict().keys()
+for ours, theirs in zip(gradients(compiled, network), gradients(plain, plain), strict=True):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+"""
+
+
+def test_blocks_compile_without_a_graph_break():
+    """Each block is one graph, which `fullgraph` checks; a cheap backend, and no type checks by the test session."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parent)
+
+
+def test_compiling_without_a_compiler_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    generator = tiny()
+    with pytest.raises(SpecError, match=r"torch.compile needs a C\+\+ compiler; got none on PATH"):
+        parallelise(generator, ParallelSpec(compile=True), generator.blocks())
