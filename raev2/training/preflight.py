@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._composable import checkpoint
 
 from raev2.errors import CheckpointError, DataError, FileError, RaeError, SpecError
 from raev2.files.artefact import ENCODER, artefact_config
@@ -146,7 +147,10 @@ def fetch_all(assets: Sequence[Asset]) -> None:
 
 
 def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
-    """The spec with the tokenizer fields of the artefact that `tokenizer_from` names, if it has to be here already."""
+    """The spec with the tokenizer fields of the artefact that `tokenizer_from` names.
+
+    download   whether it is fetched where it is not on this machine; else the spec is left as it is
+    """
     source = spec.tokenizer_from
     here = None if source is None else Asset("tokenizer_from", source).folder()
     if source is None or (here is None and not download):
@@ -247,6 +251,8 @@ def _call(task: Task, spec: RunSpec, stage: str, shape: tuple[int, int, int]) ->
         decoder = ViTDecoder(shape[0], spec.tokenizer.decoder, spec.tokenizer.grid)
         return decoder, (torch.zeros(1, shape[1] * shape[2], shape[0]),)
     generator = Generator(spec.generator, task.condition(spec, None), spec.flow, shape)
+    for block in generator.blocks() if spec.parallel.activation_checkpointing else ():
+        checkpoint(block)
     return generator, (torch.zeros(1, *shape), torch.zeros(1), generator.conditioner.example_cond(1))
 
 
@@ -389,6 +395,8 @@ def _space(plan: Plan) -> Iterator[Finding]:
         parameters, one = trained_size(plan.task, spec, stage)
         state = state_bytes(parameters, loop)
         disk += (loop.keep_checkpoints + 1) * (state - 4 * parameters)  # no gradients; one more while written
+        if stage == GENERATOR and spec.parallel.strategy != "ddp":
+            state //= processes
         micro, field = loop.micro_batch_size or loop.batch_size // processes, f"{stage}_training.micro_batch_size"
         fitting = 2 ** int(math.log2(max((memory - state) / max(one, 1), 1)))
         hint = f"Add --set {field}={fitting}; it changes speed, not results."

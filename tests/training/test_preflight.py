@@ -340,6 +340,21 @@ def test_the_memory_of_an_image_is_what_autograd_keeps_of_it(tiny_spec):
     assert one == pytest.approx(real, rel=0.02)
 
 
+def test_recomputed_blocks_and_shards_take_less(find, tiny_spec, monkeypatch):
+    recomputed = tiny_spec.replace(parallel=tiny_spec.parallel.replace(activation_checkpointing=True))
+    assert trained_size(IMAGENET, recomputed, "generator")[1] < trained_size(IMAGENET, tiny_spec, "generator")[1] / 2
+    given = []
+    monkeypatch.setattr(preflight, "_room", lambda what, needed, *_: given.append((what, needed)))
+    monkeypatch.setattr(preflight.dist, "world_size", lambda: 2)
+    needed = []
+    for strategy in ("ddp", "fsdp"):
+        find(parallel=tiny_spec.parallel.replace(strategy=strategy))
+        needed.append(next(needed for what, needed in given if what.endswith("generator, 4 images")))
+        given.clear()
+    parameters, _ = trained_size(IMAGENET, tiny_spec, "generator")
+    assert needed[0] - needed[1] == state_bytes(parameters, tiny_spec.generator_training) // 2
+
+
 def test_moments_of_the_optimizer_count(tiny_spec):
     loop = tiny_spec.generator_training.replace(ema_decays=(0.5,), optimizer=MuonSpec())
     assert state_bytes(10, loop) == 4 * 10 * (1 + 1 + 1 + 1)
