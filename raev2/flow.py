@@ -133,11 +133,6 @@ def flow_error(pred: Latents, point: PathPoint, latents: Latents, flow: FlowSpec
     return prediction(flow.prediction).error(pred.float(), point, latents, _as_map(point.t), flow).square()
 
 
-def repa_error(hidden: Tokens, target: Tokens) -> Tokens:
-    """Squared distance of projected trunk tokens to clean encoder tokens (not normalised), per element, in float32."""
-    return (hidden.float() - target).square()
-
-
 @dataclass(frozen=True)
 class Losses:
     """Loss terms: per sample and unweighted, and the weighted sum of their means, which is what is minimised."""
@@ -173,7 +168,7 @@ def training_loss(
             raise SpecError(
                 "generator.repa_depth", "the network has no REPA projector", hint="Set repa_depth and repa_dim."
             )
-        repa = repa_error(output.hidden, repa_target).flatten(1).mean(1)
+        repa = (output.hidden.float() - repa_target).square().flatten(1).mean(1)  # neither side is normalised
         total = total + repa_weight * repa.mean()
     return Losses(total, full, base, repa)
 

@@ -19,11 +19,18 @@ from raev2.files.artefact import FILES, load_artefact, save_artefact, write_json
 from raev2.files.damage import read_json
 from raev2.files.replace import EXPORT, new_folder
 from raev2.interop.autoencoders import export_autoencoder, import_autoencoder
-from raev2.interop.decoders import HEADS, decoder_spec, decoder_tensors, export_decoder, import_decoder
 from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
 from raev2.interop.files import Source, generator_part, read_config, read_source, tokenizer_part
 from raev2.interop.generators import convert_generator, export_generator, generator_config, nearest_multiples
-from raev2.interop.stats import export_stats, import_stats
+from raev2.interop.tokenizers import (
+    HEADS,
+    decoder_spec,
+    decoder_tensors,
+    export_decoder,
+    export_stats,
+    import_decoder,
+    import_stats,
+)
 from raev2.model.generator import generator_card
 from raev2.pipeline import GENERATOR, TOKENIZER, load_generator, tokenizer_of
 from raev2.report.page import direction

@@ -7,10 +7,15 @@ state_dict = export_generator(generator)            # back to the reference's na
 `raev2 import` and `raev2 export` do the same for files; autoencoders.py holds whole tokenizers of diffusers.
 """
 
-from raev2.interop.decoders import export_decoder, import_decoder
-from raev2.interop.discriminators import export_discriminator, import_discriminator
 from raev2.interop.generators import export_generator, generator_config, import_generator
-from raev2.interop.stats import export_stats, import_stats
+from raev2.interop.tokenizers import (
+    export_decoder,
+    export_discriminator,
+    export_stats,
+    import_decoder,
+    import_discriminator,
+    import_stats,
+)
 from raev2.tokenizer.encoders import aggregate_layers
 
 __all__ = [

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_strict
-from raev2.interop.convert import some
-from raev2.interop.decoders import decoder_spec, export_decoder, import_decoder
+from raev2.interop.convert import rename, some
 from raev2.interop.generators import nearest_multiples
-from raev2.interop.stats import spread
+from raev2.interop.tokenizers import decoder_spec, export_decoder, import_decoder, spread
 from raev2.nn import sincos_2d
 from raev2.spec import EncoderSpec, TokenizerSpec
 from raev2.tokenizer.base import part
@@ -99,7 +98,7 @@ def import_autoencoder(tensors: Mapping[str, Tensor], config: Mapping[str, Any],
     mean = _pixel_values(tensors.get("encoder_mean"), config["encoder_norm_mean"] or RGB_MEAN)
     std = _pixel_values(tensors.get("encoder_std"), config["encoder_norm_std"] or RGB_STD)
     _write_encoder(encoder_dir, config, encoder_weights, mean, std)
-    decoder_weights = {_rename(name, DECODER_NAMES): value for name, value in decoder_weights.items()}
+    decoder_weights = {rename(name, DECODER_NAMES): value for name, value in decoder_weights.items()}
     decoder_weights.setdefault("decoder_pos_embed", positions(config["decoder_hidden_size"], side))
     decoder_config = {"heads": config["decoder_num_attention_heads"], "grid": (side, side)}
     decoder, _, grid = decoder_spec(decoder_weights, decoder_config)
@@ -174,12 +173,6 @@ def _pixel_values(stored: Tensor | None, configured: Any) -> list[float]:
     return stored.flatten().tolist()
 
 
-def _rename(name: str, names: Mapping[str, str]) -> str:
-    for old, new in names.items():
-        name = name.replace(old, new)
-    return name
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Out
 
@@ -229,7 +222,7 @@ def export_autoencoder(rae: RAE) -> Any:
 
     names = {new: old for old, new in DECODER_NAMES.items()}
     weights = export_decoder(rae.decoder, info.mean, info.std)
-    tensors = {f"decoder.{_rename(name, names)}": value for name, value in weights.items()}
+    tensors = {f"decoder.{rename(name, names)}": value for name, value in weights.items()}
     del tensors["decoder.decoder_pos_embed"]
     tensors |= {
         f"encoder.{name}": value

@@ -122,6 +122,13 @@ def place(ours: Iterable[str], layers: Mapping[str, str | Sequence[str]]) -> Nam
     return names
 
 
+def rename(name: str, parts: Mapping[str, str]) -> str:
+    """A name with some of its parts exchanged."""
+    for old, new in parts.items():
+        name = name.replace(old, new)
+    return name
+
+
 def sizes(tensors: Mapping[str, Tensor], axes: Mapping[str, tuple[str, int]]) -> dict[str, int]:
     """The numbers that shapes tell: name -> (tensor, axis), as far as the tensors are there."""
     return {key: tensors[name].shape[axis] for key, (name, axis) in axes.items() if name in tensors}

@@ -51,7 +51,7 @@ def reference_encoder(name: str) -> EncoderSpec:
     layers: tuple[int, ...] = ()
     fields: dict[str, Any] = {"antialias": False}
     base = family.removesuffix("mls")
-    if base in ("dinov2", "dinov3"):  # 'bnorm' is 'b[norm]'
+    if base in ("dinov2", "dinov3", "pe", "spatialpe", "langpe"):  # 'bnorm' is 'b[norm]'
         while suffix := next((flag for flag in FLAGS if config.endswith(flag) and config != flag), None):
             config, flags = config.removesuffix(suffix), [*flags, suffix]
     for flag in flags:
@@ -66,9 +66,6 @@ def reference_encoder(name: str) -> EncoderSpec:
         aggregate, pooled_term = SEVERAL_LAYERS[family]
         layers = layers or DEFAULT_LAYERS.get(family, {}).get(config, FEW_LAYERS)
         fields |= {"aggregate": aggregate, "pooled_term": pooled_term}
-    if base in ("pe", "spatialpe", "langpe") and config.endswith("norm"):
-        config = config.removesuffix("norm")
-        fields["norm"] = "affine"
     ours = _our_name(base, config, "woreg" in flags)
     if ours not in ENCODERS:
         raise SpecError("encoder", "unknown encoder of RAEv2", got=repr(name), hint=did_you_mean(ours, ENCODERS))
@@ -78,8 +75,8 @@ def reference_encoder(name: str) -> EncoderSpec:
 def _our_name(family: str, config: str, without_registers: bool) -> str:
     if family == "webssl":  # dino300m_full2b_224
         return f"webssl-{config.removeprefix('dino').partition('_')[0]}"
-    renamed = {"eupe": "eupe", "jepa": "ijepa"}
-    return f"{renamed.get(family, family)}-{config.lower()}" + ("-woreg" if without_registers else "")
+    family = "ijepa" if family == "jepa" else family
+    return f"{family}-{config.lower()}" + ("-woreg" if without_registers else "")
 
 
 def v1_encoder(config: Mapping[str, Any]) -> EncoderSpec:

@@ -153,16 +153,10 @@ class RAE(Tokenizer):
         """
         config, tensors, path = load_artefact(path_or_hub_id, kind="tokenizer")
         with damaged(f"{path}/config.json"):
-            return cls._from_artefact(config, tensors, path, encoder)
-
-    @classmethod
-    def _from_artefact(
-        cls, config: dict[str, Any], tensors: dict[str, Tensor], path: Path, encoder: str | Path | None
-    ) -> RAE:
-        spec, decoder, stats = read_parts(config, tensors, str(path))
-        own = path / ENCODER if (path / ENCODER).is_dir() else None
-        rae = cls(spec, build_encoder(spec.encoder, spec.grid, source=encoder or own), stats, decoder)
-        rae.extra, rae.encoder_dir = dict(config.get("extra", {})), own
+            spec, decoder, stats = read_parts(config, tensors, str(path))
+            own = path / ENCODER if (path / ENCODER).is_dir() else None
+            rae = cls(spec, build_encoder(spec.encoder, spec.grid, source=encoder or own), stats, decoder)
+            rae.extra, rae.encoder_dir = dict(config.get("extra", {})), own
         return rae.eval()
 
     def save_pretrained(self, path: str | Path) -> Path:

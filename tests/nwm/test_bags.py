@@ -380,6 +380,35 @@ def test_a_damaged_bag_is_left_out_and_never_ends_the_build(kind, tmp_path):
     assert len(RECIPE.plan(options)) >= 5
 
 
+def test_a_clock_that_runs_back_is_not_used(tmp_path, caplog):
+    m, src = Messages(), tmp_path / "src"
+
+    def jumping(topics: set[str]) -> list[Event]:
+        """The stamps of the second half are those of the first: the clock was set back by 3 s."""
+        found = drive(m)
+        for t, topic, message in found:
+            if topic in topics and t - EPOCH >= 3:
+                message.header = m.header(t - 3)
+        return found
+
+    write_ros2(src / "both", jumping({"/camera", "/odom"}))
+    write_ros2(src / "whole", drive(m))
+    with caplog.at_level(logging.INFO):
+        found = build(src, tmp_path / "out")
+    assert "both: the clock of receipt" in caplog.text
+    np.testing.assert_allclose(steps(found["both"].poses), steps(found["whole"].poses), atol=1e-6)
+    assert np.array_equal(numbers(found["both"]), numbers(found["whole"]))
+    write_ros2(src / "camera", jumping({"/camera"}))
+    for options, left_out in (({}, ["camera"]), ({"clock": "header"}, ["both", "camera"]), ({"clock": "receipt"}, [])):
+        out = tmp_path / f"out-{len(left_out)}"
+        RECIPE.build(out, {"src": str(src), "split": "by-time", "val_fraction": "0.3", "split_gap_s": "0", **options})
+        file = out / "rejects.jsonl"
+        rejects = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        assert [Path(one["path"]).name for one in rejects] == left_out
+        for one in rejects:
+            assert re.search("clock of the (poses|images) runs back; got by .* s; .*Set clock=receipt.", one["reason"])
+
+
 def test_images_with_one_time_are_used_once_and_counted(tmp_path, caplog):
     m = Messages()
     write_ros2(tmp_path / "src" / "a", [*drive(m), *[event for event in drive(m) if event[1] == "/camera"][:3]])

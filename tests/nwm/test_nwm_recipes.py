@@ -107,6 +107,23 @@ def test_gnm_folders(tmp_path):
     np.testing.assert_allclose(small["b_0"].poses[:, 2], YAW[:12] + np.pi / 2)
 
 
+def test_a_plan_tells_what_will_stop_the_build(tmp_path):
+    for name in ("a_0", "b_0"):
+        write_gnm(tmp_path / "src" / name, 40)
+    options = {"src": str(tmp_path / "src")}
+
+    def degrees(options: dict[str, str]) -> int:
+        (line,) = [line for line in gnm.RECIPE.plan(options) if line.startswith("Heading: ")]
+        return int(line.split()[1])
+
+    assert degrees(options) < 5 and 85 < degrees(options | {"yaw_offset_deg": "90", "heading": "keep"}) < 95
+    turned = options | {"yaw_offset_deg": "90"}
+    (line,) = [line for line in gnm.RECIPE.plan(turned) if line.startswith("The build will stop: ")]
+    with pytest.raises(DataError) as stopped:
+        gnm.RECIPE.build(tmp_path / "out", turned)
+    assert line == f"The build will stop: {stopped.value}" and "the heading contradicts the motion" in line
+
+
 def test_gnm_splits_that_come_with_the_data(tmp_path):
     for name in ("a_0", "a_1", "a_2"):
         write_gnm(tmp_path / "src" / name)

@@ -339,6 +339,46 @@ def test_a_damaged_parquet_is_an_error_and_not_a_traceback(tmp_path):
         TABLE.plan(TABLE.resolve({"src": str(tmp_path / "t.parquet")}))
 
 
+def test_every_file_of_a_captioned_folder_is_in_one_count(tmp_path):
+    """Samples, rejected pictures, files of captions, and what is passed over are together all files."""
+    src, good = tmp_path / "src", file_of(picture(1))
+    for n in range(8):
+        (src / "x").mkdir(parents=True, exist_ok=True)
+        picture(n).save(src / "x" / f"{n}.png")
+        (src / "x" / f"{n}.txt").write_text(f"picture {n}")
+    bad = {
+        "empty": (good, ""),
+        "blank": (good, " \n\u200b"),
+        "binary": (good, b"\x81\x8d"),
+        "none": (good, None),
+        "cut": (good[:60], "x"),
+        "page": (b"<html>", "x"),
+        "zero": (b"", "x"),
+        "long": (file_of(picture(1, (90, 30))), "x"),
+    }
+    for name, (data, text) in bad.items():
+        (src / f"{name}.png").write_bytes(data)
+        if text is not None:
+            (src / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (src / "@eaDir").mkdir()
+    for name in ("@eaDir/0.png", "Thumbs.db", "._0.png", "orphan.txt", "table.csv"):
+        (src / name).write_bytes(b"x")
+    (src / "gone.png").symlink_to(tmp_path / "gone")
+    manifest = FOLDER.build(tmp_path / "out", {"src": str(src)})
+    num_samples = sum(entry["num_samples"] for entry in manifest["splits"].values())
+    assert (num_samples, manifest["rejected"]) == (8, len(bad))
+    assert manifest["rejected_kinds"] == {"bad_caption": 4, "bad_image": 3, "bad_geometry": 1}
+    ignored = FOLDER._found(FOLDER.resolve({"src": str(src)})).ignored
+    assert ignored == {
+        "Thumbs.db": 1, "folder @eaDir": 1, "hidden file": 1, "broken link": 1, "no picture (.txt)": 1,
+        "no picture (.csv)": 1,
+    }  # fmt: skip
+    num_texts = 8 + len(bad) - 1
+    assert num_samples + manifest["rejected"] + num_texts + ignored.total() == sum(
+        1 for f in src.rglob("*") if not f.is_dir()
+    )
+
+
 def test_a_captioned_folder_counts_what_it_leaves_out(pictures, capsys):
     for split, numbers in (("Training", range(5)), ("valid", (5,)), ("test", (6, 7))):
         (pictures / split).mkdir()

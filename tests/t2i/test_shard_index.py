@@ -16,7 +16,7 @@ from shard_examples import SIZE, file_of, pair, picture, stream, tokenize, write
 from raev2.command.cli import main
 from raev2.errors import DataError
 from raev2.files.splits import split_in_name, split_word
-from raev2_data_recipes.captions.caption_tars import BLIP3O, SCALE_RAE, TAR_SHARDS
+from raev2_data_recipes.captions.caption_tars import BLIP3O, RENDERED_TEXT, SCALE_RAE, TAR_SHARDS
 from raev2_tasks.t2i.shards.check import check_shards
 from raev2_tasks.t2i.shards.files import read_index, rewrite_shards, verify_shards
 from raev2_tasks.t2i.shards.index import HELD_OUT, in_processes, index_shards, survey
@@ -224,8 +224,9 @@ def test_nothing_is_dropped_without_being_counted(tmp_path, caplog):
     assert "bad_caption 4" in caplog.text and "not_adjacent 1" in caplog.text
 
     options = {"src": str(tmp_path / "src"), "size": "16", "val_samples": "5"}
-    built = BLIP3O.build(tmp_path / "blip", options)
-    assert sum(counts(built).values()) == 31 and rejected(tmp_path / "blip") == bad
+    for recipe, more in ((BLIP3O, {}), (SCALE_RAE, {}), (RENDERED_TEXT, {"min_text_px": "0"})):
+        built = recipe.build(tmp_path / recipe.name, options | more)
+        assert sum(counts(built).values()) == 31 and rejected(tmp_path / recipe.name) == bad
 
     found = check_shards(tmp_path / "src", ShapeRule.of(SIZE))
     assert Counter(p.kind for problems in found.values() for p in problems if p.fatal) == bad

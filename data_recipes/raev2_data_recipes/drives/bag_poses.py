@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from raev2.errors import DataError
 from raev2_data_recipes.drives.bag_files import FIX, TFS, Topic
 from raev2_tasks.nwm.pose import Array, yaw_of_quaternion
 
+logger = logging.getLogger(__name__)
 BASES = ("base_link", "base_footprint", "base", "body", "chassis", "base_stabilized")
 EQUATOR_M, FLATTENING = 6_378_137.0, 1 / 298.257223563  # WGS 84
 COURSE_M = 0.5  # the direction of motion is that over at least so far
@@ -26,7 +28,7 @@ def read_bag_poses(where: str, reader: Any, topic: Topic, tf_frames: str) -> tup
     if topic.kind in TFS:
         rows = _transforms(where, reader, links, tf_frames)
     elif topic.kind == FIX:
-        rows = _fixes(reader, links)
+        rows = _fixes(where, reader, links)
     else:
         rows = [
             (stamp * 1e-9, header_time(message.header), *_planar(pose.position, pose.orientation))
@@ -78,12 +80,17 @@ def _transforms(where: str, reader: Any, links: list[Any], tf_frames: str) -> li
     return found[chosen]
 
 
-def _fixes(reader: Any, links: list[Any]) -> list[tuple[float, ...]]:
-    """East and north of the first fix in metres; fixes without a position are passed over."""
+def _fixes(where: str, reader: Any, links: list[Any]) -> list[tuple[float, ...]]:
+    """East and north of the first fix in metres; fixes without a position are passed over, and counted in the log."""
     rows: list[tuple[float, ...]] = []
+    lost = 0
     for message, stamp in _messages(reader, links):
         if message.status.status >= 0 and np.isfinite([message.latitude, message.longitude]).all():
             rows.append((stamp * 1e-9, header_time(message.header), message.longitude, message.latitude))
+        else:
+            lost += 1
+    if lost:
+        logger.warning("%s: %d of %d satellite fixes have no position and are left out", where, lost, lost + len(rows))
     if not rows:
         return []
     (_, _, lon0, lat0), squared = rows[0], FLATTENING * (2 - FLATTENING)

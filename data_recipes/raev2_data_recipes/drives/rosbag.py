@@ -165,9 +165,9 @@ def _read(bag: Bag, options: Mapping[str, str]) -> Iterator[Trajectory]:
         )
         received, stamped, poses = read_bag_poses(where, reader, pose, options["tf_frames"])
         by_header = _by_header(bag.name, reader, image, received, stamped, options["clock"])
-        pose_t, poses = _increasing(stamped if by_header else received, poses + [0, 0, offset])
+        pose_t, poses = _increasing(where, stamped if by_header else received, poses + [0, 0, offset])
         spool = _Spool(store, start=float(pose_t[0]), rate_hz=rate)
-        images, same = spool.fill(reader, image, by_header)
+        images, same = spool.fill(where, reader, image, by_header)
         if same:
             logger.warning("%s: %d images are left out that have the time of another", bag.name, same)
         pieces = resample(
@@ -202,17 +202,30 @@ def _by_header(name: str, reader: Any, image: Topic, received: Array, stamped: A
     logger.info("%s: received after the stamp in the header by %.3f s (images), %.3f s (poses)", name, images, poses)
     if clock != "auto":
         return clock == "header"
-    same = abs(images - poses) < SAME_CLOCK_S and stamped[0] > 0
+    same = abs(images - poses) < SAME_CLOCK_S and stamped[0] > 0 and (np.diff(stamped) > -SAME_CLOCK_S).all()
     logger.info("%s: the clock of %s is used", name, "the headers" if same else "receipt: the headers do not share one")
     return bool(same)
 
 
-def _increasing(t: Array, poses: Array) -> tuple[Array, Array]:
+def _increasing(where: str, t: Array, poses: Array) -> tuple[Array, Array]:
     """In order of time, one pose a time."""
+    _check_forward(where, t, "poses")
     order = np.argsort(t, kind="stable")
     t, poses = t[order], poses[order]
     new = np.diff(t, prepend=-np.inf) > 0
+    if not new.all():
+        logger.warning("%s: %d poses are left out that have the time of another", where, (~new).sum())
     return t[new], poses[new]
+
+
+def _check_forward(where: str, t: Array, of: str) -> None:
+    """DataError for times, in order of receipt, that run back: what was measured twice would be mixed."""
+    back = -float(np.diff(t).min(initial=0))
+    if back >= SAME_CLOCK_S:
+        raise DataError(
+            where, f"the clock of the {of} runs back", got=f"by {back:.3g} s", expected=f"less than {SAME_CLOCK_S:g} s",
+            hint="Set clock=receipt.",
+        )  # fmt: skip
 
 
 @dataclass
@@ -234,13 +247,14 @@ class _Spool:
         self.grid_start: float | None = None
         self._places: list[tuple[float, int, int]] = []  # time, offset, length
 
-    def fill(self, reader: Any, topic: Topic, by_header: bool) -> tuple[Array, int]:
+    def fill(self, where: str, reader: Any, topic: Topic, by_header: bool) -> tuple[Array, int]:
         """Read the topic once; the times of the images kept, in order, and how many had the time of another."""
         links = [link for link in reader.connections if link.topic == topic.name]
         thin = topic.rate_hz >= MANY_IMAGES * self.rate_hz
-        slot, held = -1, _Held(0.0, np.inf, b"")
+        slot, held, times = -1, _Held(0.0, np.inf, b""), list[float]()
         for _, stamp, raw in reader.messages(links):
             t = _stamp(bytes(raw[:16])) if by_header else stamp * 1e-9
+            times.append(t)
             if not thin:
                 self._keep(t, bytes(raw))
                 continue
@@ -255,6 +269,7 @@ class _Spool:
             if number == slot and abs(ahead - number) < held.distance - 1e-6:
                 held = _Held(t, abs(ahead - number), bytes(raw))
         self._keep_held(held)
+        _check_forward(where, np.array(times), "images")
         by_time = {
             t: (t, offset, length) for t, offset, length in sorted(self._places, reverse=True)
         }  # the first stays

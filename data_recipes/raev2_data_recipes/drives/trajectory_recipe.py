@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from raev2_tasks.nwm.data.validate import check_trajectory
 
 RULES = ("by-recording", "nwm-legacy", "by-time", "given")
 HEADINGS = ("check", "keep")
-NUM_TRIED = 20  # recordings whose poses a plan reads
+NUM_TRIED, TRIAL_S = 20, 30.0  # a plan reads the poses of so many sources, for so many seconds
 MANY_POSES = 2000  # after so many, and each doubling, heading and motion are compared
 
 
@@ -77,18 +78,26 @@ class MotionCheck:
 
     def add(self, one: Trajectory) -> None:
         """Take in a trajectory; now and then, look at all so far."""
+        self.take(one)
+        if self._num >= max(MANY_POSES, 2 * self._checked):
+            self._checked = self._num
+            self.finish()
+
+    def take(self, one: Trajectory) -> None:
+        """Take in a trajectory."""
         position, yaw = np.asarray(one.position, np.float64), np.asarray(one.yaw, np.float64)
         if position.shape != (len(yaw), 2) or not (np.isfinite(position).all() and np.isfinite(yaw).all()):
             return  # left out later, with the reason
         self._raws.append(RawPoses(one.id, np.column_stack([position, np.zeros(len(yaw))]), yaw))
         self._num += len(yaw)
-        if self._num >= max(MANY_POSES, 2 * self._checked):
-            self._checked = self._num
-            self.finish()
+
+    def error(self) -> float | None:
+        """Degrees between motion and heading (median); None where too little moves to tell."""
+        return median_error(self._raws, Reading())
 
     def finish(self) -> None:
         """DataError when motion and heading lie more than 60 degrees apart (median)."""
-        error = median_error(self._raws, Reading())
+        error = self.error()
         if error is not None and error > CONTRADICTION:
             raise contradiction(self.where, self._raws, Reading(), error, "yaw_offset_deg or reading, if it has it")
 
@@ -131,8 +140,7 @@ class TrajectoryRecipe(DatasetRecipe):
             "licence": self.licence,
             "attribution": self.attribution,
         }
-        check = MotionCheck(f"data {self.name}")
-        keep = self._option(options, "heading", HEADINGS) == "keep" or not self.checks_heading
+        check, keep = MotionCheck(f"data {self.name}"), self._keeps_heading(options)
         facts = self.facts(options) | {"ignored": self.ignored(options)}
         read = partial(self._read, options, None if keep else check, facts["rate_hz"])
         sources = (replace(source, read=partial(read, source)) for source in self.sources(options))
@@ -156,6 +164,9 @@ class TrajectoryRecipe(DatasetRecipe):
                     except DataError as error:
                         raise _Stop(error) from None
                 yield from self._split(options, one)
+
+    def _keeps_heading(self, options: Mapping[str, str]) -> bool:
+        return self._option(options, "heading", HEADINGS) == "keep" or not self.checks_heading
 
     def _split(self, options: Mapping[str, str], one: Trajectory) -> list[Trajectory]:
         if self._option(options, "split", RULES) != "by-time":
@@ -185,23 +196,40 @@ class TrajectoryRecipe(DatasetRecipe):
         No picture is read.
         """
         least, rate = self.storage(options).min_frames, self.number(options, "rate_hz", 0.01)
-        lengths, left_out, usable = list[int](), list[str](), list[Source](sources[NUM_TRIED:])
-        for source in sources[:NUM_TRIED]:
-            before = len(lengths)
+        lengths, left_out, usable = list[int](), list[str](), list[Source]()
+        check = MotionCheck(f"data {self.name}")
+        end, num = time.monotonic() + TRIAL_S, 0
+        while num < min(len(sources), NUM_TRIED) and time.monotonic() < end:
+            source, before, num = sources[num], len(lengths), num + 1
             try:
                 for one in self._read(options, None, rate, source):
                     try:
                         check_trajectory(f"trajectory {one.id}", one.t, one.position, one.yaw, least)
                         lengths.append(len(one.t))
+                        check.take(one)
                     except DataError as error:
                         left_out.append(str(error))
             except BAD_SOURCE as error:
                 left_out.append(reason_of(error))
             usable += [source] if len(lengths) > before else []
-        of = f"the first {NUM_TRIED} of {len(sources)}" if sources[NUM_TRIED:] else f"all {len(sources)}"
+        of = f"all {num}" if num == len(sources) else f"the first {num} of {len(sources)}"
         lines = [f"By their poses {of} give {len(lengths)} trajectories with {sum(lengths):,} frames."]
+        if "reading" not in options:  # whose lines tell it already
+            lines += self._heading_lines(options, check)
         lines += [f"Left out: {reason}" for reason in left_out[:5]]
-        return lines + ([f"Left out: {len(left_out) - 5} more."] if left_out[5:] else []), usable
+        lines += [f"Left out: {len(left_out) - 5} more."] if left_out[5:] else []
+        return lines, usable + list(sources[num:])
+
+    def _heading_lines(self, options: Mapping[str, str], check: MotionCheck) -> list[str]:
+        error = check.error()
+        if error is None:
+            return ["Heading: too little motion to test it."]
+        try:
+            if not self._keeps_heading(options):
+                check.finish()
+        except DataError as stop:
+            return [f"The build will stop: {stop}"]
+        return [f"Heading: {error:.0f} degrees from the motion (median)."]
 
     def frames_line(self, options: Mapping[str, str]) -> str:
         """For plans: how frames are stored."""

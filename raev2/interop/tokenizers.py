@@ -1,4 +1,10 @@
-"""Pixel decoders of RAE and RAEv2 (GeneralDecoder) in and out."""
+"""Parts of the tokenizers of RAE and RAEv2 in and out: pixel decoders, latent statistics, discriminator heads.
+
+Statistics (stat.pt of RAE, stats.pt of RAEv2) are a mapping with "mean" and "var". Discriminator heads keep spectral
+normalisation as `weight_orig`, `weight_u`, `weight_v` (hooks), we as a parametrisation; the frozen trunk is in neither.
+The released discriminators have five heads, of which the first reads the last block a second time:
+`AdversarialSpec(layers=(11, 2, 5, 8, 11))`.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +17,25 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from raev2.errors import CheckpointError
-from raev2.interop.convert import Change, Conversion, Names, describe, export, place, sizes, unchanged, unwrap
+from raev2.interop.convert import Change, Conversion, Names, describe, export, place, rename, sizes, unchanged, unwrap
 from raev2.spec import DECODER_SIZES, DecoderSpec
 from raev2.spec_io import validated
 from raev2.tokenizer.base import part
 from raev2.tokenizer.decoder import ViTDecoder
+from raev2.tokenizer.discriminator import Discriminator
+from raev2.tokenizer.latent_stats import LatentStats
 
 HEADS = "decoder_num_attention_heads"  # in the reference's JSON files, whose other entries the weights know better
+SPECTRAL = {
+    "parametrizations.weight.original": "weight_orig",
+    "parametrizations.weight.0._u": "weight_u",
+    "parametrizations.weight.0._v": "weight_v",
+}
 Pixels = Sequence[float] | None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoders (GeneralDecoder)
 
 
 def import_decoder(
@@ -42,7 +59,7 @@ def import_decoder(
     spec, latent_dim, grid = decoder_spec(tensors, config or {})
     with init_empty_weights(include_buffers=False):
         decoder = ViTDecoder(latent_dim, spec, grid)
-    names = _reference_names(decoder.state_dict(), spec.depth)
+    names = _decoder_names(decoder.state_dict(), spec.depth)
     conversion = Conversion(decoder, tensors, names, _rescale(pixel_mean, pixel_std))
     conversion.check("decoder weights")
     conversion.load()
@@ -55,7 +72,7 @@ def export_decoder(decoder: ViTDecoder, pixel_mean: Pixels = None, pixel_std: Pi
     With pixel_mean and pixel_std as RAE v1 reads it. Taking them out of the last layer again is exact to the last bit
     but one; everything else is exact.
     """
-    names = _reference_names(decoder.state_dict(), decoder.spec.depth)
+    names = _decoder_names(decoder.state_dict(), decoder.spec.depth)
     return export(decoder, names, _rescale(pixel_mean, pixel_std, inverse=True))
 
 
@@ -131,7 +148,7 @@ def _rescale(mean: Pixels, std: Pixels, *, inverse: bool = False) -> Change:
     return change
 
 
-def _reference_names(ours: Iterable[str], depth: int) -> Names:
+def _decoder_names(ours: Iterable[str], depth: int) -> Names:
     """Our tensor -> the reference tensors that make it up."""
     layers: dict[str, str | list[str]] = {
         "embed": "decoder_embed", "norm": "decoder_norm", "pred": "decoder_pred",
@@ -148,3 +165,85 @@ def _reference_names(ours: Iterable[str], depth: int) -> Names:
             f"blocks.{i}.fc2": f"{theirs}.output.dense",
         }
     return place(ours, layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latent statistics
+
+
+def import_stats(
+    values: Mapping[str, Any], latent_shape: tuple[int, int, int], *, encoder: Mapping[str, Any], data: str = ""
+) -> LatentStats:
+    """Statistics per channel and position, (C, H, W).
+
+    values    "mean" and "var" of shape (C, H, W), (C, 1, 1) or (C,), also with a leading 1; one value for several is
+              spread. A missing mean means 0 and a missing variance 1, as the reference reads it
+    encoder   fingerprint of the encoder that they belong to
+    data      what they were computed from
+
+    Raises CheckpointError for another shape, and for values that are no mean or variance.
+    """
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if not tensors or set(values) - {"mean", "var"}:
+        raise CheckpointError(
+            "latent statistics", "not a statistics file", got=describe(tensors)[1] if tensors else sorted(values)[:4],
+            expected="'mean' and 'var'",
+        )  # fmt: skip
+    mean = spread(tensors.get("mean", torch.zeros(())), "mean", latent_shape)
+    var = spread(tensors.get("var", torch.ones(())), "var", latent_shape)
+    if not mean.isfinite().all() or not var.isfinite().all() or (var < 0).any():
+        raise CheckpointError(
+            "latent statistics", "not finite, or a negative variance", got=f"smallest variance {var.min().item():g}"
+        )
+    return LatentStats(mean, var, num_images=0, encoder=encoder, data=data)
+
+
+def export_stats(stats: LatentStats) -> dict[str, Tensor]:
+    """The statistics as the reference stores them."""
+    return {"mean": stats.mean.clone(), "var": stats.var.clone()}
+
+
+def spread(value: Tensor, name: str, latent_shape: tuple[int, int, int]) -> Tensor:
+    """One of the statistics as (C, H, W), float32."""
+    shape = tuple(value.shape)
+    if value.ndim == 4 and shape[0] == 1:
+        value = value[0]
+    if value.ndim == 1:
+        value = value[:, None, None]
+    fits = value.ndim in (0, 3) and all(
+        have in (1, want) for have, want in zip(value.shape, latent_shape[-value.ndim :], strict=False)
+    )
+    if not fits:
+        raise CheckpointError(
+            "latent statistics", f"{name} has the wrong shape", got=shape,
+            expected=f"{latent_shape}, or {(latent_shape[0],)}",
+            hint="They belong to another encoder or another image size.",
+        )  # fmt: skip
+    return value.float().expand(latent_shape).clone()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Discriminator heads
+
+
+def import_discriminator(state_dict: Mapping[str, Any], discriminator: Discriminator) -> Discriminator:
+    """Load reference heads into a discriminator; raises CheckpointError unless every tensor finds its place.
+
+    state_dict   heads, or a stage-1 training checkpoint with them under "disc"
+    """
+    inner = state_dict.get("disc", state_dict)
+    if not isinstance(inner, Mapping):
+        raise CheckpointError("discriminator", "no heads under 'disc'", got=type(inner).__name__)
+    conversion = Conversion(discriminator.heads, unwrap(inner), _head_names(discriminator))
+    conversion.check("discriminator weights")
+    conversion.load()
+    return discriminator
+
+
+def export_discriminator(discriminator: Discriminator) -> dict[str, Tensor]:
+    """The heads in the reference's layout: the inverse of `import_discriminator`."""
+    return export(discriminator.heads, _head_names(discriminator))
+
+
+def _head_names(discriminator: Discriminator) -> Names:
+    return {ours: [f"heads.{rename(ours, SPECTRAL)}"] for ours in discriminator.heads.state_dict()}
