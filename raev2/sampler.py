@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -55,27 +56,18 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler_step, "heun": heun_s
 
 @torch.no_grad()
 def sample_latents(
-    generator: Denoiser,
-    cond: Cond,
-    noise: Latents,
-    sampling: SamplingSpec,
-    *,
-    weak: Denoiser | None = None,
-    on_step: Callable[[int], None] | None = None,
+    generator: Denoiser, cond: Cond, noise: Latents, sampling: SamplingSpec, *, weak: Denoiser | None = None
 ) -> Latents:
     """Integrate from the noise at t = 1 to latents at t = 0, the whole batch at once.
 
-    weak        second generator of auto guidance
-    on_step     called with the number of finished steps
+    weak   second generator of auto guidance
     """
     predict = build_guidance(sampling.guidance, generator, weak)
     step = SOLVERS[sampling.solver]
     grid = time_grid(sampling.steps, generator.time_shift)
     z_t = noise
-    for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True), start=1):
+    for t, t_next in pairwise(grid):
         z_t = step(predict, z_t, t, t_next, cond, generator.flow)
-        if on_step is not None:
-            on_step(i)
     return z_t
 
 

@@ -9,7 +9,7 @@ users pay nothing.
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 Images = Float[Tensor, "B 3 Hpx Wpx"]  # float RGB in [0, 1]
@@ -20,5 +20,4 @@ Patches = Float[Tensor, "B N P"]  # of latents: the values of a patch in a row
 Vectors = Float[Tensor, "B D"]
 Times = Float[Tensor, " B"]  # 0 = data, 1 = noise
 Mask = Bool[Tensor, "B M"]  # True = attend
-Labels = Int[Tensor, " B"]
 LatentShape = tuple[int, int, int]  # C, H, W

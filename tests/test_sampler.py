@@ -150,12 +150,3 @@ def test_wrong_conditions_and_guidance_are_reported_before_any_work():
         sample(build(), LinearDecoder(), {"label": torch.tensor([7])}, steps=10**9)
     with pytest.raises(SpecError, match="needs a base head"):
         sample(GaussianWorld(), LinearDecoder(), {"label": torch.tensor([0])}, 10**9, InternalGuidance())
-
-
-def test_progress_is_reported():
-    seen = []
-    sample_latents(
-        GaussianWorld(), {"label": torch.tensor([0])}, noise_for(0, [0], (2, 3, 3)), SamplingSpec(steps=3),
-        on_step=seen.append,
-    )  # fmt: skip
-    assert seen == [1, 2, 3]

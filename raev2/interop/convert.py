@@ -61,12 +61,12 @@ class Conversion:
                     expected=str(tuple(state[name].shape)),
                 )  # fmt: skip
 
-    def parts(self, name: str, device: str = "cpu") -> Iterator[Tensor]:
+    def parts(self, name: str, device: str | None = None) -> Iterator[Tensor]:
         """The rows of one of our tensors, in order, float32."""
         start = 0
         for theirs in self.names.get(name, ()):
             value = self.tensors[theirs]
-            yield self.change(name, start, value.to(device).float())
+            yield self.change(name, start, value.to(device or value.device).float())
             start += len(value)
 
     def load(self) -> None:

@@ -44,9 +44,9 @@ class Discriminator(nn.Module):
         return torch.cat(logits, dim=2).squeeze(1)
 
 
-def build_discriminator(spec: AdversarialSpec, *, pretrained: bool = True) -> Discriminator:
+def build_discriminator(spec: AdversarialSpec) -> Discriminator:
     """The discriminator of a spec, with its trunk built for `input_size` pixels."""
-    encoder = build_encoder_for_pixels(spec.encoder, (spec.input_size, spec.input_size), pretrained=pretrained)
+    encoder = build_encoder_for_pixels(spec.encoder, (spec.input_size, spec.input_size))
     if encoder.input_size[0] != spec.input_size:
         raise SpecError(
             "adversarial.input_size", f"not a multiple of the patch size of {spec.encoder}", got=spec.input_size,

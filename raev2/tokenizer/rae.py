@@ -138,12 +138,9 @@ class RAE(Tokenizer):
     # Artefacts.
 
     @classmethod
-    def from_spec(cls, spec: TokenizerSpec, *, pretrained: bool = True, encoder: str | Path | None = None) -> RAE:
-        """A tokenizer with a fresh decoder and no statistics.
-
-        encoder   local folder with the encoder's weights, where its name in the spec cannot be downloaded
-        """
-        return cls(spec, build_encoder(spec.encoder, spec.grid, pretrained=pretrained, source=encoder))
+    def from_spec(cls, spec: TokenizerSpec) -> RAE:
+        """A tokenizer with a fresh decoder and no statistics."""
+        return cls(spec, build_encoder(spec.encoder, spec.grid))
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, encoder: str | Path | None = None) -> RAE:

