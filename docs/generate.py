@@ -62,7 +62,7 @@ def cli_page() -> str:
         "Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and the end of `--max-time` while training save a checkpoint first and exit "
         "with 75: [resume](../how_to/resume.md).\n\n"
     )
-    rows = [(f"[`{name}`](#raev2-{name})", command.description) for name, command in commands.items()]
+    rows = [(f"[`{name}`](#raev2-{name.replace(' ', '-')})", command.description) for name, command in commands.items()]
     text += table(("command", "does"), rows)
     for name, command in commands.items():
         text += (
@@ -95,9 +95,14 @@ def _own_tasks() -> list[str]:
     return [name for name, point in sorted(installed_tasks().items()) if point.value.startswith("raev2_tasks.")]
 
 
-def _commands(root: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    subparsers = [action for action in root._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(subparsers[0].choices)
+def _commands(root: argparse.ArgumentParser, above: str = "") -> dict[str, argparse.ArgumentParser]:
+    """Commands by name, each followed by those inside it."""
+    found = {}
+    for action in root._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                found |= {above + name: command, **_commands(command, f"{above}{name} ")}
+    return found
 
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:

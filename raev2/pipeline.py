@@ -266,14 +266,16 @@ class Samples:
         }  # fmt: skip
 
     def chunks(self, start: int = 0) -> Iterator[NDArray[np.uint8]]:
-        """Pictures (B, H, W, 3) from number `start` on, on every process; each of them draws whole chunks."""
+        """Pictures (B, H, W, 3) from number `start` on, on the main process; every process draws whole chunks."""
         num, size, told = len(self.captions), self.chunk_size, time.monotonic()
         for first in range(start, num, size * dist.world_size()):
             begin = first + size * dist.rank()
             own = range(begin, min(begin + size, num))
             cond = {name: value[own.start : own.stop] for name, value in self.cond.items()}
             drawn = self.generate(cond, own).permute(0, 2, 3, 1).cpu().numpy() if own else np.empty(0, np.uint8)
-            yield from (chunk for chunk in dist.gather_objects(drawn) if len(chunk))
+            gathered = dist.gather_objects(drawn)
+            if dist.is_main():
+                yield from (chunk for chunk in gathered if len(chunk))
             if dist.is_main() and time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
                 logger.info("%d of %d pictures", min(first + size * dist.world_size(), num), num)
@@ -284,6 +286,9 @@ def sample_run(
 ) -> Path:
     """Images for the conditions in `options` (see Task.sample_cond): single PNGs, a grid, and the plan as JSON."""
     samples = Samples(run_dir, options, sampling, seed)
+    if not dist.is_main():
+        list(samples.chunks())
+        return out
     shown: list[NDArray[np.uint8]] = []
     with new_folder(out, SAMPLES) as folder:
         for number, pixels in enumerate(picture for chunk in samples.chunks() for picture in chunk):
@@ -301,13 +306,12 @@ def sample_array(
 ) -> Path:
     """The same images as one array in an .npz file, with the plan; what a killed process had drawn is kept."""
     samples = Samples(run_dir, options, sampling, seed)
-    if dist.is_main():
-        with PictureArrayWriter(file, samples.plan, samples.size, samples.chunk_size) as writer:
-            for pictures in samples.chunks(dist.from_main(writer.done)):
-                writer.append(pictures)
-    else:
-        for _ in samples.chunks(dist.from_main(0)):
-            pass
+    if not dist.is_main():
+        list(samples.chunks(dist.from_main(0)))
+        return file
+    with PictureArrayWriter(file, samples.plan, samples.size, samples.chunk_size) as writer:
+        for pictures in samples.chunks(dist.from_main(writer.done)):
+            writer.append(pictures)
     return file
 
 
@@ -382,9 +386,12 @@ def _evaluate(
         if not evaluator.needs_generator:
             loop = spec.tokenizer_training
             stage, seen, decay = TOKENIZER, loop.final_images, loop.ema_decay
+        origin = {
+            "images_seen": seen, "ema_decay": decay,
+            "evaluator": name, "run": str(run.dir.resolve()), "weights": _weights(context),
+        }  # fmt: skip
         context = replace(context, picture=run.dir / EVAL / f"{evaluator.protocol}.png")
-        origin = {"evaluator": name, "run": str(run.dir.resolve()), "weights": _weights(context)}
-        found = run_protocol(evaluator, context, run.dir / EVAL, images_seen=seen, ema_decay=decay, extra=origin)
+        found = run_protocol(evaluator, context, run.dir / EVAL, origin)
         run.log(
             stage=stage, kind="eval", images=seen, protocol=evaluator.protocol,
             metrics={result.name: result.value for result in found},

@@ -130,8 +130,8 @@ def _build_reference(options: Namespace) -> int:
 
     tasks, device = [get_task(options.task)] if options.task else usable_tasks(), make_accelerator("fp32").device
     for evaluator in [find_evaluator(tasks, protocol) for protocol in options.protocol]:
-        for file in build_reference(evaluator, Path(options.data), options.split, device, _workers(options)):
-            print(file)
+        files = build_reference(evaluator, Path(options.data), options.split, device, _workers(options))
+        print("\n".join(map(str, files)))
     return OK
 
 

@@ -112,10 +112,10 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
         "reference", help="build reference features"
     )
     reference.description = "features of reference pictures, kept for all runs"
-    reference.add_argument("verb", choices=("build",))
+    reference.add_argument("verb", choices=("build",), help="the only one")
     reference.add_argument("data", metavar="DATA", help="dataset folder, folder of pictures, or .npz file")
     reference.add_argument("--protocol", nargs="+", required=True)
-    reference.add_argument("--split", default="train", help="of a dataset folder (default: train)")
+    reference.add_argument("--split", help="of a dataset folder (default: that of the protocol)")
     for parser in (evaluate, reference):
         parser.add_argument("--workers", type=int, help="processes that read pictures (default: up to 8)")
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from raev2.errors import DataError
 from raev2.training import dist
 
+GROUPS = 10  # of the jackknife
+
 
 class Moments:
     """Count, sum and sum of outer products of features: mergeable, so the order and the split do not matter."""
@@ -117,35 +119,19 @@ class FrechetTo:
 
     def __call__(self, moments: Moments | Gaussian) -> float:
         """Distance of a set; always finite and >= 0."""
-        cov = moments.cov.double()
-        inner = self.factor.T @ cov @ self.factor
-        return self._distance(moments.mean.double() - self.mean, cov.trace(), inner, _rank(moments, self.rank))
+        cov, rank = moments.cov.double(), _rank(moments, self.rank)
+        with one_thread():
+            values = torch.linalg.eigvalsh(self.factor.T @ cov @ self.factor)
+        cross = values[-rank:].clamp(min=0).sqrt().sum()
+        offset = (moments.mean.double() - self.mean).square().sum()
+        return max(float(offset + cov.trace() + self.trace - 2 * cross), 0.0)
 
-    def stderr(self, features: Float[Tensor, "S D"], num_groups: int = 10) -> float | None:
-        """Standard error from drawing these images: jackknife that leaves out one group at a time.
+    def stderr(self, features: Float[Tensor, "S D"]) -> float | None:
+        """Standard error from drawing these images: jackknife that leaves out one of ten groups at a time.
 
         It says nothing about the spread over training seeds. None with fewer than four images a group.
         """
-        if len(features) < 4 * num_groups:
-            return None
-        inner, sums, squares = list[Moments](), list[Tensor](), list[Tensor]()
-        for group in range(num_groups):
-            rows = features[group::num_groups].double() - self.mean
-            inner.append(Moments.of(rows @ self.factor))
-            sums.append(rows.sum(0))
-            squares.append(rows.square().sum())
-        values, total = [], reduce(Moments.merge, inner)
-        for own, own_sum, own_square in zip(inner, sums, squares, strict=True):
-            rest = total.merge(own, sign=-1)
-            offset = (sum(sums) - own_sum) / rest.count
-            trace = (sum(squares) - own_square - rest.count * offset.square().sum()) / (rest.count - 1)
-            values.append(self._distance(offset, trace, rest.cov, _rank(rest, self.rank)))
-        return _jackknife(values)
-
-    def _distance(self, offset: Tensor, trace: Tensor, inner: Tensor, rank: int) -> float:
-        with one_thread():
-            cross = torch.linalg.eigvalsh(inner)[-rank:].clamp(min=0).sqrt().sum()
-        return max(float(offset.square().sum() + trace + self.trace - 2 * cross), 0.0)
+        return _jackknife([self(rest) for rest in _leave_out(features)[1]]) if len(features) >= 4 * GROUPS else None
 
 
 def moments_distance(moments: Moments | Gaussian, reference: Moments | Gaussian) -> float:
@@ -153,22 +139,15 @@ def moments_distance(moments: Moments | Gaussian, reference: Moments | Gaussian)
     return FrechetTo(reference)(moments)
 
 
-def paired_frechet(
-    features: Float[Tensor, "S D"], reference: Float[Tensor, "S D"], num_groups: int = 10
-) -> tuple[float, float | None]:
+def paired_frechet(features: Float[Tensor, "S D"], reference: Float[Tensor, "S D"]) -> tuple[float, float | None]:
     """Fréchet distance of paired sets and its jackknife error: both lose the same group."""
-    own, their = (
-        [Moments.of(rows[group::num_groups]) for group in range(num_groups)] for rows in (features, reference)
-    )
-    total, total_reference = reduce(Moments.merge, own), reduce(Moments.merge, their)
-    distance = FrechetTo(total_reference, reference)(total)
-    if len(features) < 4 * num_groups:
+    (own, own_rests), (their, their_rests) = _leave_out(features), _leave_out(reference)
+    distance = FrechetTo(their, reference)(own)
+    if len(features) < 4 * GROUPS:
         return distance, None
-    values, numbers = [], torch.arange(len(features))
-    for group in range(num_groups):
-        rest = FrechetTo(total_reference.merge(their[group], sign=-1), reference[numbers % num_groups != group])
-        values.append(rest(total.merge(own[group], sign=-1)))
-    return distance, _jackknife(values)
+    kept = [reference[torch.arange(len(reference)) % GROUPS != group] for group in range(GROUPS)]
+    rests = zip(own_rests, their_rests, kept, strict=True)
+    return distance, _jackknife([FrechetTo(other, rows)(rest) for rest, other, rows in rests])
 
 
 def inception_score(logits: Float[Tensor, "S D"], num_splits: int = 10, seed: int = 2020) -> tuple[float, float]:
@@ -268,6 +247,13 @@ def _factor(cov: Tensor, rank: int) -> Tensor:
 def _rank(moments: Moments | Gaussian, most: int) -> int:
     """The most that the covariance of so many images can have, and `most`."""
     return most if moments.count is None else min(most, moments.count - 1)
+
+
+def _leave_out(features: Tensor) -> tuple[Moments, list[Moments]]:
+    """Moments of all, and of all but each group in turn."""
+    parts = [Moments.of(features[group::GROUPS]) for group in range(GROUPS)]
+    total = reduce(Moments.merge, parts)
+    return total, [total.merge(part, sign=-1) for part in parts]
 
 
 def _jackknife(values: Sequence[float]) -> float:

@@ -34,13 +34,12 @@ from raev2.eval.sets import (
 from raev2.files.hashes import file_sha256, json_sha256
 from raev2.files.images import picture_size, read_rgb
 from raev2.files.picture_array import PictureArray
-from raev2.files.picture_folder import scan_folder, told
-from raev2.files.replace import RECONSTRUCTIONS, SAMPLES
+from raev2.files.picture_folder import image_files
 from raev2.task import Evaluator, Task, get_recipe
 from raev2.training import dist
 
 PictureEvaluator = GenerationEvaluator | ReconstructionEvaluator
-Features = Callable[..., SetFeatures]  # of (pictures, extractor), up to max_rows
+Features = Callable[[PictureSet, FeatureExtractor], SetFeatures]
 
 
 def cache_dir() -> Path:
@@ -75,29 +74,28 @@ def score_pictures(
     kept = partial(features, cache_dir=cache_dir(), max_rows=evaluator.max_rows)
     against, about = _reference(reference, pictures, evaluator.reference_split, kept)
     extractors = evaluator.open(device)
-    known = [against(extractor) for extractor in extractors]  # first: one may not fit
-    results: list[MetricResult] = []
+    known, results = [against(extractor) for extractor in extractors], list[MetricResult]()  # first: one may not fit
     with TemporaryDirectory() as folder:
+        once = partial(features, pictures, cache_dir=Path(dist.from_main(folder)), max_rows=pictures.num)
         for extractor, theirs in zip(extractors, known, strict=True):
-            once = features(pictures, extractor, cache_dir=Path(dist.from_main(folder)), max_rows=pictures.num)
-            results += evaluator.metrics(extractor, once, theirs, None)
-    results += evaluator.summary(results)
-    spaces = {own.name: {"preparation": own.preparation, "fingerprint": own.fingerprint} for own in extractors}
-    own = {"path": str(images), **pictures.identity}
-    return results, {"num_samples": pictures.num, "pictures": own, "reference": about, "features": spaces}
+            results += evaluator.metrics(extractor, once(extractor), theirs, None)
+    return [*results, *evaluator.summary(results)], {
+        "num_samples": pictures.num, "pictures": {"path": str(images), **pictures.identity}, "reference": about,
+        "features": {own.name: {"preparation": own.preparation, "fingerprint": own.fingerprint} for own in extractors},
+    }  # fmt: skip
 
 
 def build_reference(
-    evaluator: PictureEvaluator, data: Path, split: str, device: torch.device, num_workers: int = 0
+    evaluator: PictureEvaluator, data: Path, split: str | None, device: torch.device, num_workers: int = 0
 ) -> list[Path]:
     """Put features of a dataset folder or of any pictures into the cache, where evaluations look; the files."""
-    pictures = _split(data, split) if is_dataset(data) else open_pictures(data, "the reference")[0]
-    files = []
-    for name in evaluator.extractors:
-        extractor = evaluator.build(name, device)
-        set_features(pictures, extractor, cache_dir(), num_workers)
-        files.append(features_file(pictures, extractor, cache_dir())[0])
-    return files
+    if isinstance(evaluator, ReconstructionEvaluator):
+        raise SpecError("--protocol", "its reference are the originals, nothing is built", got=evaluator.protocol)
+    pictures, rows = _reference_set(data, split or evaluator.reference_split), evaluator.max_rows
+    extractors = evaluator.open(device)
+    for extractor in extractors:
+        set_features(pictures, extractor, cache_dir(), num_workers, rows)
+    return [features_file(pictures, extractor, cache_dir(), rows)[0] for extractor in extractors]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,7 +112,7 @@ def open_pictures(path: Path, name: str = "the pictures") -> tuple[PictureSet, l
         names = keys = [str(place) for place in range(array.shape[0])]
         size, content, read = array.shape[1:3], file_sha256(path), partial(_read_array, array)
     else:
-        files = _files(path)
+        files = image_files([path])
         names = [file.relative_to(path).with_suffix("").as_posix() for file in files]
         size, keys = _common_size(path, files), [file_sha256(file) for file in files]
         content, read = json_sha256(keys), partial(_read_files, files)
@@ -128,36 +126,15 @@ def open_pictures(path: Path, name: str = "the pictures") -> tuple[PictureSet, l
     return pictures, [names[place] for place in order]
 
 
-def is_dataset(path: Path) -> bool:
-    """Whether a folder was prepared for training."""
-    return (path / "manifest.json").is_file()
-
-
-def _split(path: Path, split: str, size: Sequence[int] | None = None) -> PictureSet:
-    """A split of a dataset folder as runs have it, cropped to a size, by default that of its first picture."""
+def _reference_set(path: Path, split: str, size: Sequence[int] | None = None) -> PictureSet:
+    """Reference pictures; those of a dataset folder as runs have them, cropped to a size (None: of the first one)."""
+    if not (path / "manifest.json").is_file():
+        return open_pictures(path, "the reference")[0]
     dataset = FolderDataset(path, split, (0, 0))
     file = dataset.dir / dataset.index[0]["file"]
     height, width = size or picture_size(file, f"data {file}")[::-1]
     dataset.image_size = height, width
     return split_pictures(dataset)
-
-
-def _files(path: Path) -> list[Path]:
-    """Pictures in a folder, without the grids that our commands put beside them."""
-    if not path.is_dir():
-        raise DataError(f"pictures {path}", "no such file or folder")
-    folder = scan_folder(path)
-    files = [file for file in folder.all_pictures() if file.name != "grid.png" or not _is_ours(file.parent)]
-    if not files:
-        raise DataError(
-            f"pictures {path}", "no pictures here", got=told(folder.all_ignored()) or None,
-            expected="files of a format that Pillow reads, or an .npz file",
-        )  # fmt: skip
-    return files
-
-
-def _is_ours(folder: Path) -> bool:
-    return any((folder / kind.marker).is_file() for kind in (SAMPLES, RECONSTRUCTIONS))
 
 
 def _common_size(path: Path, files: Sequence[Path]) -> tuple[int, int]:
@@ -195,16 +172,17 @@ def _reference(
     path: Path, pictures: PictureSet, split: str, features: Features
 ) -> tuple[Callable[[FeatureExtractor], SetFeatures], dict[str, Any]]:
     """Features of a reference of generation in any space, and what it is."""
-    files = [path] if path.suffix in FORMATS else sorted(path.glob("*.npz"))
+    files = [path] if path.suffix in FORMATS else sorted(path.glob("*stats*.npz"))
     if split == "train" and files:  # of validation there are pictures, no statistics
         stored = [read_reference(file) for file in files]
+        for own in stored:
+            if own.has_pictures:
+                _check_size(path, pictures, open_pictures(own.file)[0])
         about = stored[0].identity() if files == [path] else {"files": [own.identity() for own in stored]}
         return partial(_stored, stored, features), {"path": str(path), **about}
-    size = pictures.identity["image_size"]
-    reference = _split(path, split, size) if is_dataset(path) else open_pictures(path, "the reference")[0]
+    reference = _reference_set(path, split, pictures.identity["image_size"])
     _check_size(path, pictures, reference)
-    about = {"path": str(path), **reference.identity}
-    return lambda extractor: features(reference, extractor), about
+    return partial(features, reference), {"path": str(path), **reference.identity}
 
 
 def _stored(several: Sequence[Reference], features: Features, extractor: FeatureExtractor) -> SetFeatures:

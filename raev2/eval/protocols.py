@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
-from raev2.errors import CheckpointError, DataError, TaskError
+from raev2.errors import CheckpointError, DataError, RaeError, TaskError
 from raev2.eval.distances import paired_frechet
 from raev2.eval.features import (
     FeatureExtractor,
@@ -130,7 +130,7 @@ class ReconstructionEvaluator(Evaluator):
         extractors = [self.build(name, device) for name in self.extractors]
         pair_distance = self.build_pairs(self.available(), device)
 
-        def rows(numbers: Sequence[int], images: ImagesU8, originals: ImagesU8) -> dict[str, Tensor]:
+        def rows(numbers: Sequence[int], images: Tensor, originals: Tensor) -> dict[str, Tensor]:
             if images.shape != originals.shape:
                 raise DataError(
                     f"protocol {self.protocol}", "reconstruction and original differ in size",
@@ -256,7 +256,7 @@ class GenerationEvaluator(Evaluator):
 
     def open(self, device: torch.device) -> list[FeatureExtractor]:
         """The feature networks of this protocol. One that cannot be had is told before the others begin."""
-        found, errors = [], []
+        found, errors = list[FeatureExtractor](), list[RaeError]()
         for name in self.extractors:
             try:
                 found.append(self.build(name, device))
@@ -264,8 +264,8 @@ class GenerationEvaluator(Evaluator):
                 errors.append(error)
         if not found:
             raise errors[0]
-        for error in errors:
-            logger.warning("%s: goes on without this feature space: %s", self.protocol, error)
+        for missing in errors:
+            logger.warning("%s: goes on without this feature space: %s", self.protocol, missing)
         return found
 
     def _sets(self, context: EvalContext) -> list[PictureSet]:
@@ -293,12 +293,9 @@ def run_protocol(
     evaluator: Evaluator,
     context: EvalContext,
     eval_dir: Path | None = None,
-    *,
-    images_seen: int | None = None,
-    ema_decay: float | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> list[MetricResult]:
-    """Run one protocol on all processes and write `<eval_dir>/<protocol>.json` on the main one.
+    """Run one protocol on all processes and write `<eval_dir>/<protocol>.json` on the main one, with `extra` in it.
 
     `context.spec` must be the spec as it is used, with changed sampling settings in it: the file quotes it.
     """
@@ -313,8 +310,7 @@ def run_protocol(
         about = {"description": evaluator.description, "needs_generator": evaluator.needs_generator}
         about |= {"preparation": context.dataset("val").preparation, **evaluator.describe(context), **(extra or {})}
         about["warnings"] = _warnings(about, results)
-        name, file = evaluator.protocol, eval_dir / f"{evaluator.protocol}.json"
-        write_result(file, name, results, context, about, images_seen=images_seen, ema_decay=ema_decay)
+        write_result(eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context, about)
     dist.barrier()
     return results
 
@@ -371,15 +367,10 @@ def write_result(
     results: Sequence[MetricResult],
     context: EvalContext,
     extra: Mapping[str, Any],
-    *,
-    images_seen: int | None = None,
-    ema_decay: float | None = None,
 ) -> None:
     """Write the numbers of a protocol of a run with everything they depend on."""
     spec = context.spec
     about = {
-        "images_seen": images_seen,
-        "ema_decay": ema_decay,
         "sampling": spec.sampling.model_dump(mode="json") if context.generate else None,
         "seed": spec.evaluation.seed,
         "seed_scheme": "noise and condition of a sample depend on the seed and its global number alone",

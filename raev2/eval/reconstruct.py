@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr, s
 from raev2.files.artefact import write_json
 from raev2.files.grid import save_pairs
 from raev2.files.images import centre_crop, read_rgb
-from raev2.files.picture_folder import PictureFolder, scan_folder, text_of, told
+from raev2.files.picture_folder import image_files, text_of
 from raev2.files.replace import RECONSTRUCTIONS, new_folder
 from raev2.tokenizer.base import Tokenizer
 
@@ -56,8 +55,10 @@ def reconstruct_pictures(
     rows: list[Reconstruction] = []
     failed: dict[str, str] = {}
     pairs: list[Tensor] = []
+    files = image_files(paths)
+    digits = max(5, len(str(len(files))))  # so that the order of names is that of the inputs
     with new_folder(out, RECONSTRUCTIONS) as folder:
-        for number, file in enumerate(image_files(paths)):
+        for number, file in enumerate(files):
             try:
                 original = read_image(file, rae.spec.image_size)[None]
             except DataError as error:
@@ -66,7 +67,7 @@ def reconstruct_pictures(
                 continue
             decoded = to_uint8(rae.reconstruct(to_float(original.to(device)))).cpu()
             values = [float(score(decoded, original)) for score in (psnr, ssim, distance)]
-            picture = f"{number:05d}-{text_of(file.stem)[:NAME_LENGTH]}.png"
+            picture = f"{number:0{digits}d}-{text_of(file.stem)[:NAME_LENGTH]}.png"
             rows.append(Reconstruction(text_of(str(file)), picture, values[0], values[1], values[2], name))
             Image.fromarray(decoded[0].permute(1, 2, 0).numpy()).save(folder / picture)
             if len(pairs) < GRID_PAIRS:
@@ -82,32 +83,13 @@ def reconstruct_pictures(
 
 def _write_table(folder: Path, rows: Sequence[Reconstruction], failed: dict[str, str]) -> None:
     """The numbers, once for programs and once for spreadsheets."""
-    left_out = [{"file": text_of(file), "error": error} for file, error in failed.items()]
-    table = {"format_version": 1, "rows": [asdict(row) for row in rows], "failed": left_out}
-    write_json(folder / "table.json", table)
+    table = [asdict(row) for row in rows]
+    left_out = [{"file": text_of(file), "error": text_of(error)} for file, error in failed.items()]
+    write_json(folder / "table.json", {"format_version": 1, "rows": table, "failed": left_out})
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(("file", "picture", "psnr", "ssim", rows[0].distance_name))
-        writer.writerows((row.file, row.picture, row.psnr, row.ssim, row.distance) for row in rows)
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """Image files among paths, folders searched to any depth, in name order; the log says what is left out there."""
-    found, left_out = [], Counter[str]()
-    for path in paths:
-        if not path.exists():
-            raise DataError(str(path), "no such file or folder")
-        folder = scan_folder(path) if path.is_dir() else PictureFolder(path.parent, [path])
-        found += folder.all_pictures()
-        left_out += folder.all_ignored()
-    if not found:
-        raise DataError(
-            ", ".join(map(str, paths)), "no images here", got=told(left_out) or None,
-            expected="files of a format that Pillow reads",
-        )  # fmt: skip
-    if left_out:
-        logger.info("left out: %s", told(left_out))
-    return found
+        writer = csv.DictWriter(opened, table[0])
+        writer.writeheader()
+        writer.writerows(table)
 
 
 def read_image(file: Path, size: tuple[int, int]) -> Tensor:

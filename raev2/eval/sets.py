@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from raev2.batch import Better, MetricResult, Role
+from raev2.batch import MetricResult
 from raev2.data import ImageDataset, ignore_signals
 from raev2.errors import DataError
-from raev2.eval.distances import (
-    FrechetTo,
-    Gaussian,
-    Moments,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from raev2.eval.distances import FrechetTo, Gaussian, Moments, inception_score, kernel_distance, precision_recall
 from raev2.eval.features import (
     INCEPTION,
     LOGITS,
@@ -74,30 +67,25 @@ class PictureSet:
     def chunks(self, num_workers: int = 0) -> Iterator[tuple[list[int], ImagesU8]]:
         """Numbers and pictures of this process's share, read ahead by workers. An unreadable picture is an error."""
         order = sorted(range(self.num), key=(self.places or range(self.num)).__getitem__)
-        chunks = [[order[i] for i in chunk] for chunk in local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}")]
+        chunks = [[order[i] for i in chunk] for chunk in local_chunks(self.num, CHUNK_SIZE)]
         reader: DataLoader[Any] = DataLoader(
-            _Reader(self.read, chunks), batch_size=None, num_workers=num_workers, worker_init_fn=ignore_signals
-        )
-        for numbers, images in zip(chunks, reader, strict=True):
+            chunks,  # type: ignore[arg-type]  # any sequence will do
+            batch_size=None, collate_fn=partial(_read, self.read), num_workers=num_workers,
+            worker_init_fn=ignore_signals,
+        )  # fmt: skip
+        progress = local_chunks(self.num, CHUNK_SIZE, f"pictures of {self.name}")
+        for numbers, images, _ in zip(chunks, reader, progress, strict=True):
             if isinstance(images, DataError):
                 raise images
             yield numbers, images
 
 
-class _Reader(Dataset[Tensor | DataError]):
-    """Chunk -> its pictures. An error is a value: DataLoader would make a RuntimeError with a traceback of it."""
-
-    def __init__(self, read: Callable[[Sequence[int]], Tensor], chunks: Sequence[Sequence[int]]) -> None:
-        self.read, self.chunks = read, chunks
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, number: int) -> Tensor | DataError:
-        try:
-            return self.read(self.chunks[number])
-        except DataError as error:
-            return error
+def _read(read: Callable[[Sequence[int]], Tensor], numbers: Sequence[int]) -> Tensor | DataError:
+    """An error is a value: DataLoader would make a RuntimeError with a traceback of it."""
+    try:
+        return read(numbers)
+    except DataError as error:
+        return error
 
 
 def split_pictures(dataset: ImageDataset, indices: Sequence[int] | None = None) -> PictureSet:
@@ -124,12 +112,8 @@ def of_groups(dataset: ImageDataset, groups: Sequence[Hashable]) -> list[int]:
     members: dict[Hashable, list[int]] = {}
     for index in dataset.subset():
         members.setdefault(dataset.group(index), []).append(index)
-    taken, found = Counter[Hashable](), []
-    for group in groups:
-        pool = members.get(group) or dataset.subset()
-        found.append(pool[taken[group] % len(pool)])
-        taken[group] += 1
-    return found
+    pools = {group: cycle(members.get(group) or dataset.subset()) for group in set(groups)}
+    return [next(pools[group]) for group in groups]
 
 
 def coverage(dataset: ImageDataset, asked: Sequence[Hashable]) -> dict[str, Any]:
@@ -143,18 +127,15 @@ def coverage(dataset: ImageDataset, asked: Sequence[Hashable]) -> dict[str, Any]
 def shuffled(pictures: PictureSet) -> PictureSet:
     """The same pictures, each cut into blocks and these shuffled: right colours and textures, no shapes."""
     identity = {**pictures.identity, "shuffle_blocks": SHUFFLE_BLOCKS}
-    return replace(pictures, identity=identity, read=partial(_read_shuffled, pictures.read))
+    return replace(pictures, identity=identity, read=partial(block_shuffle, pictures.read, SHUFFLE_BLOCKS))
 
 
-def _read_shuffled(read: Callable[[Sequence[int]], Tensor], numbers: Sequence[int]) -> Tensor:
-    return block_shuffle(read(numbers), numbers, SHUFFLE_BLOCKS)
-
-
-def block_shuffle(images_u8: ImagesU8, numbers: Sequence[int], blocks: int) -> ImagesU8:
-    """Cut each image into blocks x blocks pieces and shuffle them; the order depends on the image's number alone.
+def block_shuffle(read: Callable[[Sequence[int]], Tensor], blocks: int, numbers: Sequence[int]) -> ImagesU8:
+    """Cut each picture into blocks x blocks pieces and shuffle them; the order depends on the picture's number alone.
 
     Pixels that are left over when the size does not divide are cropped at the right and bottom.
     """
+    images_u8 = read(numbers)
     height, width = images_u8.shape[2] // blocks, images_u8.shape[3] // blocks
     tiles = images_u8[:, :, : height * blocks, : width * blocks]
     tiles = tiles.unflatten(3, (blocks, width)).unflatten(2, (blocks, height)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
@@ -283,16 +264,21 @@ def compare(
 
 def _compare(net: str, pictures: SetFeatures, reference: SetFeatures, scale: Scale | None) -> Iterator[MetricResult]:
     yield from _distances(net, pictures, reference, scale)
+    yield from _from_rows(net, pictures, reference)
+    if scale is not None:
+        for result in _from_rows(
+            net, replace(scale.held_out, name=f"real pictures of '{scale.held_out.name}'"), reference
+        ):
+            name = f"{result.name}_{scale.held_out.name}"
+            yield replace(result, name=name, role="scale", of=result.name)
+
+
+def _from_rows(net: str, pictures: SetFeatures, reference: SetFeatures) -> Iterator[MetricResult]:
+    """What needs the features of single pictures, or other outputs of the network."""
     if net == INCEPTION:
         yield from _of_inception(pictures, reference)
-        if scale is not None:
-            yield from _of_inception(scale.held_out, reference, scale.held_out.name)
-    if pictures.rows is None or reference.rows is None:
-        return
-    yield from _manifolds(net, pictures.name, pictures.rows, reference.rows)
-    if scale is not None and scale.held_out.rows is not None:
-        split = scale.held_out.name
-        yield from _manifolds(net, f"real pictures of '{split}'", scale.held_out.rows, reference.rows, split)
+    if pictures.rows is not None and reference.rows is not None:
+        yield from _manifolds(net, pictures.name, pictures.rows, reference.rows)
 
 
 def _distances(net: str, pictures: SetFeatures, reference: SetFeatures, scale: Scale | None) -> Iterator[MetricResult]:
@@ -300,20 +286,20 @@ def _distances(net: str, pictures: SetFeatures, reference: SetFeatures, scale: S
 
     distance = FrechetTo(reference.moments, reference.rows)
     name, num, value = frechet_name(net), pictures.moments.count or 0, distance(pictures.moments)
-    warning = too_few(len(distance.mean), num, reference.moments.count)
+    warning, known = too_few(len(distance.mean), num, reference.moments.count), reference.moments.count
     floor = distance(scale.floor.moments) if scale else 0.0
     if value < floor:
         warning = f"no headroom at this size: as many real pictures of '{reference.name}' have {floor:.4g}"
     yield MetricResult(
         name, value, num, None if pictures.rows is None else distance.stderr(pictures.rows),
-        f"against {reference.moments.count or 'a stored number of'} pictures", warning=warning,
+        f"against {known:,} pictures" if known else "against stored statistics", warning=warning,
         better="lower", role="headline", levels=PUBLISHED_LEVELS.get(net, ()),
         about=frechet_about(net, f"{pictures.name} and those of '{reference.name}'"),
     )  # fmt: skip
     if scale is None:
         return
 
-    split, num_real = scale.held_out.name, scale.held_out.moments.count
+    split, num_real = scale.held_out.name, scale.held_out.moments.count or 0
     real, same = distance(scale.held_out.moments), distance(pictures.first(num_real))
     if real > 0:
         yield MetricResult(
@@ -337,40 +323,35 @@ def too_few(dim: int, *counts: int | None) -> str:
     return "" if num > dim else f"only {num:,} pictures for {dim:,} features: biased, compare at equal numbers alone"
 
 
-def _of_inception(pictures: SetFeatures, reference: SetFeatures, split: str = "") -> Iterator[MetricResult]:
-    """Inception Score, sFID and KID of a set, or as their scale those of real pictures of a split."""
-
-    def result(name: str, value: float, num: int, stderr: float | None, better: Better, about: str) -> MetricResult:
-        own, of, role = (f"{name}_{split}", name, "scale") if split else (name, None, "headline")
-        return MetricResult(own, value, num, stderr, better=better, role=role, about=about, of=of)
-
-    logits, spatial = pictures.more.get(LOGITS), reference.more.get(SPATIAL)
+def _of_inception(pictures: SetFeatures, reference: SetFeatures) -> Iterator[MetricResult]:
+    """Inception Score, sFID and KID."""
+    row = partial(MetricResult, role="headline")
+    logits, spatial, num = pictures.more.get(LOGITS), reference.more.get(SPATIAL), pictures.moments.count or 0
     if logits is not None and logits.rows is not None:
         value, spread = inception_score(logits.rows)
         about = "Inception Score, mean of 10 splits: are the pictures clear and their classes many? Grows with n."
-        yield result("inception_score", value, len(logits.rows), spread / 10**0.5, "higher", about)
+        yield row("inception_score", value, len(logits.rows), spread / 10**0.5, better="higher", about=about)
     if spatial is not None and SPATIAL in pictures.more:
-        value = FrechetTo(spatial.moments, spatial.rows)(pictures.more[SPATIAL].moments)
+        distance = FrechetTo(spatial.moments, spatial.rows)
         about = "sFID: the Fréchet distance of 2,023 spatial features of Inception; sees where things are."
-        yield result("sfid", value, pictures.moments.count or 0, None, "lower", about)
+        warning = too_few(len(distance.mean), num, spatial.moments.count)
+        value = distance(pictures.more[SPATIAL].moments)
+        yield row("sfid", value, num, better="lower", about=about, warning=warning)
     if pictures.rows is not None and reference.rows is not None:
         num = min(len(pictures.rows), len(reference.rows))
         value, spread = kernel_distance(pictures.rows, reference.rows)
         about = "Kernel Inception Distance, mean of 100 subsets of up to 1,000: unlike FID it does not grow with few."
-        yield result("kid", value, num, spread / max(num / 1000, 1) ** 0.5, "lower", about)
+        yield row("kid", value, num, spread / max(num / 1000, 1) ** 0.5, better="lower", about=about)
 
 
-def _manifolds(net: str, what: str, rows: Tensor, reference: Tensor, split: str = "") -> Iterator[MetricResult]:
-    """Precision and recall of a set, or as their scale those of real pictures of a split."""
+def _manifolds(net: str, what: str, rows: Tensor, reference: Tensor) -> Iterator[MetricResult]:
+    """Precision and recall."""
     near = f"in the space of '{net}' (manifolds of 3 nearest neighbours)"
     abouts = {
         "precision": f"Share of {what} near a reference picture {near}: do they look right?",
         "recall": f"Share of reference pictures near {what} {near}: is the variety covered? Grows with n.",
     }
-    role: Role = "scale" if split else "headline"
     shares = precision_recall(reference, rows)
     for (kind, about), share, num in zip(abouts.items(), shares, (len(rows), len(reference)), strict=True):
-        name = f"{kind}_{net}"
-        own, of = (f"{name}_{split}", name) if split else (name, None)
         stderr = (share * (1 - share) / num) ** 0.5
-        yield MetricResult(own, share, num, stderr, better="higher", role=role, about=about, of=of)
+        yield MetricResult(f"{kind}_{net}", share, num, stderr, better="higher", role="headline", about=about)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from raev2.errors import DataError
 from raev2.files.images import is_picture
+from raev2.files.replace import RECONSTRUCTIONS, SAMPLES
+
+logger = logging.getLogger(__name__)
+GRID = "grid.png"
 
 TOOL_NAMES = frozenset(
     {
@@ -88,6 +93,32 @@ def scan_folder(
         else:
             found.ignored[f"no picture ({text_of(Path(entry.name).suffix.lower()) or 'no suffix'})"] += 1
     return found
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Image files among paths, folders searched to any depth, in name order; the log says what is left out there.
+
+    The grid that a command of ours puts beside pictures is none of them. Raises DataError where nothing is left.
+    """
+    found, left_out = [], Counter[str]()
+    for path in paths:
+        if not path.exists():
+            raise DataError(str(path), "no such file or folder")
+        folder = scan_folder(path) if path.is_dir() else PictureFolder(path.parent, [path])
+        found += [file for file in folder.all_pictures() if file.name != GRID or not _is_ours(file.parent)]
+        left_out += folder.all_ignored()
+    if not found:
+        raise DataError(
+            ", ".join(map(str, paths)), "no images here", got=told(left_out) or None,
+            expected="files of a format that Pillow reads",
+        )  # fmt: skip
+    if left_out:
+        logger.info("left out: %s", told(left_out))
+    return found
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / kind.marker).is_file() for kind in (SAMPLES, RECONSTRUCTIONS))
 
 
 def text_of(name: str) -> str:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from raev2.data import FolderDataset
-from raev2.eval.reconstruct import image_files, read_image
+from raev2.eval.reconstruct import read_image
 from raev2.files.images import centre_crop
+from raev2.files.picture_folder import image_files
 from raev2_data_recipes.captions.shard_recipe import prepared
 from raev2_data_recipes.pictures import image_folder
 from raev2_tasks.nwm.data.dataset import TrajectoryDataset

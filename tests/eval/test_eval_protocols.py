@@ -241,10 +241,12 @@ def test_reference_features_are_computed_once_and_found_by_fingerprint(context, 
 
 def test_block_shuffling_moves_blocks_and_nothing_else():
     images = torch.arange(2 * 3 * 64).reshape(2, 3, 8, 8).to(torch.uint8)
-    shuffled = block_shuffle(images, [5, 6], 4)
+    shuffled = block_shuffle(lambda numbers: images[[number - 5 for number in numbers]], 4, [5, 6])
     assert not torch.equal(shuffled, images)
     assert torch.equal(shuffled.flatten(1).sort().values, images.flatten(1).sort().values)
-    assert torch.equal(block_shuffle(images[1:], [6], 4), shuffled[1:])  # the order is the index's, not the batch's
+    assert torch.equal(
+        block_shuffle(lambda numbers: images[1:], 4, [6]), shuffled[1:]
+    )  # the order is the index's, not the batch's
     blocks = {tuple(block.flatten().tolist()) for block in images[0].unfold(1, 2, 2).unfold(2, 2, 2)[0].flatten(0, 1)}
     assert {
         tuple(block.flatten().tolist()) for block in shuffled[0].unfold(1, 2, 2).unfold(2, 2, 2)[0].flatten(0, 1)
@@ -256,7 +258,7 @@ def test_block_shuffling_moves_blocks_and_nothing_else():
 
 def test_the_result_file_says_what_the_numbers_depend_on(context, tmp_path):
     results = run_protocol(
-        generation(), context, tmp_path / "eval", images_seen=12_800, ema_decay=0.999, extra={"checkpoint": "12800"}
+        generation(), context, tmp_path / "eval", {"images_seen": 12_800, "ema_decay": 0.999, "checkpoint": "12800"}
     )
     written = json.loads((tmp_path / "eval/generation.json").read_text())
     entries = [{**entry, "levels": tuple(entry["levels"])} for entry in written["results"]]

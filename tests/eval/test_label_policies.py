@@ -58,4 +58,6 @@ def test_a_setting_that_named_the_policy_is_told_to_have_no_effect(tiny_spec, ca
 def test_a_run_without_labels_has_one_generation_protocol(tiny_spec):
     spec = apply_overrides(tiny_spec, ["task.unconditional=true"])
     names = [evaluator.protocol for evaluator in get_task("imagenet").evaluators(spec)]
-    assert [name for name in names if "generation" in name] == ["generation-micro", "generation-inception"]
+    assert [name for name in names if "generation" in name] == [
+        "generation-micro", "generation-inception", "generation-fdr6", "generation-mind6"
+    ]  # fmt: skip

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from raev2.errors import DataError
-from raev2.eval.reconstruct import image_files
-from raev2.files.picture_folder import scan_folder, told
+from raev2.files.picture_folder import image_files, scan_folder, told
 
 
 @pytest.fixture

@@ -104,6 +104,16 @@ def test_places_are_spread_and_leave_room(tiny_nwm_spec):
         Places(dataset, 6, 10.0)
 
 
+def test_places_are_no_first_ones_and_say_how_many_trajectories_they_are_of(tiny_nwm_spec):
+    dataset = TASK.dataset(tiny_nwm_spec, "val")
+    every = Places(dataset, horizon_s=1.0)
+    assert every.moments == sorted(every.moments), "all of them stand as recorded"
+    assert every.coverage == {"what": "trajectories", "asked": 2, "of": 2}
+    few = Places(dataset, 10, 1.0)
+    assert few.moments != sorted(few.moments) and len({*few.moments} & {*every.moments}) == 10
+    assert Places(dataset, 1, 1.0).coverage == {"what": "trajectories", "asked": 1, "of": 2}
+
+
 def test_places_may_come_from_a_frozen_index(tiny_nwm_spec, world, tmp_path):
     shutil.copytree(world, tmp_path / "data")
     spec = tiny_nwm_spec.replace(data=tiny_nwm_spec.data.replace(dir=str(tmp_path / "data")))
@@ -112,7 +122,9 @@ def test_places_may_come_from_a_frozen_index(tiny_nwm_spec, world, tmp_path):
     frozen = EvalIndex("mine", "val", (4,), 4, 4.0, dataset.fingerprint, {}, (Place(name, 5, 77), Place(name, 9, 78)))
     write_index(frozen, tmp_path / "data")
     places = Places(dataset, 64, 1.0, "mine")
-    assert places.moments == [(1, 5), (1, 9)] and places.ids == [77, 78]
+    assert dict(zip(places.moments, places.ids, strict=True)) == {(1, 5): 77, (1, 9): 78}
+    one = Places(dataset, 1, 1.0, "mine")
+    assert (one.moments[0], one.ids[0]) in {((1, 5), 77), ((1, 9), 78)}
     with pytest.raises(
         DataError, match=r"too near to its ends; got frame 9; expected 4 frames of context and 16 frames"
     ):

@@ -127,7 +127,7 @@ def test_reconstruct_goes_on_past_a_bad_file_and_says_so(trained_run, inputs, tm
     for row, known in zip(rows, table["rows"], strict=True):
         assert row["file"] == known["file"] and row["picture"] == known["picture"]
         assert float(row["psnr"]) == known["psnr"] and float(row["ssim"]) == known["ssim"]
-        assert float(row[known["distance_name"]]) == known["distance"]
+        assert float(row["distance"]) == known["distance"] and row["distance_name"] == known["distance_name"]
     assert main([*reconstruct, "--overwrite"]) == 3, "the folder is known as ours"
 
 

@@ -159,3 +159,20 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(tiny_spec, trained_run, 
     scale = max(float(gradient.abs().max()) for gradient in expected)
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).abs().max()) <= 1e-6 * scale
+
+
+@pytest.mark.parametrize("option", ["--npz", "--out"])
+def test_two_processes_sample_what_one_samples(run, tmp_path, option):
+    """Three chunks of 16 for two processes."""
+    names = [tmp_path / f"{who}{'.npz' if option == '--npz' else ''}" for who in ("two", "one")]
+    for processes, name in zip(("2", "1"), names, strict=True):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        sample = ["-m", "raev2", "sample", "--run", str(run), "--n", "40", option, str(name)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+        result = subprocess.run([*command, *sample], env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-5000:]
+    contents = [
+        {file.name: file.read_bytes() for file in name.iterdir()} if name.is_dir() else name.read_bytes()
+        for name in names
+    ]
+    assert contents[0] == contents[1]

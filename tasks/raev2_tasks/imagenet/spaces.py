@@ -63,12 +63,12 @@ class TimmFeatures(FeatureExtractor):
         import timm
 
         file = _weights(space.model)
-        vit = {} if space.output == "mean" else {"dynamic_img_size": True, "dynamic_img_pad": True}
-        self.network: Any = timm.create_model(
-            space.model, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": str(file)}, **vit
-        )
-        self.network.to(device).eval().requires_grad_(False)
-        stats = [torch.tensor(self.network.pretrained_cfg[key], device=device) for key in ("mean", "std")]
+        options: dict[str, Any] = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": {"file": str(file)}}
+        if space.output != "mean":
+            options |= {"dynamic_img_size": True, "dynamic_img_pad": True}
+        network: Any = timm.create_model(space.model, **options)
+        self.network = network.to(device).eval().requires_grad_(False)
+        stats = [torch.tensor(network.pretrained_cfg[key], device=device) for key in ("mean", "std")]
         self.mean, self.std = (255 * value.view(3, 1, 1) for value in stats)
         self.name, self.model, self.dim, self.space, self.device = name, space.model, space.dim, space, device
         precision = "bf16" if device.type == "cuda" and space.output != "mean" else "fp32"

@@ -20,7 +20,7 @@ from raev2_tasks.nwm.pose import relative
 
 
 class Places:
-    """Frames of a split with a full context before them and `horizon_s` after them, or a random `num` of these.
+    """Frames of a split with a full context before them and `horizon_s` after them, or `num` of these in random order.
 
     moments    (number of the trajectory, frame in it) of each place
     ids        select the noise of a prediction from each place
@@ -54,7 +54,9 @@ class Places:
     def _subset(self, moments: Sequence[tuple[int, int]], num: int | None) -> list[int]:
         indices = [self.dataset.frame_index(*moment) for moment in moments]
         groups = [self.dataset.group(index) for index in indices]
-        chosen = random_subset([self.dataset.key(index) for index in indices], groups, num or len(indices))
+        chosen = list(range(len(indices)))
+        if num is not None:
+            chosen = random_subset([self.dataset.key(index) for index in indices], groups, num)
         asked = {groups[number] for number in chosen}
         self.coverage = {"what": self.dataset.group_kind, "asked": len(asked), "of": len(set(groups))}
         return chosen

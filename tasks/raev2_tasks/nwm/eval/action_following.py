@@ -66,9 +66,11 @@ class ActionFollowing(Evaluator):
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on, for the result file."""
+        places = self._places(context)
         return {
             "label_policy": "; ".join(f"{kind or 'unnamed'}: {KINDS[kind]}" for kind in self.kinds),
-            "places": self._places(context).identity,
+            "places": places.identity,
+            "coverage": places.coverage,
             "judge": self._judge_identity(context.dataset("train")),
         }
 

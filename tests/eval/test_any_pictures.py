@@ -229,21 +229,30 @@ def test_options_that_are_missing_or_have_no_effect(folder, capsys, trained_run)
     assert message.startswith("--protocol: needs a run, it does not score pictures alone; got 'action-following'")
 
 
+def test_a_reconstruction_has_no_reference_to_build(folder, capsys):
+    message = refused(capsys, 2, "reference", "build", folder, "--protocol", "reconstruction-micro")
+    assert message == "--protocol: its reference are the originals, nothing is built; got reconstruction-micro"
+
+
 def test_pictures_that_cannot_be_scored(folder, tmp_path, capsys):
     common = ["--protocol", "generation-micro", *NO_WORKERS, "--images"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("a")
     assert refused(capsys, 3, *common, tmp_path / "empty", "--reference", folder) == (
-        f"pictures {tmp_path / 'empty'}: no pictures here; got no picture (.txt): 1; expected files of a format that "
-        "Pillow reads, or an .npz file"
+        f"{tmp_path / 'empty'}: no images here; got no picture (.txt): 1; expected files of a format that Pillow reads"
     )
     message = refused(capsys, 3, *common, tmp_path / "nowhere", "--reference", folder)
-    assert message == f"pictures {tmp_path / 'nowhere'}: no such file or folder"
+    assert message == f"{tmp_path / 'nowhere'}: no such file or folder"
     large = write(tmp_path / "large", noise(2, seed=0, size=40))
     message = refused(capsys, 3, *common, large, "--reference", folder)
     assert message == (
         f"reference {folder}: pictures of another size; got 32 x 32 px; expected 40 x 40 px. Prepare both sets in the "
         "same way."
+    )
+    np.savez(tmp_path / "adm.npz", arr_0=noise(4, seed=0), mu=np.zeros(192), sigma=np.eye(192))
+    message = refused(capsys, 3, *common, large, "--reference", tmp_path / "adm.npz")
+    assert message.startswith(
+        f"reference {tmp_path / 'adm.npz'}: pictures of another size; got 32 x 32 px; expected 40"
     )
     shutil.copy(large / "a" / "000.png", folder / "b" / "z.png")
     message = refused(capsys, 3, *common, folder, "--reference", large)
