@@ -9,7 +9,6 @@ from torch import Tensor
 
 from raev2.batch import cond_map
 from raev2.data import ImageDataset, ordered_batches, to_float, train_batches
-from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact, load_strict
 from raev2.flow import interpolate, sample_t, training_loss
 from raev2.model.generator import Generator, generator_card
@@ -20,6 +19,7 @@ from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from raev2.training.parallel import gradient_sync, is_plain, parallelise, whole
+from raev2.training.preflight import check_repa_dim
 from raev2.training.resume import check_identity
 from raev2.training.run import (
     NonFiniteGuard,
@@ -212,11 +212,7 @@ def _repa_encoder(run: Run, latent_shape: tuple[int, int, int]) -> Callable[[Ten
     patch_size = spec.generator.patch_size
     grid = (latent_shape[1] // patch_size, latent_shape[2] // patch_size)
     encoder = build_encoder(repa.encoder, grid).to(run.device)
-    if encoder.width != spec.generator.repa_dim:
-        raise SpecError(
-            "spec.generator.repa_dim", "differs from the width of the target encoder", got=spec.generator.repa_dim,
-            expected=str(encoder.width),
-        )  # fmt: skip
+    check_repa_dim(spec, encoder.width)
     return lambda images_u8: encoder(to_float(images_u8.to(run.device)))
 
 

@@ -241,11 +241,11 @@ def data(options: Namespace) -> int:
 
 def assets(options: Namespace) -> int:
     """`raev2 assets`."""
-    from raev2.training.preflight import Plan, fetch_all, needed_assets, with_tokenizer
+    from raev2.training.preflight import Plan, fetch_all, with_tokenizer
 
     task, spec = _find_recipe(options.recipe, options.task, "raev2 assets")
     spec = apply_overrides(spec, options.overrides)
-    found = needed_assets(Plan(task, with_tokenizer(spec, download=False), Path()))
+    found = Plan(task, with_tokenizer(spec, download=False)).assets()
     _print_table(
         ("weights", "state", "from", "to"), [(a.what, a.fault() or "ok", a.url or "local", a.place) for a in found]
     )

@@ -58,27 +58,15 @@ def save_artefact(
 
 
 def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
-    """Read config and tensors of an artefact, see `artefact_config`."""
-    config, path = artefact_config(path_or_hub_id, kind=kind)
-    weights_file = path / "model.safetensors"
-    try:
-        return config, load_file(weights_file), path
-    except SafetensorError as error:
-        raise CheckpointError(
-            str(weights_file), "truncated or not a safetensors file", got=str(error), hint="Copy or download it again."
-        ) from error
-
-
-def artefact_config(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, Any], Path]:
-    """Config and folder of an artefact folder, or of a Hugging Face hub repository with the same layout.
+    """Read config and tensors of an artefact folder, or of a Hugging Face hub repository with the same layout.
 
     A hub id may name a branch, tag or commit: OWNER/NAME@REVISION. The folder returned is then named by its commit.
     """
     path = Path(path_or_hub_id)
     if not path.exists():
         path = _download(str(path_or_hub_id))
-    config_file = path / "config.json"
-    for file in (config_file, path / "model.safetensors"):
+    config_file, weights_file = path / "config.json", path / "model.safetensors"
+    for file in (config_file, weights_file):
         if not file.is_file():
             raise CheckpointError(
                 str(path),
@@ -97,7 +85,12 @@ def artefact_config(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str,
             str(path), "unknown format_version", got=config.get("format_version"), expected=str(FORMAT_VERSION),
             hint="Update raev2.",
         )  # fmt: skip
-    return config, path
+    try:
+        return config, load_file(weights_file), path
+    except SafetensorError as error:
+        raise CheckpointError(
+            str(weights_file), "truncated or not a safetensors file", got=str(error), hint="Copy or download it again."
+        ) from error
 
 
 def push_to_hub(save: Callable[[Path], Path], repo_id: str, kind: str, *, private: bool) -> str:

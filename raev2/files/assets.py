@@ -1,7 +1,7 @@
 """Weights that a run reads and no package brings: are they here, where do they belong, how do they come here.
 
 asset = Asset("encoder dinov2-b", "timm/vit_base_patch14_reg4_dinov2.lvd142m")
-asset.fault()                          # 'missing', 'damaged, ...' or None; looks at this machine alone
+asset.fault()                          # 'missing', 'damaged' or None; looks at this machine alone
 asset.fetch()
 """
 
@@ -10,6 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from raev2.errors import CheckpointError
 from raev2.files.damage import read_json
@@ -47,11 +51,8 @@ class Asset:
     @property
     def url(self) -> str:
         """Where it comes from; empty for a path."""
-        if self._hash:
-            return self.source
-        is_id = self.source.count("/") == 1 and not self.source.startswith((".", "/", "~"))
-        is_path = Path(self.source).expanduser().exists() or not is_id
-        return "" if is_path else f"https://huggingface.co/{self._repository[0]}"
+        is_id = self.source.count("/") == 1 and self.source[0] not in "./" and not Path(self.source).exists()
+        return f"https://huggingface.co/{self._repository[0]}" if is_id else self.source if self._hash else ""
 
     @property
     def place(self) -> Path:
@@ -59,82 +60,73 @@ class Asset:
         if self._hash:
             import torch
 
-            return Path(torch.hub.get_dir()) / "checkpoints" / self.source.rpartition("/")[2]
-        if not self.url:
-            return Path(self.source).expanduser()
-        from huggingface_hub import constants
-
-        return Path(constants.HF_HUB_CACHE) / f"models--{self._repository[0].replace('/', '--')}"
+            return Path(torch.hub.get_dir()) / "checkpoints" / Path(self.source).name
+        in_hub = Path(constants.HF_HUB_CACHE) / f"models--{self._repository[0].replace('/', '--')}"
+        return in_hub if self.url else Path(self.source)
 
     def folder(self) -> Path | None:
         """The file, or the folder with the files, on this machine; None: not here."""
         if self._hash or not self.url:
             return self.place if self.place.exists() else None
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
         name, revision = self._repository
         try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True)) / self.subfolder
+            found = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
         except (LocalEntryNotFoundError, ValueError):  # the latter for a name that cannot be
             return None
+        return Path(found) / self.subfolder
 
     def fault(self) -> str | None:
-        """What is wrong with it on this machine; None: it is whole. Of safetensors files the headers are read."""
+        """'missing' or 'damaged' as far as this machine knows without reading networks; None: it is whole."""
         found = self.folder()
         if found is None:
             return MISSING
-        if self._hash:
-            return None if file_sha256(found).startswith(self._hash) else f"damaged, the SHA-256 is not {self._hash}..."
-        return _fault_of_folder(found) if found.is_dir() else None
+        if found.is_file():
+            return "damaged" if self._hash and not file_sha256(found).startswith(self._hash) else None
+        files = set(found.glob("*.safetensors"))
+        for index in found.glob("*.safetensors.index.json"):
+            files |= {found / name for name in read_json(index).get("weight_map", {}).values()}
+        return None if files and all(file.is_file() for file in files) else MISSING
 
-    def barred(self) -> str:
-        """Why it cannot be downloaded, as far as this machine knows; empty: nothing speaks against it."""
-        from huggingface_hub import constants, get_token
-
+    def check(self) -> None:
+        """Raise CheckpointError if it is not here and cannot be downloaded, as far as this machine knows."""
+        if self.fault() is None:
+            return
         if not self.url:
-            return "not a path on this machine"
+            raise self.error("not a path on this machine")
         if constants.HF_HUB_OFFLINE:
-            return "HF_HUB_OFFLINE=1, nothing is downloaded"
-        return "no login for a gated model" if self.gated and get_token() is None else ""
+            raise self.error("HF_HUB_OFFLINE=1, nothing is downloaded")
+        if self.gated and huggingface_hub.get_token() is None:
+            raise self.error("no login for a gated model")
 
     def fetch(self) -> None:
-        """Download it, also over a damaged copy. Raises CheckpointError, which says how to bring it here by hand."""
-        fault = self.fault()
-        if fault is None:
-            return
-        if barred := self.barred():
-            raise self.error(barred)
+        """Download what is missing or damaged. Raises CheckpointError, which says how to bring it here by hand."""
+        self.check()
         try:
-            self._download(again=fault != MISSING)
+            if self.fault():
+                self._download()
         except Exception as error:  # network, access and file errors of several libraries
             raise self.error(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}") from error
-        if fault := self.fault():
-            raise self.error(f"{fault}, after the download")
 
     def error(self, got: str | None = None) -> CheckpointError:
         """That it is not here, and how to bring it."""
         how = f"It comes from {self.url}; without network copy that folder from a machine that has it"
         if self._hash:
             how = f"Download {self.source} and put it there (SHA-256 begins with {self._hash})"
-        if not self.url:
-            how = "Copy it there, or correct the name"
-        hint = "".join(f"{text}. " for text in (how, self.note) if text).strip()
+        hint = "".join(f"{text}. " for text in (how if self.url else "Copy it there, or correct the name", self.note))
         what = f"the weights are {self.fault() or MISSING}"
-        return CheckpointError(self.what, what, got=got, expected=str(self.place), hint=hint)
+        return CheckpointError(self.what, what, got=got, expected=str(self.place), hint=hint.rstrip(". ") + ".")
 
-    def _download(self, again: bool) -> None:
+    def _download(self) -> None:
         if self._hash:
             import torch
 
             self.place.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(self.source, str(self.place), hash_prefix=self._hash)
             return
-        from huggingface_hub import snapshot_download
-
-        name, revision = self._repository
-        patterns = [f"{self.subfolder}/{files}".lstrip("/") for files in self.files]
-        snapshot_download(name, revision=revision, allow_patterns=patterns, force_download=again)
+        (name, revision), folder = self._repository, self.subfolder and f"{self.subfolder}/"
+        huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=[folder + file for file in self.files]
+        )
 
     @property
     def _hash(self) -> str:
@@ -155,17 +147,3 @@ INCEPTION_WEIGHTS = Asset(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     package="torch-fidelity",
 )
-
-
-def _fault_of_folder(folder: Path) -> str | None:
-    from safetensors import SafetensorError, safe_open
-
-    wanted = {file.name for file in folder.glob("*.safetensors")}
-    for index in folder.glob("*.safetensors.index.json"):
-        wanted |= set(read_json(index).get("weight_map", {}).values())
-    for name in sorted(wanted):
-        try:
-            safe_open(folder / name, "numpy").__enter__()
-        except (OSError, SafetensorError):
-            return f"damaged, {name} is missing or cut short"
-    return None if wanted else MISSING

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -171,6 +171,13 @@ def nearest_open_encoder(info: EncoderInfo) -> EncoderInfo:
         if not other.gated and other.licence in OPEN_LICENCES and other.route == "timm" and other.name != info.name
     ]  # fmt: skip
     return min(candidates, key=lambda o: abs(math.log(o.width / info.width)) + abs(math.log(o.depth / info.depth)))
+
+
+def check_layers(name: str, depth: int, layers: Sequence[int]) -> None:
+    """Raise SpecError unless an encoder has these blocks."""
+    if not layers or min(layers) < 0 or max(layers) >= depth:
+        expected = f"block indices from 0 to {depth - 1}"
+        raise SpecError("encoder.layers", f"{name} has {depth} blocks", got=list(layers), expected=expected)
 
 
 def encoder_asset(name: str) -> Asset:

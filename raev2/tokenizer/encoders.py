@@ -31,7 +31,7 @@ from typing_extensions import override
 from raev2.errors import CheckpointError, SpecError
 from raev2.shapes import Images, Tokens
 from raev2.spec import EncoderSpec
-from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, encoder_asset, encoder_info
+from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, check_layers, encoder_asset, encoder_info
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PROJECTION_SEED = 0
@@ -66,7 +66,7 @@ class FrozenEncoder(nn.Module):
         self.width, self.depth, self.patch_size = trunk.width, trunk.depth, trunk.patch_size
         self.input_size = (grid[0] * trunk.patch_size, grid[1] * trunk.patch_size)
         self.layers = spec.layers or (self.depth - 1,)
-        self._check_layers(self.layers)
+        check_layers(info.name, self.depth, self.layers)
         self.norm: Norm = spec.norm or info.norm
         if self.norm != "none" and trunk.final_norm is None:
             raise SpecError(
@@ -94,7 +94,7 @@ class FrozenEncoder(nn.Module):
         layers   block indices from 0; the same index may appear twice
         norm     final norm on each; None: the spec's
         """
-        self._check_layers(layers)
+        check_layers(self.info.name, self.depth, layers)
         outputs = self.trunk.block_outputs(self.preprocess(images), sorted(set(layers)))
         return [self._finish(outputs[layer], norm or self.norm) for layer in layers]
 
@@ -151,13 +151,6 @@ class FrozenEncoder(nn.Module):
         assert final_norm is not None
         gain, bias = (final_norm.weight, final_norm.bias) if norm == "affine" else (None, None)
         return F.layer_norm(tokens, (self.width,), gain, bias, self._norm_eps)
-
-    def _check_layers(self, layers: Sequence[int]) -> None:
-        if not layers or min(layers) < 0 or max(layers) >= self.depth:
-            raise SpecError(
-                "encoder.layers", f"{self.info.name} has {self.depth} blocks", got=list(layers),
-                expected=f"block indices from 0 to {self.depth - 1}",
-            )  # fmt: skip
 
 
 def aggregate_layers(
