@@ -24,7 +24,7 @@ from pydantic_core import PydanticUndefined
 
 from raev2 import errors, spec
 from raev2.command import cli
-from raev2.files.plugins import GUIDANCE, PREDICTIONS, installed
+from raev2.files.plugins import COMMANDS, GUIDANCE, PREDICTIONS, installed, load
 from raev2.report.published import published, published_encoders
 from raev2.spec_io import apply_overrides, load_spec
 from raev2.task import get_recipe, get_task, installed_tasks
@@ -54,7 +54,7 @@ def cell(value: object) -> str:
 def cli_page() -> str:
     """Every command and option of `raev2`."""
     root = cli.parser()
-    commands = _commands(root)
+    commands = {name: command for name, command in _commands(root).items() if name not in installed(COMMANDS)}
     text = "# Command line\n\n" + HEAD
     text += f"{root.description} `python -m raev2` is the same as `raev2`.\n\n{root.epilog}\n\n"
     text += (
@@ -76,6 +76,11 @@ def cli_page() -> str:
     text += table(
         ("command", "does"), [(f"`raev2 {task} {name}`", does) for task, rows in tasks for name, does in rows]
     )
+    text += (
+        "\n## Commands that packages add\n\nEntry-point group `raev2.commands`; options: `raev2 COMMAND --help`.\n\n"
+    )
+    added = {name: load(COMMANDS, name, "raev2") for name in installed(COMMANDS)}
+    text += table(("command", "does"), [(f"`raev2 {name}`", does) for name, does in cli.command_sentences(added)])
     text += "\n## Options of `raev2` itself\n\nGiven before the command.\n\n"
     text += table(("option", "value", "default", "meaning"), [_option_row(action) for action in _actions(root)])
     return text

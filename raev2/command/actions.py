@@ -263,15 +263,6 @@ def latents(options: Namespace) -> int:
     return OK
 
 
-def analyse(options: Namespace) -> int:
-    """`raev2 analyse`."""
-    from raev2.analysis.command import analyse as run
-
-    table = run(options)
-    print(f"{table.markdown()}\nwritten to {options.out}/{table.name}.*")
-    return OK
-
-
 def bench(options: Namespace) -> int:
     """`raev2 bench`."""
     from raev2.command.bench import run_benchmarks, table
@@ -326,8 +317,7 @@ def doctor(options: Namespace) -> int:
 COMMANDS = {
     "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
     "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "assets": assets,
-    "latents": latents,
-    "import": import_, "export": export, "analyse": analyse, "bench": bench, "doctor": doctor,
+    "latents": latents, "import": import_, "export": export, "bench": bench, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from raev2.task import Task
 
 from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
-from raev2.files.plugins import GUIDANCE, TASKS, installed
+from raev2.files.plugins import COMMANDS as ADDED
+from raev2.files.plugins import GUIDANCE, TASKS, installed, load
 
 COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "assets",
-    "latents", "import", "export", "analyse", "bench", "doctor",
+    "latents", "import", "export", "bench", "doctor",
 )  # fmt: skip
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
@@ -154,22 +155,6 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     latents.add_argument("--split", default="train")
     latents.add_argument("--out", required=True, metavar="FILE")
 
-    analyse = command("analyse", "an analysis of the papers: writes a table (JSON, Markdown) and a plot (SVG)")
-    analyse.add_argument(
-        "name", metavar="NAME", help="probe, correlation, blocks, width, layers, time-shift or decoder-noise"
-    )
-    _run_options(analyse)
-    analyse.add_argument("--recipe", default="quickstart", help="recipe that is varied (default: quickstart)")
-    analyse.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
-    analyse.add_argument("--data", default="emoji", metavar="DIR", help="labelled dataset folder or data recipe")
-    analyse.add_argument("--encoder", nargs="+", metavar="NAME", help="probe: encoders (default: micro)")
-    analyse.add_argument("--grid", type=int, nargs=2, default=(8, 8), metavar=("ROWS", "COLS"), help="probe: tokens")
-    analyse.add_argument("--layers", type=int, nargs="+", metavar="K", help="probe: numbers of last layers")
-    analyse.add_argument("--widths", type=int, nargs="+", metavar="D", help="width: widths of the network")
-    analyse.add_argument("--steps", type=int, default=300, help="width: training steps")
-    analyse.add_argument("--n", type=int, default=64, help="blocks: number of images")
-    analyse.add_argument("--out", metavar="DIR", default="analysis")
-
     bench = command("bench", "benchmark tables with the machine's description")
     bench.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     bench.add_argument("--json", metavar="FILE", help="also write the numbers here")
@@ -195,6 +180,8 @@ def parser(sampled: Task | None = None) -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true")
 
     command("doctor", "environment, devices, optional parts, reachable and missing assets")
+    for name, point in installed(ADDED).items():
+        commands.add_parser(name, help=f"added by {point.value.partition('.')[0]}: `raev2 {name} --help`")
     return root
 
 
@@ -249,8 +236,12 @@ def _file_error(error: OSError) -> RaeError:
 
 
 def _run(argv: list[str]) -> int:
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS and argv[0] in installed(TASKS):
-        return _plugin_command(argv[0], argv[1:])
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        if argv[0] in installed(ADDED):
+            load(ADDED, argv[0], "raev2")(argv[1:])
+            return 0
+        if argv[0] in installed(TASKS):
+            return _plugin_command(argv[0], argv[1:])
     options = parse(argv)
     if options.version:
         from raev2 import __version__
@@ -320,7 +311,7 @@ def _plugin_command(name: str, argv: list[str]) -> int:
 
 
 def command_sentences(commands: Mapping[str, Callable[..., Any]]) -> list[tuple[str, str]]:
-    """Commands of a task, each with the first line of its docstring."""
+    """Commands of a plugin, each with the first line of its docstring."""
     return [(name, (command.__doc__ or "").strip().partition("\n")[0]) for name, command in commands.items()]
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from raev2.errors import RaeError, TaskError, did_you_mean
 
 TASKS, DATA_RECIPES = "raev2.tasks", "raev2.data_recipes"
-GUIDANCE, PREDICTIONS = "raev2.guidance", "raev2.predictions"
-GROUPS = {TASKS: "task", DATA_RECIPES: "data recipe", GUIDANCE: "guidance", PREDICTIONS: "prediction"}
+GUIDANCE, PREDICTIONS, COMMANDS = "raev2.guidance", "raev2.predictions", "raev2.commands"
+GROUPS = {
+    TASKS: "task", DATA_RECIPES: "data recipe", GUIDANCE: "guidance", PREDICTIONS: "prediction", COMMANDS: "command"
+}  # fmt: skip
 
 
 def installed(group: str) -> dict[str, EntryPoint]:

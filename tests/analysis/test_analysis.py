@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 
-from raev2.analysis.blocks import block_tokens, linear_cka, spatial_similarity
-from raev2.analysis.correlation import fisher_interval, pearson
-from raev2.analysis.probe import far_distance, linear_probe, local_similarity
-from raev2.analysis.table import Table
-from raev2.analysis.width import overfit, width_bound
 from raev2.command.cli import main
 from raev2.report.chart import Series
 from raev2.report.published import published, published_encoders, published_results
 from raev2.spec import NoGuidance
+from raev2_tasks.analyses.blocks import block_tokens, linear_cka, spatial_similarity
+from raev2_tasks.analyses.correlation import fisher_interval, pearson
+from raev2_tasks.analyses.probe import far_distance, linear_probe, local_similarity
+from raev2_tasks.analyses.table import Table
+from raev2_tasks.analyses.width import overfit, width_bound
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Definitions
@@ -140,7 +140,7 @@ def test_blocks_and_width_of_a_trained_run(trained_run, tmp_path):
 
 
 def test_an_ablation_trains_its_variants_and_puts_them_side_by_side(tiny_spec, tmp_path):
-    from raev2.analysis.ablations import run_ablation
+    from raev2_tasks.analyses.ablations import run_ablation
 
     small = tiny_spec.replace(
         tokenizer_training=tiny_spec.tokenizer_training.replace(images=8, save_every_images=8),
@@ -158,7 +158,7 @@ def test_an_ablation_trains_its_variants_and_puts_them_side_by_side(tiny_spec, t
 
 
 def test_the_sweep_over_layers_is_plotted_over_their_number(tiny_spec, tmp_path):
-    from raev2.analysis.ablations import run_ablation
+    from raev2_tasks.analyses.ablations import run_ablation
 
     small = tiny_spec.replace(
         tokenizer_training=tiny_spec.tokenizer_training.replace(images=4, batch_size=4, save_every_images=4),
@@ -175,8 +175,8 @@ def test_the_sweep_over_layers_is_plotted_over_their_number(tiny_spec, tmp_path)
 
 
 def test_results_of_a_variant_are_those_of_its_own_sampling(tiny_spec, tmp_path):
-    from raev2.analysis.ablations import results_of
     from raev2.spec_io import save_spec
+    from raev2_tasks.analyses.ablations import results_of
 
     save_spec(tiny_spec, tmp_path / "spec.yaml")
     protocol = tiny_spec.evaluation.protocols[-1]

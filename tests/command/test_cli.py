@@ -18,6 +18,8 @@ from raev2.batch import MetricResult
 from raev2.command import actions
 from raev2.command.cli import COMMANDS, main, parser
 from raev2.errors import CheckpointError, DataError, FileError, RaeError, SpecError, TaskError
+from raev2.files import plugins
+from raev2.files.plugins import installed
 
 TRAIN = ["train", "--task", "imagenet"]
 
@@ -347,7 +349,17 @@ def test_the_module_is_the_command(tmp_path):
 
 def test_every_command_of_the_parser_has_its_function():
     commands = parser()._subparsers._group_actions[0].choices
-    assert set(commands) == set(COMMANDS) == {*actions.COMMANDS, "train"}
+    assert set(commands) - set(installed(plugins.COMMANDS)) == set(COMMANDS) == {*actions.COMMANDS, "train"}
+
+
+def test_a_package_adds_a_command(install, capsys):
+    install(plugins.COMMANDS, "shout", "builtins:print")
+    install(plugins.COMMANDS, "broken", "nowhere:main")
+    assert main(["shout", "A", "b"]) == 0
+    assert capsys.readouterr().out == "['A', 'b']\n"
+    assert "added by builtins: `raev2 shout --help`" in " ".join(parser().format_help().split())
+    assert main(["broken"]) == 5
+    assert "command broken: nowhere:main cannot be loaded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def command_lines(page: Path) -> Iterator[list[str]]:
                 end = words.index("&&") if "&&" in words else len(words)
                 command, words = words[:end], words[end + 1 :]
                 starts = [i for i, word in enumerate(command) if word == "raev2" or word.endswith("/raev2")]
-                if starts and (starts[0] == 0 or command[starts[0] - 1] == "-m"):
+                if starts and (starts[0] == 0 or command[starts[0] - 1] in ("-m", "--")):
                     yield command[starts[0] + 1 :]
 
 

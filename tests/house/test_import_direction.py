@@ -39,8 +39,6 @@ ORDER = """
     train_tokenizer train_generator
     report.chart report.published report.page
     pipeline
-    analysis.table analysis.probe analysis.correlation analysis.blocks analysis.width analysis.ablations
-    analysis.command
     command.bench command.convert_actions command.actions command.cli __main__
 """.split()  # noqa: SIM905
 

@@ -167,7 +167,7 @@ def test_two_processes_sample_what_one_samples(run, tmp_path, option):
     names = [tmp_path / f"{who}{'.npz' if option == '--npz' else ''}" for who in ("two", "one")]
     for processes, name in zip(("2", "1"), names, strict=True):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        sample = ["-m", "raev2", "sample", "--run", str(run), "--n", "40", option, str(name)]
+        sample = ["-m", "--", "raev2", "sample", "--run", str(run), "--n", "40", option, str(name)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         result = subprocess.run([*command, *sample], env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr[-5000:]

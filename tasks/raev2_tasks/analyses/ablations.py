@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raev2.analysis.table import Table, lines
 from raev2.errors import SpecError
 from raev2.files.damage import read_json
 from raev2.pipeline import train
@@ -22,6 +21,7 @@ from raev2.spec import RunSpec, TokenizerSpec
 from raev2.spec_io import apply_overrides, load_spec
 from raev2.tokenizer.encoder_table import encoder_info
 from raev2.training.run import Run, make_accelerator
+from raev2_tasks.analyses.table import Table, lines
 
 
 @dataclass(frozen=True)

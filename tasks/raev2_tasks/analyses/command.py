@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from raev2.analysis.ablations import run_ablation
-from raev2.analysis.blocks import block_table
-from raev2.analysis.correlation import correlation_table
-from raev2.analysis.probe import probe_encoders
-from raev2.analysis.table import Table
-from raev2.analysis.width import width_table
 from raev2.data import to_float
 from raev2.errors import DataError, SpecError
 from raev2.pipeline import find_run, open_trained
@@ -23,14 +18,35 @@ from raev2.task import check_known, get_data_recipe, get_recipe, get_task
 from raev2.tokenizer.rae import RAE
 from raev2.train_generator import latent_encoder
 from raev2.training.run import make_accelerator
+from raev2_tasks.analyses.ablations import run_ablation
+from raev2_tasks.analyses.blocks import block_table
+from raev2_tasks.analyses.correlation import correlation_table
+from raev2_tasks.analyses.probe import probe_encoders
+from raev2_tasks.analyses.table import Table
+from raev2_tasks.analyses.width import width_table
 
 
-def analyse(options: Namespace) -> Table:
-    """Run the analysis that `options.name` names, write its files to `options.out` and return its table."""
+def analyse(argv: Sequence[str]) -> None:
+    """An analysis of the papers: writes a table (JSON, Markdown) and a plot (SVG)."""
+    parser = argparse.ArgumentParser(prog="raev2 analyse", description=analyse.__doc__)
+    parser.add_argument("name", metavar="NAME", help=", ".join(ANALYSES))
+    parser.add_argument("--task", help="use the newest run of this task")
+    parser.add_argument("--run", metavar="DIR", help="run folder")
+    parser.add_argument("--recipe", default="quickstart", help="recipe that is varied (default: quickstart)")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--data", default="emoji", metavar="DIR", help="labelled dataset folder or data recipe")
+    parser.add_argument("--encoder", nargs="+", metavar="NAME", help="probe: encoders (default: micro)")
+    parser.add_argument("--grid", type=int, nargs=2, default=(8, 8), metavar=("ROWS", "COLS"), help="probe: tokens")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="K", help="probe: numbers of last layers")
+    parser.add_argument("--widths", type=int, nargs="+", metavar="D", help="width: widths of the network")
+    parser.add_argument("--steps", type=int, default=300, help="width: training steps")
+    parser.add_argument("--n", type=int, default=64, help="blocks: number of images")
+    parser.add_argument("--out", metavar="DIR", default="analysis")
+    options = parser.parse_args([word for word in argv if word != "--debug"])
     check_known("raev2 analyse", "unknown analysis", options.name, ANALYSES)
     table = ANALYSES[options.name](options)
     table.write(Path(options.out))
-    return table
+    print(f"{table.markdown()}\nwritten to {options.out}/{table.name}.*")
 
 
 def _probe(options: Namespace) -> Table:

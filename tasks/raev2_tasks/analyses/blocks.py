@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raev2.analysis.table import Table, lines
 from raev2.flow import interpolate
 from raev2.model.generator import Generator
 from raev2.shapes import Latents
+from raev2_tasks.analyses.table import Table, lines
 
 
 @torch.no_grad()

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raev2.analysis.table import Table, lines
 from raev2.batch import PathPoint
 from raev2.flow import interpolate, sample_t
 from raev2.model.condition import NoCondition
 from raev2.model.generator import Generator
 from raev2.spec import DiTSpec, FlowSpec
+from raev2_tasks.analyses.table import Table, lines
 
 
 def width_bound(latents: Tensor, width: int) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from raev2.analysis.table import Table, lines
+from raev2_tasks.analyses.table import Table, lines
 
 PROPERTIES = ("LP", "LDS", "mean")
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raev2.analysis.table import Table, lines
 from raev2.data import FolderDataset, ordered_batches, to_float
 from raev2.errors import DataError
 from raev2.spec import EncoderSpec
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
+from raev2_tasks.analyses.table import Table, lines
 
 BATCH = 64
 LDS_IMAGES = 512
