@@ -235,15 +235,6 @@ class _Stream(Dataset[dict[str, Any] | DataError]):
         return {**sample, "skipped": skipped}
 
 
-def check_batch_size(batch_size: int, world_size: int) -> None:
-    """Raise DataError unless a global batch splits evenly over the processes."""
-    if batch_size % world_size:
-        raise DataError(
-            "batch_size", "the global batch must split evenly", got=f"{batch_size} over {world_size} processes",
-            expected=f"a multiple of {world_size}",
-        )  # fmt: skip
-
-
 def train_batches(
     dataset: ImageDataset,
     *,
@@ -260,7 +251,11 @@ def train_batches(
     `batch_size` is global; this process gets rows rank, rank + world_size, ... of every global batch, so the global
     batch does not depend on the number of processes.
     """
-    check_batch_size(batch_size, world_size)
+    if batch_size % world_size:
+        raise DataError(
+            "batch_size", "the global batch must split evenly", got=f"{batch_size} over {world_size} processes",
+            expected=f"a multiple of {world_size}",
+        )  # fmt: skip
 
     def numbers() -> Iterator[list[int]]:
         start = start_images

@@ -19,7 +19,6 @@ from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from raev2.training.parallel import gradient_sync, is_plain, parallelise, whole
-from raev2.training.preflight import check_repa_dim
 from raev2.training.resume import check_identity
 from raev2.training.run import (
     NonFiniteGuard,
@@ -212,7 +211,6 @@ def _repa_encoder(run: Run, latent_shape: tuple[int, int, int]) -> Callable[[Ten
     patch_size = spec.generator.patch_size
     grid = (latent_shape[1] // patch_size, latent_shape[2] // patch_size)
     encoder = build_encoder(repa.encoder, grid).to(run.device)
-    check_repa_dim(spec, encoder.width)
     return lambda images_u8: encoder(to_float(images_u8.to(run.device)))
 
 

@@ -241,16 +241,14 @@ def data(options: Namespace) -> int:
 
 def assets(options: Namespace) -> int:
     """`raev2 assets`."""
-    from raev2.training.preflight import Plan, fetch_all, with_tokenizer
+    from raev2.training.preflight import Plan, with_tokenizer
 
     task, spec = _find_recipe(options.recipe, options.task, "raev2 assets")
-    spec = apply_overrides(spec, options.overrides)
-    found = Plan(task, with_tokenizer(spec, download=False)).assets()
-    _print_table(
-        ("weights", "state", "from", "to"), [(a.what, a.fault() or "ok", a.url or "local", a.place) for a in found]
-    )
-    if options.action == "fetch":
-        fetch_all(found)
+    found = Plan(task, with_tokenizer(apply_overrides(spec, options.overrides), download=False)).assets()
+    rows = [(asset.what, asset.fault() or "ok", asset.url or "local", asset.place) for asset in found]
+    _print_table(("weights", "state", "from", "to"), rows)
+    for asset in found if options.action == "fetch" else ():
+        asset.fetch()
     return OK
 
 

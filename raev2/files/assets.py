@@ -1,15 +1,10 @@
-"""Weights that a run reads and no package brings: are they here, where do they belong, how do they come here.
-
-asset = Asset("encoder dinov2-b", "timm/vit_base_patch14_reg4_dinov2.lvd142m")
-asset.fault()                          # 'missing', 'damaged' or None; looks at this machine alone
-asset.fetch()
-"""
+"""Weights that a run reads and no package brings: are they here, where do they belong, how do they come here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -25,15 +20,9 @@ TORCH = "https://download.pytorch.org/models/"
 
 @dataclass(frozen=True)
 class Asset:
-    """Weights by their source, which is one of three.
+    """Weights by name for people and source: OWNER/NAME[@REVISION] of the hub, https://.../NAME-SHA256.pth, or a path.
 
-    a repository of the Hugging Face hub    OWNER/NAME or OWNER/NAME@REVISION; only `files` of it are read
-    a file at https://.../NAME-HASH.SUFFIX  belongs into torch's cache; HASH begins its SHA-256
-    a local folder or file                  nothing is downloaded
-
-    what       for people: 'encoder dinov2-b'
-    subfolder  of the repository
-    gated      a licence must be accepted at the source
+    files      those of a repository that are read
     note       what to say besides where to get it: the licence, what to use in its place
     without    what is done without it; empty: it is needed
     package    distribution that reads it, if it is an optional one
@@ -41,7 +30,6 @@ class Asset:
 
     what: str
     source: str
-    subfolder: str = ""
     files: tuple[str, ...] = ("*.json", "*.safetensors")
     gated: bool = False
     note: str = ""
@@ -49,54 +37,55 @@ class Asset:
     package: str = ""
 
     @property
+    def sha256(self) -> str:
+        """The beginning of the SHA-256 of a file that torch caches; else empty."""
+        return Path(self.source).stem.rpartition("-")[2] if self.source.startswith("https://") else ""
+
+    @property
     def url(self) -> str:
         """Where it comes from; empty for a path."""
         is_id = self.source.count("/") == 1 and self.source[0] not in "./" and not Path(self.source).exists()
-        return f"https://huggingface.co/{self._repository[0]}" if is_id else self.source if self._hash else ""
+        return f"https://huggingface.co/{self.source.partition('@')[0]}" if is_id else self.source * bool(self.sha256)
 
     @property
     def place(self) -> Path:
         """The file or folder that a copy of another machine goes to."""
-        if self._hash:
+        if self.sha256:
             import torch
 
             return Path(torch.hub.get_dir()) / "checkpoints" / Path(self.source).name
-        in_hub = Path(constants.HF_HUB_CACHE) / f"models--{self._repository[0].replace('/', '--')}"
-        return in_hub if self.url else Path(self.source)
+        in_hub = f"models--{self.source.partition('@')[0].replace('/', '--')}"
+        return Path(constants.HF_HUB_CACHE) / in_hub if self.url else Path(self.source)
 
     def folder(self) -> Path | None:
         """The file, or the folder with the files, on this machine; None: not here."""
-        if self._hash or not self.url:
+        if self.sha256 or not self.url:
             return self.place if self.place.exists() else None
-        name, revision = self._repository
         try:
-            found = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+            return self._snapshot(local_files_only=True)
         except (LocalEntryNotFoundError, ValueError):  # the latter for a name that cannot be
             return None
-        return Path(found) / self.subfolder
 
     def fault(self) -> str | None:
-        """'missing' or 'damaged' as far as this machine knows without reading networks; None: it is whole."""
+        """'missing' or 'damaged', told without reading networks; None: it is whole."""
         found = self.folder()
-        if found is None:
-            return MISSING
-        if found.is_file():
-            return "damaged" if self._hash and not file_sha256(found).startswith(self._hash) else None
-        files = set(found.glob("*.safetensors"))
-        for index in found.glob("*.safetensors.index.json"):
-            files |= {found / name for name in read_json(index).get("weight_map", {}).values()}
-        return None if files and all(file.is_file() for file in files) else MISSING
+        if found is not None and found.is_file():
+            return "damaged" if self.sha256 and not file_sha256(found).startswith(self.sha256) else None
+        files = {file for pattern in self.files for file in found.glob(pattern)} if found else set()
+        for index in [file for file in files if file.name.endswith(".safetensors.index.json")]:
+            files |= {index.with_name(name) for name in read_json(index).get("weight_map", {}).values()}
+        whole = any(file.suffix == ".safetensors" for file in files) and all(file.is_file() for file in files)
+        return None if whole else MISSING
 
     def check(self) -> None:
         """Raise CheckpointError if it is not here and cannot be downloaded, as far as this machine knows."""
-        if self.fault() is None:
-            return
-        if not self.url:
-            raise self.error("not a path on this machine")
-        if constants.HF_HUB_OFFLINE:
-            raise self.error("HF_HUB_OFFLINE=1, nothing is downloaded")
+        barred = "" if self.url else "not a path on this machine"
         if self.gated and huggingface_hub.get_token() is None:
-            raise self.error("no login for a gated model")
+            barred = "no login for a gated model"
+        if self.url and constants.HF_HUB_OFFLINE:
+            barred = "HF_HUB_OFFLINE=1, nothing is downloaded"
+        if barred and self.fault():
+            raise self.error(barred)
 
     def fetch(self) -> None:
         """Download what is missing or damaged. Raises CheckpointError, which says how to bring it here by hand."""
@@ -110,32 +99,24 @@ class Asset:
     def error(self, got: str | None = None) -> CheckpointError:
         """That it is not here, and how to bring it."""
         how = f"It comes from {self.url}; without network copy that folder from a machine that has it"
-        if self._hash:
-            how = f"Download {self.source} and put it there (SHA-256 begins with {self._hash})"
-        hint = "".join(f"{text}. " for text in (how if self.url else "Copy it there, or correct the name", self.note))
+        if self.sha256:
+            how = f"Download {self.source} and put it there (SHA-256 begins with {self.sha256})"
+        hint = f"{how if self.url else 'Copy it there, or correct the name'}. {self.note and self.note + '.'}".strip()
         what = f"the weights are {self.fault() or MISSING}"
-        return CheckpointError(self.what, what, got=got, expected=str(self.place), hint=hint.rstrip(". ") + ".")
+        return CheckpointError(self.what, what, got=got, expected=str(self.place), hint=hint)
 
     def _download(self) -> None:
-        if self._hash:
-            import torch
-
-            self.place.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.source, str(self.place), hash_prefix=self._hash)
+        if not self.sha256:
+            self._snapshot(allow_patterns=list(self.files))
             return
-        (name, revision), folder = self._repository, self.subfolder and f"{self.subfolder}/"
-        huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=[folder + file for file in self.files]
-        )
+        import torch
 
-    @property
-    def _hash(self) -> str:
-        return Path(self.source).stem.rpartition("-")[2] if self.source.startswith("https://") else ""
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(self.source, str(self.place), hash_prefix=self.sha256)
 
-    @property
-    def _repository(self) -> tuple[str, str | None]:
+    def _snapshot(self, **options: Any) -> Path:
         name, _, revision = self.source.partition("@")
-        return name, revision or None
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, **options))
 
 
 LPIPS_WEIGHTS = {

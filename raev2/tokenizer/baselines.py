@@ -243,8 +243,8 @@ def vae_asset(name: str) -> Asset:
     if info is None:
         return Asset(f"VAE {name}", name, package="diffusers")
     note = f"Its licence ({info.licence}) must be accepted at its page first" if info.gated else ""
-    subfolder = info.subfolder or ""
-    return Asset(f"VAE {name}", info.model_id, subfolder, gated=info.gated, note=note, package="diffusers")
+    files = tuple(f"{info.subfolder}/{file}" for file in Asset.files) if info.subfolder else Asset.files
+    return Asset(f"VAE {name}", info.model_id, files, gated=info.gated, note=note, package="diffusers")
 
 
 def _is_video(model: Any) -> bool:

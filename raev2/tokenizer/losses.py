@@ -15,15 +15,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raev2.files.assets import LPIPS_WEIGHTS, Asset
+from raev2.files.assets import LPIPS_WEIGHTS
 from raev2.shapes import Images, Tokens
 from raev2.spec import FeatureLoss, LPIPSLoss
-from raev2.tokenizer.encoder_table import encoder_asset
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder_for_pixels
 from raev2.training import dist
 
 Scalar = Float[Tensor, ""]
 Logits = Float[Tensor, "B N"]
+NO_DOWNLOAD = "Or choose the loss that needs no download: tokenizer_training.perceptual.kind=encoder"
+LPIPS_LOSS = replace(LPIPS_WEIGHTS["vgg"], note=NO_DOWNLOAD)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,14 +41,6 @@ def build_perceptual_loss(spec: LPIPSLoss | FeatureLoss, image_size: tuple[int, 
     if isinstance(spec, LPIPSLoss):
         return LPIPS()
     return EncoderFeatureLoss(build_encoder_for_pixels(spec.encoder, image_size), spec.layers)
-
-
-def perceptual_asset(spec: LPIPSLoss | FeatureLoss) -> Asset:
-    """The weights that the module reads."""
-    if isinstance(spec, FeatureLoss):
-        return encoder_asset(spec.encoder)
-    note = "Or choose the loss that needs no download: tokenizer_training.perceptual.kind=encoder"
-    return replace(LPIPS_WEIGHTS["vgg"], note=note)
 
 
 class EncoderFeatureLoss(nn.Module):
@@ -82,7 +75,7 @@ class LPIPS(nn.Module):
         try:
             metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg")
         except Exception as error:  # download and file errors
-            raise perceptual_asset(LPIPSLoss()).error(f"{type(error).__name__}: {error}") from error
+            raise LPIPS_LOSS.error(f"{type(error).__name__}: {error}") from error
         # The network and not the metric: the metric insists on values in [0, 1] and accumulates over batches.
         self.net = metric.net.eval().requires_grad_(False)
 

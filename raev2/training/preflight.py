@@ -1,8 +1,4 @@
-"""What a training will need, looked at before it starts: read `preflight`. Also the numbers that a spec stands for.
-
-preflight(task, spec, run_dir)     # findings; nothing is downloaded, built or written
-make_ready(task, spec, run_dir)    # at the start of a training: raise the first error, fetch weights that are missing
-"""
+"""What a training will need, looked at before it starts: read `preflight`. Also the numbers that a spec stands for."""
 
 from __future__ import annotations
 
@@ -18,38 +14,25 @@ from typing import Any, Literal
 
 import torch
 
-from raev2.data import check_batch_size
-from raev2.errors import CheckpointError, DataError, FileError, RaeError, SpecError
+from raev2.errors import DataError, FileError, RaeError, SpecError
 from raev2.files.artefact import ENCODER, load_artefact, load_strict
-from raev2.files.assets import MISSING, Asset
+from raev2.files.assets import Asset
 from raev2.files.manifest import read_manifest
 from raev2.flow import prediction
 from raev2.guidance import build_guidance
 from raev2.model.generator import Generator, model_size
-from raev2.spec import (
-    AdamWSpec,
-    AnyTokenizerSpec,
-    EncoderSpec,
-    Guidance,
-    LoopSpec,
-    PixelSpec,
-    RunSpec,
-    TokenizerSpec,
-    VAESpec,
-)
+from raev2.spec import AnyTokenizerSpec, EncoderSpec, LoopSpec, LPIPSLoss, PixelSpec, RunSpec, TokenizerSpec, VAESpec
 from raev2.task import Task, get_data_recipe, get_evaluators
 from raev2.tokenizer.baselines import VAES, build_tokenizer, tokenizer_spec, vae_asset
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, check_layers, encoder_asset
 from raev2.tokenizer.encoders import build_encoder
-from raev2.tokenizer.losses import perceptual_asset
+from raev2.tokenizer.losses import LPIPS_LOSS
 from raev2.training import dist
 
 logger = logging.getLogger(__name__)
 TOKENIZER, GENERATOR = "tokenizer", "generator"
 GIB = 2**30
-State = Literal["ok", "guessed", "missing", "too small", "wrong"]
-STATES: dict[type[RaeError], State] = {DataError: MISSING, CheckpointError: MISSING, FileError: "too small"}
 
 
 @dataclass(frozen=True)
@@ -57,14 +40,14 @@ class Finding:
     """One thing that a training needs. `error`: why it cannot do without; None: fine, or the training repairs it."""
 
     what: str
-    state: State
+    state: Literal["ok", "guessed", "missing", "too small", "error"]
     detail: str
     error: RaeError | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training as it is asked for. `spec` has the tokenizer of `tokenizer_from`, if that is on this machine."""
+    """A training up to `stage`. `spec` has the tokenizer of `tokenizer_from`, if that is on this machine."""
 
     task: Task
     spec: RunSpec
@@ -79,30 +62,29 @@ class Plan:
         return [stage for stage in wanted if not (self.run_dir / stage / "config.json").is_file()]
 
     @property
+    def guidances(self) -> list[Any]:
+        """Those that sample."""
+        return [self.spec.sampling.guidance, *self.spec.evaluation.compare_guidance]
+
+    @property
     def encoders(self) -> list[tuple[str, Sequence[int]]]:
-        """Encoders that run in the training, with the layers that are named."""
+        """Encoders that no artefact brings, with the layers that are named."""
         spec, loop, repa = self.spec, self.spec.tokenizer_training, self.spec.generator_training.repa
         folder = Asset(TOKENIZER, spec.tokenizer_from).folder() if spec.tokenizer_from else None
-        brought = folder is not None and (folder / ENCODER).is_dir()
-        parts: list[Any] = [] if brought else [getattr(spec.tokenizer, "encoder", None)]
+        parts: list[Any] = [] if folder and (folder / ENCODER).is_dir() else [getattr(spec.tokenizer, "encoder", None)]
         parts += [loop.perceptual, loop.adversarial] if TOKENIZER in self.stages else []
         parts += [repa.encoder] if repa else []
         return [(getattr(part, "name", None) or part.encoder, part.layers) for part in parts if hasattr(part, "layers")]
 
-    @property
-    def guidances(self) -> list[Guidance]:
-        """Those that sample."""
-        return [self.spec.sampling.guidance, *self.spec.evaluation.compare_guidance]
-
     def assets(self) -> list[Asset]:
         """Weights that the training reads and no package brings, each once."""
-        spec, evaluation = self.spec, self.spec.evaluation
+        spec, evaluation, perceptual = self.spec, self.spec.evaluation, self.spec.tokenizer_training.perceptual
         named = {"tokenizer_from": spec.tokenizer_from, "generator_from": spec.generator_from}
         named |= {f"guidance {guidance.kind}.weak": getattr(guidance, "weak", None) for guidance in self.guidances}
         found = [Asset(field, source) for field, source in named.items() if source]
         found += [*self.task.needs(spec), *(encoder_asset(name) for name, _ in self.encoders)]
         found += [vae_asset(spec.tokenizer.name)] if isinstance(spec.tokenizer, VAESpec) else []
-        found += [perceptual_asset(spec.tokenizer_training.perceptual)] if TOKENIZER in self.stages else []
+        found += [LPIPS_LOSS] if TOKENIZER in self.stages and isinstance(perceptual, LPIPSLoss) else []
         for evaluator in get_evaluators(self.task, spec, (*evaluation.protocols, *evaluation.in_training)):
             found += evaluator.needs()
         needed_last = sorted(found, key=lambda asset: not asset.without)  # where a source is there twice
@@ -119,21 +101,7 @@ def _findings(what: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Fin
     try:
         yield from check()
     except RaeError as error:
-        yield Finding(what, STATES.get(type(error), "wrong"), str(error), error)
-
-
-def make_ready(task: Task, spec: RunSpec, run_dir: Path, stage: str = GENERATOR) -> None:
-    """Raise the first error of `preflight`; then fetch the weights that are missing."""
-
-    def look_and_fetch() -> None:
-        findings = preflight(task, spec, run_dir, stage)
-        raise_first(findings)
-        for finding in findings:
-            if finding.state in (MISSING, "too small"):
-                logger.info("%s: %s; %s", finding.what, finding.state, finding.detail)
-        fetch_all([asset for asset in Plan(task, spec, run_dir, stage).assets() if not asset.without])
-
-    dist.on_main(look_and_fetch)
+        yield Finding(what, "error", str(error), error)
 
 
 def raise_first(findings: Sequence[Finding]) -> None:
@@ -143,18 +111,20 @@ def raise_first(findings: Sequence[Finding]) -> None:
             raise finding.error
 
 
-def fetch_all(assets: Sequence[Asset]) -> None:
-    """Fetch weights; raises the error of the last that cannot be had, after a line in the log for the others."""
-    failed: CheckpointError | None = None
-    for asset in assets:
-        try:
-            asset.fetch()
-        except CheckpointError as error:
-            if failed:
-                logger.error("%s", failed)
-            failed = error
-    if failed:
-        raise failed
+def make_ready(task: Task, spec: RunSpec, run_dir: Path, stage: str = GENERATOR) -> None:
+    """Raise the first error of `preflight`; then fetch the weights that are missing."""
+
+    def look_and_fetch() -> None:
+        findings = preflight(task, spec, run_dir, stage)
+        raise_first(findings)
+        for finding in findings:
+            if finding.state in ("missing", "too small"):
+                logger.info("%s: %s; %s", finding.what, finding.state, finding.detail)
+        for asset in Plan(task, with_tokenizer(spec), run_dir, stage).assets():
+            if not asset.without:
+                asset.fetch()
+
+    dist.on_main(look_and_fetch)
 
 
 def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
@@ -203,7 +173,7 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
 
 def state_bytes(parameters: int, loop: LoopSpec) -> int:
     """Weights, gradients, averages and moments in float32; Muon has one moment, AdamW two."""
-    moments = 2 if isinstance(getattr(loop, "optimizer", AdamWSpec()), AdamWSpec) else 1
+    moments = 1 if getattr(loop, "optimizer", None) == "muon" else 2
     return (2 + len(getattr(loop, "ema_decays", (0,))) + moments) * 4 * parameters
 
 
@@ -239,15 +209,6 @@ def encoder_facts(name: str) -> EncoderInfo:
     return build_encoder(EncoderSpec(name=name), (1, 1), pretrained=False, source=source).info
 
 
-def check_repa_dim(spec: RunSpec, width: int) -> None:
-    """Raise SpecError unless the generator predicts tokens of the width of the target encoder."""
-    if spec.generator.repa_dim != width:
-        raise SpecError(
-            "spec.generator.repa_dim", "differs from the width of the target encoder", got=spec.generator.repa_dim,
-            expected=str(width),
-        )  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks: each looks at one part. Most errors are those that the part itself would raise later.
 
@@ -265,23 +226,25 @@ def _networks(plan: Plan) -> Iterator[Finding]:
     for encoder, layers in plan.encoders:
         if layers and encoder in ENCODERS:
             check_layers(encoder, ENCODERS[encoder].depth, layers)
-    if repa:
-        check_repa_dim(spec, encoder_facts(repa.encoder.name).width)
-    own: Any = network_of(plan.task, spec, GENERATOR)
+    if repa and spec.generator.repa_dim != (width := encoder_facts(repa.encoder.name).width):
+        what = "differs from the width of the target encoder"
+        raise SpecError("spec.generator.repa_dim", what, got=spec.generator.repa_dim, expected=str(width))
+    own = network_of(plan.task, spec, GENERATOR)
     if spec.generator_from:
-        load_strict(own, _sketch(plan, spec.generator_from, own).state_dict(), spec.generator_from)
+        load_strict(own, _sketch(plan, spec.generator_from).state_dict(), spec.generator_from)
     for guidance in plan.guidances:
         weak = getattr(guidance, "weak", None)
-        build_guidance(guidance, own, _sketch(plan, weak, own) if weak else None)
+        build_guidance(guidance, own, _sketch(plan, weak) if weak else None)
     (height, width), latents = spec.tokenizer.image_size, " x ".join(map(str, latent_shape_of(spec.tokenizer)))
     yield Finding("networks", "ok", f"latents {latents} of pictures of {height} x {width} px")
 
 
-def _sketch(plan: Plan, source: str, own: Generator) -> Generator:
-    """The generator of an artefact without memory; in its place the own one, until it is on this machine."""
+def _sketch(plan: Plan, source: str) -> Any:
+    """The generator of an artefact without memory; that of the spec until the artefact is on this machine."""
     folder = Asset(GENERATOR, source).folder()
     with torch.device("meta"):
-        return Generator.from_pretrained(folder, plan.task.condition_types()) if folder else own
+        types = plan.task.condition_types()
+        return Generator.from_pretrained(folder, types) if folder else network_of(plan.task, plan.spec, GENERATOR)
 
 
 def _data(plan: Plan) -> Iterator[Finding]:
@@ -291,7 +254,7 @@ def _data(plan: Plan) -> Iterator[Finding]:
         for package in getattr(recipe, "packages", ()):
             _need_package(f"data recipe {recipe.name}", package)
         recipe.plan(recipe.resolve(spec.data.options))  # it looks at its source
-        yield Finding(what, MISSING, f"will be built by {recipe.name}: {recipe.size}")
+        yield Finding(what, "missing", f"will be built by {recipe.name}: {recipe.size}")
         return
     manifest, (height, width) = read_manifest(spec.data.dir), spec.tokenizer.image_size
     counts = [f"{split} {len(plan.task.dataset(spec, split)):,}" for split in ("train", "val")]
@@ -307,38 +270,32 @@ def _weights(plan: Plan) -> Iterator[Finding]:
 
 
 def _weight(asset: Asset) -> Iterator[Finding]:
-    if asset.without and asset.fault():
-        yield Finding(asset.what, MISSING, f"{asset.without}; `raev2 assets fetch` gets it")
-        return
-    if asset.package:
+    fault, detail = asset.fault(), asset.without and f"{asset.without}; `raev2 assets fetch` gets it"
+    if asset.package and not detail:
         _need_package(asset.what, asset.package)
-    asset.check()
-    fault = asset.fault()
-    detail = f"{fault}; will be downloaded from {asset.url}" if fault else str(asset.place)
-    yield Finding(asset.what, MISSING if fault else "ok", detail)
+    if fault and not detail:
+        asset.check()
+        detail = f"will be downloaded from {asset.url}"
+    yield Finding(asset.what, "missing" if fault else "ok", f"{fault}; {detail}" if fault else str(asset.place))
 
 
 def _space(plan: Plan) -> Iterator[Finding]:
     """Lower bounds of memory and disk."""
-    spec, disk, processes = plan.spec, 0, dist.world_size()
+    spec, disk, hint = plan.spec, 0, "Choose a smaller network, parallel.strategy=fsdp, or another machine."
     for stage in plan.stages:
         loop: LoopSpec = getattr(spec, f"{stage}_training")
-        check_batch_size(loop.batch_size, processes)
         parameters = sum(weight.numel() for weight in network_of(plan.task, spec, stage).parameters())
         state = state_bytes(parameters, loop)
         disk += (loop.keep_checkpoints + 1) * (state - 4 * parameters)  # no gradients; one more while written
-        needed = state // processes if stage == GENERATOR and spec.parallel.strategy != "ddp" else state
-        hint = "Choose a smaller network, parallel.strategy=fsdp, or another machine."
-        yield _fits(f"memory, {stage}", needed, _memory(), SpecError, hint)
+        sharded = stage == GENERATOR and spec.parallel.strategy != "ddp"
+        yield _fits(f"memory, {stage}", state // (dist.world_size() if sharded else 1), _memory(), SpecError, hint)
     there = sum(file.stat().st_size for file in (plan.run_dir / "checkpoints").rglob("*") if file.is_file())
     folder = next(path for path in (plan.run_dir.absolute(), *plan.run_dir.absolute().parents) if path.is_dir())
     hint = "Choose another --run, or lower keep_checkpoints."
     yield _fits(f"disk of {plan.run_dir}", max(disk - there, 0), shutil.disk_usage(folder).free, FileError, hint)
 
 
-CHECKS: dict[str, Callable[[Plan], Iterator[Finding]]] = {
-    "protocols": _protocols, "networks": _networks, "data": _data, "weights": _weights, "space": _space,
-}  # fmt: skip
+CHECKS = {"protocols": _protocols, "networks": _networks, "data": _data, "weights": _weights, "space": _space}
 
 
 def _fits(what: str, needed: int, there: int, error: type[RaeError], hint: str) -> Finding:
