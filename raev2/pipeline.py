@@ -51,7 +51,7 @@ from raev2.train_tokenizer import measure_stats, train_tokenizer
 from raev2.training import dist
 from raev2.training.checkpoint import latest_checkpoint
 from raev2.training.lock import run_lock
-from raev2.training.preflight import GENERATOR, TOKENIZER, make_ready, with_tokenizer
+from raev2.training.preflight import GENERATOR, TOKENIZER, Plan, make_ready, with_tokenizer
 from raev2.training.resume import Origin, check_identity, local_identity
 from raev2.training.run import Run, add_provenance, make_accelerator, memory_field, newest_run, open_run
 
@@ -78,7 +78,7 @@ def train(
     spec = origin.fitted(spec, Path(run_dir)) if origin else spec
     task = get_task(spec.task.name)
     make_accelerator(spec.precision)  # from here on the processes know each other
-    make_ready(task, spec, Path(run_dir), stage)
+    dist.on_main(lambda: make_ready(Plan(task, spec, Path(run_dir), stage)))
     prepare_data(spec)
     spec = with_tokenizer(spec)
     with run_lock(Path(run_dir)):

@@ -400,14 +400,15 @@ def _find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, Ru
 
 def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
     """`raev2 train --dry-run`: sizes and findings; raises the first error after them."""
-    from raev2.training.preflight import preflight, raise_first
+    from raev2.training.preflight import Plan, preflight
 
     _print_sizes(task, spec)
-    findings = preflight(task, spec, run_dir, stage)
+    findings = list(preflight(Plan(task, spec, run_dir, stage)))
     print()
     _print_table(("needed", "state", "detail"), [(f.what, f.state, f.detail) for f in findings])
     print(f"\nrun folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
-    raise_first(findings)
+    for error in filter(None, (finding.error for finding in findings)):
+        raise error
     return OK
 
 

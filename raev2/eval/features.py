@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raev2.data import to_float
 from raev2.errors import DataError
-from raev2.files.assets import INCEPTION_WEIGHTS, Asset
+from raev2.files.assets import INCEPTION_WEIGHTS, Asset, need_package
 from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
 from raev2.spec import EncoderSpec
@@ -85,12 +85,9 @@ class InceptionFeatures(FeatureExtractor):
     preparation = "torch-fidelity inception-v3-compat: TensorFlow 1 bilinear resize to 299 px, pool features"
 
     def __init__(self, device: torch.device, file: Path | None = None) -> None:
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise DataError(
-                "features inception", "torch-fidelity is not installed", hint="Run `pip install raev2[eval]`."
-            ) from error
+        need_package("features inception", INCEPTION_WEIGHTS.package)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         file, self.device = file or _inception_weights(), device
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)

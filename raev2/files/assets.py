@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from raev2.errors import CheckpointError
+from raev2.errors import CheckpointError, DataError
 from raev2.files.damage import read_json
 from raev2.files.hashes import file_sha256
 
@@ -77,32 +78,35 @@ class Asset:
         whole = any(file.suffix == ".safetensors" for file in files) and all(file.is_file() for file in files)
         return None if whole else MISSING
 
-    def check(self) -> None:
-        """Raise CheckpointError if it is not here and cannot be downloaded, as far as this machine knows."""
-        barred = "" if self.url else "not a path on this machine"
-        if self.gated and huggingface_hub.get_token() is None:
-            barred = "no login for a gated model"
-        if self.url and constants.HF_HUB_OFFLINE:
-            barred = "HF_HUB_OFFLINE=1, nothing is downloaded"
-        if barred and self.fault():
-            raise self.error(barred)
+    def barred(self) -> str:
+        """Why it cannot be downloaded, as far as this machine knows; empty: nothing speaks against it."""
+        if not self.url:
+            return "not a path on this machine"
+        if constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE=1, nothing is downloaded"
+        return "no login for a gated model" if self.gated and huggingface_hub.get_token() is None else ""
 
     def fetch(self) -> None:
         """Download what is missing or damaged. Raises CheckpointError, which says how to bring it here by hand."""
-        self.check()
+        if self.fault() is None:
+            return
+        if barred := self.barred():
+            raise self.error(barred)
         try:
-            if self.fault():
-                self._download()
+            self._download()
         except Exception as error:  # network, access and file errors of several libraries
-            raise self.error(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}") from error
+            raise self.error(error) from error
 
-    def error(self, got: str | None = None) -> CheckpointError:
-        """That it is not here, and how to bring it."""
+    def error(self, got: str | Exception | None = None) -> CheckpointError:
+        """That it is not here or cannot be loaded, and how to bring it."""
         how = f"It comes from {self.url}; without network copy that folder from a machine that has it"
         if self.sha256:
             how = f"Download {self.source} and put it there (SHA-256 begins with {self.sha256})"
         hint = f"{how if self.url else 'Copy it there, or correct the name'}. {self.note and self.note + '.'}".strip()
-        what = f"the weights are {self.fault() or MISSING}"
+        fault = self.fault()
+        what = f"the weights are {fault}" if fault else "the weights cannot be loaded"
+        if isinstance(got, Exception):
+            got = f"{type(got).__name__}: {(str(got).strip().splitlines() or [''])[0][:200]}"
         return CheckpointError(self.what, what, got=got, expected=str(self.place), hint=hint)
 
     def _download(self) -> None:
@@ -128,3 +132,12 @@ INCEPTION_WEIGHTS = Asset(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     package="torch-fidelity",
 )
+
+
+def need_package(where: str, package: str) -> None:
+    """Raise DataError unless a distribution is installed."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        hint = f"Run `pip install {package}`."
+        raise DataError(where, f"the package {package} is not installed", hint=hint) from None

@@ -231,10 +231,7 @@ def load_vae(name: str) -> Any:
         model_class = getattr(diffusers, config["_class_name"])
         return model_class.from_pretrained(source, subfolder=subfolder)
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"VAE {name}", "cannot be loaded", got=str(error).splitlines()[0][:200],
-            hint=f"Check the network, or give a local diffusers folder as the name. {vae_asset(name).note}".strip(),
-        ) from error  # fmt: skip
+        raise vae_asset(name).error(error) from error
 
 
 def vae_asset(name: str) -> Asset:

@@ -365,7 +365,7 @@ def _from_timm(
     try:
         model = create(pretrained, (grid[0] * patch_size, grid[1] * patch_size))
     except Exception as error:  # network, access and file errors of several libraries
-        raise _no_weights(name, info, f"https://huggingface.co/timm/{model_id}", error) from error
+        raise encoder_asset(name).error(error) from error
     trunk = TimmTrunk(model)
     if info is None:
         stats = pixel_stats or model.pretrained_cfg
@@ -390,7 +390,7 @@ def _from_transformers(
         else:
             model = transformers.AutoModel.from_config(config)
     except Exception as error:  # network, access and file errors of several libraries
-        raise _no_weights(name, info, f"https://huggingface.co/{model_id}", error) from error
+        raise encoder_asset(name).error(error) from error
     trunk = TransformersTrunk(model)
     if info is None:
         mean, std = _pixel_stats_of_transformers(name, model_id)
@@ -477,15 +477,6 @@ def _info_of_model(
 def _triple(values: Sequence[float]) -> tuple[float, float, float]:
     first, second, third = (float(value) for value in values)
     return first, second, third
-
-
-def _no_weights(name: str, info: EncoderInfo | None, url: str, error: Exception) -> CheckpointError:
-    note = "A local folder with config.json and model.safetensors is accepted in place of the name"
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return CheckpointError(
-        f"encoder {name}", "the weights cannot be loaded", got=f"{type(error).__name__}: {reason}",
-        hint=f"They come from {url}. {encoder_asset(name).note if info else note}.",
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class LPIPS(nn.Module):
         try:
             metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg")
         except Exception as error:  # download and file errors
-            raise LPIPS_LOSS.error(f"{type(error).__name__}: {error}") from error
+            raise LPIPS_LOSS.error(error) from error
         # The network and not the metric: the metric insists on values in [0, 1] and accumulates over batches.
         self.net = metric.net.eval().requires_grad_(False)
 

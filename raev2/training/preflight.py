@@ -5,23 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from raev2.errors import DataError, FileError, RaeError, SpecError
-from raev2.files.artefact import ENCODER, load_artefact, load_strict
-from raev2.files.assets import Asset
+from raev2.errors import FileError, RaeError, SpecError
+from raev2.files.artefact import ENCODER, load_artefact
+from raev2.files.assets import Asset, need_package
 from raev2.files.manifest import read_manifest
 from raev2.flow import prediction
 from raev2.guidance import build_guidance
 from raev2.model.generator import Generator, model_size
-from raev2.spec import AnyTokenizerSpec, EncoderSpec, LoopSpec, LPIPSLoss, PixelSpec, RunSpec, TokenizerSpec, VAESpec
+from raev2.spec import (
+    AnyTokenizerSpec,
+    EncoderSpec,
+    LoopSpec,
+    LPIPSLoss,
+    MuonSpec,
+    PixelSpec,
+    RunSpec,
+    TokenizerSpec,
+    VAESpec,
+)
 from raev2.task import Task, get_data_recipe, get_evaluators
 from raev2.tokenizer.baselines import VAES, build_tokenizer, tokenizer_spec, vae_asset
 from raev2.tokenizer.decoder import ViTDecoder
@@ -91,40 +100,30 @@ class Plan:
         return list({asset.source: asset for asset in needed_last}.values())
 
 
-def preflight(task: Task, spec: RunSpec, run_dir: Path, stage: str = GENERATOR) -> list[Finding]:
-    """Look at everything that training up to `stage` needs later, in seconds and on this machine alone."""
-    plan = Plan(task, with_tokenizer(spec, download=False), run_dir, stage)
-    return [finding for what, check in CHECKS.items() for finding in _findings(what, partial(check, plan))]
+def preflight(plan: Plan) -> Iterator[Finding]:
+    """Look at everything that a training needs later, in seconds and on this machine alone."""
+    plan = replace(plan, spec=with_tokenizer(plan.spec, download=False))
+    for what, check in CHECKS.items():
+        yield from _findings(what, partial(check, plan))
 
 
-def _findings(what: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+def _findings(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
     except RaeError as error:
         yield Finding(what, "error", str(error), error)
 
 
-def raise_first(findings: Sequence[Finding]) -> None:
-    """Raise the error of the first finding that has one."""
-    for finding in findings:
+def make_ready(plan: Plan) -> None:
+    """Raise the first error of `preflight`; then fetch the weights that are missing."""
+    for finding in preflight(plan):
         if finding.error:
             raise finding.error
-
-
-def make_ready(task: Task, spec: RunSpec, run_dir: Path, stage: str = GENERATOR) -> None:
-    """Raise the first error of `preflight`; then fetch the weights that are missing."""
-
-    def look_and_fetch() -> None:
-        findings = preflight(task, spec, run_dir, stage)
-        raise_first(findings)
-        for finding in findings:
-            if finding.state in ("missing", "too small"):
-                logger.info("%s: %s; %s", finding.what, finding.state, finding.detail)
-        for asset in Plan(task, with_tokenizer(spec), run_dir, stage).assets():
-            if not asset.without:
-                asset.fetch()
-
-    dist.on_main(look_and_fetch)
+        if finding.state in ("missing", "too small"):
+            logger.info("%s: %s", finding.what, finding.detail)
+    for asset in replace(plan, spec=with_tokenizer(plan.spec)).assets():
+        if not asset.without:
+            asset.fetch()
 
 
 def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
@@ -173,7 +172,7 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
 
 def state_bytes(parameters: int, loop: LoopSpec) -> int:
     """Weights, gradients, averages and moments in float32; Muon has one moment, AdamW two."""
-    moments = 1 if getattr(loop, "optimizer", None) == "muon" else 2
+    moments = 1 if isinstance(getattr(loop, "optimizer", None), MuonSpec) else 2
     return (2 + len(getattr(loop, "ema_decays", (0,))) + moments) * 4 * parameters
 
 
@@ -201,12 +200,7 @@ def latent_shape_of(tokenizer: AnyTokenizerSpec) -> tuple[int, int, int]:
 
 def encoder_facts(name: str) -> EncoderInfo:
     """Facts about an encoder of the table, or those that its model or folder says."""
-    if name in ENCODERS:
-        return ENCODERS[name]
-    asset, source = encoder_asset(name), None
-    if name.startswith("hf:") and (source := asset.folder()) is None:
-        raise asset.error("unknown sizes")
-    return build_encoder(EncoderSpec(name=name), (1, 1), pretrained=False, source=source).info
+    return ENCODERS.get(name) or build_encoder(EncoderSpec(name=name), (1, 1), pretrained=False).info
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,7 +215,7 @@ def _protocols(plan: Plan) -> Iterator[Finding]:
 
 
 def _networks(plan: Plan) -> Iterator[Finding]:
-    """Settings of networks have to fit together, and artefacts to them."""
+    """Settings of networks have to fit together."""
     spec, repa = plan.spec, plan.spec.generator_training.repa
     for encoder, layers in plan.encoders:
         if layers and encoder in ENCODERS:
@@ -229,22 +223,11 @@ def _networks(plan: Plan) -> Iterator[Finding]:
     if repa and spec.generator.repa_dim != (width := encoder_facts(repa.encoder.name).width):
         what = "differs from the width of the target encoder"
         raise SpecError("spec.generator.repa_dim", what, got=spec.generator.repa_dim, expected=str(width))
-    own = network_of(plan.task, spec, GENERATOR)
-    if spec.generator_from:
-        load_strict(own, _sketch(plan, spec.generator_from).state_dict(), spec.generator_from)
+    own: Any = network_of(plan.task, spec, GENERATOR)
     for guidance in plan.guidances:
-        weak = getattr(guidance, "weak", None)
-        build_guidance(guidance, own, _sketch(plan, weak) if weak else None)
+        build_guidance(guidance, own, own if "weak generator" in guidance.needs else None)
     (height, width), latents = spec.tokenizer.image_size, " x ".join(map(str, latent_shape_of(spec.tokenizer)))
     yield Finding("networks", "ok", f"latents {latents} of pictures of {height} x {width} px")
-
-
-def _sketch(plan: Plan, source: str) -> Any:
-    """The generator of an artefact without memory; that of the spec until the artefact is on this machine."""
-    folder = Asset(GENERATOR, source).folder()
-    with torch.device("meta"):
-        types = plan.task.condition_types()
-        return Generator.from_pretrained(folder, types) if folder else network_of(plan.task, plan.spec, GENERATOR)
 
 
 def _data(plan: Plan) -> Iterator[Finding]:
@@ -252,7 +235,7 @@ def _data(plan: Plan) -> Iterator[Finding]:
     if spec.data.recipe and not (Path(spec.data.dir) / "manifest.json").is_file():
         recipe = get_data_recipe(spec.data.recipe)
         for package in getattr(recipe, "packages", ()):
-            _need_package(f"data recipe {recipe.name}", package)
+            need_package(f"data recipe {recipe.name}", package)
         recipe.plan(recipe.resolve(spec.data.options))  # it looks at its source
         yield Finding(what, "missing", f"will be built by {recipe.name}: {recipe.size}")
         return
@@ -270,12 +253,11 @@ def _weights(plan: Plan) -> Iterator[Finding]:
 
 
 def _weight(asset: Asset) -> Iterator[Finding]:
-    fault, detail = asset.fault(), asset.without and f"{asset.without}; `raev2 assets fetch` gets it"
-    if asset.package and not detail:
-        _need_package(asset.what, asset.package)
-    if fault and not detail:
-        asset.check()
-        detail = f"will be downloaded from {asset.url}"
+    fault, detail = asset.fault(), asset.without or f"will be downloaded from {asset.url}"
+    if asset.package and not asset.without:
+        need_package(asset.what, asset.package)
+    if fault and not asset.without and (barred := asset.barred()):
+        raise asset.error(barred)
     yield Finding(asset.what, "missing" if fault else "ok", f"{fault}; {detail}" if fault else str(asset.place))
 
 
@@ -289,10 +271,10 @@ def _space(plan: Plan) -> Iterator[Finding]:
         disk += (loop.keep_checkpoints + 1) * (state - 4 * parameters)  # no gradients; one more while written
         sharded = stage == GENERATOR and spec.parallel.strategy != "ddp"
         yield _fits(f"memory, {stage}", state // (dist.world_size() if sharded else 1), _memory(), SpecError, hint)
-    there = sum(file.stat().st_size for file in (plan.run_dir / "checkpoints").rglob("*") if file.is_file())
+    disk -= sum(file.stat().st_size for file in (plan.run_dir / "checkpoints").rglob("*") if file.is_file())
     folder = next(path for path in (plan.run_dir.absolute(), *plan.run_dir.absolute().parents) if path.is_dir())
     hint = "Choose another --run, or lower keep_checkpoints."
-    yield _fits(f"disk of {plan.run_dir}", max(disk - there, 0), shutil.disk_usage(folder).free, FileError, hint)
+    yield _fits(f"disk of {plan.run_dir}", max(disk, 0), shutil.disk_usage(folder).free, FileError, hint)
 
 
 CHECKS = {"protocols": _protocols, "networks": _networks, "data": _data, "weights": _weights, "space": _space}
@@ -304,14 +286,6 @@ def _fits(what: str, needed: int, there: int, error: type[RaeError], hint: str) 
     if needed > there:
         raise error(what, numbers, hint=hint)
     return Finding(what, "guessed", numbers)
-
-
-def _need_package(where: str, package: str) -> None:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        hint = f"Run `pip install {package}`."
-        raise DataError(where, f"the package {package} is not installed", hint=hint) from None
 
 
 def _memory() -> int:
