@@ -88,12 +88,21 @@ class Asset:
 
     def fetch(self) -> None:
         """Download what is missing or damaged. Raises CheckpointError, which says how to bring it here by hand."""
-        if self.fault() is None:
-            return
-        if barred := self.barred():
+        if self.fault() and (barred := self.barred()):
             raise self.error(barred)
+        if self.fault():
+            self.download()
+
+    def download(self) -> Path:
+        """The file or folder, got from its source even if an older one is here."""
         try:
-            self._download()
+            if not self.sha256:
+                return self._snapshot(allow_patterns=list(self.files))
+            import torch
+
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(self.source, str(self.place), hash_prefix=self.sha256)
+            return self.place
         except Exception as error:  # network, access and file errors of several libraries
             raise self.error(error) from error
 
@@ -108,15 +117,6 @@ class Asset:
         if isinstance(got, Exception):
             got = f"{type(got).__name__}: {(str(got).strip().splitlines() or [''])[0][:200]}"
         return CheckpointError(self.what, what, got=got, expected=str(self.place), hint=hint)
-
-    def _download(self) -> None:
-        if not self.sha256:
-            self._snapshot(allow_patterns=list(self.files))
-            return
-        import torch
-
-        self.place.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(self.source, str(self.place), hash_prefix=self.sha256)
 
     def _snapshot(self, **options: Any) -> Path:
         name, _, revision = self.source.partition("@")

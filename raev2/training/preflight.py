@@ -71,11 +71,6 @@ class Plan:
         return [stage for stage in wanted if not (self.run_dir / stage / "config.json").is_file()]
 
     @property
-    def guidances(self) -> list[Any]:
-        """Those that sample."""
-        return [self.spec.sampling.guidance, *self.spec.evaluation.compare_guidance]
-
-    @property
     def encoders(self) -> list[tuple[str, Sequence[int]]]:
         """Encoders that no artefact brings, with the layers that are named."""
         spec, loop, repa = self.spec, self.spec.tokenizer_training, self.spec.generator_training.repa
@@ -89,7 +84,8 @@ class Plan:
         """Weights that the training reads and no package brings, each once."""
         spec, evaluation, perceptual = self.spec, self.spec.evaluation, self.spec.tokenizer_training.perceptual
         named = {"tokenizer_from": spec.tokenizer_from, "generator_from": spec.generator_from}
-        named |= {f"guidance {guidance.kind}.weak": getattr(guidance, "weak", None) for guidance in self.guidances}
+        for guidance in (spec.sampling.guidance, *evaluation.compare_guidance):
+            named[f"guidance {guidance.kind}.weak"] = getattr(guidance, "weak", None)
         found = [Asset(field, source) for field, source in named.items() if source]
         found += [*self.task.needs(spec), *(encoder_asset(name) for name, _ in self.encoders)]
         found += [vae_asset(spec.tokenizer.name)] if isinstance(spec.tokenizer, VAESpec) else []
@@ -133,10 +129,6 @@ def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
     if source is None or not (here or download):
         return spec
     return spec.replace(tokenizer=tokenizer_spec(load_artefact(here or source, kind=TOKENIZER)[0]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes
 
 
 def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
@@ -203,19 +195,8 @@ def encoder_facts(name: str) -> EncoderInfo:
     return ENCODERS.get(name) or build_encoder(EncoderSpec(name=name), (1, 1), pretrained=False).info
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks: each looks at one part. Most errors are those that the part itself would raise later.
-
-
-def _protocols(plan: Plan) -> Iterator[Finding]:
-    names = (*plan.spec.evaluation.protocols, *plan.spec.evaluation.in_training)
-    get_evaluators(plan.task, plan.spec, names)
-    prediction(plan.spec.flow.prediction)  # it may come from a plugin, which may be broken
-    yield Finding("protocols", "ok", ", ".join(dict.fromkeys(names)) or "none")
-
-
 def _networks(plan: Plan) -> Iterator[Finding]:
-    """Settings of networks have to fit together."""
+    """Settings of networks have to fit together; most errors are those that the part itself would raise later."""
     spec, repa = plan.spec, plan.spec.generator_training.repa
     for encoder, layers in plan.encoders:
         if layers and encoder in ENCODERS:
@@ -223,8 +204,9 @@ def _networks(plan: Plan) -> Iterator[Finding]:
     if repa and spec.generator.repa_dim != (width := encoder_facts(repa.encoder.name).width):
         what = "differs from the width of the target encoder"
         raise SpecError("spec.generator.repa_dim", what, got=spec.generator.repa_dim, expected=str(width))
+    prediction(spec.flow.prediction)  # it may come from a plugin, which may be broken
     own: Any = network_of(plan.task, spec, GENERATOR)
-    for guidance in plan.guidances:
+    for guidance in (spec.sampling.guidance, *spec.evaluation.compare_guidance):
         build_guidance(guidance, own, own if "weak generator" in guidance.needs else None)
     (height, width), latents = spec.tokenizer.image_size, " x ".join(map(str, latent_shape_of(spec.tokenizer)))
     yield Finding("networks", "ok", f"latents {latents} of pictures of {height} x {width} px")
@@ -277,7 +259,7 @@ def _space(plan: Plan) -> Iterator[Finding]:
     yield _fits(f"disk of {plan.run_dir}", max(disk, 0), shutil.disk_usage(folder).free, FileError, hint)
 
 
-CHECKS = {"protocols": _protocols, "networks": _networks, "data": _data, "weights": _weights, "space": _space}
+CHECKS = {"networks": _networks, "data": _data, "weights": _weights, "space": _space}
 
 
 def _fits(what: str, needed: int, there: int, error: type[RaeError], hint: str) -> Finding:
