@@ -71,12 +71,12 @@ def hub(caches, monkeypatch) -> list[dict[str, object]]:
     (repository / "pytorch_model.bin").write_bytes(b"pickle")
     save_file({"w": torch.zeros(3)}, repository / "model.safetensors")
 
-    def snapshot_download(name, *, revision=None, local_files_only=False, allow_patterns=None, force_download=False):
+    def snapshot_download(name, *, revision=None, local_files_only=False, allow_patterns=None):
         folder = caches / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / str(revision)
         if local_files_only and not folder.is_dir():
             raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
         if not local_files_only:
-            calls.append({"name": name, "revision": revision, "force": force_download})
+            calls.append({"name": name, "revision": revision})
             folder.mkdir(parents=True, exist_ok=True)
             names = [file.name for file in repository.iterdir()]
             for file in filter_repo_objects(names, allow_patterns=allow_patterns):
@@ -99,7 +99,7 @@ def test_a_damaged_file_is_downloaded_again(caches, server):
     asset = Asset("toy", f"https://weights.example/{NAME}")
     asset.fetch()
     asset.place.write_bytes(DATA[:-1])
-    assert asset.fault() == f"damaged, the SHA-256 is not {NAME[4:12]}..."
+    assert asset.fault() == "damaged"
     asset.fetch()
     assert asset.place.read_bytes() == DATA
 
@@ -116,32 +116,18 @@ def test_json_and_safetensors_alone_come_from_the_hub_at_the_revision(hub):
     assert HUB.fault() == "missing"
     HUB.fetch()
     HUB.fetch()
-    assert hub == [{"name": "owner/toy", "revision": "v1", "force": False}]
+    assert hub == [{"name": "owner/toy", "revision": "v1"}]
     folder = HUB.folder()
     assert folder is not None and {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
-
-
-def test_a_cut_file_of_the_hub_is_downloaded_again(hub):
-    HUB.fetch()
-    file = HUB.folder() / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    assert HUB.fault() == "damaged, model.safetensors is missing or cut short"
-    HUB.fetch()
-    assert file.read_bytes() == whole and hub[-1]["force"]
 
 
 def test_a_part_of_several_weights_files_is_not_whole(hub):
     HUB.fetch()
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (HUB.folder() / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert HUB.fault() == "damaged, model-2.safetensors is missing or cut short"
-
-
-def test_a_repository_without_safetensors_is_an_error_after_the_download(hub, caches):
-    (caches / "repository" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="the weights are missing; got missing, after the download"):
-        HUB.fetch()
+    assert HUB.fault() == "missing"
+    save_file({"b": torch.zeros(3)}, HUB.folder() / "model-2.safetensors")
+    assert HUB.fault() is None
 
 
 def test_an_offline_machine_is_told_what_to_copy_where(caches, monkeypatch):
@@ -169,10 +155,10 @@ def test_the_cache_of_the_hub_client_is_read_without_network(caches, monkeypatch
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("a" * 40)
     (cache / "snapshots" / ("a" * 40) / "vae").mkdir(parents=True)
-    asset = Asset("VAE toy", "owner/toy", "vae")
+    asset = Asset("VAE toy", "owner/toy", ("vae/*.json", "vae/*.safetensors"))
     assert asset.fault() == "missing"
-    save_file({"w": torch.zeros(3)}, asset.folder() / "model.safetensors")
-    assert asset.fault() is None and asset.folder() == cache / "snapshots" / ("a" * 40) / "vae"
+    save_file({"w": torch.zeros(3)}, asset.folder() / "vae" / "model.safetensors")
+    assert asset.fault() is None and asset.folder() == cache / "snapshots" / ("a" * 40)
 
 
 def test_a_gated_model_without_a_login_is_known_before_a_download(caches, monkeypatch):
