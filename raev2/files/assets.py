@@ -108,10 +108,9 @@ class Asset:
 
     def error(self, got: str | Exception | None = None) -> CheckpointError:
         """That it is not here or cannot be loaded, and how to bring it."""
-        how = f"It comes from {self.url}; without network copy that folder from a machine that has it"
-        if self.sha256:
-            how = f"Download {self.source} and put it there (SHA-256 begins with {self.sha256})"
-        hint = f"{how if self.url else 'Copy it there, or correct the name'}. {self.note and self.note + '.'}".strip()
+        how = f"It comes from {self.url}; without network copy it from a machine that has it" if self.url else ""
+        how += f" (SHA-256 begins with {self.sha256})" if self.sha256 else ""
+        hint = f"{how or 'Copy it there, or correct the name'}. {self.note and self.note + '.'}".strip()
         fault = self.fault()
         what = f"the weights are {fault}" if fault else "the weights cannot be loaded"
         if isinstance(got, Exception):

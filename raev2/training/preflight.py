@@ -20,17 +20,7 @@ from raev2.files.manifest import read_manifest
 from raev2.flow import prediction
 from raev2.guidance import build_guidance
 from raev2.model.generator import Generator, model_size
-from raev2.spec import (
-    AnyTokenizerSpec,
-    EncoderSpec,
-    LoopSpec,
-    LPIPSLoss,
-    MuonSpec,
-    PixelSpec,
-    RunSpec,
-    TokenizerSpec,
-    VAESpec,
-)
+from raev2.spec import AnyTokenizerSpec, EncoderSpec, LPIPSLoss, MuonSpec, RunSpec, TokenizerSpec, VAESpec
 from raev2.task import Task, get_data_recipe, get_evaluators
 from raev2.tokenizer.baselines import VAES, build_tokenizer, tokenizer_spec, vae_asset
 from raev2.tokenizer.decoder import ViTDecoder
@@ -75,9 +65,9 @@ class Plan:
         """Encoders that no artefact brings, with the layers that are named."""
         spec, loop, repa = self.spec, self.spec.tokenizer_training, self.spec.generator_training.repa
         folder = Asset(TOKENIZER, spec.tokenizer_from).folder() if spec.tokenizer_from else None
-        parts: list[Any] = [] if folder and (folder / ENCODER).is_dir() else [getattr(spec.tokenizer, "encoder", None)]
+        brought = folder is not None and (folder / ENCODER).is_dir()
+        parts: list[Any] = [None if brought else getattr(spec.tokenizer, "encoder", None), repa and repa.encoder]
         parts += [loop.perceptual, loop.adversarial] if TOKENIZER in self.stages else []
-        parts += [repa.encoder] if repa else []
         return [(getattr(part, "name", None) or part.encoder, part.layers) for part in parts if hasattr(part, "layers")]
 
     def assets(self) -> list[Asset]:
@@ -162,7 +152,7 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def state_bytes(parameters: int, loop: LoopSpec) -> int:
+def state_bytes(parameters: int, loop: Any) -> int:
     """Weights, gradients, averages and moments in float32; Muon has one moment, AdamW two."""
     moments = 1 if isinstance(getattr(loop, "optimizer", None), MuonSpec) else 2
     return (2 + len(getattr(loop, "ema_decays", (0,))) + moments) * 4 * parameters
@@ -179,15 +169,12 @@ def network_of(task: Task, spec: RunSpec, stage: str) -> ViTDecoder | Generator:
 
 def latent_shape_of(tokenizer: AnyTokenizerSpec) -> tuple[int, int, int]:
     """(C, H, W) of the latents of a tokenizer, without loading it where its facts are known."""
-    if isinstance(tokenizer, PixelSpec):
-        return 3, *tokenizer.image_size
     if isinstance(tokenizer, TokenizerSpec):
         return encoder_facts(tokenizer.encoder.name).width, *tokenizer.grid
-    vae = VAES.get(tokenizer.name)
-    if vae is None:  # only the model itself knows
-        return build_tokenizer(tokenizer).latent_shape
-    height, width = (side // vae.downsample for side in tokenizer.image_size)
-    return vae.channels, height, width
+    if isinstance(tokenizer, VAESpec) and (vae := VAES.get(tokenizer.name)):
+        height, width = (side // vae.downsample for side in tokenizer.image_size)
+        return vae.channels, height, width
+    return build_tokenizer(tokenizer).latent_shape
 
 
 def encoder_facts(name: str) -> EncoderInfo:
@@ -208,7 +195,8 @@ def _networks(plan: Plan) -> Iterator[Finding]:
     own: Any = network_of(plan.task, spec, GENERATOR)
     for guidance in (spec.sampling.guidance, *spec.evaluation.compare_guidance):
         build_guidance(guidance, own, own if "weak generator" in guidance.needs else None)
-    (height, width), latents = spec.tokenizer.image_size, " x ".join(map(str, latent_shape_of(spec.tokenizer)))
+    height, width = spec.tokenizer.image_size
+    latents = " x ".join(map(str, latent_shape_of(spec.tokenizer)))
     yield Finding("networks", "ok", f"latents {latents} of pictures of {height} x {width} px")
 
 
@@ -235,19 +223,19 @@ def _weights(plan: Plan) -> Iterator[Finding]:
 
 
 def _weight(asset: Asset) -> Iterator[Finding]:
-    fault, detail = asset.fault(), asset.without or f"will be downloaded from {asset.url}"
+    fault, then = asset.fault(), asset.without or f"will be downloaded from {asset.url}"
     if asset.package and not asset.without:
         need_package(asset.what, asset.package)
     if fault and not asset.without and (barred := asset.barred()):
         raise asset.error(barred)
-    yield Finding(asset.what, "missing" if fault else "ok", f"{fault}; {detail}" if fault else str(asset.place))
+    yield Finding(asset.what, "missing" if fault else "ok", f"{fault}; {then}" if fault else str(asset.place))
 
 
 def _space(plan: Plan) -> Iterator[Finding]:
     """Lower bounds of memory and disk."""
     spec, disk, hint = plan.spec, 0, "Choose a smaller network, parallel.strategy=fsdp, or another machine."
     for stage in plan.stages:
-        loop: LoopSpec = getattr(spec, f"{stage}_training")
+        loop = getattr(spec, f"{stage}_training")
         parameters = sum(weight.numel() for weight in network_of(plan.task, spec, stage).parameters())
         state = state_bytes(parameters, loop)
         disk += (loop.keep_checkpoints + 1) * (state - 4 * parameters)  # no gradients; one more while written

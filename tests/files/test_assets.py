@@ -137,14 +137,15 @@ def test_an_offline_machine_is_told_what_to_copy_where(caches, monkeypatch):
     assert str(caught.value) == (
         "encoder toy: the weights are missing; got HF_HUB_OFFLINE=1, nothing is downloaded; "
         f"expected {caches}/hub/models--owner--toy. "
-        "It comes from https://huggingface.co/owner/toy; without network copy that folder from a machine that has it."
+        "It comes from https://huggingface.co/owner/toy; without network copy it from a machine that has it."
     )
     with pytest.raises(CheckpointError) as caught:
         LPIPS_WEIGHTS["vgg"].fetch()
     assert str(caught.value) == (
         "LPIPS (VGG): the weights are missing; got HF_HUB_OFFLINE=1, nothing is downloaded; "
-        f"expected {caches}/torch/checkpoints/vgg16-397923af.pth. Download "
-        "https://download.pytorch.org/models/vgg16-397923af.pth and put it there (SHA-256 begins with 397923af)."
+        f"expected {caches}/torch/checkpoints/vgg16-397923af.pth. It comes from "
+        "https://download.pytorch.org/models/vgg16-397923af.pth; without network copy it from a machine that has it "
+        "(SHA-256 begins with 397923af)."
     )
 
 
