@@ -25,6 +25,7 @@ from raev2.files.replace import ARTEFACT, new_folder, write_text
 FORMAT_VERSION = 1
 ENCODER = "encoder"  # folder with the encoder's weights, in tokenizers that bring their own
 FILES = {"config.json", "model.safetensors", "README.md", ENCODER}
+HUB_FILES = ("config.json", "model.safetensors", "README.md", f"{ENCODER}/*.json", f"{ENCODER}/*.safetensors")
 
 
 def save_artefact(
@@ -65,7 +66,7 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
     """
     path = Path(path_or_hub_id)
     if not path.exists():
-        path = Asset(kind, str(path_or_hub_id)).download()
+        path = Asset(kind, str(path_or_hub_id), HUB_FILES).download()
     config_file, weights_file = path / "config.json", path / "model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():

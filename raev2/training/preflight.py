@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from raev2.errors import FileError, RaeError, SpecError
-from raev2.files.artefact import ENCODER, load_artefact
+from raev2.files.artefact import ENCODER, HUB_FILES, load_artefact
 from raev2.files.assets import Asset, need_package
 from raev2.files.manifest import read_manifest
 from raev2.flow import prediction
@@ -76,7 +76,7 @@ class Plan:
         named = {"tokenizer_from": spec.tokenizer_from, "generator_from": spec.generator_from}
         for guidance in (spec.sampling.guidance, *evaluation.compare_guidance):
             named[f"guidance {guidance.kind}.weak"] = getattr(guidance, "weak", None)
-        found = [Asset(field, source) for field, source in named.items() if source]
+        found = [Asset(field, source, HUB_FILES) for field, source in named.items() if source]
         found += [*self.task.needs(spec), *(encoder_asset(name) for name, _ in self.encoders)]
         found += [vae_asset(spec.tokenizer.name)] if isinstance(spec.tokenizer, VAESpec) else []
         found += [LPIPS_LOSS] if TOKENIZER in self.stages and isinstance(perceptual, LPIPSLoss) else []
