@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from pydantic import ValidationError
 
 from raev2.errors import DataError, FileError, RaeError, SpecError, did_you_mean
+from raev2.files.assets import INCEPTION_WEIGHTS, LPIPS_WEIGHTS
 from raev2.files.damage import damaged
 from raev2.files.manifest import read_manifest, verify_dataset
 from raev2.files.picture_array import PLAN, holds_plan
@@ -32,7 +33,7 @@ from raev2.task import (
     installed_tasks,
     usable_tasks,
 )
-from raev2.tokenizer.encoder_table import ENCODERS
+from raev2.tokenizer.encoder_table import ENCODERS, encoder_asset
 
 if TYPE_CHECKING:
     from raev2.batch import MetricResult
@@ -151,7 +152,7 @@ def report(options: Namespace) -> int:
 
 def show(options: Namespace) -> int:
     """`raev2 show`."""
-    task, spec = _find_recipe(options.recipe, options.task, "raev2 show")
+    task, spec = find_recipe(options.recipe, options.task, "raev2 show")
     spec = apply_overrides(spec, options.overrides)
     print(yaml.safe_dump(spec_to_dict(spec), sort_keys=False, allow_unicode=True))
     _print_sizes(task, spec)
@@ -258,7 +259,6 @@ def doctor(options: Namespace) -> int:
     """`raev2 doctor`."""
     import torch
 
-    from raev2.tokenizer.encoders import ASSETS
     from raev2.training.run import package_versions
 
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
@@ -274,14 +274,8 @@ def doctor(options: Namespace) -> int:
         rows.append(
             (f"extra {extra}", f"missing {', '.join(missing)}: pip install 'raev2[{extra}]'" if missing else "ok")
         )
-    packaged = ASSETS / ENCODERS["micro"].model_id / "model.safetensors"
-    rows.append(("encoder micro", "ok" if packaged.is_file() else f"missing {packaged}: install raev2 again"))
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    for name, file in {
-        "LPIPS (VGG)": "vgg16-397923af.pth",
-        "Inception": "weights-inception-2015-12-05-6726825d.pth",
-    }.items():
-        rows.append((f"weights {name}", "ok" if (hub / file).is_file() else f"{file} is not in {hub}"))
+    assets = [encoder_asset("micro"), *LPIPS_WEIGHTS.values(), INCEPTION_WEIGHTS]
+    rows += [(asset.what, "ok" if asset.fault() is None else str(asset.error())) for asset in assets]
     print_table(("what", "state"), rows)
     return OK
 
@@ -301,7 +295,7 @@ def _expected(options: Namespace, spec: RunSpec | None) -> Sequence[ExpectedSpec
     if options.expect is None:
         return ()
     if options.expect:
-        spec = _find_recipe(options.expect, options.task, "--expect")[1]
+        spec = find_recipe(options.expect, options.task, "--expect")[1]
     if spec is None:
         raise SpecError("--expect", "which recipe states the numbers?", expected="--expect RECIPE")
     expected = [row for row in spec.evaluation.expected if row.protocol in (options.protocol or [row.protocol])]
@@ -359,16 +353,8 @@ def _plan(sampling: SamplingSpec) -> str:
     return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
 
 
-def _data_state(spec: RunSpec) -> str:
-    if (Path(spec.data.dir) / "manifest.json").is_file():
-        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
-    if spec.data.recipe is None:
-        return "missing, and data.recipe is null"
-    recipe = get_data_recipe(spec.data.recipe)
-    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
-
-
-def _find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, RunSpec]:
+def find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, RunSpec]:
+    """A recipe by name, of the named task or of the only one that has it."""
     candidates = [get_task(task_name)] if task_name else usable_tasks()
     having = [task for task in candidates if name in task.recipes()]
     if not having:
@@ -381,8 +367,22 @@ def _find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, Ru
     return having[0], get_recipe(having[0], name)
 
 
+def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
+    """`raev2 train --dry-run`: sizes and findings; raises the first error after them."""
+    from raev2.training.preflight import Plan, preflight
+
+    _print_sizes(task, spec)
+    findings = list(preflight(Plan(task, spec, run_dir, stage)))
+    print()
+    print_table(("needed", "state", "detail"), [(f.what, f.state, f.detail) for f in findings])
+    print(f"\nrun folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
+    for error in filter(None, (finding.error for finding in findings)):
+        raise error
+    return OK
+
+
 def _print_sizes(task: Task, spec: RunSpec) -> None:
-    from raev2.pipeline import run_sizes
+    from raev2.training.preflight import run_sizes
 
     print(f"{task.name} / {spec.recipe}   fingerprint {fingerprint(spec)}")
     print_table(("size", "value"), run_sizes(task, spec))
