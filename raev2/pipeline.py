@@ -92,7 +92,9 @@ def _train(run: Run, task: Task, stage: str, origin: Origin | None) -> Path:
     if origin:
         origin.copy_into(run)
     train_set, val_set = task.dataset(spec, "train"), task.dataset(spec, "val")
-    check_identity(run, {"data": train_set.fingerprint, **local_identity(spec)})
+    run.commits = dist.from_main(Plan(task, spec, run.dir, stage).commits())
+    check_identity(run, {"data": train_set.fingerprint, **local_identity(spec), **run.commits})
+    add_provenance(run, "commits", run.commits)
     add_provenance(run, "data", {name: value for name, value in train_set.manifest.items() if name != "classes"})
 
     # Stage 1.

@@ -95,7 +95,7 @@ class DecoderSpec(Spec):
     """ViT pixel decoder. Sizes by name: `decoder_size`."""
 
     width: int = Field(gt=0)
-    depth: int = Field(gt=0)
+    depth: int = Field(gt=0, le=1000)
     num_heads: int = Field(gt=0)
     mlp_dim: int = Field(gt=0)
     patch_size: int = Field(gt=0, description="pixels per token side in the output image")
@@ -276,7 +276,7 @@ class TrunkSpec(Spec):
     """The transformer that sees noisy latent tokens and the condition."""
 
     width: int = Field(gt=0)
-    depth: int = Field(gt=0)
+    depth: int = Field(gt=0, le=1000)
     num_heads: int = Field(gt=0)
     patch_size: int = Field(1, gt=0)
     mlp_ratio: float = Field(4.0, gt=0)
@@ -311,7 +311,7 @@ class DDTSpec(TrunkSpec):
 
     kind: Literal["ddt"] = "ddt"
     head_width: int = Field(2048, gt=0)
-    head_depth: int = Field(2, ge=1)
+    head_depth: int = Field(2, ge=1, le=1000)
     head_num_heads: int = Field(16, gt=0)
 
     @model_validator(mode="after")

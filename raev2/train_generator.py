@@ -122,7 +122,8 @@ def train_generator(
     load_strict(generator, {**generator.state_dict(), **averages}, "averaged generator")
     look(generator, state.images)
     if dist.is_main():
-        generator.extra = {"recipe": spec.recipe, "images_seen": state.images, "ema_decay": decay}
+        trained = {"recipe": spec.recipe, "images_seen": state.images, "ema_decay": decay}
+        generator.extra = {**trained, "commits": dict(run.commits)}
         generator.save_pretrained(run.dir / STAGE, card=_card(run, dataset, state.images))
     dist.barrier()
     return generator.eval()

@@ -88,7 +88,9 @@ class InceptionFeatures(FeatureExtractor):
         need_package("features inception", INCEPTION_WEIGHTS.package)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        file, self.device = file or _inception_weights(), device
+        if file is None:  # its hash is checked: it is a pickle that others load for us
+            dist.on_main(INCEPTION_WEIGHTS.fetch)
+        file, self.device = file or INCEPTION_WEIGHTS.place, device
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
         ).to(device)
@@ -157,9 +159,3 @@ def load_encoder(name: str, device: torch.device) -> FrozenEncoder:
     info = ENCODERS.get(name)
     side = info.side if info else 16
     return build_encoder(EncoderSpec(name=name), (side, side)).to(device)
-
-
-def _inception_weights() -> Path:
-    """Weights file in torch's cache, downloaded once. Its hash is checked: it is a pickle that others load for us."""
-    dist.on_main(INCEPTION_WEIGHTS.fetch)
-    return INCEPTION_WEIGHTS.place

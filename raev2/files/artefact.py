@@ -11,17 +11,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from raev2.errors import CheckpointError
 from raev2.files.assets import Asset
 from raev2.files.damage import read_json
 from raev2.files.replace import ARTEFACT, new_folder, write_text
 
+M = TypeVar("M", bound=nn.Module)
 FORMAT_VERSION = 1
 ENCODER = "encoder"  # folder with the encoder's weights, in tokenizers that bring their own
 FILES = {"config.json", "model.safetensors", "README.md", ENCODER}
@@ -71,11 +73,9 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
     for file in (config_file, weights_file):
         if not file.is_file():
             raise CheckpointError(
-                str(path),
-                f"not an artefact folder, {file.name} is missing",
-                expected=f"a {kind} folder with config.json",
-                hint=_where_instead(path, kind),
-            )
+                str(path), f"not an artefact folder, {file.name} is missing",
+                expected=f"a {kind} folder with config.json", hint=_where_instead(path, kind),
+            )  # fmt: skip
     config = read_json(config_file)
     if config.get("kind") != kind:
         raise CheckpointError(
@@ -106,8 +106,23 @@ def push_to_hub(save: Callable[[Path], Path], repo_id: str, kind: str, *, privat
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {kind}"))
 
 
-def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict into a module; missing, unexpected or misshapen tensors are an error that lists them."""
+def build_strict(build: Callable[[], M], tensors: Mapping[str, Tensor], where: str) -> M:
+    """A module with these weights, built once they are known to fit it: what a file claims takes no memory."""
+    with torch.device("meta"):
+        check_fit(build(), tensors, where)
+    module = build()
+    module.load_state_dict(dict(tensors))
+    return module
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict into a module; raises CheckpointError as `check_fit`."""
+    check_fit(module, tensors, where)
+    module.load_state_dict(dict(tensors))
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError that lists missing, unexpected and misshapen tensors of a module, if there are any."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
@@ -118,12 +133,10 @@ def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:
     ]
     if missing or unexpected or misshapen:
         raise CheckpointError(
-            where,
-            "the weights do not fit the configuration",
+            where, "the weights do not fit the configuration",
             got=f"missing {_some(missing)}, unexpected {_some(unexpected)}, misshapen {_some(misshapen)}",
             expected=f"{len(expected)} tensors of {type(module).__name__}",
-        )
-    module.load_state_dict(dict(tensors))
+        )  # fmt: skip
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 
 from raev2.errors import CheckpointError, DataError
 from raev2.files.damage import read_json
 from raev2.files.hashes import file_sha256
 
-MISSING: Literal["missing"] = "missing"
+MISSING, DAMAGED = "missing", "damaged"
 TORCH = "https://download.pytorch.org/models/"
 
 
@@ -67,37 +68,45 @@ class Asset:
         except (LocalEntryNotFoundError, ValueError):  # the latter for a name that cannot be
             return None
 
+    @property
+    def commit(self) -> str:
+        """The commit of the copy of a hub repository on this machine; empty: no copy, or not of the hub."""
+        folder = None if self.sha256 or not self.url else self.folder()
+        return folder.name if folder else ""
+
     def fault(self) -> str | None:
         """'missing' or 'damaged', told without reading networks; None: it is whole."""
         found = self.folder()
         if found is not None and found.is_file():
-            return "damaged" if self.sha256 and not file_sha256(found).startswith(self.sha256) else None
+            return DAMAGED if self.sha256 and not file_sha256(found).startswith(self.sha256) else None
         files = {file for pattern in self.files for file in found.glob(pattern)} if found else set()
         for index in [file for file in files if file.name.endswith(".safetensors.index.json")]:
             files |= {index.with_name(name) for name in read_json(index).get("weight_map", {}).values()}
-        whole = any(file.suffix == ".safetensors" for file in files) and all(file.is_file() for file in files)
-        return None if whole else MISSING
+        weights = [file for file in files if file.suffix == ".safetensors"]
+        if not weights or not all(file.is_file() for file in files):
+            return MISSING
+        return None if all(map(_as_long_as_its_header_says, weights)) else DAMAGED
 
     def barred(self) -> str:
         """Why it cannot be downloaded, as far as this machine knows; empty: nothing speaks against it."""
         if not self.url:
-            return "not a path on this machine"
+            return "not a path on this machine" if self.folder() is None else "no whole safetensors file in it"
         if constants.HF_HUB_OFFLINE:
             return "HF_HUB_OFFLINE=1, nothing is downloaded"
         return "no login for a gated model" if self.gated and huggingface_hub.get_token() is None else ""
 
     def fetch(self) -> None:
         """Download what is missing or damaged. Raises CheckpointError, which says how to bring it here by hand."""
-        if self.fault() and (barred := self.barred()):
+        if (fault := self.fault()) and (barred := self.barred()):
             raise self.error(barred)
-        if self.fault():
-            self.download()
+        if fault:
+            self.download(again=fault == DAMAGED)
 
-    def download(self) -> Path:
-        """The file or folder, got from its source even if an older one is here."""
+    def download(self, again: bool = False) -> Path:
+        """The file or folder, got from its source even if an older one is here; `again`: even if the same one is."""
         try:
             if not self.sha256:
-                return self._snapshot(allow_patterns=list(self.files))
+                return self._snapshot(allow_patterns=list(self.files), force_download=again)
             import torch
 
             self.place.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +140,14 @@ INCEPTION_WEIGHTS = Asset(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     package="torch-fidelity",
 )
+
+
+def _as_long_as_its_header_says(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def need_package(where: str, package: str) -> None:

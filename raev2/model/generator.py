@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raev2.batch import Cond, FrameCache, ModelOutput
 from raev2.errors import SpecError
-from raev2.files.artefact import load_artefact, load_strict, push_to_hub, save_artefact
+from raev2.files.artefact import build_strict, load_artefact, push_to_hub, save_artefact
 from raev2.files.damage import damaged
 from raev2.model.condition import ConditionSpec, LabelCondition, NoCondition, TextCondition
 from raev2.model.dit import DDT, DiT
@@ -127,15 +128,11 @@ class Generator(nn.Module):
         """Load an artefact folder or hub repository; `condition_types` are kinds of condition from plugins."""
         config, tensors, path = load_artefact(path_or_hub_id, kind="generator")
         with damaged(f"{path}/config.json"):
-            generator = cls(
-                TypeAdapter(NetworkSpec).validate_python(config["network"]),
-                condition_spec(config["condition"], condition_types),
-                FlowSpec.model_validate(config["flow"]),
-                tuple(config["latent_shape"]),
-                config.get("extra"),
-            )
-        load_strict(generator, tensors, str(path))
-        return generator.eval()
+            network = TypeAdapter(NetworkSpec).validate_python(config["network"])
+            condition = condition_spec(config["condition"], condition_types)
+            flow, shape, extra = FlowSpec.model_validate(config["flow"]), config["latent_shape"], config.get("extra")
+            build = partial(cls, network, condition, flow, tuple(shape), extra)
+            return build_strict(build, tensors, str(path)).eval()
 
     def push_to_hub(self, repo_id: str, *, card: str = "", private: bool = False) -> str:
         """Upload as a model repository of the Hugging Face hub; returns its address."""

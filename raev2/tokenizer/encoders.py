@@ -29,6 +29,9 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from raev2.errors import CheckpointError, SpecError
+from raev2.files.artefact import build_strict
+from raev2.files.assets import Asset
+from raev2.files.damage import damaged, read_json
 from raev2.shapes import Images, Tokens
 from raev2.spec import EncoderSpec
 from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, check_layers, encoder_asset, encoder_info
@@ -348,6 +351,8 @@ def _from_timm(
         options: dict[str, Any] = {} if img_size is None else {"img_size": img_size, "dynamic_img_size": False}
         if file is not None:
             options["pretrained_cfg_overlay"] = {"file": str(file)}
+        elif pretrained and (commit := Asset(name, f"timm/{model_id}").commit):  # the one that a run records
+            options["pretrained_cfg_overlay"] = {"hf_hub_id": f"timm/{model_id}@{commit}"}
         return timm.create_model(model_id, pretrained=pretrained, num_classes=0, **options)
 
     if not timm.is_model(model_id.split(".")[0]):
@@ -374,13 +379,14 @@ def _from_transformers(
 ) -> tuple[Trunk, EncoderInfo]:
     import transformers
 
+    revision = Asset(name, model_id).commit or "main"  # the one that a run records
     try:
-        config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0  # ViT-MAE: the encoder sees every patch
         if pretrained:
             model = transformers.AutoModel.from_pretrained(
-                model_id, config=config, dtype=torch.float32, trust_remote_code=False
+                model_id, config=config, dtype=torch.float32, revision=revision, trust_remote_code=False
             )
         else:
             model = transformers.AutoModel.from_config(config)
@@ -404,21 +410,24 @@ def _from_folder(
             str(folder), "not an encoder folder, config.json is missing",
             expected="config.json and model.safetensors, see docs/how_to/new_encoder.md", hint=note,
         )  # fmt: skip
-    config = json.loads(config_file.read_text())
+    config, asset = read_json(config_file), Asset(f"encoder {name}", model_id)
+    if not config.keys() & {"model_type", "architecture"}:
+        raise CheckpointError(
+            str(config_file), "cannot tell the format", got=f"keys {sorted(config)[:6]}",
+            expected="'model_type' (transformers) or 'architecture' (timm, or 'vit')",
+        )  # fmt: skip
+    if pretrained and asset.fault():
+        raise asset.error()
     if "model_type" in config:
         return _from_transformers(name, model_id, info, grid, pretrained)
     if config.get("architecture") == "vit":
-        trunk = _packaged_vit(config, weights_file, grid, pretrained)
-        return trunk, info or _info_of_model(
-            name, "local", model_id, trunk, config["mean"], config["std"], config.get("licence", "unknown")
-        )
-    if "architecture" in config:
-        stats = config.get("pretrained_cfg") or None
-        return _from_timm(name, config["architecture"], info, grid, pretrained, weights_file, stats)
-    raise CheckpointError(
-        str(config_file), "cannot tell the format", got=f"keys {sorted(config)[:6]}",
-        expected="'model_type' (transformers) or 'architecture' (timm, or 'vit')",
-    )  # fmt: skip
+        with damaged(config_file):
+            trunk = _packaged_vit(config, weights_file, grid, pretrained)
+            return trunk, info or _info_of_model(
+                name, "local", model_id, trunk, config["mean"], config["std"], config.get("licence", "unknown")
+            )
+    stats = config.get("pretrained_cfg") or None
+    return _from_timm(name, config["architecture"], info, grid, pretrained, weights_file, stats)
 
 
 ROUTES = {"timm": _from_timm, "transformers": _from_transformers, "local": _from_folder}
@@ -434,17 +443,18 @@ def _packaged_vit(config: dict[str, Any], weights_file: Path, grid: tuple[int, i
     patch_size = kwargs["patch_size"]
     stored_size = kwargs.pop("img_size")
     stored_h, stored_w = (stored_size, stored_size) if isinstance(stored_size, int) else stored_size
-    model = VisionTransformer(img_size=(grid[0] * patch_size, grid[1] * patch_size), **kwargs)
-    if pretrained:
-        if not weights_file.is_file():
-            raise CheckpointError(str(weights_file), "the weights of the encoder are missing")
-        state = {key: value.float() for key, value in load_file(weights_file).items()}
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"], new_size=list(grid), old_size=[stored_h // patch_size, stored_w // patch_size],
-            num_prefix_tokens=model.num_prefix_tokens,
-        )  # fmt: skip
-        model.load_state_dict(state)
-    return TimmTrunk(model)
+    build = partial(VisionTransformer, img_size=(grid[0] * patch_size, grid[1] * patch_size), **kwargs)
+    if not pretrained:
+        return TimmTrunk(build())
+    state = {key: value.float() for key, value in load_file(weights_file).items()}
+    if kwargs.get("depth", 0) > len(state):
+        raise ValueError(f"{kwargs['depth']} blocks and {len(state)} tensors")
+    stored = [stored_h // patch_size, stored_w // patch_size]
+    state["pos_embed"] = resample_abs_pos_embed(
+        state["pos_embed"], new_size=list(grid), old_size=stored,
+        num_prefix_tokens=state["pos_embed"].shape[1] - math.prod(stored),
+    )  # fmt: skip
+    return TimmTrunk(build_strict(build, state, str(weights_file)))
 
 
 def _pixel_stats_of_transformers(name: str, model_id: str) -> tuple[Any, Any]:

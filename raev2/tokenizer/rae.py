@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from raev2.errors import CheckpointError
-from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artefact
+from raev2.files.artefact import ENCODER, build_strict, load_artefact, save_artefact
 from raev2.files.damage import damaged
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
@@ -228,8 +229,8 @@ def read_parts(
         hint = "It has no decoder of its own; raev2.tokenizer.baselines.load_tokenizer opens it."
         raise CheckpointError(where, "not an RAE", got=kind, hint=hint)
     spec, stats = TokenizerSpec.model_validate(config["tokenizer"]), config["stats"]
-    decoder = ViTDecoder(tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
-    load_strict(decoder, part(tensors, "decoder."), where)
+    build = partial(ViTDecoder, tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
+    decoder = build_strict(build, part(tensors, "decoder."), where)
     return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
 
 

@@ -85,6 +85,10 @@ class Plan:
         needed_last = sorted(found, key=lambda asset: not asset.without)  # where a source is there twice
         return list({asset.source: asset for asset in needed_last}.values())
 
+    def commits(self) -> dict[str, str]:
+        """The commits of hub repositories that the training reads, by source."""
+        return {asset.source: asset.commit for asset in self.assets() if asset.commit}
+
 
 def preflight(plan: Plan) -> Iterator[Finding]:
     """Look at everything that a training needs later, in seconds and on this machine alone."""

@@ -59,11 +59,16 @@ MAX_NON_FINITE_STEPS = 20
 
 @dataclass
 class Run:
-    """A run folder opened by this process. `accelerator` holds device and process group."""
+    """A run folder opened by this process.
+
+    accelerator   holds device and process group
+    commits       of the hub repositories that it reads, by source
+    """
 
     dir: Path
     spec: RunSpec
     accelerator: Accelerator
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

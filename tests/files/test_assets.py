@@ -71,12 +71,12 @@ def hub(caches, monkeypatch) -> list[dict[str, object]]:
     (repository / "pytorch_model.bin").write_bytes(b"pickle")
     save_file({"w": torch.zeros(3)}, repository / "model.safetensors")
 
-    def snapshot_download(name, *, revision=None, local_files_only=False, allow_patterns=None):
+    def snapshot_download(name, *, revision=None, local_files_only=False, allow_patterns=None, force_download=False):
         folder = caches / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / str(revision)
         if local_files_only and not folder.is_dir():
             raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
         if not local_files_only:
-            calls.append({"name": name, "revision": revision})
+            calls.append({"name": name, "revision": revision, "again": force_download})
             folder.mkdir(parents=True, exist_ok=True)
             names = [file.name for file in repository.iterdir()]
             for file in filter_repo_objects(names, allow_patterns=allow_patterns):
@@ -116,7 +116,7 @@ def test_json_and_safetensors_alone_come_from_the_hub_at_the_revision(hub):
     assert HUB.fault() == "missing"
     HUB.fetch()
     HUB.fetch()
-    assert hub == [{"name": "owner/toy", "revision": "v1"}]
+    assert hub == [{"name": "owner/toy", "revision": "v1", "again": False}]
     folder = HUB.folder()
     assert folder is not None and {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
 
@@ -128,6 +128,39 @@ def test_a_part_of_several_weights_files_is_not_whole(hub):
     assert HUB.fault() == "missing"
     save_file({"b": torch.zeros(3)}, HUB.folder() / "model-2.safetensors")
     assert HUB.fault() is None
+
+
+def test_weights_that_are_cut_short_are_known_by_their_header_and_downloaded_again(hub):
+    HUB.fetch()
+    weights = HUB.folder() / "model.safetensors"
+    for length in (weights.stat().st_size - 1, 30, 3):
+        weights.write_bytes(weights.read_bytes()[:length])
+        assert HUB.fault() == "damaged"
+    HUB.fetch()
+    assert HUB.fault() is None and hub[-1]["again"]
+
+
+def test_a_local_folder_with_weights_cut_short_says_so(tmp_path):
+    asset = Asset("encoder mine", str(tmp_path))
+    save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(CheckpointError) as caught:
+        asset.fetch()
+    assert str(caught.value) == (
+        f"encoder mine: the weights are damaged; got no whole safetensors file in it; expected {tmp_path}. "
+        "Copy it there, or correct the name."
+    )
+
+
+def test_a_copy_of_a_hub_repository_names_its_commit(caches, monkeypatch):
+    """Laid out as huggingface_hub documents it; nothing is replaced here."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert HUB.commit == "" and LPIPS_WEIGHTS["vgg"].commit == "" and Asset("mine", str(caches)).commit == ""
+    cache = caches / "hub" / "models--owner--toy"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "v1").write_text("a" * 40)
+    (cache / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    assert HUB.commit == "a" * 40
 
 
 def test_an_offline_machine_is_told_what_to_copy_where(caches, monkeypatch):

@@ -329,7 +329,7 @@ def test_training_stops_with_the_first_error_before_it_writes(tiny_spec, caches)
 
 def test_missing_weights_are_fetched_at_the_start(tiny_spec, caches, monkeypatch):
     fetched = []
-    monkeypatch.setattr(Asset, "download", lambda asset: fetched.append(asset.what))
+    monkeypatch.setattr(Asset, "download", lambda asset, **_: fetched.append(asset.what))
     spec = tiny_spec.replace(
         evaluation=tiny_spec.evaluation.replace(protocols=("reconstruction-inception",)),
         tokenizer_training=tiny_spec.tokenizer_training.replace(perceptual=LPIPSLoss()),
@@ -367,6 +367,6 @@ def test_the_command_lists_and_fetches_the_weights_of_a_recipe(caches, capsys, m
         (line,) = [line for line in table.splitlines() if line.startswith(asset.what)]
         assert re.split(" {2,}", line) == [asset.what, "missing", asset.url, str(asset.place)]
     fetched = []
-    monkeypatch.setattr(Asset, "fetch", lambda asset: fetched.append(asset.what))
+    monkeypatch.setattr(Asset, "fetch", lambda asset, **_: fetched.append(asset.what))
     assert main(["assets", "fetch", *command]) == 0
     assert sorted(fetched) == ["Inception", "LPIPS (VGG)", "encoder dino-s8", "encoder dinov3-l16", "encoder micro"]
