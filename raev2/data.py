@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -82,6 +82,11 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
         """Hash of the content."""
         return self.manifest["fingerprint"]
 
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What a model that is trained on this says of it."""
+        return {name: self.manifest[name] for name in ("name", "fingerprint", "licence", "attribution")}
+
     def key(self, index: int) -> str:
         """What sample `index` is, wherever it stands in the split: a hash of its content, or a name."""
         return str(index)
@@ -124,6 +129,19 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
     def collate_cond(self, conds: Sequence[Mapping[str, Any]]) -> Cond:
         """Conditions of a batch, one tensor a name with the batch as leading axis."""
         return {name: _stack([cond[name] for cond in conds]) for name in conds[0]}
+
+
+class NamesOnly(ImageDataset):
+    """Data that is not here, of which a model kept the class names; whatever else is asked for is a DataError."""
+
+    def __init__(self, dir: str | Path, split: str, classes: Sequence[str]) -> None:
+        self.dir, self.split, self.manifest = Path(dir), split, {"classes": list(classes)}
+
+    def _absent(self, index: int = 0) -> NoReturn:
+        raise DataError(f"data {self.dir}", "needed, and a model brings only its class names", hint="Give --data DIR.")
+
+    __len__ = image = cond = _absent
+    preparation = property(_absent)
 
 
 class FolderDataset(ImageDataset):

@@ -13,7 +13,7 @@ from raev2.data import ImageDataset, ordered_batches, to_float
 from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact, load_strict
 from raev2.flow import interpolate, sample_t, training_loss
-from raev2.model.generator import Generator, generator_card
+from raev2.model.generator import Generator
 from raev2.task import EncodeImages, Task
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.encoders import build_encoder
@@ -123,8 +123,9 @@ def train_generator(
     load_strict(generator, {**generator.state_dict(), **averages}, "averaged generator")
     look(generator, state.images)
     if dist.is_main():
-        generator.extra = {"recipe": spec.recipe, "images_seen": state.images, "ema_decay": decay}
-        generator.save_pretrained(run.dir / STAGE, card=_card(run, dataset, state.images))
+        trained = {"recipe": spec.recipe, "images_seen": state.images, "ema_decay": decay}
+        generator.extra = {**trained, "data": dataset.terms, "tokenizer": rae.identity()}
+        generator.save_pretrained(run.dir / STAGE)
     dist.barrier()
     return generator.eval()
 
@@ -165,13 +166,3 @@ def _repa_encoder(run: Run, latent_shape: tuple[int, int, int]) -> Callable[[Ten
             expected=str(encoder.width),
         )  # fmt: skip
     return lambda images_u8: encoder(to_float(images_u8.to(run.device)))
-
-
-def _card(run: Run, dataset: ImageDataset, images: int) -> str:
-    manifest = dataset.manifest
-    return generator_card(
-        f"Generator: {run.spec.task.name} / {run.spec.recipe}",
-        f"Trained on {images:,} images of `{manifest['name']}` (fingerprint {dataset.fingerprint[:12]}), averaged "
-        "weights.\nIt needs the tokenizer it was trained with. Numbers, protocols and settings: `report.html` of its "
-        f"run.\n\n## Data and licence\n\n{manifest['licence']}. {manifest['attribution']}",
-    )

@@ -153,6 +153,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     rae.set_stats(measure_stats(rae, dataset, device, loop.stats_images))
     save_reconstructions(run, rae, val, state.images)
     if dist.is_main():
+        rae.extra["data"] = dataset.terms
         rae.save_pretrained(run.dir / STAGE)
     dist.barrier()
     return rae.eval()

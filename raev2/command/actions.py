@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -20,9 +19,9 @@ from raev2.errors import DataError, FileError, RaeError, SpecError, did_you_mean
 from raev2.files.damage import damaged
 from raev2.files.manifest import read_manifest, verify_dataset
 from raev2.files.picture_array import PLAN, holds_plan
-from raev2.files.replace import RECONSTRUCTIONS, SAMPLES, Kind, check_replaceable
+from raev2.files.replace import SAMPLES, Kind, check_replaceable
 from raev2.spec import ExpectedSpec, Guidance, RunSpec, SamplingSpec
-from raev2.spec_io import apply_overrides, fingerprint, load_spec, spec_to_dict
+from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
 from raev2.task import (
     Task,
     get_data_recipe,
@@ -36,9 +35,9 @@ from raev2.tokenizer.encoder_table import ENCODERS
 
 if TYPE_CHECKING:
     from raev2.batch import MetricResult
+    from raev2.opened import Source
 
 OK, FAILED = 0, 1
-SCORES = ("psnr", "ssim", "distance")  # columns of `raev2 reconstruct`
 
 
 def sample(options: Namespace) -> int:
@@ -48,34 +47,18 @@ def sample(options: Namespace) -> int:
     _check_positive("--n", options.n)
     _check_positive("--steps", options.steps)
     _check_positive("--seed", options.seed, least=0)
-    run_dir = pipeline.find_run(options.run, options.task)
-    sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
+    source = source_of(options)
+    sampling = _sampling(source.spec.sampling, options)
     given = {name: value for name in ("n", *options.conditions) if (value := getattr(options, name)) is not None}
     if options.npz:
         _refuse_existing_array(options)
-        written = pipeline.sample_array(run_dir, given, sampling, options.seed, file=Path(options.npz))
+        written = pipeline.sample_array(source, given, sampling, options.seed, file=Path(options.npz))
     else:
-        out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
+        out = Path(options.out or source.dir / "samples" / f"seed-{options.seed}")
         refuse_existing(options, out, SAMPLES)
-        written = pipeline.sample_run(run_dir, given, sampling, options.seed, out=out) / "grid.png"
+        written = pipeline.sample_run(source, given, sampling, options.seed, out=out) / "grid.png"
     print(f"guidance: {_plan(sampling)}\n{written}")
     return OK
-
-
-def reconstruct(options: Namespace) -> int:
-    """`raev2 reconstruct`."""
-    from raev2 import pipeline
-
-    out = Path(options.out)
-    refuse_existing(options, out, RECONSTRUCTIONS)
-    rows, failed = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
-    shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
-    mean = ("mean", *(f"{sum(getattr(row, name) for row in rows) / len(rows):.4f}" for name in SCORES))
-    print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
-    print(f"\n{out / 'grid.png'}")
-    if failed:
-        print(f"not read: {len(failed)} of {len(rows) + len(failed)}: {', '.join(failed)}", file=sys.stderr)
-    return DataError.exit_code if failed else OK
 
 
 def evaluate(options: Namespace) -> int:
@@ -89,14 +72,13 @@ def evaluate(options: Namespace) -> int:
     for name in ("reference", "out"):
         if getattr(options, name):
             raise SpecError(f"--{name}", "has no effect without --images")
-    run_dir = pipeline.find_run(options.run, options.task)
-    spec = load_spec(run_dir / "spec.yaml")
-    expected = _expected(options, spec)
-    protocols = options.protocol or [*spec.evaluation.protocols, *(row.protocol for row in expected)]
-    results = pipeline.evaluate_run(run_dir, list(dict.fromkeys(protocols)))
+    source = source_of(options)
+    expected = _expected(options, source.spec)
+    protocols = options.protocol or [*source.spec.evaluation.protocols, *(row.protocol for row in expected)]
+    results = pipeline.evaluate_run(source, list(dict.fromkeys(protocols)))
     for protocol, found in results.items():
         _print_metrics(protocol, map(vars, found))
-    print(f"\n{run_dir / 'eval'}")
+    print(f"\n{source.dir / 'eval'}")
     return _compare_expected(expected, results)
 
 
@@ -140,10 +122,10 @@ def _workers(options: Namespace) -> int:
 
 def report(options: Namespace) -> int:
     """`raev2 report`."""
-    from raev2 import pipeline
+    from raev2.opened import find_run
     from raev2.report.page import write_report
 
-    run_dir = pipeline.find_run(options.run, options.task)
+    run_dir = find_run(options.run, options.task)
     with damaged(run_dir):
         print(write_report(run_dir))
     return 0
@@ -287,13 +269,21 @@ def doctor(options: Namespace) -> int:
 
 
 COMMANDS = {
-    "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
+    "sample": sample, "eval": evaluate, "report": report,
     "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents,
     "bench": bench, "doctor": doctor,
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def source_of(options: Namespace, task: str | None = None) -> Source:
+    """The model that the options of `cli.source_options` name; `task` where the command belongs to one."""
+    from raev2.opened import find_source
+
+    names = ("run", "task", "generator", "tokenizer", "recipe", "settings", "data")
+    return find_source(**{"task": task, **{name: vars(options)[name] for name in names if name in options}})
 
 
 def _expected(options: Namespace, spec: RunSpec | None) -> Sequence[ExpectedSpec]:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,7 @@ from raev2.files.plugins import COMMANDS as ADDED
 from raev2.files.plugins import GUIDANCE, TASKS, installed
 
 COMMANDS = (
-    "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "bench", "doctor",
+    "train", "sample", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents", "bench", "doctor",
 )  # fmt: skip
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
@@ -74,7 +73,7 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     train.add_argument("--dry-run", action="store_true", help="print sizes, and what is there already; train nothing")
 
     sample = command("sample", "images from a trained generator")
-    _run_options(sample)
+    source_options(sample)
     add = sample.add_argument
     add("--n", type=int, default=16, help="number of images (default: 16)")
     add("--steps", type=int, help="solver steps")
@@ -90,14 +89,8 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     if sampled is not None:
         _add_conditions(sample, sampled)
 
-    add = command("reconstruct", "encode and decode images; grid and PSNR/SSIM table").add_argument
-    add("images", nargs="+", metavar="PATH", help="image files or folders")
-    add("--run", required=True, metavar="DIR", help="run folder, tokenizer folder or hub id")
-    add("--out", metavar="DIR", default="reconstructions")
-    add("--overwrite", action="store_true")
-
     evaluate = command("eval", "evaluate a run, or any pictures, by protocol name; writes PROTOCOL.json")
-    _run_options(evaluate)
+    source_options(evaluate)
     add = evaluate.add_argument
     add("--images", metavar="PATH", help="pictures instead of a run: a folder, or an .npz file")
     add("--reference", metavar="PATH", help="what --images is compared with: pictures, a dataset folder or statistics")
@@ -161,6 +154,20 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
 def _run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", help="use the newest run of this task")
     command.add_argument("--run", metavar="DIR", help="run folder")
+
+
+def source_options(command: argparse.ArgumentParser, own: Collection[str] = ()) -> None:
+    """Options that say which model is meant, without the command's `own`; `actions.source_of` reads them."""
+    add = command.add_argument
+    if "--task" not in own:
+        add("--task", help="use the newest run of this task; the task of --generator")
+    add("--run", metavar="DIR", help="run folder, or a pipeline: its folder or hub id (default: the newest run)")
+    add("--generator", metavar="DIR", help="artefact folder or hub id, with --tokenizer and --recipe")
+    add("--tokenizer", metavar="DIR", help="artefact folder or hub id of its tokenizer")
+    add("--recipe", help="whose settings such a pair gets: data, sampling, protocols")
+    if "--set" not in own:
+        add("--set", dest="settings", action="append", default=[], metavar="FIELD=VALUE", help="of that recipe")
+    add("--data", metavar="DIR", help="dataset folder in place of the one that the model names")
 
 
 def _add_conditions(sample: argparse.ArgumentParser, task: Task) -> None:
@@ -267,10 +274,9 @@ def _sampled_task(argv: Sequence[str]) -> Task | None:
 
     if found.run is None:
         return get_task(found.task)
-    from raev2.pipeline import find_run
-    from raev2.spec_io import load_spec
+    from raev2.opened import Source
 
-    return get_task(load_spec(find_run(found.run, found.task) / "spec.yaml").task.name)
+    return get_task(Source.of(found.run).spec.task.name)
 
 
 def _plugin_command(name: str, argv: list[str]) -> int:

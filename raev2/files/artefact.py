@@ -1,6 +1,6 @@
 """Artefact folders: what users exchange. `config.json`, `model.safetensors` and a model card, never a pickle.
 
-save_artefact(dir, kind="tokenizer", config={...}, tensors={...}, card="# ...")
+save_artefact(dir, kind="tokenizer", config={...}, tensors={...})
 config, tensors, path = load_artefact(path_or_hub_id, kind="tokenizer")
 """
 
@@ -18,12 +18,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raev2.errors import CheckpointError
+from raev2.files.card import card_text
 from raev2.files.damage import read_json
 from raev2.files.replace import ARTEFACT, new_folder, write_text
 
 FORMAT_VERSION = 1
 ENCODER = "encoder"  # folder with the encoder's weights, in tokenizers that bring their own
-FILES = {"config.json", "model.safetensors", "README.md", ENCODER}
+PIPELINE = "pipeline.json"  # what a folder with tokenizer and generator has at its top
+_PART_FILES = ("config.json", "model.safetensors", f"{ENCODER}/*.json", f"{ENCODER}/*.safetensors")
+HUB_FILES = [
+    PIPELINE, "README.md", "samples.png", "eval/*.json",
+    *(f"{part}{file}" for part in ("", "tokenizer/", "generator/") for file in _PART_FILES),
+]  # fmt: skip
+WAYS_OUT = {
+    "GatedRepoError": "Accept its terms at its page, then log in with `hf auth login`.",
+    "LocalEntryNotFoundError": "Check the network, or give a local folder.",
+    "OfflineModeIsEnabled": "Unset HF_HUB_OFFLINE, or give a local folder.",
+    "RepositoryNotFoundError": "Check the name; for a private one log in with `hf auth login`.",
+    "RevisionNotFoundError": "Check the part after @.",
+}
 
 
 def save_artefact(
@@ -32,13 +45,14 @@ def save_artefact(
     kind: str,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor] | Callable[[Path], None],
-    card: str,
+    card: str | None = None,
     encoder: Path | None = None,
 ) -> Path:
     """Write an artefact folder atomically: it is complete or it is not there. An older artefact there is replaced.
 
     kind      'tokenizer' or 'generator'; checked when loading
     tensors   saved contiguous, on the CPU, in their dtype; or a function that writes them to a safetensors file
+    card      model card; None: what `card_text` makes of `config`
     encoder   folder that is copied into the artefact
 
     Raises FileError when `path` holds anything else than an artefact, or when it cannot be written.
@@ -52,8 +66,9 @@ def save_artefact(
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, weights_file)
         if encoder is not None:
             shutil.copytree(encoder, partial / ENCODER)
-        (partial / "README.md").write_text(card)
-        write_json(partial / "config.json", {"format_version": FORMAT_VERSION, "kind": kind, **config})
+        described = {"format_version": FORMAT_VERSION, "kind": kind, **config}
+        write_text(partial / "README.md", card_text(described) if card is None else card)
+        write_json(partial / "config.json", described)
     return path
 
 
@@ -62,9 +77,20 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
 
     A hub id may name a branch, tag or commit: OWNER/NAME@REVISION. The folder returned is then named by its commit.
     """
-    path = Path(path_or_hub_id)
-    if not path.exists():
-        path = _download(str(path_or_hub_id))
+    config, path = read_artefact(path_or_hub_id, kind=kind)
+    weights_file = path / "model.safetensors"
+    try:
+        return config, load_file(weights_file), path
+    except SafetensorError as error:
+        raise CheckpointError(
+            str(weights_file), "truncated or not a safetensors file", got=str(error), hint="Copy or download it again."
+        ) from error
+
+
+def read_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, Any], Path]:
+    """`load_artefact` without reading the tensors. In a pipeline, the part of this kind is meant."""
+    path = local_folder(path_or_hub_id)
+    path = path / kind if (path / PIPELINE).is_file() else path
     config_file, weights_file = path / "config.json", path / "model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
@@ -85,23 +111,26 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
             str(path), "unknown format_version", got=config.get("format_version"), expected=str(FORMAT_VERSION),
             hint="Update raev2.",
         )  # fmt: skip
-    try:
-        return config, load_file(weights_file), path
-    except SafetensorError as error:
-        raise CheckpointError(
-            str(weights_file), "truncated or not a safetensors file", got=str(error), hint="Copy or download it again."
-        ) from error
+    return config, path
 
 
-def push_to_hub(save: Callable[[Path], Path], repo_id: str, kind: str, *, private: bool) -> str:
+def push_to_hub(
+    save: Callable[[Path], Path], repo_id: str, kind: str, *, private: bool = False, token: str | None = None
+) -> str:
     """Upload what `save` writes to the Hugging Face hub, as a model repository; returns the URL of the commit."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as parent:
         folder = save(Path(parent) / kind)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {kind}"))
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {kind}"))
+        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+            got = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            hint = "Log in with `hf auth login`, with a token that may write, or give one as `token`."
+            raise CheckpointError(f"hub {repo_id}", "not uploaded", got=got, hint=hint) from error
 
 
 def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -129,17 +158,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def _download(hub_id: str) -> Path:
+def local_folder(path_or_hub_id: str | Path, subfolder: str = "", **hub: Any) -> Path:
+    """The folder itself, or that of a hub repository (OWNER/NAME or OWNER/NAME@REVISION), downloaded at need.
+
+    hub   what else `huggingface_hub.snapshot_download` is told: revision, token, local_files_only
+    """
+    if Path(path_or_hub_id).exists():
+        return Path(path_or_hub_id) / subfolder
     from huggingface_hub import snapshot_download
 
-    repository, _, revision = hub_id.partition("@")
-    files = ["config.json", "model.safetensors", "README.md", f"{ENCODER}/*.json", f"{ENCODER}/*.safetensors"]
+    repository, _, named = str(path_or_hub_id).partition("@")
+    files = [(Path(subfolder) / file).as_posix() for file in HUB_FILES]
+    hub["revision"] = hub.get("revision") or named or None
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+        return Path(snapshot_download(repository, allow_patterns=files, **hub)) / subfolder
     except Exception as error:  # the hub client has many error types; all mean that we have no folder
         raise CheckpointError(
-            hub_id, "neither a local folder nor a hub repository that can be reached", got=type(error).__name__
-        ) from error
+            str(path_or_hub_id), "neither a local folder nor a hub repository that can be reached",
+            got=type(error).__name__, hint=WAYS_OUT.get(type(error).__name__, ""),
+        ) from error  # fmt: skip
 
 
 def _where_instead(path: Path, kind: str) -> str:

@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from raev2.errors import SpecError
@@ -53,6 +54,13 @@ class EncoderInfo:
     gated: bool = False
     side: int = 16
     note: str = ""
+
+    @property
+    def hub_id(self) -> str | None:
+        """Where the hub has it; None for a local folder."""
+        if self.route == "local" or Path(self.model_id).exists():
+            return None
+        return self.model_id if "/" in self.model_id else f"timm/{self.model_id}"
 
     @property
     def input_size(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from raev2.errors import CheckpointError
 from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artefact
 from raev2.files.damage import damaged
+from raev2.files.hashes import json_sha256
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float, part
@@ -114,6 +115,11 @@ class RAE(Tokenizer):
         """That of the encoder, with its layers, norm, preprocessing and grid."""
         return self.encoder.fingerprint()
 
+    def identity(self) -> str:
+        """That of every tokenizer, with the statistics in it."""
+        statistics = [value.cpu().numpy().tobytes().hex() for value in (self.stats_mean, self.stats_var)]
+        return json_sha256([self.fingerprint(), *statistics])[:16]
+
     # Parts, for training.
 
     @torch.no_grad()
@@ -168,55 +174,16 @@ class RAE(Tokenizer):
             stats_config = {
                 "num_images": self._stats.num_images, "encoder": dict(self._stats.encoder), "data": self._stats.data
             }  # fmt: skip
-        config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": stats_config, "extra": self.extra}
-        card, encoder = self._card(), self.encoder_dir
-        return save_artefact(path, kind="tokenizer", config=config, tensors=tensors, card=card, encoder=encoder)
-
-    def _card(self) -> str:
-        info, spec, stats = self.encoder.info, self.spec, self._stats
-        channels, rows, columns = self.latent_shape
-        parameters = sum(parameter.numel() for parameter in self.decoder.parameters())
-        gate = " Its licence must be accepted at the source." if info.gated else ""
-        statistics = f"over {stats.num_images} images (data {stats.data or 'not named'})" if stats else "not computed"
-        if stats is not None and not stats.num_images:
-            statistics = stats.data
-        where = "in the folder `encoder`" if self.encoder_dir else "not in this folder"
-        licence = self.extra.get(
-            "licence", "The licence of the decoder weights in this folder is for their author to add here."
-        )
-        return f"""---
-library_name: raev2
-tags: [representation-autoencoder, tokenizer]
----
-
-# Representation autoencoder on {info.name}
-
-| | |
-|---|---|
-| encoder | {info.name} ({info.route}: {info.model_id}), frozen, {where} |
-| layers | {list(self.encoder.layers)}, {spec.encoder.aggregate}, final norm {self.encoder.norm} |
-| latents | {channels} x {rows} x {columns}, normalised per channel and position |
-| images | {spec.image_size[0]} x {spec.image_size[1]} px |
-| decoder | ViT, width {spec.decoder.width}, depth {spec.decoder.depth}, {parameters:,} parameters |
-| latent statistics | {statistics} |
-
-## Licence
-
-The encoder weights are under: {info.licence}.{gate} They are loaded from their own source and their terms apply to \
-you.
-
-{licence}
-
-## Use
-
-```python
-from raev2 import RAE
-
-rae = RAE.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
-latents = rae.encode(images)  # float RGB in [0, 1], (B, 3, H, W)
-images = rae.decode(latents)
-```
-"""
+        info = self.encoder.info
+        encoder = {
+            "name": info.name, "licence": info.licence, "gated": info.gated, "hub_id": info.hub_id,
+            "layers": list(self.encoder.layers), "inside": self.encoder_dir is not None,
+        }  # fmt: skip
+        config = {
+            "tokenizer": self.spec.model_dump(mode="json"), "latent_shape": list(self.latent_shape),
+            "image_size": list(self.spec.image_size), "encoder": encoder, "stats": stats_config, "extra": self.extra,
+        }  # fmt: skip
+        return save_artefact(path, kind="tokenizer", config=config, tensors=tensors, encoder=self.encoder_dir)
 
 
 def read_parts(

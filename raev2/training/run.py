@@ -64,11 +64,12 @@ class Run:
     dir: Path
     spec: RunSpec
     accelerator: Accelerator
+    other_device: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        """Device of this process."""
-        return self.accelerator.device
+        """Device of this process, or another one that was asked for."""
+        return self.other_device or self.accelerator.device
 
     def autocast(self) -> torch.autocast:
         """Inside, networks compute in the precision of the run. (Accelerate has one precision per process.)"""

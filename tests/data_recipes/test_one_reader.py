@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from raev2.data import FolderDataset
-from raev2.eval.reconstruct import read_image
+from raev2_tasks.reconstruct.pictures import read_image
 from raev2.files.images import centre_crop
 from raev2.files.picture_folder import image_files
 from raev2_data_recipes.captions.shard_recipe import prepared

@@ -24,7 +24,7 @@ MAX_LINES = 600
 ORDER = """
     errors files.plugins shapes spec batch
     files.damage files.hashes files.splits files.images files.replace files.picture_folder files.manifest
-    files.artefact files.grid files.picture_array
+    files.card files.artefact files.grid files.picture_array
     flow guidance sampler nn data
     training.dist
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
@@ -35,10 +35,10 @@ ORDER = """
     training.parallel training.ema training.optim training.checkpoint training.lock training.health training.run
     training.resume
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
-    eval.pictures eval.reconstruct
-    train_tokenizer train_generator
+    eval.pictures
+    opened train_tokenizer train_generator
     report.chart report.published report.page
-    pipeline
+    pipeline repository
     command.bench command.actions command.cli __main__
 """.split()  # noqa: SIM905
 
@@ -123,15 +123,16 @@ def test_start_is_light(command):
 
 
 def test_public_names_load_and_are_documented():
-    assert sorted(raev2.__all__) == ["Generator", "RAE", "__version__", "sample"]
+    assert sorted(raev2.__all__) == ["Generator", "Pipeline", "RAE", "__version__", "sample"]
     for name in set(raev2.__all__) - {"__version__"}:
         assert inspect.getdoc(getattr(raev2, name)), name
     stable = {
         "raev2.RAE": ("from_pretrained", "save_pretrained", "push_to_hub", "encode", "decode", "latent_stats"),
         "raev2.Generator": ("from_pretrained", "save_pretrained", "push_to_hub", "forward", "null_cond"),
+        "raev2.Pipeline": ("from_pretrained", "save_pretrained", "push_to_hub", "__call__"),
         "raev2.interop": ("import_generator", "import_decoder", "aggregate_layers"),
         "raev2.task": ("Task", "Evaluator"),
-        "raev2.pipeline": ("train", "sample_run", "reconstruct_files", "evaluate_run"),
+        "raev2.pipeline": ("train", "sample_run", "evaluate_run"),
     }
     for where, names in stable.items():
         package, _, attribute = where.partition(".")
