@@ -12,12 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    model_validator,
+)
 
 from raev2.errors import TaskError
 from raev2.files.plugins import GUIDANCE, PREDICTIONS, installed, load_kind, unknown
 
 AnySpec = TypeVar("AnySpec", bound="Spec")
+FILE = "file"  # context of validation: fields may be missing because the file is older than they are
 
 
 def _installed_name(group: str, name: object) -> str:
@@ -30,12 +40,19 @@ def _installed_name(group: str, name: object) -> str:
 class Spec(BaseModel):
     """Base of every spec: frozen, and a misspelt field is an error.
 
-    added   fields that are younger than runs of others: at their default they are no part of the fingerprint
+    added   fields that are younger than runs of others, with what the code did before: files without them mean this,
+            and with this value they are no part of the fingerprint
     """
 
-    added: ClassVar[tuple[str, ...]] = ()
+    added: ClassVar[Mapping[str, Any]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_file(cls, values: Any, info: Any) -> Any:
+        """With the context FILE: what a file that is older than a field means."""
+        return {**cls.added, **values} if info.context == FILE and isinstance(values, Mapping) else values
 
     def replace(self: AnySpec, **changes: Any) -> AnySpec:
         """Copy with some fields changed, validated again (pydantic's own copy is not)."""
@@ -125,11 +142,18 @@ def decoder_size(size: str, patch_size: int = 16) -> DecoderSpec:
 class TokenizerSpec(Spec):
     """Representation autoencoder: frozen encoder, trained decoder, latent statistics."""
 
+    added: ClassVar = {"noise_unit": "tokens"}
+
     kind: Literal["rae"] = "rae"
     encoder: EncoderSpec
     decoder: DecoderSpec
     grid: tuple[int, int] = Field((16, 16), description="latent rows and columns; the encoder sees grid * its patch")
     noise_tau: float = Field(0.8, ge=0, description="strength of the noise on tokens while the decoder trains")
+    noise_unit: Literal["std", "tokens"] = Field(
+        "std",
+        description="std: noise_tau is in standard deviations of the tokens, so that it means the same for a sum, a "
+        "mean and any number of layers; tokens: it is absolute (the released code)",
+    )
     noise_distribution: Literal["uniform", "half_normal"] = Field(
         "uniform", description="sigma = tau * U[0, 1) (the released code) or |N(0, tau^2)| (the RAE paper's text)"
     )
@@ -358,7 +382,7 @@ class RepaSpec(Spec):
 class GeneratorTrainingSpec(LoopSpec):
     """Stage 2: flow matching of the generator."""
 
-    added = ("keep_best",)
+    added: ClassVar = {"keep_best": None}
 
     eval_every_images: int | None = Field(None, gt=0, description="evaluation in training; null: only at the end")
     optimizer: OptimizerSpec = MuonSpec()
@@ -505,7 +529,7 @@ class ExpectedSpec(Spec):
 class EvaluationSpec(Spec):
     """Evaluation settings shared by the protocols of a task."""
 
-    added: ClassVar = ("expected",)
+    added: ClassVar = {"expected": ()}
 
     protocols: tuple[str, ...] = Field((), description="protocols run at the end of training; see `raev2 tasks`")
     in_training: tuple[str, ...] = Field(
@@ -544,7 +568,7 @@ class TaskSpec(Spec):
 class RunSpec(Spec):
     """Everything a run depends on. The fingerprint in a run folder is the hash of this."""
 
-    added = ("parallel",)
+    added: ClassVar = {"parallel": ParallelSpec()}
 
     recipe: str
     summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")

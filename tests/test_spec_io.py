@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -242,7 +243,7 @@ def test_free_fields_exist(tiny_spec):
 
 def test_an_added_field_is_part_of_the_fingerprint_once_it_is_used(tiny_spec):
     class Grown(TaskSpec):
-        added = ("colour",)
+        added: ClassVar = {"colour": "grey"}
 
         colour: str = "grey"
 

@@ -22,7 +22,7 @@ from raev2.errors import CheckpointError, SpecError, did_you_mean
 from raev2.files.artefact import load_artefact, save_artefact
 from raev2.files.damage import damaged
 from raev2.shapes import Images, Latents
-from raev2.spec import AnyTokenizerSpec, PixelSpec, TokenizerSpec, VAESpec
+from raev2.spec import FILE, AnyTokenizerSpec, PixelSpec, TokenizerSpec, VAESpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
 from raev2.tokenizer.rae import RAE
 
@@ -200,7 +200,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
 def tokenizer_spec(config: dict[str, Any]) -> AnyTokenizerSpec:
     """The spec in the configuration of a tokenizer artefact."""
     with damaged("config.json of a tokenizer"):
-        return TypeAdapter(AnyTokenizerSpec).validate_python(config["tokenizer"])
+        return TypeAdapter(AnyTokenizerSpec).validate_python(config["tokenizer"], context=FILE)
 
 
 def load_vae(name: str) -> Any:

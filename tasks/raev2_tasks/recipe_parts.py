@@ -79,10 +79,14 @@ def dinov3l_tokenizer(label: str) -> TokenizerSpec:
     token mean of the last one.
     """
     layers = DINOV3L_LAYERS[label]
-    return TokenizerSpec(
-        encoder=EncoderSpec(name="dinov3-l16", layers=layers, aggregate="mean", pooled_term=bool(layers)),
-        decoder=decoder_size("XL"),
+    return published_tokenizer(
+        EncoderSpec(name="dinov3-l16", layers=layers, aggregate="mean", pooled_term=bool(layers))
     )
+
+
+def published_tokenizer(encoder: EncoderSpec, grid: tuple[int, int] = (16, 16)) -> TokenizerSpec:
+    """An encoder with the decoder of the papers, trained with the absolute noise of the released code."""
+    return TokenizerSpec(encoder=encoder, decoder=decoder_size("XL"), grid=grid, noise_unit="tokens")
 
 
 def published_tokenizer_training(epoch: int, sample_every_images: int = 2_500 * 512) -> TokenizerTrainingSpec:

@@ -27,7 +27,6 @@ from raev2.spec import (
     RunSpec,
     SamplingSpec,
     ScheduleSpec,
-    TokenizerSpec,
     VAESpec,
     decoder_size,
 )
@@ -37,6 +36,7 @@ from raev2_tasks.recipe_parts import (
     SHORT_TOKENIZER_TRAINING,
     SMALL_DDT,
     dinov3l_tokenizer,
+    published_tokenizer,
     published_tokenizer_training,
     tiny_run,
     trunk_size,
@@ -187,7 +187,7 @@ def rae_ditdh(size: str, resolution: int) -> RunSpec:
         recipe=f"rae-ditdh-{size}" + ("" if resolution == 256 else f"-{resolution}"),
         summary=f"RAE v1: DiT^DH-{size.upper()} on DINOv2-B, {resolution} px (arXiv 2510.11690)",
         data=imagenet_data(resolution).replace(horizontal_flip=True),
-        tokenizer=TokenizerSpec(encoder=EncoderSpec(name="dinov2-b"), decoder=decoder_size("XL"), grid=(grid, grid)),
+        tokenizer=published_tokenizer(EncoderSpec(name="dinov2-b"), (grid, grid)),
         generator=DDTSpec(
             **trunk_size(size), conditioning="adaln", qk_norm=False, abs_pos_embed=True, num_time_tokens=1
         ),

@@ -20,14 +20,13 @@ from raev2.spec import (
     RunSpec,
     SamplingSpec,
     ScheduleSpec,
-    TokenizerSpec,
-    decoder_size,
 )
 from raev2_tasks.nwm.spec import NavigationSpec
 from raev2_tasks.recipe_parts import (
     EMBEDDED_TOKENIZER,
     SHORT_TOKENIZER_TRAINING,
     dinov3l_tokenizer,
+    published_tokenizer,
     published_tokenizer_training,
     tiny_run,
     trunk_size,
@@ -167,7 +166,7 @@ def dinov2b() -> RunSpec:
         recipe="dinov2b",
         summary="RECON on DINOv2-B (ungated), cached context, offsets up to 16 s; our settings",
         task=NavigationSpec(max_offset_s=16.0, horizons_s=(1.0, 2.0, 4.0, 8.0, 16.0), num_rollouts=150),
-        tokenizer=TokenizerSpec(encoder=EncoderSpec(name="dinov2-b"), decoder=decoder_size("XL")),
+        tokenizer=published_tokenizer(EncoderSpec(name="dinov2-b")),
         generator=DDTSpec(**trunk_size("b"), base_head_depth=4),
         generator_training=base.generator_training.replace(batch_size=1024, optimizer=MuonSpec()),
     )
