@@ -10,24 +10,13 @@ import math
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    SerializeAsAny,
-    Tag,
-    model_validator,
-)
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, model_validator
 
 from raev2.errors import TaskError
 from raev2.files.plugins import GUIDANCE, PREDICTIONS, installed, load_kind, unknown
-
-AnySpec = TypeVar("AnySpec", bound="Spec")
-FILE = "file"  # context of validation: fields may be missing because the file is older than they are
+from raev2.files.spec_base import Spec
 
 
 def _installed_name(group: str, name: object) -> str:
@@ -35,29 +24,6 @@ def _installed_name(group: str, name: object) -> str:
     if name not in installed(group):
         raise ValueError(unknown(group, name))
     return str(name)
-
-
-class Spec(BaseModel):
-    """Base of every spec: frozen, and a misspelt field is an error.
-
-    added   fields that are younger than runs of others, with what the code did before: files without them mean this,
-            and with this value they are no part of the fingerprint
-    """
-
-    added: ClassVar[Mapping[str, Any]] = {}
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_file(cls, values: Any, info: Any) -> Any:
-        """With the context FILE: what a file that is older than a field means."""
-        return {**cls.added, **values} if info.context == FILE and isinstance(values, Mapping) else values
-
-    def replace(self: AnySpec, **changes: Any) -> AnySpec:
-        """Copy with some fields changed, validated again (pydantic's own copy is not)."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self).model_validate({**fields, **changes})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from raev2.errors import CheckpointError, RaeError, SpecError, did_you_mean
 from raev2.files.damage import damaged
 from raev2.files.hashes import json_sha256
 from raev2.files.replace import write_text
-from raev2.spec import FILE, RunSpec, Spec
+from raev2.files.spec_base import FILE, Spec
+from raev2.spec import RunSpec
 from raev2.task import get_task
 
 AnySpec = TypeVar("AnySpec", bound=Spec)

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from raev2.errors import CheckpointError, SpecError, did_you_mean
 from raev2.files.artefact import load_artefact, save_artefact
 from raev2.files.damage import damaged
+from raev2.files.spec_base import FILE
 from raev2.shapes import Images, Latents
-from raev2.spec import FILE, AnyTokenizerSpec, PixelSpec, TokenizerSpec, VAESpec
+from raev2.spec import AnyTokenizerSpec, PixelSpec, TokenizerSpec, VAESpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
 from raev2.tokenizer.rae import RAE
 

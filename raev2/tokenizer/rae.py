@@ -20,8 +20,9 @@ from torch import Tensor
 from raev2.errors import CheckpointError
 from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artefact
 from raev2.files.damage import damaged
+from raev2.files.spec_base import FILE
 from raev2.shapes import Images, Latents, Tokens
-from raev2.spec import FILE, TokenizerSpec
+from raev2.spec import TokenizerSpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float, part
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder

@@ -22,7 +22,7 @@ MAX_LINES = 600
 
 # The reading order. A module imports only from modules above it.
 ORDER = """
-    errors files.plugins shapes spec batch
+    errors files.plugins files.spec_base shapes spec batch
     files.damage files.hashes files.splits files.images files.replace files.picture_folder files.manifest
     files.artefact files.grid files.picture_array
     flow guidance sampler nn data
