@@ -31,7 +31,7 @@ ORDER = """
     tokenizer.baselines tokenizer.losses tokenizer.discriminator
     model.dit model.condition model.frames model.generator
     task spec_io testing
-    interop.convert interop.generators interop.tokenizers interop.encoders interop.autoencoders interop.files
+    interop.convert interop.generators interop.tokenizers
     training.parallel training.ema training.optim training.checkpoint training.lock training.health training.run
     training.resume
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols

@@ -19,9 +19,6 @@ from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import FILES, load_artefact, save_artefact, write_json
 from raev2.files.damage import read_json
 from raev2.files.replace import ARTEFACT, EXPORT, new_folder
-from raev2.interop.autoencoders import export_autoencoder, import_autoencoder
-from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
-from raev2.interop.files import Source, generator_part, read_config, read_source, tokenizer_part
 from raev2.interop.generators import convert_generator, export_generator, generator_config, nearest_multiples
 from raev2.interop.tokenizers import (
     HEADS,
@@ -40,6 +37,9 @@ from raev2.spec_io import load_spec, override_values, validated
 from raev2.task import Command
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.tokenizer.rae import RAE, read_parts
+from raev2_tasks.convert.autoencoders import export_autoencoder, import_autoencoder
+from raev2_tasks.convert.encoders import is_reference_name, reference_encoder, v1_encoder
+from raev2_tasks.convert.files import Source, generator_part, read_config, read_source, tokenizer_part
 
 Rows = list[tuple[str, str]]
 NOISE_FIELDS = "noise_tau", "noise_unit", "noise_distribution"
