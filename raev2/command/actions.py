@@ -246,14 +246,6 @@ def latents(options: Namespace) -> int:
     return OK
 
 
-def bench(options: Namespace) -> int:
-    """`raev2 bench`."""
-    from raev2.command.bench import run_benchmarks, table
-
-    print(table(run_benchmarks(options.names, Path(options.json) if options.json else None)))
-    return OK
-
-
 def doctor(options: Namespace) -> int:
     """`raev2 doctor`."""
     import torch
@@ -289,7 +281,7 @@ def doctor(options: Namespace) -> int:
 COMMANDS = {
     "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
     "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents,
-    "bench": bench, "doctor": doctor,
+    "doctor": doctor,
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from raev2.files.plugins import GUIDANCE, TASKS, installed
 
 COMMANDS = (
     "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "bench", "doctor",
+    "doctor",
 )  # fmt: skip
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
@@ -144,10 +144,6 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     latents.add_argument("--data", required=True, metavar="DIR", help="dataset folder")
     latents.add_argument("--split", default="train")
     latents.add_argument("--out", required=True, metavar="FILE")
-
-    bench = command("bench", "benchmark tables with the machine's description")
-    bench.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    bench.add_argument("--json", metavar="FILE", help="also write the numbers here")
 
     command("doctor", "environment, devices, optional parts, reachable and missing assets")
     for name, point in installed(ADDED).items():

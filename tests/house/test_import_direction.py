@@ -39,7 +39,7 @@ ORDER = """
     train_tokenizer train_generator
     report.chart report.published report.page
     pipeline
-    command.bench command.actions command.cli __main__
+    command.actions command.cli __main__
 """.split()  # noqa: SIM905
 
 
