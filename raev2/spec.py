@@ -12,16 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    SerializeAsAny,
-    Tag,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, model_validator
 
 from raev2.errors import TaskError
 from raev2.files.plugins import GUIDANCE, PREDICTIONS, installed, load_kind, unknown
@@ -568,10 +559,11 @@ class TaskSpec(Spec):
 class RunSpec(Spec):
     """Everything a run depends on. The fingerprint in a run folder is the hash of this."""
 
-    added: ClassVar = {"parallel": ParallelSpec()}
+    added: ClassVar = {"parallel": ParallelSpec(), "cost": ""}
 
     recipe: str
     summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")
+    cost: str = Field("", description="hardware and time of the whole run, and how they are known")
     task: SerializeAsAny[TaskSpec]
     data: DataSpec
     tokenizer: AnyTokenizerSpec
