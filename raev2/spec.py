@@ -534,10 +534,11 @@ class TaskSpec(Spec):
 class RunSpec(Spec):
     """Everything a run depends on. The fingerprint in a run folder is the hash of this."""
 
-    added: ClassVar = {"parallel": ParallelSpec()}
+    added: ClassVar = {"parallel": ParallelSpec(), "cost": ""}
 
     recipe: str
     summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")
+    cost: str = Field("", description="hardware and time of the whole run, and how they are known")
     task: SerializeAsAny[TaskSpec]
     data: DataSpec
     tokenizer: AnyTokenizerSpec

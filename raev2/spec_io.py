@@ -21,7 +21,7 @@ AnySpec = TypeVar("AnySpec", bound=Spec)
 
 # Fields that change what a run shows or how fast it goes, never its numbers. A resumed run may differ in them.
 FREE_FIELDS = (
-    "summary", "data.num_workers", "data.cache",
+    "summary", "cost", "data.num_workers", "data.cache",
     *(f"{loop}.{field}" for loop in ("tokenizer_training", "generator_training")
       for field in ("log_every_steps", "sample_every_images", "save_every_images", "keep_checkpoints")),
     "generator_training.eval_every_images", "generator_training.latent_cache", "generator_training.keep_best",

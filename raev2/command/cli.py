@@ -1,4 +1,4 @@
-"""The `raev2` command: parse, then one function a command. `train` is here, the others are in actions.py.
+"""The `raev2` command: parse, then one function a command. `train` is here, others are in actions.py.
 
 No heavy import at the top: `raev2 --help` loads neither torch nor a plugin.
 """
@@ -8,10 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,10 +27,7 @@ from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
 from raev2.files.plugins import COMMANDS as ADDED
 from raev2.files.plugins import GUIDANCE, TASKS, installed
 
-COMMANDS = (
-    "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "doctor",
-)  # fmt: skip
+COMMANDS = ("train", "sample", "reconstruct", "eval", "report", "data", "latents")
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
@@ -119,18 +120,6 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     report = command("report", "write RUN/report.html")
     _run_options(report)
 
-    show = command("show", "resolved spec, parameters, compute and memory of a recipe; starts nothing")
-    show.add_argument("recipe", metavar="RECIPE")
-    show.add_argument("--task", help="needed when several tasks have a recipe of this name")
-    show.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
-
-    recipes = command("recipes", "list recipes")
-    recipes.add_argument("--task")
-    command("tasks", "list installed tasks and their protocols")
-    encoders = command("encoders", "list encoders with licence, or check one")
-    encoders.add_argument("action", nargs="?", choices=("list", "check"), default="list")
-    encoders.add_argument("name", nargs="?")
-
     data = command("data", "list, build or verify datasets")
     data.add_argument("action", choices=("list", "plan", "build", "verify"))
     data.add_argument("recipe", nargs="?", help="data recipe; for verify a dataset folder")
@@ -145,13 +134,21 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     latents.add_argument("--split", default="train")
     latents.add_argument("--out", required=True, metavar="FILE")
 
-    command("doctor", "environment, devices, optional parts, reachable and missing assets")
     for name, point in installed(ADDED).items():
         if name in added:
             added[name].options(command(name, added[name].summary))
         else:  # not loaded: another command is meant
-            commands.add_parser(name, help=f"added by {point.module.partition('.')[0]}: `raev2 {name} --help`")
+            commands.add_parser(name, help=_summary(point))
     return root
+
+
+def _summary(point: EntryPoint) -> str:
+    """The sentence of the `Command` that an entry point names, read in its source: importing may take seconds."""
+    with suppress(ImportError, OSError, TypeError):
+        source = Path(getattr(find_spec(point.module), "origin", None)).read_text()  # type: ignore[arg-type]
+        if found := re.search(rf'^{point.attr} = Command\(\s*"(.*?)"', source, re.M):
+            return found[1]
+    return f"added by {point.module.partition('.')[0]}: `raev2 {point.name} --help`"
 
 
 def _run_options(command: argparse.ArgumentParser) -> None:
@@ -313,7 +310,7 @@ def train(options: Namespace) -> int:
     spec = apply_overrides(spec, options.overrides)
     run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
     if options.dry_run:
-        actions._print_sizes(task, spec)
+        actions.print_sizes(task, spec)
         print(f"\ndata {spec.data.dir}: {actions._data_state(spec)}")
         print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
         return 0

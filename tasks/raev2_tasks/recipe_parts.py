@@ -57,6 +57,7 @@ DINOV3L_LAYERS: dict[str, tuple[int, ...]] = {  # by label; k1 is the plain enco
     "k7": (11, 13, 15, 17, 19, 21, 23),
     "k23": tuple(range(1, 24)),
 }
+NOT_RUN = "GPUs; not run here"  # cost of the published systems
 TRUNK_SIZES = {
     "s": (384, 12, 6),
     "b": (768, 12, 12),
@@ -120,6 +121,7 @@ def tiny_run(spec: RunSpec, data: DataSpec, protocols: tuple[str, ...], in_train
     return spec.replace(
         recipe="selftest",
         summary="tiny networks, a few steps: what `raev2 selftest` kills, damages and starves; seconds",
+        cost="seconds on a CPU",
         data=data,
         tokenizer=spec.tokenizer.replace(
             decoder=DecoderSpec(width=64, depth=2, num_heads=2, mlp_dim=128, patch_size=8)

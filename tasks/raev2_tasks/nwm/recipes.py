@@ -24,6 +24,7 @@ from raev2.spec import (
 from raev2_tasks.nwm.spec import NavigationSpec
 from raev2_tasks.recipe_parts import (
     EMBEDDED_TOKENIZER,
+    NOT_RUN,
     SHORT_TOKENIZER_TRAINING,
     dinov3l_tokenizer,
     published_tokenizer,
@@ -41,6 +42,7 @@ def quickstart() -> RunSpec:
     return RunSpec(
         recipe="quickstart",
         summary="simulated mazes at 64 px, embedded encoder: recording, both stages, rollouts and report in minutes",
+        cost="2 CPU cores, 9 min: measured",
         task=NavigationSpec(
             num_context=2, max_offset_s=2.0, at_image=True, horizons_s=(0.5, 1.0, 2.0), num_rollouts=32
         ),
@@ -93,6 +95,7 @@ def laptop() -> RunSpec:
     return base.replace(
         recipe="laptop",
         summary="simulated mazes at 64 px, longer training, within 75 minutes on 2 cores",
+        cost="1 busy CPU core, 71 min and evaluation: measured",
         data=DataSpec(
             dir="data/vizdoom-laptop",
             recipe="vizdoom",
@@ -132,6 +135,7 @@ def raev2_dinov3l(label: str, summary: str = "") -> RunSpec:
     return RunSpec(
         recipe=f"raev2-dinov3l-{label}",
         summary=summary,
+        cost=NOT_RUN,
         task=NavigationSpec(
             max_offset_s=2.0, offset_distribution="uniform", targets_per_context=1, context_drop_prob=0.0, fit="crop",
             condition_form="in_context", frame_positions=False, action_drop_prob=0.0,
