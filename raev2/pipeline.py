@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,8 +86,7 @@ def train(
     make_accelerator(spec.precision)  # from here on the processes know each other
     prepare_data(spec)
     spec = with_tokenizer(spec)
-    with run_lock(Path(run_dir)):
-        run = open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)
+    with run_lock(Path(run_dir)), closing(open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)) as run:
         return _train(run, task, protocols, stage, origin)
 
 

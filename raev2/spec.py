@@ -534,7 +534,7 @@ class TaskSpec(Spec):
 class RunSpec(Spec):
     """Everything a run depends on. The fingerprint in a run folder is the hash of this."""
 
-    added: ClassVar = {"parallel": ParallelSpec(), "cost": ""}
+    added: ClassVar = {"parallel": ParallelSpec(), "cost": "", "tracker": None}
 
     recipe: str
     summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")
@@ -556,6 +556,7 @@ class RunSpec(Spec):
     sampling: SamplingSpec = SamplingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     parallel: ParallelSpec = ParallelSpec()
+    tracker: Literal["trackio", "wandb", "tensorboard"] | None = Field(None, description="sink beside metrics.jsonl")
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast with fp32 weights; fp32: no TF32")
 
@@ -583,9 +584,8 @@ class RunSpec(Spec):
 
 
 def _check_heads(where: str, width: int, num_heads: int) -> None:
-    if width % num_heads:
-        below = width - width % num_heads
+    if rest := width % num_heads:
         raise ValueError(
             f"{where}.width must be divisible by num_heads; got width={width}, num_heads={num_heads}; "
-            f"expected a multiple of {num_heads}. Try {below or num_heads} or {below + num_heads}"
+            f"expected a multiple of {num_heads}. Try {width - rest or num_heads} or {width - rest + num_heads}"
         )

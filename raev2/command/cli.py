@@ -70,6 +70,7 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
         metavar="auto|never|PATH",
         help="continue the run folder if it exists; a checkpoint folder of another run: begin a new run with it",
     )
+    train.add_argument("--tracker", metavar="trackio|wandb|tensorboard", help="numbers and pictures go there too")
     train.add_argument("--overwrite", action="store_true", help="delete an existing run folder first")
     train.add_argument("--max-time", type=float, metavar="MINUTES", help="save and stop after this time, exit code 75")
     train.add_argument("--dry-run", action="store_true", help="print sizes, and what is there already; train nothing")
@@ -307,7 +308,8 @@ def train(options: Namespace) -> int:
     if options.data:
         read_manifest(options.data)  # raises where it is no dataset folder
         spec = spec.replace(data=spec.data.replace(dir=options.data, recipe=None, options={}))
-    spec = apply_overrides(spec, options.overrides)
+    tracker = [f"tracker={options.tracker}"] if options.tracker else []
+    spec = apply_overrides(spec, [*options.overrides, *tracker])
     run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
     if options.dry_run:
         actions.print_sizes(task, spec)

@@ -32,8 +32,8 @@ ORDER = """
     model.dit model.condition model.frames model.generator
     task spec_io testing
     interop.convert interop.generators interop.tokenizers
-    training.parallel training.ema training.optim training.checkpoint training.lock training.health training.run
-    training.resume
+    training.parallel training.ema training.optim training.checkpoint training.lock training.health
+    training.tracker training.run training.resume
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
     eval.pictures eval.reconstruct
     train_tokenizer train_generator
