@@ -189,8 +189,6 @@ def latents(options: Namespace) -> int:
     print(write(options.run, Path(options.data), options.split, Path(options.out)))
     return OK
 
-    return OK
-
 
 COMMANDS = {
     "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report, "data": data,
@@ -264,15 +262,6 @@ def _plan(sampling: SamplingSpec) -> str:
     return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
 
 
-def _data_state(spec: RunSpec) -> str:
-    if (Path(spec.data.dir) / "manifest.json").is_file():
-        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
-    if spec.data.recipe is None:
-        return "missing, and data.recipe is null"
-    recipe = get_data_recipe(spec.data.recipe)
-    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
-
-
 def find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, RunSpec]:
     """The recipe of this name and its task; SpecError at `where` for none, or for several without a task."""
     candidates = [get_task(task_name)] if task_name else usable_tasks()
@@ -287,9 +276,23 @@ def find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, Run
     return having[0], get_recipe(having[0], name)
 
 
+def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
+    """`raev2 train --dry-run`: sizes and findings; raises the first error after them."""
+    from raev2.training.preflight import Plan, preflight
+
+    print_sizes(task, spec)
+    findings = list(preflight(Plan(task, spec, run_dir, stage)))
+    print()
+    print_table(("needed", "state", "detail"), [(f.what, f.state, f.detail) for f in findings])
+    print(f"\nrun folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
+    for error in filter(None, (finding.error for finding in findings)):
+        raise error
+    return OK
+
+
 def print_sizes(task: Task, spec: RunSpec) -> None:
     """What a run will need."""
-    from raev2.pipeline import run_sizes
+    from raev2.training.preflight import run_sizes
 
     print(f"{task.name} / {spec.recipe}   fingerprint {fingerprint(spec)}")
     print_table(("size", "value"), run_sizes(task, spec))

@@ -73,7 +73,7 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     train.add_argument("--tracker", metavar="trackio|wandb|tensorboard", help="numbers and pictures go there too")
     train.add_argument("--overwrite", action="store_true", help="delete an existing run folder first")
     train.add_argument("--max-time", type=float, metavar="MINUTES", help="save and stop after this time, exit code 75")
-    train.add_argument("--dry-run", action="store_true", help="print sizes, and what is there already; train nothing")
+    train.add_argument("--dry-run", action="store_true", help="print sizes, check all that is needed; train nothing")
 
     sample = command("sample", "images from a trained generator")
     _run_options(sample)
@@ -312,10 +312,7 @@ def train(options: Namespace) -> int:
     spec = apply_overrides(spec, [*options.overrides, *tracker])
     run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
     if options.dry_run:
-        actions.print_sizes(task, spec)
-        print(f"\ndata {spec.data.dir}: {actions._data_state(spec)}")
-        print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
-        return 0
+        return actions.dry_run(task, spec, run_dir, options.stage)
     if options.max_time is not None and not 0 < options.max_time < 1e6:
         raise SpecError("--max-time", "not usable", got=options.max_time, expected="minutes above 0")
     from raev2 import pipeline

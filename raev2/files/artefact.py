@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raev2.errors import CheckpointError
+from raev2.files.assets import Asset
 from raev2.files.damage import read_json
 from raev2.files.replace import ARTEFACT, new_folder, write_text
 
 FORMAT_VERSION = 1
 ENCODER = "encoder"  # folder with the encoder's weights, in tokenizers that bring their own
 FILES = {"config.json", "model.safetensors", "README.md", ENCODER}
+HUB_FILES = ("config.json", "model.safetensors", "README.md", f"{ENCODER}/*.json", f"{ENCODER}/*.safetensors")
 
 
 def save_artefact(
@@ -64,7 +66,7 @@ def load_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
     """
     path = Path(path_or_hub_id)
     if not path.exists():
-        path = _download(str(path_or_hub_id))
+        path = Asset(kind, str(path_or_hub_id), HUB_FILES).download()
     config_file, weights_file = path / "config.json", path / "model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
@@ -127,19 +129,6 @@ def load_strict(module: Any, tensors: Mapping[str, Tensor], where: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of JSON."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = hub_id.partition("@")
-    files = ["config.json", "model.safetensors", "README.md", f"{ENCODER}/*.json", f"{ENCODER}/*.safetensors"]
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
-    except Exception as error:  # the hub client has many error types; all mean that we have no folder
-        raise CheckpointError(
-            hub_id, "neither a local folder nor a hub repository that can be reached", got=type(error).__name__
-        ) from error
 
 
 def _where_instead(path: Path, kind: str) -> str:

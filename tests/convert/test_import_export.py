@@ -269,7 +269,7 @@ def test_a_decoder_of_another_encoder(refused):
 def test_a_gated_encoder_without_access(refused):
     arguments = ["--encoder", "dinov3mls-vit-l16[layers=11.23]", "--set", "heads=2", "--from", "raev2"]
     message = refused(4, "import", "decoder.pt", "--out", "x", *arguments)
-    for part in ("encoder dinov3-l16: the weights cannot be loaded", "DINOv3 License", "must be accepted at https://",
+    for part in ("encoder dinov3-l16: the weights are missing", "DINOv3 License", "must be accepted at https://",
                  "A local folder with config.json and model.safetensors is accepted", "'dinov2-l'"):  # fmt: skip
         assert part in message
 

@@ -23,7 +23,7 @@ MAX_LINES = 600
 # The reading order. A module imports only from modules above it.
 ORDER = """
     errors files.plugins files.spec_base shapes spec batch
-    files.damage files.hashes files.splits files.images files.replace files.picture_folder files.manifest
+    files.damage files.hashes files.assets files.splits files.images files.replace files.picture_folder files.manifest
     files.artefact files.grid files.picture_array
     flow guidance sampler nn data
     training.dist
@@ -33,7 +33,7 @@ ORDER = """
     task spec_io testing
     interop.convert interop.generators interop.tokenizers
     training.parallel training.ema training.optim training.checkpoint training.lock training.health
-    training.tracker training.run training.resume
+    training.tracker training.run training.resume training.preflight
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
     eval.pictures eval.reconstruct
     train_tokenizer train_generator

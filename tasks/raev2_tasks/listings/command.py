@@ -105,8 +105,8 @@ def _show(options: Namespace) -> None:
     import yaml
 
     from raev2.command.actions import print_sizes
-    from raev2.pipeline import run_sizes
     from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
+    from raev2.training.preflight import run_sizes
 
     task, spec = find_recipe(options.recipe, options.task, "raev2 show")
     spec = apply_overrides(spec, options.overrides)

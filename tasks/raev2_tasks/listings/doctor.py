@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
-from raev2.tokenizer.encoder_table import ENCODERS
-from raev2.tokenizer.encoders import ASSETS
+from raev2.files.assets import INCEPTION_WEIGHTS, LPIPS_WEIGHTS
+from raev2.tokenizer.encoder_table import encoder_asset
 from raev2.training.run import package_versions
-
-WEIGHTS = {"LPIPS (VGG)": "vgg16-397923af.pth", "Inception": "weights-inception-2015-12-05-6726825d.pth"}
 
 
 def machine() -> list[tuple[str, str]]:
@@ -25,12 +22,8 @@ def machine() -> list[tuple[str, str]]:
     for extra, missing in _missing_of_extras().items():
         names = ", ".join(missing)
         rows.append((f"extra {extra}", f"missing {names}: pip install 'raev2[{extra}]'" if missing else "ok"))
-    packaged = ASSETS / ENCODERS["micro"].model_id / "model.safetensors"
-    rows.append(("encoder micro", "ok" if packaged.is_file() else f"missing {packaged}: install raev2 again"))
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    for name, file in WEIGHTS.items():
-        rows.append((f"weights {name}", "ok" if (hub / file).is_file() else f"{file} is not in {hub}"))
-    return rows
+    assets = [encoder_asset("micro"), *LPIPS_WEIGHTS.values(), INCEPTION_WEIGHTS]
+    return [*rows, *((asset.what, "ok" if asset.fault() is None else str(asset.error())) for asset in assets)]
 
 
 def _devices() -> list[tuple[str, str]]:
