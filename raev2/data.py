@@ -288,7 +288,7 @@ def train_batches(
 
 
 def ordered_batches(
-    dataset: ImageDataset, batch_size: int, indices: range | None = None, *, skip_unreadable: bool = False
+    dataset: ImageDataset, batch_size: int, indices: Sequence[int] | None = None, *, skip_unreadable: bool = False
 ) -> Iterator[Batch]:
     """The samples of a split once, in index order.
 

@@ -31,10 +31,11 @@ from raev2.task import EvalContext, Task, get_recipe, get_task, usable_tasks
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import load_tokenizer, tokenizer_spec
 from raev2.training.checkpoint import latest_checkpoint
+from raev2.training.preflight import GENERATOR, TOKENIZER
 from raev2.training.run import Run, make_accelerator, memory_field, newest_run
 
 logger = logging.getLogger(__name__)
-TOKENIZER, GENERATOR = STAGES = "tokenizer", "generator"  # folders of a run, and of a pipeline
+STAGES = TOKENIZER, GENERATOR
 RESULTS = Path("results")  # where what is not a local folder leaves its pictures and numbers
 
 
@@ -158,15 +159,6 @@ def _results_of(name: str | Path) -> Path:
     return RESULTS / "--".join(Path(name).parts[-2:])
 
 
-def find_run(run_dir: str | None, task_name: str | None) -> Path:
-    """The run folder that a command means: the one given, or the newest of a task."""
-    if run_dir is not None:
-        if not (Path(run_dir) / "spec.yaml").is_file():
-            raise CheckpointError(run_dir, "not a run folder, spec.yaml is missing", expected="runs/TASK/NAME")
-        return Path(run_dir)
-    return find_source(None, task_name).dir
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A trained run
 
@@ -227,7 +219,7 @@ def open_trained(source: Source | str | Path, device: str | None = None) -> Trai
     source = source if isinstance(source, Source) else Source.of(source)
     source.check()
     spec = source.spec
-    run = Run(source.dir, spec, make_accelerator(spec.precision), torch.device(device) if device else None)
+    run = Run(source.dir, spec, make_accelerator(spec.precision), other_device=torch.device(device) if device else None)
     task = get_task(spec.task.name)
     rae = load_tokenizer(source.parts[TOKENIZER]).to(run.device)
     generator = None

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from raev2.errors import CheckpointError, FileError, SpecError
 from raev2.eval.features import NotFinite
 from raev2.eval.generate import PROGRESS_SECONDS
 from raev2.eval.protocols import run_protocol
-from raev2.files.artefact import read_artefact, write_json
+from raev2.files.artefact import write_json
 from raev2.files.card import card_text
 from raev2.files.damage import read_json
 from raev2.files.grid import save_grid
@@ -36,31 +37,20 @@ from raev2.files.hashes import folder_sha256
 from raev2.files.manifest import read_manifest
 from raev2.files.picture_array import PictureArrayWriter
 from raev2.files.replace import SAMPLES, new_folder, write_text
-from raev2.flow import prediction
-from raev2.model.generator import Generator, model_size
-from raev2.opened import (
-    GENERATOR,
-    TOKENIZER,
-    Source,
-    TrainedRun,
-    image_sampler,
-    load_generator,
-    open_trained,
-    tokenizer_in,
-)
-from raev2.spec import AnyTokenizerSpec, Guidance, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
+from raev2.model.generator import Generator
+from raev2.opened import Source, TrainedRun, image_sampler, load_generator, open_trained, tokenizer_in
+from raev2.spec import Guidance, NoGuidance, RunSpec, SamplingSpec, TokenizerSpec
 from raev2.spec_io import spec_from_dict
 from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task
 from raev2.tokenizer.base import Tokenizer
-from raev2.tokenizer.baselines import VAES, build_tokenizer, load_tokenizer, tokenizer_spec
-from raev2.tokenizer.decoder import ViTDecoder
-from raev2.tokenizer.encoder_table import encoder_info
+from raev2.tokenizer.baselines import build_tokenizer, load_tokenizer
 from raev2.tokenizer.encoders import hash_weights
 from raev2.tokenizer.rae import RAE
 from raev2.train_generator import train_generator
 from raev2.train_tokenizer import measure_stats, train_tokenizer
 from raev2.training import dist
 from raev2.training.lock import run_lock
+from raev2.training.preflight import GENERATOR, TOKENIZER, Plan, make_ready, with_tokenizer
 from raev2.training.resume import Origin, check_identity, local_identity
 from raev2.training.run import Run, add_provenance, make_accelerator, open_run
 
@@ -86,19 +76,17 @@ def train(
     origin = Origin.open(resume) if isinstance(resume, Path) else None
     spec = origin.fitted(spec, Path(run_dir)) if origin else spec
     task = get_task(spec.task.name)
-    protocols = get_evaluators(task, spec, spec.evaluation.protocols)
-    get_evaluators(task, spec, spec.evaluation.in_training)
-    prediction(spec.flow.prediction)  # it may come from a plugin, which may be broken
     make_accelerator(spec.precision)  # from here on the processes know each other
+    dist.on_main(lambda: make_ready(Plan(task, spec, Path(run_dir), stage)))
     prepare_data(spec)
     spec = with_tokenizer(spec)
-    with run_lock(Path(run_dir)):
-        run = open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)
-        return _train(run, task, protocols, stage, origin)
+    with run_lock(Path(run_dir)), closing(open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)) as run:
+        return _train(run, task, stage, origin)
 
 
-def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, origin: Origin | None) -> Path:
+def _train(run: Run, task: Task, stage: str, origin: Origin | None) -> Path:
     spec = run.spec
+    protocols = get_evaluators(task, spec, spec.evaluation.protocols)
     if origin:
         origin.copy_into(run)
     train_set, val_set = task.dataset(spec, "train"), task.dataset(spec, "val")
@@ -180,14 +168,6 @@ def prepare_data(spec: RunSpec) -> None:
         recipe.build(folder, spec.data.options)
     dist.barrier()
     read_manifest(folder)
-
-
-def with_tokenizer(spec: RunSpec) -> RunSpec:
-    """The spec with the tokenizer fields of the artefact that `tokenizer_from` names."""
-    if spec.tokenizer_from is None:
-        return spec
-    config, _ = read_artefact(spec.tokenizer_from, kind=TOKENIZER)
-    return spec.replace(tokenizer=tokenizer_spec(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,55 +399,3 @@ def _save_tensors(out: Path, tensors: Mapping[str, Tensor], kind: str, identity:
     finally:
         partial.unlink(missing_ok=True)
     return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes
-
-
-def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
-    """Parameters, compute and memory of a run by name, without data, weights or training."""
-    rows, latent_shape = _tokenizer_sizes(spec.tokenizer)
-    condition = task.condition(spec, None)
-    size = model_size(spec.generator, condition, latent_shape)
-    # Training: weights, gradients, averages and two optimizer moments in float32; activations are not counted.
-    state = (4 + len(spec.generator_training.ema_decays)) * 4 * size.num_parameters
-    height, width = spec.tokenizer.image_size
-    loop = spec.tokenizer_training
-    trained = isinstance(spec.tokenizer, TokenizerSpec)
-    tokenizer_steps = [("tokenizer steps", f"{loop.num_steps:,} of {loop.batch_size} images")] if trained else []
-    return [
-        *rows,
-        ("images", f"{height} x {width} px"),
-        ("latents", f"{latent_shape[0]} x {latent_shape[1]} x {latent_shape[2]}"),
-        ("image tokens", str(latent_shape[1] * latent_shape[2] // spec.generator.patch_size**2)),
-        ("time shift", f"{spec.flow.shift_for(latent_shape):.4g}"),
-        ("generator parameters", f"{size.num_parameters / 1e6:.2f} M"),
-        ("generator forward", f"{size.macs / 1e9:.2f} GMAC = {2 * size.macs / 1e9:.2f} GFLOPs an image"),
-        ("sampling", f"{spec.sampling.steps} steps, {spec.sampling.guidance.kind}"),
-        ("training state", f"{state / 2**30:.2f} GiB a process (weights, gradients, averages, optimizer)"),
-        *tokenizer_steps,
-        ("generator steps", f"{spec.generator_training.num_steps:,} of {spec.generator_training.batch_size} images"),
-    ]
-
-
-def _tokenizer_sizes(spec: AnyTokenizerSpec) -> tuple[list[tuple[str, str]], tuple[int, int, int]]:
-    """Lines about a tokenizer, and its latent shape, without loading it."""
-    if isinstance(spec, PixelSpec):
-        return [("tokenizer", "none, pixels in [-1, 1]")], (3, *spec.image_size)
-    if isinstance(spec, VAESpec):
-        vae = VAES.get(spec.name)
-        if vae is None:  # only the model itself knows
-            return [("tokenizer", f"VAE {spec.name}")], build_tokenizer(spec).latent_shape
-        height, width = (side // vae.downsample for side in spec.image_size)
-        return [("tokenizer", f"VAE {vae.model_id}, licence {vae.licence}")], (vae.channels, height, width)
-    encoder = encoder_info(spec.encoder.name)
-    with torch.device("meta"):
-        decoder = ViTDecoder(encoder.width, spec.decoder, spec.grid)
-    parameters = sum(value.numel() for value in decoder.state_dict().values())  # with its position table
-    layers = list(spec.encoder.layers) or "last"
-    lines = [
-        ("encoder", f"{spec.encoder.name}, layers {layers}, licence {encoder.licence}"),
-        ("decoder parameters", f"{parameters / 1e6:.2f} M"),
-    ]
-    return lines, (encoder.width, *spec.grid)

@@ -57,7 +57,7 @@ class Pipeline:
         dtype    of the generator's matrix products: torch.float32 or torch.bfloat16; by default that of its training.
                  Weights and tokenizer are float32
         """
-        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        hub = {"token": token, "local_files_only": local_files_only} | ({"revision": revision} if revision else {})
         source = Source.of(path_or_hub_id, local_folder(path_or_hub_id, subfolder, **hub))
         if dtype is not None:
             if dtype not in PRECISIONS:

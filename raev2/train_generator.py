@@ -10,7 +10,6 @@ from torch import Tensor
 
 from raev2.batch import cond_map
 from raev2.data import ImageDataset, ordered_batches, to_float
-from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact, load_strict
 from raev2.flow import interpolate, sample_t, training_loss
 from raev2.model.generator import Generator
@@ -160,9 +159,4 @@ def _repa_encoder(run: Run, latent_shape: tuple[int, int, int]) -> Callable[[Ten
     patch_size = spec.generator.patch_size
     grid = (latent_shape[1] // patch_size, latent_shape[2] // patch_size)
     encoder = build_encoder(repa.encoder, grid).to(run.device)
-    if encoder.width != spec.generator.repa_dim:
-        raise SpecError(
-            "spec.generator.repa_dim", "differs from the width of the target encoder", got=spec.generator.repa_dim,
-            expected=str(encoder.width),
-        )  # fmt: skip
     return lambda images_u8: encoder(to_float(images_u8.to(run.device)))

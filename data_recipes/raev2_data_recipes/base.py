@@ -82,6 +82,7 @@ class DatasetRecipe(ABC):
     attribution: str
     size: str  # for people: "about 4,000 pictures, 14 MB"
     options: Mapping[str, Option] = {}
+    packages: tuple[str, ...] = ()  # optional distributions that it cannot do without
 
     @abstractmethod
     def plan(self, options: Mapping[str, str]) -> list[str]:

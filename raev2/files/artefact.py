@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raev2.errors import CheckpointError
+from raev2.files.assets import Asset
 from raev2.files.card import card_text
 from raev2.files.damage import read_json
 from raev2.files.replace import ARTEFACT, new_folder, write_text
@@ -26,17 +27,10 @@ FORMAT_VERSION = 1
 ENCODER = "encoder"  # folder with the encoder's weights, in tokenizers that bring their own
 PIPELINE = "pipeline.json"  # what a folder with tokenizer and generator has at its top
 _PART_FILES = ("config.json", "model.safetensors", f"{ENCODER}/*.json", f"{ENCODER}/*.safetensors")
-HUB_FILES = [
+HUB_FILES = (
     PIPELINE, "README.md", "samples.png", "eval/*.json",
     *(f"{part}{file}" for part in ("", "tokenizer/", "generator/") for file in _PART_FILES),
-]  # fmt: skip
-WAYS_OUT = {
-    "GatedRepoError": "Accept its terms at its page, then log in with `hf auth login`.",
-    "LocalEntryNotFoundError": "Check the network, or give a local folder.",
-    "OfflineModeIsEnabled": "Unset HF_HUB_OFFLINE, or give a local folder.",
-    "RepositoryNotFoundError": "Check the name; for a private one log in with `hf auth login`.",
-    "RevisionNotFoundError": "Check the part after @.",
-}
+)  # fmt: skip
 
 
 def save_artefact(
@@ -161,22 +155,12 @@ def write_json(path: Path, value: Any) -> None:
 def local_folder(path_or_hub_id: str | Path, subfolder: str = "", **hub: Any) -> Path:
     """The folder itself, or that of a hub repository (OWNER/NAME or OWNER/NAME@REVISION), downloaded at need.
 
-    hub   what else `huggingface_hub.snapshot_download` is told: revision, token, local_files_only
+    hub   see `Asset.download`
     """
     if Path(path_or_hub_id).exists():
         return Path(path_or_hub_id) / subfolder
-    from huggingface_hub import snapshot_download
-
-    repository, _, named = str(path_or_hub_id).partition("@")
-    files = [(Path(subfolder) / file).as_posix() for file in HUB_FILES]
-    hub["revision"] = hub.get("revision") or named or None
-    try:
-        return Path(snapshot_download(repository, allow_patterns=files, **hub)) / subfolder
-    except Exception as error:  # the hub client has many error types; all mean that we have no folder
-        raise CheckpointError(
-            str(path_or_hub_id), "neither a local folder nor a hub repository that can be reached",
-            got=type(error).__name__, hint=WAYS_OUT.get(type(error).__name__, ""),
-        ) from error  # fmt: skip
+    files = tuple((Path(subfolder) / file).as_posix() for file in HUB_FILES)
+    return Asset(f"model {path_or_hub_id}", str(path_or_hub_id), files).download(**hub) / subfolder
 
 
 def _where_instead(path: Path, kind: str) -> str:

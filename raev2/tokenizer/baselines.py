@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
 from raev2.files.artefact import read_artefact, save_artefact
+from raev2.files.assets import Asset
 from raev2.files.damage import damaged
+from raev2.files.spec_base import FILE
 from raev2.shapes import Images, Latents
 from raev2.spec import AnyTokenizerSpec, PixelSpec, TokenizerSpec, VAESpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
@@ -209,7 +211,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
 def tokenizer_spec(config: dict[str, Any]) -> AnyTokenizerSpec:
     """The spec in the configuration of a tokenizer artefact."""
     with damaged("config.json of a tokenizer"):
-        return TypeAdapter(AnyTokenizerSpec).validate_python(config["tokenizer"])
+        return TypeAdapter(AnyTokenizerSpec).validate_python(config["tokenizer"], context=FILE)
 
 
 def load_vae(name: str) -> Any:
@@ -236,11 +238,17 @@ def load_vae(name: str) -> Any:
         model_class = getattr(diffusers, config["_class_name"])
         return model_class.from_pretrained(source, subfolder=subfolder)
     except (OSError, json.JSONDecodeError) as error:
-        gate = f" Its licence ({info.licence}) must be accepted at its page first." if info and info.gated else ""
-        raise CheckpointError(
-            f"VAE {name}", "cannot be loaded", got=str(error).splitlines()[0][:200],
-            hint=f"Check the network, or give a local diffusers folder as the name.{gate}",
-        ) from error  # fmt: skip
+        raise vae_asset(name).error(error) from error
+
+
+def vae_asset(name: str) -> Asset:
+    """The weights of a VAE by a name that `load_vae` takes."""
+    info = VAES.get(name)
+    if info is None:
+        return Asset(f"VAE {name}", name, package="diffusers")
+    note = f"Its licence ({info.licence}) must be accepted at its page first" if info.gated else ""
+    files = tuple(f"{info.subfolder}/{file}" for file in Asset.files) if info.subfolder else Asset.files
+    return Asset(f"VAE {name}", info.model_id, files, gated=info.gated, note=note, package="diffusers")
 
 
 def _is_video(model: Any) -> bool:

@@ -31,7 +31,7 @@ from typing_extensions import override
 from raev2.errors import CheckpointError, SpecError
 from raev2.shapes import Images, Tokens
 from raev2.spec import EncoderSpec
-from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, encoder_info, nearest_open_encoder
+from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, check_layers, encoder_asset, encoder_info
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PROJECTION_SEED = 0
@@ -67,7 +67,7 @@ class FrozenEncoder(nn.Module):
         self.width, self.depth, self.patch_size = trunk.width, trunk.depth, trunk.patch_size
         self.input_size = (grid[0] * trunk.patch_size, grid[1] * trunk.patch_size)
         self.layers = spec.layers or (self.depth - 1,)
-        self._check_layers(self.layers)
+        check_layers(info.name, self.depth, self.layers)
         self.norm: Norm = spec.norm or info.norm
         if self.norm != "none" and trunk.final_norm is None:
             raise SpecError(
@@ -95,7 +95,7 @@ class FrozenEncoder(nn.Module):
         layers   block indices from 0; the same index may appear twice
         norm     final norm on each; None: the spec's
         """
-        self._check_layers(layers)
+        check_layers(self.info.name, self.depth, layers)
         outputs = self.trunk.block_outputs(self.preprocess(images), sorted(set(layers)))
         return [self._finish(outputs[layer], norm or self.norm) for layer in layers]
 
@@ -152,13 +152,6 @@ class FrozenEncoder(nn.Module):
         assert final_norm is not None
         gain, bias = (final_norm.weight, final_norm.bias) if norm == "affine" else (None, None)
         return F.layer_norm(tokens, (self.width,), gain, bias, self._norm_eps)
-
-    def _check_layers(self, layers: Sequence[int]) -> None:
-        if not layers or min(layers) < 0 or max(layers) >= self.depth:
-            raise SpecError(
-                "encoder.layers", f"{self.info.name} has {self.depth} blocks", got=list(layers),
-                expected=f"block indices from 0 to {self.depth - 1}",
-            )  # fmt: skip
 
 
 def aggregate_layers(
@@ -367,7 +360,7 @@ def _from_timm(
     try:
         model = create(pretrained, (grid[0] * patch_size, grid[1] * patch_size))
     except Exception as error:  # network, access and file errors of several libraries
-        raise _no_weights(name, info, f"https://huggingface.co/timm/{model_id}", error) from error
+        raise encoder_asset(name).error(error) from error
     trunk = TimmTrunk(model)
     if info is None:
         stats = pixel_stats or model.pretrained_cfg
@@ -392,7 +385,7 @@ def _from_transformers(
         else:
             model = transformers.AutoModel.from_config(config)
     except Exception as error:  # network, access and file errors of several libraries
-        raise _no_weights(name, info, f"https://huggingface.co/{model_id}", error) from error
+        raise encoder_asset(name).error(error) from error
     trunk = TransformersTrunk(model)
     if info is None:
         mean, std = _pixel_stats_of_transformers(name, model_id)
@@ -477,20 +470,6 @@ def _info_of_model(
     return EncoderInfo(
         name, model_id, trunk.width, trunk.depth, trunk.patch_size, trunk.num_prefix_tokens, *(known or [norm])[0],
         route=route, mean=(mean_r, mean_g, mean_b), std=(std_r, std_g, std_b), licence=licence,
-    )  # fmt: skip
-
-
-def _no_weights(name: str, info: EncoderInfo | None, url: str, error: Exception) -> CheckpointError:
-    hints = [f"They come from {url}"]
-    if info is not None and info.gated:
-        hints = [f"Its licence ({info.licence}) must be accepted at {url} ({info.note})"]
-    hints.append("A local folder with config.json and model.safetensors is accepted in place of the name")
-    if info is not None:
-        hints.append(f"The nearest encoder with an open licence is {nearest_open_encoder(info).name!r}")
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return CheckpointError(
-        f"encoder {name}", "the weights cannot be loaded", got=f"{type(error).__name__}: {reason}",
-        hint=". ".join(hints),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from raev2.errors import CheckpointError
 from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artefact
 from raev2.files.damage import damaged
 from raev2.files.hashes import json_sha256
+from raev2.files.spec_base import FILE
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float, part
@@ -133,7 +134,7 @@ class RAE(Tokenizer):
         return tokens.transpose(1, 2).unflatten(2, self.spec.grid)
 
     def token_noise(self, batch_size: int, generator: torch.Generator) -> Tokens:
-        """What decoder training adds to tokens, by the strength and distribution in the spec."""
+        """What decoder training adds to tokens, in the unit, strength and distribution of the spec."""
         shape = (batch_size, math.prod(self.spec.grid), self.latent_shape[0])
         return token_noise(shape, self.spec.noise_tau, self.spec.noise_distribution, generator)
 
@@ -175,9 +176,11 @@ class RAE(Tokenizer):
                 "num_images": self._stats.num_images, "encoder": dict(self._stats.encoder), "data": self._stats.data
             }  # fmt: skip
         info = self.encoder.info
+        here = info.route == "local" or Path(info.model_id).exists()
         encoder = {
-            "name": info.name, "licence": info.licence, "gated": info.gated, "hub_id": info.hub_id,
-            "layers": list(self.encoder.layers), "inside": self.encoder_dir is not None,
+            "name": info.name, "licence": info.licence, "gated": info.gated, "layers": list(self.encoder.layers),
+            "hub_id": None if here else f"{'timm/' * (info.route == 'timm')}{info.model_id}",
+            "inside": self.encoder_dir is not None,
         }  # fmt: skip
         config = {
             "tokenizer": self.spec.model_dump(mode="json"), "latent_shape": list(self.latent_shape),
@@ -194,7 +197,7 @@ def read_parts(
     if kind != "rae":
         hint = "It has no decoder of its own; raev2.tokenizer.baselines.load_tokenizer opens it."
         raise CheckpointError(where, "not an RAE", got=kind, hint=hint)
-    spec, stats = TokenizerSpec.model_validate(config["tokenizer"]), config["stats"]
+    spec, stats = TokenizerSpec.model_validate(config["tokenizer"], context=FILE), config["stats"]
     decoder = ViTDecoder(tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
     load_strict(decoder, part(tensors, "decoder."), where)
     return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)

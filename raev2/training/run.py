@@ -51,6 +51,7 @@ from raev2.training.ema import EMA
 from raev2.training.health import Health, distance
 from raev2.training.optim import learning_rate
 from raev2.training.parallel import for_main, shards_like, whole
+from raev2.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 Look = Callable[[int], None]  # images seen ->
@@ -64,6 +65,7 @@ class Run:
     dir: Path
     spec: RunSpec
     accelerator: Accelerator
+    tracker: Tracker | None = None
     other_device: torch.device | None = None
 
     @property
@@ -80,6 +82,13 @@ class Run:
         if dist.is_main():
             with (self.dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+            if self.tracker:
+                self.tracker.log(values)
+
+    def close(self) -> None:
+        """Finish with the tracker."""
+        if self.tracker:
+            self.tracker.close()
 
     def history(self, **match: Any) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl whose fields equal `match`."""
@@ -128,7 +137,7 @@ def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: 
                 save_spec(spec, new / "spec.yaml")
                 write_json(new / "provenance.json", provenance(spec, accelerator.device))
     dist.barrier()
-    return Run(dir, spec, accelerator)
+    return Run(dir, spec, accelerator, Tracker(dir, spec) if spec.tracker and dist.is_main() else None)
 
 
 def newest_run(task_name: str, root: Path = Path("runs")) -> Path:

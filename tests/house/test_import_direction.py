@@ -22,8 +22,8 @@ MAX_LINES = 600
 
 # The reading order. A module imports only from modules above it.
 ORDER = """
-    errors files.plugins shapes spec batch
-    files.damage files.hashes files.splits files.images files.replace files.picture_folder files.manifest
+    errors files.plugins files.spec_base shapes spec batch
+    files.damage files.hashes files.assets files.splits files.images files.replace files.picture_folder files.manifest
     files.card files.artefact files.grid files.picture_array
     flow guidance sampler nn data
     training.dist
@@ -31,15 +31,15 @@ ORDER = """
     tokenizer.baselines tokenizer.losses tokenizer.discriminator
     model.dit model.condition model.frames model.generator
     task spec_io testing
-    interop.convert interop.generators interop.tokenizers interop.encoders interop.autoencoders interop.files
-    training.parallel training.ema training.optim training.checkpoint training.lock training.health training.run
-    training.resume
+    interop.convert interop.generators interop.tokenizers
+    training.parallel training.ema training.optim training.checkpoint training.lock training.health
+    training.tracker training.run training.resume training.preflight
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
     eval.pictures
     opened train_tokenizer train_generator
     report.chart report.published report.page
     pipeline repository
-    command.bench command.actions command.cli __main__
+    command.actions command.cli __main__
 """.split()  # noqa: SIM905
 
 

@@ -19,9 +19,6 @@ from raev2.errors import CheckpointError, SpecError
 from raev2.files.artefact import load_artefact, save_artefact, write_json
 from raev2.files.damage import read_json
 from raev2.files.replace import ARTEFACT, EXPORT, PIPELINES, new_folder
-from raev2.interop.autoencoders import export_autoencoder, import_autoencoder
-from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
-from raev2.interop.files import Source, generator_part, read_config, read_source, tokenizer_part
 from raev2.interop.generators import convert_generator, export_generator, generator_config, nearest_multiples
 from raev2.interop.tokenizers import (
     HEADS,
@@ -39,8 +36,12 @@ from raev2.spec_io import load_spec, override_values, validated
 from raev2.task import Command
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.tokenizer.rae import RAE, read_parts
+from raev2_tasks.convert.autoencoders import export_autoencoder, import_autoencoder
+from raev2_tasks.convert.encoders import is_reference_name, reference_encoder, v1_encoder
+from raev2_tasks.convert.files import Source, generator_part, read_config, read_source, tokenizer_part
 
 Rows = list[tuple[str, str]]
+NOISE_FIELDS = "noise_tau", "noise_unit", "noise_distribution"
 NOTE = "note"  # name of a row whose text is no file
 ORIGINS = {"rae": "RAE (v1)", "raev2": "RAEv2"}
 LICENCES = {
@@ -106,7 +107,11 @@ def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
     decoder, _, grid = decoder_spec(decoder_tensors(source.tensors), decoder_fields)
     encoder = build_encoder(encoder_spec, grid, source=options.encoder_dir)
     _check_image_size(config, encoder, grid)
-    spec = validated(TokenizerSpec, {"encoder": encoder_spec, "decoder": decoder, "grid": grid, **noise}, "--set ")
+    spec = validated(
+        TokenizerSpec,
+        {"encoder": encoder_spec, "decoder": decoder, "grid": grid, "noise_unit": "tokens", **noise},
+        "--set ",
+    )
     pixels = (encoder.info.mean, encoder.info.std) if origin == ORIGINS["rae"] else (None, None)
     trained = import_decoder(source.tensors, {**decoder_fields, "grid": grid}, *pixels)
     rae = RAE(spec, encoder, decoder=trained)
@@ -152,7 +157,7 @@ def _given_tokenizer(options: Namespace) -> tuple[Mapping[str, Any], EncoderSpec
         )  # fmt: skip
     values = override_values({"encoder": encoder.model_dump()}, options.overrides)
     encoder = validated(EncoderSpec, values.pop("encoder"), "--set encoder.")
-    noise: dict[str, Any] = {name: values.pop(name) for name in ("noise_tau", "noise_distribution") if name in values}
+    noise: dict[str, Any] = {name: values.pop(name) for name in NOISE_FIELDS if name in values}
     known = {"latent_dim", "width", "depth", "heads", "mlp_width", "patch_size", "num_patches", "grid"}
     unknown = sorted(values.keys() - known)
     if unknown:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from raev2.batch import Cond, Measurement
     from raev2.data import ImageDataset
+    from raev2.files.assets import Asset
     from raev2.model.condition import ConditionSpec
     from raev2_tasks.t2i.shards.reader import TextImageDataset
     from raev2_tasks.t2i.text.captions import CaptionRule
@@ -146,6 +147,12 @@ class TextToImage(Task):
     def recipes(self) -> dict[str, Callable[[], RunSpec]]:
         """quickstart, laptop, and the published systems."""
         return RECIPES
+
+    def needs(self, spec: RunSpec) -> Sequence[Asset]:
+        """The weights of a pretrained text encoder."""
+        from raev2_tasks.t2i.text.encoder import text_asset
+
+        return text_asset(task_spec(spec).text_encoder)
 
     def commands(self) -> dict[str, Callable[[Sequence[str]], None]]:
         """Shards, cached captions, and benchmarks that other programs score."""

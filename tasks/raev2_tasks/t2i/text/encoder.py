@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.files.assets import Asset
 from raev2.files.hashes import json_sha256
 from raev2_tasks.t2i.spec import TextEncoderSpec
 
@@ -104,6 +105,7 @@ ENCODER_CLASSES = {
 PADDED_FAMILIES = ("siglip_text_model", "siglip2_text_model")  # trained on texts padded to their full length, no mask
 TEXT_PART = r"^(?:model\.)?(?:language_model\.(?:model\.)?|encoder\.(?:text_model\.)?)"  # of weights, before their name
 PIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+TEXT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # with those of tokenizers, none of them a pickle
 TOKENIZER_FILES = ("tokenizer.json", *PIECE_FILES, "vocab.json", "vocab.txt")
 PIECE_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module, for such files
 
@@ -399,6 +401,17 @@ def text_sizes(spec: TextEncoderSpec) -> tuple[int, int]:
     if known is not None:
         return known.width, known.num_null_tokens + spec.keep_pad
     return _width(_text_config(spec)), len(HubTokenizer(spec).ids(""))
+
+
+def text_asset(spec: TextEncoderSpec) -> list[Asset]:
+    """The weights of a pretrained encoder; none of the other kinds."""
+    if spec.kind != "pretrained":
+        return []
+    known = KNOWN_ENCODERS.get(spec.name)
+    gated = known is not None and known.gated
+    note = f"Its licence ({known.licence}) must be accepted there" if known is not None and known.gated else ""
+    revision = f"@{spec.revision}" if spec.revision else ""
+    return [Asset(f"text encoder {spec.name}", spec.name + revision, files=TEXT_FILES, gated=gated, note=note)]
 
 
 def text_encoders(argv: Sequence[str]) -> None:

@@ -186,7 +186,7 @@ def test_a_siglip2_folder(prefix, head, tmp_path):
     import transformers
     from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
-    from raev2.interop.autoencoders import import_autoencoder
+    from raev2_tasks.convert.autoencoders import import_autoencoder
 
     torch.manual_seed(0)
     config = transformers.SiglipVisionConfig(

@@ -18,13 +18,13 @@ from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact
 from raev2.files.hashes import file_sha256
 from raev2.interop import export_decoder, export_generator, generator_config
-from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
-from raev2.interop.files import generator_part, read_source, tokenizer_part
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
 from raev2.spec import DDTSpec, DecoderSpec, FlowSpec
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.rae import RAE
+from raev2_tasks.convert.encoders import is_reference_name, reference_encoder, v1_encoder
+from raev2_tasks.convert.files import generator_part, read_source, tokenizer_part
 
 SPEC = DDTSpec(width=16, depth=2, num_heads=2, head_width=32, head_depth=1, head_num_heads=2, base_head_depth=1)
 TOKENIZER = ["--encoder", "micro", "--set", "heads=2", "--from", "raev2"]
@@ -269,7 +269,7 @@ def test_a_decoder_of_another_encoder(refused):
 def test_a_gated_encoder_without_access(refused):
     arguments = ["--encoder", "dinov3mls-vit-l16[layers=11.23]", "--set", "heads=2", "--from", "raev2"]
     message = refused(4, "import", "decoder.pt", "--out", "x", *arguments)
-    for part in ("encoder dinov3-l16: the weights cannot be loaded", "DINOv3 License", "must be accepted at https://",
+    for part in ("encoder dinov3-l16: the weights are missing", "DINOv3 License", "must be accepted at https://",
                  "A local folder with config.json and model.safetensors is accepted", "'dinov2-l'"):  # fmt: skip
         assert part in message
 
@@ -393,7 +393,7 @@ def test_what_cannot_be_exported(refused, run):
 MEASURE = """
 import resource, sys
 from raev2.command.cli import main
-import raev2.command.actions, raev2_tasks.convert.command, raev2.interop.files  # what the command imports
+import raev2.command.actions, raev2_tasks.convert.command, raev2_tasks.convert.files  # what the command imports
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 assert main(["import", sys.argv[1], "--out", sys.argv[2], "--set", "base_model_depth=8"]) == 0
