@@ -38,7 +38,7 @@ from raev2.files.manifest import read_manifest
 from raev2.files.picture_array import PictureArrayWriter
 from raev2.files.replace import SAMPLES, new_folder, write_text
 from raev2.model.generator import Generator
-from raev2.opened import Source, TrainedRun, image_sampler, load_generator, open_trained, tokenizer_in
+from raev2.model.opened import Source, TrainedRun, image_sampler, load_generator, open_trained, tokenizer_in
 from raev2.spec import Guidance, NoGuidance, RunSpec, SamplingSpec, TokenizerSpec
 from raev2.spec_io import spec_from_dict
 from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task

@@ -27,7 +27,7 @@ from raev2.task import (
 
 if TYPE_CHECKING:
     from raev2.batch import MetricResult
-    from raev2.opened import Source
+    from raev2.model.opened import Source
 
 OK, FAILED = 0, 1
 
@@ -114,7 +114,7 @@ def _workers(options: Namespace) -> int:
 
 def report(options: Namespace) -> int:
     """`raev2 report`."""
-    from raev2.opened import find_source
+    from raev2.model.opened import find_source
     from raev2.report.page import write_report
 
     run_dir = find_source(options.run, options.task).dir
@@ -142,7 +142,7 @@ COMMANDS = {
 
 def source_of(options: Namespace, task: str | None = None) -> Source:
     """The model that the options of `cli.source_options` name; `task` where the command belongs to one."""
-    from raev2.opened import find_source
+    from raev2.model.opened import find_source
 
     names = ("run", "task", "generator", "tokenizer", "recipe", "settings", "data")
     return find_source(**{"task": task, **{name: vars(options)[name] for name in names if name in options}})

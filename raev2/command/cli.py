@@ -262,7 +262,7 @@ def _sampled_task(argv: Sequence[str]) -> Task | None:
 
     if found.run is None:
         return get_task(found.task)
-    from raev2.opened import Source
+    from raev2.model.opened import Source
 
     return get_task(Source.of(found.run).spec.task.name)
 

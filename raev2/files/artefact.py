@@ -88,24 +88,23 @@ def read_artefact(path_or_hub_id: str | Path, *, kind: str) -> tuple[dict[str, A
     config_file, weights_file = path / "config.json", path / "model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise CheckpointError(
-                str(path),
-                f"not an artefact folder, {file.name} is missing",
-                expected=f"a {kind} folder with config.json",
-                hint=_where_instead(path, kind),
-            )
+            what, expected = f"not an artefact folder, {file.name} is missing", f"a {kind} folder with config.json"
+            raise CheckpointError(str(path), what, expected=expected, hint=_where_instead(path, kind))
     config = read_json(config_file)
     if config.get("kind") != kind:
         raise CheckpointError(
             str(path), "wrong kind of artefact", got=config.get("kind", "a config.json of another program"),
             expected=kind,
         )  # fmt: skip
-    if config.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            str(path), "unknown format_version", got=config.get("format_version"), expected=str(FORMAT_VERSION),
-            hint="Update raev2.",
-        )  # fmt: skip
+    check_version(path, config)
     return config, path
+
+
+def check_version(where: object, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a format that this version does not know."""
+    if (got := config.get("format_version")) != FORMAT_VERSION:
+        expected = str(FORMAT_VERSION)
+        raise CheckpointError(str(where), "unknown format_version", got=got, expected=expected, hint="Update raev2.")
 
 
 def push_to_hub(
@@ -113,7 +112,6 @@ def push_to_hub(
 ) -> str:
     """Upload what `save` writes to the Hugging Face hub, as a model repository; returns the URL of the commit."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as parent:
@@ -121,7 +119,7 @@ def push_to_hub(
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {kind}"))
-        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        except Exception as error:  # network and access errors of several libraries
             got = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             hint = "Log in with `hf auth login`, with a token that may write, or give one as `token`."
             raise CheckpointError(f"hub {repo_id}", "not uploaded", got=got, hint=hint) from error
@@ -160,7 +158,8 @@ def local_folder(path_or_hub_id: str | Path, subfolder: str = "", **hub: Any) ->
     if Path(path_or_hub_id).exists():
         return Path(path_or_hub_id) / subfolder
     files = tuple((Path(subfolder) / file).as_posix() for file in HUB_FILES)
-    return Asset(f"model {path_or_hub_id}", str(path_or_hub_id), files).download(**hub) / subfolder
+    asset = Asset(f"model {path_or_hub_id}", str(path_or_hub_id), files)
+    return asset.download(**{name: value for name, value in hub.items() if value}) / subfolder
 
 
 def _where_instead(path: Path, kind: str) -> str:

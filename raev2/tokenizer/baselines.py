@@ -176,19 +176,10 @@ def _resized(images: Tensor, tokenizer: Tokenizer) -> Tensor:
 
 
 def _save(path: str | Path, tokenizer: VAETokenizer | PixelTokenizer) -> Path:
-    spec, encoder = tokenizer.spec, None
-    if isinstance(spec, VAESpec):
-        info = VAES.get(spec.name, VAEInfo(spec.name, None, 0, 0, "those of its own source"))
-        encoder = {
-            "name": spec.name,
-            "licence": info.licence,
-            "gated": info.gated,
-            "hub_id": info.model_id if spec.name in VAES else None,
-        }
-    config = {
-        "tokenizer": spec.model_dump(mode="json"), "latent_shape": list(tokenizer.latent_shape), "encoder": encoder,
-        "stats": None,
-    }  # fmt: skip
+    spec, shape = tokenizer.spec, list(tokenizer.latent_shape)
+    info = VAES.get(spec.name) if isinstance(spec, VAESpec) else None
+    known = info and {"name": info.model_id, "licence": info.licence, "gated": info.gated, "hub_id": info.model_id}
+    config = {"tokenizer": spec.model_dump(mode="json"), "latent_shape": shape, "encoder": known, "stats": None}
     return save_artefact(path, kind="tokenizer", config=config, tensors={})
 
 

@@ -354,19 +354,14 @@ def test_the_reference_layout_goes_out_and_comes_back(run, generator, decoder):
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_run_goes_out_for_the_hub_with_its_numbers(run, trained_run):
-    assert run("export", "--run", trained_run, "--format", "hub", "--out", "hub")[0] == 0
-    for kind, protocol in {"tokenizer": "reconstruction-micro", "generator": "generation-micro"}.items():
-        assert sorted(file.name for file in Path("hub", kind).iterdir()) == [
-            "README.md",
-            "config.json",
-            "model.safetensors",
-        ]
-        card = Path("hub", kind, "README.md").read_text()
-        assert f"### {protocol}" in card and "| metric | value | n | better | meaning |" in card and "icence" in card
-    assert "generation" not in Path("hub/tokenizer/README.md").read_text().partition("## Evaluation")[2]
-    assert RAE.from_pretrained("hub/tokenizer").latent_stats is not None
-    Generator.from_pretrained("hub/generator")
+def test_a_run_goes_out_as_a_pipeline_whose_parts_are_artefacts(run, trained_run):
+    assert run("export", "--run", trained_run, "--format", "pipeline", "--out", "whole")[0] == 0
+    assert sorted(file.name for file in Path("whole").iterdir()) == [
+        "README.md", "eval", "generator", "pipeline.json", "samples.png", "tokenizer",
+    ]  # fmt: skip
+    assert RAE.from_pretrained("whole").latent_stats is not None
+    assert Generator.from_pretrained("whole").extra["data"]["name"] == "synthetic"
+    assert run("export", "--run", "whole", "--format", "reference", "--out", "ref")[0] == 0
 
 
 def test_a_trained_run_goes_out_in_the_reference_layout(run, trained_run):
@@ -378,7 +373,7 @@ def test_a_trained_run_goes_out_in_the_reference_layout(run, trained_run):
 
 def test_what_cannot_be_exported(refused, run):
     assert "nowhere: nothing to export; got no such folder" in refused(
-        4, "export", "--run", "nowhere", "--format", "hub", "--out", "x"
+        4, "export", "--run", "nowhere", "--format", "diffusers", "--out", "x"
     )
     run("import", "generator.pt", "--out", "gen", "--set", "base_model_depth=1")
     run("import", "decoder.pt", "--out", "tok", "--stats", "stats.pt", *TOKENIZER)

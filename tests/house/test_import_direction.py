@@ -36,9 +36,9 @@ ORDER = """
     training.tracker training.run training.resume training.preflight
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
     eval.pictures
-    opened train_tokenizer train_generator
+    model.opened train_tokenizer train_generator
     report.chart report.published report.page
-    pipeline repository
+    pipeline model.repository
     command.actions command.cli __main__
 """.split()  # noqa: SIM905
 

@@ -10,7 +10,7 @@ import torch
 
 from raev2.data import to_float
 from raev2.errors import DataError, SpecError
-from raev2.opened import find_source, open_trained
+from raev2.model.opened import find_source, open_trained
 from raev2.report.published import published_encoders
 from raev2.spec_io import apply_overrides
 from raev2.task import Command, check_known, get_data_recipe, get_recipe, get_task

@@ -29,10 +29,11 @@ from raev2.interop.tokenizers import (
     import_decoder,
     import_stats,
 )
-from raev2.opened import GENERATOR, TOKENIZER, load_generator, tokenizer_of
-from raev2.repository import Pipeline
+from raev2.model.opened import STAGES, load_generator
+from raev2.model.opened import Source as Model
+from raev2.model.repository import Pipeline
 from raev2.spec import EncoderSpec, TokenizerSpec
-from raev2.spec_io import load_spec, override_values, validated
+from raev2.spec_io import override_values, validated
 from raev2.task import Command
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.tokenizer.rae import RAE, read_parts
@@ -259,13 +260,11 @@ def _artefacts(path: Path) -> dict[str, Path]:
     """The tokenizer and generator of a run folder, or the one artefact that a folder is."""
     if (path / "config.json").is_file():
         kind = read_json(path / "config.json").get("kind")
-        if kind in (TOKENIZER, GENERATOR):
+        if kind in STAGES:
             return {kind: path}
     if (path / "spec.yaml").is_file():
-        found = {TOKENIZER: Path(tokenizer_of(path, load_spec(path / "spec.yaml"))), GENERATOR: path / GENERATOR}
-    else:
-        found = {kind: path / kind for kind in (TOKENIZER, GENERATOR)}
-    found = {kind: folder for kind, folder in found.items() if (folder / "config.json").is_file()}
+        return {kind: Path(folder) for kind, folder in Model.of(path).parts.items()}
+    found = {kind: path / kind for kind in STAGES if (path / kind / "config.json").is_file()}
     if not found:
         raise CheckpointError(
             str(path), "nothing to export", got="no artefact in it" if path.is_dir() else "no such folder",

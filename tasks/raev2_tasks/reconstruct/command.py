@@ -25,7 +25,7 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _reconstruct(options: Namespace) -> int:
-    from raev2.opened import tokenizer_in
+    from raev2.model.opened import tokenizer_in
     from raev2.training.run import make_accelerator
     from raev2_tasks.reconstruct.pictures import reconstruct_pictures
 

@@ -26,7 +26,7 @@ from raev2_tasks.nwm.worlds.engine import MazeWorld, require_vizdoom
 from raev2_tasks.nwm.worlds.worlds import UNDO_STEPS, Frame, MotionRange, Poses, World
 
 if TYPE_CHECKING:  # the training loops come with it
-    from raev2.opened import Source, TrainedRun
+    from raev2.model.opened import Source, TrainedRun
 
 Array = NDArray[np.float64]
 NUM_STARTS = 256  # places that a ride may start from
@@ -38,7 +38,7 @@ def open_run(source: Source | str | None) -> TrainedRun:
 
     Raises SpecError for one of another task, CheckpointError where only the tokenizer is trained.
     """
-    from raev2.opened import Source, find_source, open_trained
+    from raev2.model.opened import Source, find_source, open_trained
 
     source = source if isinstance(source, Source) else find_source(source, "nwm")
     if source.spec.task.name != "nwm":

@@ -45,7 +45,7 @@ from raev2_tasks.nwm.worlds.worlds import UNDO_STEPS, Frame, Poses, ToyWorld, Wo
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from raev2.opened import Source
+    from raev2.model.opened import Source
 
 logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "drive_page"

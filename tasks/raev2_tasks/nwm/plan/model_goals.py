@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from raev2.data import to_float
-from raev2.opened import Source
+from raev2.model.opened import Source
 from raev2_tasks.nwm.data.own_start import OwnFile, own_goal
 from raev2_tasks.nwm.drive.model_world import as_frame, open_run, own_place, places_ahead, recorded_velocities
 from raev2_tasks.nwm.eval.predict import Predictor

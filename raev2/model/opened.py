@@ -19,7 +19,7 @@ from raev2.batch import Cond
 from raev2.data import ImageDataset, NamesOnly, to_uint8
 from raev2.errors import CheckpointError, DataError, SpecError
 from raev2.eval.pictures import cache_dir
-from raev2.files.artefact import FORMAT_VERSION, PIPELINE, local_folder, read_artefact
+from raev2.files.artefact import PIPELINE, check_version, local_folder, read_artefact
 from raev2.files.damage import damaged, read_json
 from raev2.files.hashes import folder_sha256
 from raev2.guidance import build_guidance
@@ -36,7 +36,6 @@ from raev2.training.run import Run, make_accelerator, memory_field, newest_run
 
 logger = logging.getLogger(__name__)
 STAGES = TOKENIZER, GENERATOR
-RESULTS = Path("results")  # where what is not a local folder leaves its pictures and numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,19 +73,24 @@ class Source:
             expected = f"a run folder with spec.yaml, or a pipeline with {PIPELINE}"
             raise CheckpointError(str(run), "neither a run folder nor a pipeline", expected=expected)
         spec = load_spec(path / "spec.yaml")
-        trained = {GENERATOR: path / GENERATOR} if (path / GENERATOR / "config.json").is_file() else {}
-        return cls(spec, {TOKENIZER: tokenizer_of(path, spec), **trained}, path)
+        parts = {part: path / part for part in STAGES if (path / part / "config.json").is_file()}
+        tokenizer = spec.tokenizer_from or parts.get(TOKENIZER)
+        if tokenizer is None:
+            hint = "Continue the run with the same `raev2 train` command."
+            raise CheckpointError(str(path), "its tokenizer is not trained yet", hint=hint)
+        return cls(spec, {**parts, TOKENIZER: tokenizer}, path)
 
     def check(self) -> None:
         """Raise CheckpointError for parts that are missing, or not those that a pipeline was saved with."""
         for part, sha256 in self.sha256.items():
             folder = Path(self.parts[part])
-            found = folder_sha256(folder)[:12] if folder.is_dir() else "no such folder"
-            if not sha256.startswith(found):
-                raise CheckpointError(
-                    str(folder), "not the part that the pipeline was saved with", got=found, expected=sha256[:12],
-                    hint="Copy or download the whole pipeline again, or give both as --generator and --tokenizer.",
-                )  # fmt: skip
+            got = folder_sha256(folder) if folder.is_dir() else "no such folder"
+            if got != sha256:
+                what, hint = (
+                    "not the part that the pipeline was saved with",
+                    "Copy or download the whole pipeline again.",
+                )
+                raise CheckpointError(str(folder), what, got=got[:14], expected=sha256[:14], hint=hint)
 
 
 def find_source(
@@ -99,10 +103,9 @@ def find_source(
     """
     if generator or tokenizer:
         if run or not (generator and tokenizer and task and recipe):
-            raise SpecError(
-                "--generator", "a pair of artefacts lacks something, or has --run beside it",
-                expected="--generator G --tokenizer T --task TASK --recipe R, whose settings are used",
-            )  # fmt: skip
+            what = "a pair of artefacts lacks something, or has --run beside it"
+            expected = "--generator G --tokenizer T --task TASK --recipe R, whose settings are used"
+            raise SpecError("--generator", what, expected=expected)
         source = _pair(generator, tokenizer, apply_overrides(get_recipe(get_task(task), recipe), settings))
     elif recipe or settings:
         raise SpecError("--recipe" if recipe else "--set", "has no effect without --generator and --tokenizer")
@@ -117,11 +120,7 @@ def find_source(
 
 def _pipeline(path: Path, results: Path) -> Source:
     config = read_json(path / PIPELINE)
-    if config.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            str(path / PIPELINE), "unknown format_version", got=config.get("format_version"),
-            expected=str(FORMAT_VERSION), hint="Update raev2.",
-        )  # fmt: skip
+    check_version(path / PIPELINE, config)
     with damaged(path / PIPELINE):
         sha256 = {part: config["parts"][part] for part in STAGES}
         spec, classes = spec_from_dict(config["spec"]), tuple(config["classes"])
@@ -138,25 +137,11 @@ def _pair(generator: str, tokenizer: str, spec: RunSpec) -> Source:
             generator=network.replace(repa_depth=None, repa_dim=None),
             generator_training=spec.generator_training.replace(repa=None),
         )  # fmt: skip
-        known = (Path(spec.data.dir) / "manifest.json").is_file()
-        numbers = [*map(str, range(other["condition"].get("num_classes", 0)))]
-    parts = {TOKENIZER: tokenizer, GENERATOR: generator}
-    return Source(spec, parts, _results_of(generator), None if known else numbers)
-
-
-def tokenizer_of(run_dir: Path, spec: RunSpec) -> str | Path:
-    """Where the tokenizer of a run is; CheckpointError while there is none."""
-    if spec.tokenizer_from is None and not (run_dir / TOKENIZER / "config.json").is_file():
-        raise CheckpointError(
-            str(run_dir),
-            "its tokenizer is not trained yet",
-            hint="Continue the run with the same `raev2 train` command.",
-        )
-    return spec.tokenizer_from or run_dir / TOKENIZER
+    return Source(spec, {TOKENIZER: tokenizer, GENERATOR: generator}, _results_of(generator))
 
 
 def _results_of(name: str | Path) -> Path:
-    return RESULTS / "--".join(Path(name).parts[-2:])
+    return Path("results") / "--".join(Path(name).parts[-2:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,18 +160,19 @@ class TrainedRun:
 
     def dataset(self, split: str) -> ImageDataset:
         """A split of the data; DataError where its classes are not those of the model."""
-        dataset = self.task.dataset(self.run.spec, split)
-        if self.classes and dataset.classes != list(self.classes):
-            got = f"{len(dataset.classes)} classes: {', '.join(dataset.classes[:3])}, ..."
-            expected = f"{len(self.classes)}: {', '.join(self.classes[:3])}, ..."
+        dataset, known = self.task.dataset(self.run.spec, split), [*(self.classes or ())]
+        if known and not known[0].isdigit() and dataset.classes != known:  # numbers stand for names nobody knew
+            got, expected = (f"{len(names)}: {', '.join(names[:3])}, ..." for names in (dataset.classes, known))
             raise DataError(f"data {dataset.dir}", "not the classes of the model", got=got, expected=expected)
         return dataset
 
     def names(self) -> ImageDataset:
-        """The training split, for its class names; where the model brings them, nothing else is in it."""
-        if self.classes is None:
+        """The training split, for its class names; or these alone, where the model brings them. Else numbers."""
+        data, classes = self.run.spec.data, self.classes
+        if classes is None and (Path(data.dir) / "manifest.json").is_file():
             return self.dataset("train")
-        return NamesOnly(self.run.spec.data.dir, "train", self.classes)
+        num = getattr(self.need_generator().condition_spec, "num_classes", 0)
+        return NamesOnly(data.dir, "train", [*map(str, range(num))] if classes is None else classes)
 
     def need_generator(self) -> Generator:
         """The generator. Raises CheckpointError where only the tokenizer is trained."""
@@ -207,10 +193,7 @@ class TrainedRun:
             weak = None if weak_from is None else load_generator(weak_from).to(run.device)
             build_guidance(sampling.guidance, generator, weak)  # an unusable setting is reported before any work
         spec = spec.replace(sampling=sampling, evaluation=evaluation)
-        context = EvalContext(
-            spec, self.rae, self.dataset, run.device, cache_dir(),
-            generator=generator, weak=weak,
-        )  # fmt: skip
+        context = EvalContext(spec, self.rae, self.dataset, run.device, cache_dir(), generator=generator, weak=weak)
         return context if generator is None else replace(context, generate=_image_sampler(task, context))
 
 
@@ -238,22 +221,17 @@ def open_trained(source: Source | str | Path, device: str | None = None) -> Trai
 
 
 def _check_pair(rae: Tokenizer, generator: Generator, where: str) -> None:
-    for what, got, expected in (
-        ("latent shape", rae.latent_shape, generator.latent_shape),
-        ("fingerprint", rae.identity(), generator.extra.get(TOKENIZER, rae.identity())),
-    ):
+    shape, known = generator.latent_shape, generator.extra.get(TOKENIZER)
+    for got, expected in ((rae.latent_shape, shape), (known and rae.identity(), known)):
         if got != expected:
-            raise CheckpointError(
-                where, f"trained with another tokenizer: its {what} differs", got=got, expected=str(expected),
-                hint="Use the tokenizer of its run.",
-            )  # fmt: skip
+            what, hint = "trained with another tokenizer, which gives other latents", "Use the tokenizer of its run."
+            raise CheckpointError(where, what, got=got, expected=str(expected), hint=hint)
 
 
 def tokenizer_in(source: str) -> Tokenizer:
     """The tokenizer of a run folder, a pipeline, an artefact folder or a hub repository."""
-    if (Path(source) / "spec.yaml").is_file():
-        return load_tokenizer(Source.of(source).parts[TOKENIZER])
-    return load_tokenizer(source)
+    is_run = (Path(source) / "spec.yaml").is_file()
+    return load_tokenizer(Source.of(source).parts[TOKENIZER] if is_run else source)
 
 
 def load_generator(path: str | Path) -> Generator:

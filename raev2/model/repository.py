@@ -18,29 +18,24 @@ from typing import Any
 import torch
 from PIL import Image
 
-from raev2.errors import SpecError
 from raev2.files.artefact import FORMAT_VERSION, PIPELINE, local_folder, push_to_hub, write_json
 from raev2.files.card import card_text
 from raev2.files.damage import read_json
 from raev2.files.hashes import folder_sha256
 from raev2.files.replace import PIPELINES, new_folder, write_text
-from raev2.opened import GENERATOR, STAGES, TOKENIZER, Source, open_trained
+from raev2.model.opened import GENERATOR, STAGES, TOKENIZER, Source, open_trained
 from raev2.pipeline import EVAL, Samples, weights_of
 from raev2.spec import Guidance, NoGuidance, RunSpec, SamplingSpec
 from raev2.spec_io import spec_to_dict, validated
 from raev2.task import check_known
 
 logger = logging.getLogger(__name__)
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
 PICTURES = ("samples.png", "samples/generator-*.png", "samples/*/grid.png")
 
 
 class Pipeline:
-    """A model with all that it needs to make pictures.
-
-    trained   tokenizer, generator and spec
-    source    where they were opened from
-    """
+    """A model with all that it needs to make pictures; `trained` are its parts, `source` is where they lie."""
 
     def __init__(self, source: Source, device: str | None = None) -> None:
         self.source, self.trained = source, open_trained(source, device)
@@ -57,12 +52,11 @@ class Pipeline:
         dtype    of the generator's matrix products: torch.float32 or torch.bfloat16; by default that of its training.
                  Weights and tokenizer are float32
         """
-        hub = {"token": token, "local_files_only": local_files_only} | ({"revision": revision} if revision else {})
+        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
         source = Source.of(path_or_hub_id, local_folder(path_or_hub_id, subfolder, **hub))
         if dtype is not None:
-            if dtype not in PRECISIONS:
-                raise SpecError("dtype", "not usable", got=dtype, expected=" or ".join(map(str, PRECISIONS)))
-            source = replace(source, spec=source.spec.replace(precision=PRECISIONS[dtype]))
+            check_known("dtype", "not usable", str(dtype), PRECISIONS)
+            source = replace(source, spec=source.spec.replace(precision=PRECISIONS[str(dtype)]))
         return cls(source, device)
 
     def __call__(
@@ -79,14 +73,11 @@ class Pipeline:
         """
         task, sampling = self.trained.task, dict(self.trained.run.spec.sampling)
         known = {name.lstrip("-").replace("-", "_"): option for name, option in task.sample_options().items()}
-        options: dict[str, Any] = {}
-        for name, value in conditions.items():
+        for name in conditions:
             check_known("Pipeline", f"no condition of task {task.name}", name, known)
-            several = "nargs" in known[name] and not isinstance(value, list | tuple)
-            options[name] = [value] if several else value
-        options["n"] = n or max(
-            (len(value) for value in options.values() if isinstance(value, list | tuple)), default=1
-        )
+        several = {name for name, option in known.items() if "nargs" in option}
+        options = {k: [v] if k in several and isinstance(v, str | int) else v for k, v in conditions.items()}
+        options["n"] = n or max([len(value) for name, value in options.items() if name in several], default=1)
         sampling |= {name: value for name, value in {"guidance": guidance, "steps": steps}.items() if value is not None}
         samples = Samples(self.trained, options, validated(SamplingSpec, sampling, "sampling."), seed)
         return [Image.fromarray(pixels) for chunk in samples.chunks() for pixels in chunk]
@@ -96,11 +87,10 @@ class Pipeline:
 
         licence   of the weights, as the hub names it: 'apache-2.0', 'cc-by-nc-4.0', ...; by default as it was
         """
-        generator, spec = self.trained.need_generator(), _portable(self.trained.run.spec)
         licence = licence or self.source.licence
         with new_folder(Path(path), PIPELINES) as folder:
             self.trained.rae.save_pretrained(folder / TOKENIZER)
-            generator.save_pretrained(folder / GENERATOR)
+            self.trained.need_generator().save_pretrained(folder / GENERATOR)
             results = self._copy_results(folder / EVAL)
             found = [file for pattern in PICTURES for file in sorted(self.source.dir.glob(pattern))[-1:]]
             for picture in found[:1]:
@@ -108,7 +98,7 @@ class Pipeline:
             described = {
                 "format_version": FORMAT_VERSION, "kind": "pipeline", "licence": licence,
                 "conditions": [name.lstrip("-") for name in self.trained.task.sample_options()],
-                "classes": self.trained.names().classes, "spec": spec_to_dict(spec),
+                "classes": self.trained.names().classes, "spec": spec_to_dict(_portable(self.trained.run.spec)),
                 "parts": {part: folder_sha256(folder / part) for part in STAGES},
             }  # fmt: skip
             parts = {part: read_json(folder / part / "config.json") for part in STAGES}
