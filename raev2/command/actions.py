@@ -181,18 +181,8 @@ def data(options: Namespace) -> int:
     return OK
 
 
-def latents(options: Namespace) -> int:
-    """`raev2 latents stats|build`."""
-    from raev2 import pipeline
-
-    write = {"stats": pipeline.write_latent_stats, "build": pipeline.write_latents}[options.action]
-    print(write(options.run, Path(options.data), options.split, Path(options.out)))
-    return OK
-
-
 COMMANDS = {
     "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report, "data": data,
-    "latents": latents,
 }  # fmt: skip
 
 

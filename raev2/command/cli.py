@@ -27,7 +27,7 @@ from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
 from raev2.files.plugins import COMMANDS as ADDED
 from raev2.files.plugins import GUIDANCE, TASKS, installed
 
-COMMANDS = ("train", "sample", "reconstruct", "eval", "report", "data", "latents")
+COMMANDS = ("train", "sample", "reconstruct", "eval", "report", "data")
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
@@ -127,13 +127,6 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     data.add_argument("--out", metavar="DIR", help="default: data/RECIPE")
     data.add_argument("--set", dest="overrides", action="append", default=[], metavar="OPTION=VALUE")
     data.add_argument("--overwrite", action="store_true")
-
-    latents = command("latents", "latent statistics or a latent cache of a dataset, by a trained tokenizer")
-    latents.add_argument("action", choices=("stats", "build"))
-    latents.add_argument("--run", required=True, metavar="DIR", help="run folder or tokenizer folder")
-    latents.add_argument("--data", required=True, metavar="DIR", help="dataset folder")
-    latents.add_argument("--split", default="train")
-    latents.add_argument("--out", required=True, metavar="FILE")
 
     for name, point in installed(ADDED).items():
         if name in added:

@@ -20,6 +20,7 @@ from torch import Tensor
 from raev2.errors import CheckpointError
 from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artefact
 from raev2.files.damage import damaged
+from raev2.files.hashes import json_sha256
 from raev2.files.spec_base import FILE
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
@@ -114,6 +115,11 @@ class RAE(Tokenizer):
     def fingerprint(self) -> dict[str, Any]:
         """That of the encoder, with its layers, norm, preprocessing and grid."""
         return self.encoder.fingerprint()
+
+    def identity(self) -> str:
+        """That of every tokenizer, with the statistics in it."""
+        statistics = [value.cpu().numpy().tobytes().hex() for value in (self.stats_mean, self.stats_var)]
+        return json_sha256([self.fingerprint(), *statistics])[:16]
 
     # Parts, for training.
 
