@@ -7,6 +7,7 @@ A checkpoint therefore needs only "images seen" to go on with exactly the same b
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from raev2.batch import Batch, Cond
 from raev2.errors import DataError
 from raev2.files.images import CENTRE_CROP, centre_crop, read_rgb
+from raev2.files.latent_folder import LatentFolder
 from raev2.files.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
     split: str
     image_size: tuple[int, int]
     group_kind = "groups"
+    latents: LatentFolder | None = None  # in place of pictures
     _order: tuple[tuple[int, int], Tensor] | None = None  # (seed, epoch) and its permutation
     _subset: tuple[tuple[int, int], list[int]] | None = None  # (number, seed) and its indices
 
@@ -107,6 +110,24 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
         """The samples whose conditions evaluation samples with these numbers get: a subset, repeated as needed."""
         order = self.subset(num_samples)
         return [order[number % len(order)] for number in numbers]
+
+    def with_latents(self, latents: LatentFolder) -> ImageDataset:
+        """This split with latents on disk as its images: no picture is decoded."""
+        view = copy.copy(self)
+        view.latents = latents
+        setattr(view, "image", latents.__getitem__)  # noqa: B010  in the way of the method, whatever calls it
+        return view
+
+    def mirrored(self, sample: Mapping[str, Any]) -> Tensor:
+        """The image of a sample, or its latents, of the mirrored picture."""
+        return sample["image"].flip(2) if self.latents is None else self.latents.mirrored(sample["key"])
+
+    def latent_identity(self, tokenizer: str) -> dict[str, Any]:
+        """What latents of this split depend on, by the tokenizer with this identity."""
+        return {
+            "tokenizer": tokenizer, "data": self.fingerprint, "split": self.split, "preparation": self.preparation,
+            "number of samples": len(self),
+        }  # fmt: skip
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.image(index), "cond": self.cond(index), "key": index}
@@ -252,7 +273,7 @@ class _Stream(Dataset[Any]):
                     where, what = f"data {self.dataset.dir}", f"{skipped} unreadable images in a row"
                     raise DataError(where, what, hint=str(error)) from error
         if self.flip and derived_seed("flip", self.seed, number) % 2:
-            sample["image"] = sample["image"].flip(2)
+            sample["image"] = self.dataset.mirrored(sample)
         return {**sample, "skipped": skipped}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,13 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from raev2.batch import MetricResult
-from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float
-from raev2.errors import CheckpointError, FileError, SpecError
+from raev2.data import ImageDataset
+from raev2.errors import CheckpointError
 from raev2.eval.features import NotFinite
 from raev2.eval.generate import PROGRESS_SECONDS
 from raev2.eval.protocols import run_protocol
@@ -38,16 +34,15 @@ from raev2.files.manifest import read_manifest
 from raev2.files.picture_array import PictureArrayWriter
 from raev2.files.replace import SAMPLES, new_folder, write_text
 from raev2.model.generator import Generator
-from raev2.model.opened import Source, TrainedRun, image_sampler, load_generator, open_trained, tokenizer_in
+from raev2.model.opened import Source, TrainedRun, image_sampler, load_generator, open_trained
 from raev2.spec import Guidance, NoGuidance, RunSpec, SamplingSpec, TokenizerSpec
 from raev2.spec_io import spec_from_dict
 from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import build_tokenizer, load_tokenizer
 from raev2.tokenizer.encoders import hash_weights
-from raev2.tokenizer.rae import RAE
 from raev2.train_generator import train_generator
-from raev2.train_tokenizer import measure_stats, train_tokenizer
+from raev2.train_tokenizer import train_tokenizer
 from raev2.training import dist
 from raev2.training.lock import run_lock
 from raev2.training.preflight import GENERATOR, TOKENIZER, Plan, make_ready, with_tokenizer
@@ -355,47 +350,3 @@ def guidance_name(guidance: Guidance) -> str:
     """Short name of a guidance setting for file names: 'none', 'cfg-2', 'internal-1.5'."""
     scale = getattr(guidance, "scale", None)
     return guidance.kind + ("" if scale is None else f"-{scale:g}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents
-
-
-def write_latent_stats(source: str, data_dir: Path, split: str, out: Path) -> Path:
-    """Latent statistics of a split by a trained tokenizer, as safetensors (mean, var) with their identity."""
-    rae, dataset, device = _for_latents(source, data_dir, split, out)
-    if not isinstance(rae, RAE):
-        raise SpecError("raev2 latents stats", "this tokenizer is normalised by its own configuration", got=source)
-    stats = measure_stats(rae, dataset, device)
-    identity = {"num_images": stats.num_images, "encoder": dict(stats.encoder), "data": stats.data}
-    return _save_tensors(out, {"mean": stats.mean, "var": stats.var}, "stats", identity)
-
-
-def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
-    """Normalised latents (S, C, H, W) of a split, in index order, as one safetensors file in float16."""
-    rae, dataset, device = _for_latents(source, data_dir, split, out)
-    parts = [rae.encode(to_float(batch.images.to(device))).half().cpu() for batch in ordered_batches(dataset, 64)]
-    identity = {"encoder": rae.fingerprint(), "data": dataset.fingerprint, "split": split}
-    return _save_tensors(out, {"latents": torch.cat(parts).contiguous()}, "latents", identity)
-
-
-def _for_latents(source: str, data_dir: Path, split: str, out: Path) -> tuple[Tokenizer, ImageDataset, torch.device]:
-    if out.exists():
-        raise SpecError("--out", "exists already", got=str(out), hint="Choose another file.")
-    device = make_accelerator("fp32").device
-    rae = tokenizer_in(source).to(device)
-    return rae, FolderDataset(data_dir, split, rae.spec.image_size), device
-
-
-def _save_tensors(out: Path, tensors: Mapping[str, Tensor], kind: str, identity: Mapping[str, object]) -> Path:
-    """Write a file whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        save_file(dict(tensors), partial, metadata={kind: json.dumps(identity)})
-        os.replace(partial, out)
-    except (OSError, SafetensorError) as error:
-        raise FileError(str(out), "could not be saved", got=str(error), hint="Free some space.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return out

@@ -348,7 +348,7 @@ class RepaSpec(Spec):
 class GeneratorTrainingSpec(LoopSpec):
     """Stage 2: flow matching of the generator."""
 
-    added: ClassVar = {"keep_best": None}
+    added: ClassVar = {"keep_best": None, "latents": None}
 
     eval_every_images: int | None = Field(None, gt=0, description="evaluation in training; null: only at the end")
     optimizer: OptimizerSpec = MuonSpec()
@@ -357,6 +357,7 @@ class GeneratorTrainingSpec(LoopSpec):
     base_weight: float = Field(1.0, ge=0, description="weight of the base head's loss")
     repa: RepaSpec | None = None
     latent_cache: bool = Field(False, description="encode the training images once and keep the latents in memory")
+    latents: str | None = Field(None, description="folder of `raev2 latents build` that is read in place of pictures")
     keep_best: str | None = Field(None, description="metric: save with each evaluation in training and keep the best")
 
     @model_validator(mode="after")
@@ -573,6 +574,8 @@ class RunSpec(Spec):
                 "cached latents cannot be flipped; got generator_training.latent_cache=true and "
                 "data.horizontal_flip=true. Set one of them to false"
             )
+        if self.generator_training.latents and self.generator_training.repa:
+            raise ValueError("generator_training.repa needs pictures. Set generator_training.latents=null")
         guidance = self.sampling.guidance
         if "base head" in guidance.needs and self.generator.base_head_depth is None:
             raise ValueError(

@@ -25,7 +25,7 @@ FREE_FIELDS = (
     *(f"{loop}.{field}" for loop in ("tokenizer_training", "generator_training")
       for field in ("log_every_steps", "sample_every_images", "save_every_images", "keep_checkpoints")),
     "generator_training.eval_every_images", "generator_training.latent_cache", "generator_training.keep_best",
-    "sampling", "evaluation", "parallel", "tracker",
+    "generator_training.latents", "sampling", "evaluation", "parallel", "tracker",
 )  # fmt: skip
 
 

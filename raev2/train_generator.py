@@ -11,6 +11,7 @@ from torch import Tensor
 from raev2.batch import cond_map
 from raev2.data import ImageDataset, ordered_batches, to_float
 from raev2.files.artefact import load_artefact, load_strict
+from raev2.files.latent_folder import LatentFolder
 from raev2.flow import interpolate, sample_t, training_loss
 from raev2.model.generator import Generator
 from raev2.task import EncodeImages, Task
@@ -55,7 +56,12 @@ def train_generator(
     optimizer = build_optimizer(generator, loop.optimizer, loop.schedule.lr)
     ema, decay = EMA(generator, loop.ema_decays), loop.ema_decays[0]
     modules, optimizers = {"model": generator}, {"optimizer": optimizer}
-    encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else latent_encoder(rae, device)
+    if loop.latents is not None:
+        stored = LatentFolder(loop.latents)
+        stored.check(dataset.latent_identity(rae.identity()), mirrored=spec.data.horizontal_flip)
+        dataset, encode = dataset.with_latents(stored), _stored_latents(device)
+    else:
+        encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else latent_encoder(rae, device)
     encode_cond = task.cond_encoder(spec, encode, device)
     if hasattr(encode_cond, "fingerprint"):
         check_identity(run, {"condition encoder": encode_cond.fingerprint})
@@ -141,6 +147,11 @@ def _plain(generator: Generator) -> Generator:
 def latent_encoder(rae: Tokenizer, device: torch.device) -> EncodeImages:
     """(8-bit images, keys) -> latents, encoded now, in float32."""
     return lambda images_u8, keys: rae.encode(to_float(images_u8.to(device)))
+
+
+def _stored_latents(device: torch.device) -> EncodeImages:
+    """(latents in place of images, keys) -> latents, in float32."""
+    return lambda latents, keys: latents.to(device, non_blocking=True).float()
 
 
 def _cached_encoder(rae: Tokenizer, dataset: ImageDataset, device: torch.device) -> EncodeImages:

@@ -120,20 +120,11 @@ def report(options: Namespace) -> int:
     run_dir = find_source(options.run, options.task).dir
     with damaged(run_dir):
         print(write_report(run_dir))
-    return 0
-
-
-def latents(options: Namespace) -> int:
-    """`raev2 latents stats|build`."""
-    from raev2 import pipeline
-
-    write = {"stats": pipeline.write_latent_stats, "build": pipeline.write_latents}[options.action]
-    print(write(options.run, Path(options.data), options.split, Path(options.out)))
     return OK
 
 
 COMMANDS = {
-    "sample": sample, "eval": evaluate, "report": report, "latents": latents,
+    "sample": sample, "eval": evaluate, "report": report,
 }  # fmt: skip
 
 

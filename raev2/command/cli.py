@@ -27,7 +27,7 @@ from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
 from raev2.files.plugins import COMMANDS as ADDED
 from raev2.files.plugins import GUIDANCE, TASKS, installed
 
-COMMANDS = ("train", "sample", "eval", "report", "latents")
+COMMANDS = ("train", "sample", "eval", "report")
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
@@ -114,13 +114,6 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
 
     report = command("report", "write RUN/report.html")
     _run_options(report)
-
-    latents = command("latents", "latent statistics or a latent cache of a dataset, by a trained tokenizer")
-    latents.add_argument("action", choices=("stats", "build"))
-    latents.add_argument("--run", required=True, metavar="DIR", help="run folder or tokenizer folder")
-    latents.add_argument("--data", required=True, metavar="DIR", help="dataset folder")
-    latents.add_argument("--split", default="train")
-    latents.add_argument("--out", required=True, metavar="FILE")
 
     for name, point in installed(ADDED).items():
         if name in added:
