@@ -77,10 +77,7 @@ def quickstart() -> RunSpec:
         task=ClassToImageSpec(),
         data=DataSpec(dir="data/emoji", recipe="emoji", cache=True),
         tokenizer=EMBEDDED_TOKENIZER,
-        # Measured with AdamW, before Muon was found to halve the error: docs/results.md has these numbers.
-        tokenizer_training=SHORT_TOKENIZER_TRAINING.replace(
-            optimizer=AdamWSpec(), schedule=ScheduleSpec(lr=1e-3, final_lr=1e-4, warmup_images=960)
-        ),
+        tokenizer_training=SHORT_TOKENIZER_TRAINING,
         generator=SMALL_DDT,
         generator_training=GeneratorTrainingSpec(
             images=22_400,
@@ -118,7 +115,6 @@ def laptop() -> RunSpec:
         cost="1 CPU core, 63 min: measured",
         tokenizer_training=base.tokenizer_training.replace(
             images=25_600,
-            schedule=ScheduleSpec(lr=1e-3, final_lr=1e-4, warmup_images=960),
             ema_decay=0.998,
             sample_every_images=6_400,
             save_every_images=6_400,
