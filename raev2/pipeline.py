@@ -331,7 +331,7 @@ def rerun(file: Path) -> list[MetricResult]:
 
     Raises CheckpointError where weights or data are no longer those of the file.
     """
-    said = json.loads(file.read_text())
+    said = json.loads(file.read_text(encoding="utf-8"))
     home = Path(said["run"])
     trained = open_trained(home if home.is_dir() else file.absolute().parent.parent)
     trained = replace(trained, run=replace(trained.run, spec=spec_from_dict(said["spec"])))

@@ -59,7 +59,7 @@ def read_yaml(file: Path, expected: str) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; `expected` says what it should be."""
     try:
         with damaged(file):
-            values = yaml.safe_load(file.read_text())
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise CheckpointError(str(file), "not readable as YAML", got=str(error)) from error
     if not isinstance(values, dict):

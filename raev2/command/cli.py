@@ -126,7 +126,7 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
 def _summary(point: EntryPoint) -> str:
     """The sentence of the `Command` that an entry point names, read in its source: importing may take seconds."""
     with suppress(ImportError, OSError, TypeError):
-        source = Path(getattr(find_spec(point.module), "origin", None)).read_text()  # type: ignore[arg-type]
+        source = Path(getattr(find_spec(point.module), "origin", None)).read_text(encoding="utf-8")  # type: ignore[arg-type]
         if found := re.search(rf'^{point.attr} = Command\(\s*"(.*?)"', source, re.M):
             return found[1]
     return f"added by {point.module.partition('.')[0]}: `raev2 {point.name} --help`"

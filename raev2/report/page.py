@@ -441,7 +441,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read_text(file: Path) -> str | None:
-    return file.read_text(errors="replace") if file.is_file() else None
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def _read_json(file: Path, warnings: list[str]) -> dict[str, Any] | None:

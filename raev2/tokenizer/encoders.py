@@ -451,7 +451,7 @@ def _pixel_stats_of_transformers(name: str, model_id: str) -> tuple[Any, Any]:
     from transformers.utils import cached_file
 
     try:
-        config = json.loads(Path(cached_file(model_id, "preprocessor_config.json") or "").read_text())
+        config = json.loads(Path(cached_file(model_id, "preprocessor_config.json") or "").read_text(encoding="utf-8"))
         return config["image_mean"], config["image_std"]
     except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(

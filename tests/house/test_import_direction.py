@@ -65,7 +65,7 @@ def imports(file: Path) -> Iterator[str]:
             yield from visit(child)
 
     modules = {f"raev2.{name}" for name, _ in sources()}
-    yield from (name for name in visit(ast.parse(file.read_text())) if name.startswith("raev2"))
+    yield from (name for name in visit(ast.parse(file.read_text(encoding="utf-8"))) if name.startswith("raev2"))
 
 
 def test_every_module_has_a_place_in_the_order():

@@ -165,7 +165,9 @@ def test_a_generator_and_its_tokenizer_are_a_model(trained_run, synthetic_data, 
     assert pngs(tmp_path / "a") == pngs(tmp_path / "b") and len(pngs(tmp_path / "a")) == 2
     assert main(["eval", *pair, "--protocol", "generation-micro"]) == 0
     assert (
-        json.loads(Path("results/tiny--generator/eval/generation-micro.json").read_text())["spec"]["sampling"]["steps"]
+        json.loads(Path("results/tiny--generator/eval/generation-micro.json").read_text(encoding="utf-8"))["spec"][
+            "sampling"
+        ]["steps"]
         == 2
     )
     assert main(["export", *pair, "--format", "pipeline", "--out", "whole"]) == 0

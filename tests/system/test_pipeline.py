@@ -62,8 +62,8 @@ def test_a_run_folder_is_complete(trained_run, tiny_spec):
 
 
 def changed(file: Path, **values) -> Path:
-    said = {**json.loads(file.read_text()), **values}
-    file.write_text(json.dumps(said))
+    said = {**json.loads(file.read_text(encoding="utf-8")), **values}
+    file.write_text(json.dumps(said), encoding="utf-8")
     return file
 
 

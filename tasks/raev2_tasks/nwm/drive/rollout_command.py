@@ -200,7 +200,7 @@ def num_steps(seconds: float, fps: float) -> int:
 def read_commands(file: Path) -> Commands:
     """Commands of a CSV file with the columns `COLUMNS`: seconds, metres and degrees."""
     try:
-        with file.open(newline="") as opened:
+        with file.open(encoding="utf-8", newline="") as opened:
             rows = list(csv.DictReader(opened))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(str(file), "cannot be read", got=error) from error
@@ -219,7 +219,7 @@ def read_commands(file: Path) -> Commands:
 def read_record(file: Path) -> dict[str, Any]:
     """The record of an earlier rollout."""
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(str(file), "cannot be read as JSON", got=error) from error
     if not isinstance(record, dict) or "steps" not in record or not {"start_frame", "own"} & set(record):
@@ -229,7 +229,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 def write_poses(session: RolloutSession, file: Path) -> None:
     """Poses over time as CSV, seen from the start: seconds, metres and degrees."""
-    with file.open("w", newline="") as opened:
+    with file.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(["time_s", "x_m", "y_m", "yaw_deg"])
         times = np.cumsum([0.0, *session.state.seconds])
