@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 import signal
 from abc import ABC, abstractmethod
@@ -29,6 +28,7 @@ from raev2.batch import Batch, Cond
 from raev2.errors import DataError
 from raev2.files.images import CENTRE_CROP, centre_crop, read_rgb
 from raev2.files.latent_folder import LatentFolder
+from raev2.files.lines import Lines
 from raev2.files.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -190,19 +190,14 @@ class FolderDataset(ImageDataset):
         index_file = self.dir / self.manifest["splits"][split]["index"]
         if not index_file.is_file():
             raise DataError(f"data {self.dir}", f"index {index_file.name} is missing", hint=_rebuild(self.manifest))
-        try:
-            self.index = [json.loads(line) for line in index_file.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise DataError(
-                f"data {index_file}", "damaged, a line is not JSON", got=str(error), hint=_rebuild(self.manifest)
-            ) from error
+        self.index = Lines(index_file, _rebuild(self.manifest))
         expected = self.manifest["splits"][split]["num_samples"]
         if len(self.index) != expected:
             raise DataError(
                 f"data {self.dir}", f"{index_file.name} has {len(self.index):,} samples, manifest says {expected:,}",
                 hint=f"Run `raev2 data verify {self.dir}`.",
             )  # fmt: skip
-        if not self.index:
+        if not len(self.index):
             raise DataError(f"data {self.dir}", f"split {split} is empty", hint=_rebuild(self.manifest))
         self._cache: dict[int, Tensor] | None = {} if cache else None
 

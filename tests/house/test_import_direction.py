@@ -24,7 +24,7 @@ MAX_LINES = 600
 ORDER = """
     errors files.plugins files.spec_base shapes spec batch
     files.damage files.hashes files.assets files.splits files.images files.replace files.picture_folder files.manifest
-    files.card files.artefact files.grid files.picture_array files.latent_folder
+    files.card files.artefact files.grid files.picture_array files.latent_folder files.lines
     flow guidance sampler nn data
     training.dist
     tokenizer.base tokenizer.encoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
