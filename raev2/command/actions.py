@@ -221,6 +221,7 @@ def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
     from raev2.training.preflight import Plan, preflight
 
     print_sizes(task, spec)
+    print(f"arithmetic, activations, memory of 1 to 64 GPUs: raev2 show {spec.recipe} --task {task.name}")
     findings = list(preflight(Plan(task, spec, run_dir, stage)))
     print()
     print_table(("needed", "state", "detail"), [(f.what, f.state, f.detail) for f in findings])

@@ -79,7 +79,7 @@ def _encoders(options: Namespace) -> int:
 
 
 def _check_encoder(options: Namespace) -> int:
-    from raev2.tokenizer.encoders import check_encoder
+    from raev2_tasks.listings.check import check_encoder
 
     if options.name is None:
         raise SpecError("raev2 encoders check", "which encoder?", expected="a name, timm:ID, hf:ID or a folder")
@@ -107,15 +107,19 @@ def _show(options: Namespace) -> None:
     from raev2.command.actions import print_sizes
     from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
     from raev2.training.preflight import run_sizes
+    from raev2_tasks.listings.cost import cost_rows
 
     task, spec = find_recipe(options.recipe, options.task, "raev2 show")
     spec = apply_overrides(spec, options.overrides)
     if options.json:
-        about = {"spec": spec_to_dict(spec), "fingerprint": fingerprint(spec), "sizes": dict(run_sizes(task, spec))}
+        sizes = dict([*run_sizes(task, spec), *cost_rows(task, spec)])
+        about = {"spec": spec_to_dict(spec), "fingerprint": fingerprint(spec), "sizes": sizes}
         print(json.dumps(about, indent=2, ensure_ascii=False))
     else:
         print(yaml.safe_dump(spec_to_dict(spec), sort_keys=False, allow_unicode=True))
         print_sizes(task, spec)
+        print()
+        print_table(("cost", "value"), cost_rows(task, spec))
 
 
 def _doctor(options: Namespace) -> None:
