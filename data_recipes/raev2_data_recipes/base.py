@@ -128,6 +128,14 @@ class DatasetRecipe(ABC):
         resolved = {key: option.default for key, option in self.options.items()} | dict(options)
         return {key: value for key, value in resolved.items() if value is not None}
 
+    def folder(self, options: Mapping[str, str], name: str = "src") -> Path:
+        """An option as an existing folder; DataError when there is none, or when it is one of the files to be read."""
+        path = Path(options[name]).expanduser()
+        if path.is_dir():
+            return path
+        what, wanted = ("a file, not a folder", path.parent) if path.exists() else ("no such folder", "PATH")
+        raise DataError(f"data {self.name}: {name}", what, got=path, hint=f"Give it with --set {name}={wanted}.")
+
     def whole_number(self, options: Mapping[str, str], name: str, least: int) -> int:
         """An option as a whole number; SpecError when it is none or too small."""
         text = options[name]

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from raev2.errors import DataError, SpecError
+from raev2.errors import SpecError
 from raev2.files.images import read_picture
 from raev2.files.picture_folder import text_of
 from raev2_data_recipes.base import Option, Picture, Recipe, Sample, encode_png
@@ -123,9 +123,7 @@ class ImageFolder(Recipe):
 
     def _layout(self, options: Mapping[str, str]) -> Layout:
         resolved = self.resolve(options)
-        src, fraction = Path(resolved["src"]).expanduser(), resolved["val_fraction"]
-        if not src.is_dir():
-            raise DataError(f"data {self.name}: src", "no such folder", got=src, hint="Give it with --set src=PATH.")
+        src, fraction = self.folder(resolved), resolved["val_fraction"]
         val_fraction = _number(fraction)
         if not 0 <= val_fraction <= 0.5:
             expected = "a number from 0 to 0.5"
