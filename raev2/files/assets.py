@@ -17,6 +17,10 @@ from raev2.files.damage import read_json
 from raev2.files.hashes import file_sha256
 
 MISSING, DAMAGED = "missing", "damaged"
+WAYS_OUT = {
+    "GatedRepoError": "Accept its terms there, then log in with `hf auth login`. ",
+    "RepositoryNotFoundError": "Check the name; for a private one log in with `hf auth login`. ",
+}
 TORCH = "https://download.pytorch.org/models/"
 
 
@@ -102,11 +106,14 @@ class Asset:
         if fault:
             self.download(again=fault == DAMAGED)
 
-    def download(self, again: bool = False) -> Path:
-        """The file or folder, got from its source even if an older one is here; `again`: even if the same one is."""
+    def download(self, again: bool = False, **hub: Any) -> Path:
+        """The file or folder, got from its source even if an older one is here; `again`: even if the same one is.
+
+        hub   revision, token or local_files_only, as huggingface_hub takes them
+        """
         try:
             if not self.sha256:
-                return self._snapshot(allow_patterns=list(self.files), force_download=again)
+                return self._snapshot(allow_patterns=list(self.files), force_download=again, **hub)
             import torch
 
             self.place.parent.mkdir(parents=True, exist_ok=True)
@@ -123,12 +130,13 @@ class Asset:
         fault = self.fault()
         what = f"the weights are {fault}" if fault else "the weights cannot be loaded"
         if isinstance(got, Exception):
+            hint = f"{WAYS_OUT.get(type(got).__name__, '')}{hint}"
             got = f"{type(got).__name__}: {(str(got).strip().splitlines() or [''])[0][:200]}"
         return CheckpointError(self.what, what, got=got, expected=str(self.place), hint=hint)
 
     def _snapshot(self, **options: Any) -> Path:
         name, _, revision = self.source.partition("@")
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, **options))
+        return Path(huggingface_hub.snapshot_download(name, **{"revision": revision or None, **options}))
 
 
 LPIPS_WEIGHTS = {

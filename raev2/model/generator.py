@@ -2,7 +2,7 @@
 
 generator = Generator(network_spec, condition_spec, flow_spec, latent_shape=(768, 16, 16))
 output = generator(z_t, t, cond)                      # ModelOutput(pred, base_pred, hidden)
-generator.save_pretrained("my_generator", card="...")
+generator.save_pretrained("my_generator")
 generator = Generator.from_pretrained("my_generator")
 """
 
@@ -106,10 +106,9 @@ class Generator(nn.Module):
         """Device of the parameters."""
         return next(self.parameters()).device
 
-    def save_pretrained(self, path: str | Path, *, card: str = "") -> Path:
+    def save_pretrained(self, path: str | Path) -> Path:
         """Write an artefact folder that `from_pretrained` reads."""
-        card = card or "# Generator\n\nA raev2 generator without a written model card.\n"
-        return save_artefact(path, kind="generator", config=self.config(), tensors=self.state_dict(), card=card)
+        return save_artefact(path, kind="generator", config=self.config(), tensors=self.state_dict())
 
     def config(self) -> dict[str, Any]:
         """What config.json of the artefact says about this generator."""
@@ -134,29 +133,9 @@ class Generator(nn.Module):
             build = partial(cls, network, condition, flow, tuple(shape), extra)
             return build_strict(build, tensors, str(path)).eval()
 
-    def push_to_hub(self, repo_id: str, *, card: str = "", private: bool = False) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload as a model repository of the Hugging Face hub; returns its address."""
-        return push_to_hub(lambda path: self.save_pretrained(path, card=card), repo_id, "generator", private=private)
-
-
-def generator_card(title: str, text: str) -> str:
-    """A model card: title, text in Markdown, and how a generator is used."""
-    return f"""---
-library_name: raev2
----
-
-# {title}
-
-{text}
-
-## Use
-
-```python
-from raev2 import RAE, Generator, sample
-
-images = sample(Generator.from_pretrained("GENERATOR"), RAE.from_pretrained("TOKENIZER"), cond, steps=50)
-```
-"""
+        return push_to_hub(self.save_pretrained, repo_id, "generator", private=private)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
+from importlib.metadata import version
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
-from raev2 import __version__
 from raev2.errors import CheckpointError
 from raev2.eval.protocols import ep_fid
 from raev2.files.artefact import write_json
@@ -88,7 +88,7 @@ def write_report(run_dir: str | Path) -> Path:
         "published": _published(spec), "sources": published()["sources"], "stages": _stages(lines), "data": _flat(data),
         "events": [line for line in lines if line.get("kind") == "event"],
         "provenance": _flat({**provenance, "data": None}),
-        "spec_text": spec_text, "glossary": glossary(meanings.values()), "version": __version__, "date": date,
+        "spec_text": spec_text, "glossary": glossary(meanings.values()), "version": version("raev2"), "date": date,
     }  # fmt: skip
     template = (resources.files("raev2") / "assets" / "report.html.j2").read_text()
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -441,7 +441,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read_text(file: Path) -> str | None:
-    return file.read_text(errors="replace") if file.is_file() else None
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def _read_json(file: Path, warnings: list[str]) -> dict[str, Any] | None:

@@ -40,7 +40,6 @@ ASSETS = Path(__file__).parents[1] / "assets"
 PROJECTION_SEED = 0
 FINAL_NORM_NAMES = ("layernorm", "norm", "post_layernorm")  # of transformers models
 PREFIXES = {"timm": "timm", "hf": "transformers"}  # of names that are not in the table -> who builds them
-Row = tuple[str, bool, str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,7 +460,7 @@ def _pixel_stats_of_transformers(name: str, model_id: str) -> tuple[Any, Any]:
     from transformers.utils import cached_file
 
     try:
-        config = json.loads(Path(cached_file(model_id, "preprocessor_config.json") or "").read_text())
+        config = json.loads(Path(cached_file(model_id, "preprocessor_config.json") or "").read_text(encoding="utf-8"))
         return config["image_mean"], config["image_std"]
     except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -481,38 +480,3 @@ def _info_of_model(
         name, model_id, trunk.width, trunk.depth, trunk.patch_size, trunk.num_prefix_tokens, *(known or [norm])[0],
         route=route, mean=(mean_r, mean_g, mean_b), std=(std_r, std_g, std_b), licence=licence,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking
-
-
-def check_encoder(name: str, grid: tuple[int, int] = (16, 16)) -> list[Row]:
-    """What `raev2 encoders check` prints: (check, ok, detail) per property an encoder must have."""
-    encoder, other = (build_encoder(EncoderSpec(name=name), (grid[0], cols)) for cols in (grid[1], 2 * grid[1]))
-    (height, width), num_tokens = encoder.input_size, grid[0] * grid[1]
-    generator = torch.Generator().manual_seed(0)
-    images = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), (height, width), mode="bilinear")
-    tokens, other_shape = encoder(images), tuple(other(images).shape)
-    same = torch.equal(tokens, encoder(images))
-    lowest, highest = (encoder.preprocess(torch.full_like(images, n)).aminmax()[n].item() for n in (0, 1))
-    trunk, info = encoder.trunk, encoder.info
-    num_prefix, dropped = trunk.num_prefix_tokens, info.num_prefix_tokens
-    eps = f", eps {encoder._norm_eps:g}" if encoder.norm != "none" else ""
-    encoder.train()
-    moved = any(module.training for module in trunk.modules())
-    trainable = sum(parameter.requires_grad for parameter in trunk.parameters())
-    mean, std = tokens.mean().item(), tokens.std().item()
-    finite = bool(torch.isfinite(tokens).all()) and std > 0
-    pixels = f"[0, 1] becomes [{lowest:.2f}, {highest:.2f}] with mean {info.mean}, std {info.std}"
-    other_size = f"{other.input_size[0]} x {other.input_size[1]} px"
-    return [
-        ("input", lowest <= 0 < highest, pixels),
-        ("grid", tokens.shape == (2, num_tokens, encoder.width), f"{height} x {width} px: {tuple(tokens.shape)}"),
-        ("second grid", other_shape == (2, 2 * num_tokens, encoder.width), f"{other_size}: {other_shape}"),
-        ("prefix tokens", num_prefix == dropped, f"{dropped} dropped; the network has {num_prefix}"),
-        ("layers and norm", True, f"block {encoder.layers} of {encoder.depth}, norm {encoder.norm}{eps}"),
-        ("deterministic", same, "same images, same tokens"),
-        ("frozen", not moved and trainable == 0, f"train() changes nothing; {trainable} trainable parameters"),
-        ("features", finite, f"mean {mean:.4f}, std {std:.4f}"),
-    ]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from raev2.errors import FileError, RaeError, SpecError
-from raev2.files.artefact import ENCODER, HUB_FILES, load_artefact
+from raev2.files.artefact import ENCODER, HUB_FILES, read_artefact
 from raev2.files.assets import Asset, need_package
 from raev2.files.manifest import read_manifest
 from raev2.flow import prediction
@@ -122,7 +122,7 @@ def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
     here = Asset("tokenizer_from", source).folder() if source else None
     if source is None or not (here or download):
         return spec
-    return spec.replace(tokenizer=tokenizer_spec(load_artefact(here or source, kind=TOKENIZER)[0]))
+    return spec.replace(tokenizer=tokenizer_spec(read_artefact(here or source, kind=TOKENIZER)[0]))
 
 
 def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:

@@ -15,7 +15,8 @@ from raev2.errors import CheckpointError, SpecError
 from raev2.spec import EncoderSpec
 from raev2.tokenizer import encoders
 from raev2.tokenizer.encoder_table import ENCODERS, encoder_info, nearest_open_encoder
-from raev2.tokenizer.encoders import aggregate_layers, build_encoder, check_encoder, projection_matrix
+from raev2.tokenizer.encoders import aggregate_layers, build_encoder, projection_matrix
+from raev2_tasks.listings.check import check_encoder
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
 

@@ -44,10 +44,10 @@ def test_what_a_run_reads_must_stay_the_same(spec, tmp_path):
     run = pipeline.train(spec, "run")
     before = json.loads((run / "identity.json").read_text())
     assert before.keys() == {"data", "tokenizer", "first", "weak"}
-    assert before["data"] == json.loads(Path("data/manifest.json").read_text())["fingerprint"]
+    assert before["data"] == json.loads(Path("data/manifest.json").read_text(encoding="utf-8"))["fingerprint"]
     pipeline.train(spec, "run")
     for name in ("tokenizer", "first", "weak"):
-        Path(name, "README.md").write_text("another card is the same tokenizer")
+        Path(name, "README.md").write_text("another card is the same tokenizer", encoding="utf-8")
         shutil.copytree(name, "kept")
         other_weights(Path(name))
         with pytest.raises(CheckpointError) as caught:

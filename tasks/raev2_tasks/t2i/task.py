@@ -187,6 +187,7 @@ def _stream(spec: RunSpec, stream: StreamSpec) -> ImageDataset:
     for wrong, field, hint in (
         (spec.tokenizer_from is None, "tokenizer_from", "Train the tokenizer on a folder, and name it here."),
         (spec.generator_training.latent_cache, "generator_training.latent_cache", "Set it to false."),
+        (spec.generator_training.latents is not None, "generator_training.latents", "Set it to null."),
     ):
         if wrong:
             raise SpecError(f"spec.{field}", "does not go with task.stream, which cannot be read by number", hint=hint)

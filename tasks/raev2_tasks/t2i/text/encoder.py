@@ -7,6 +7,7 @@ is trained with the generator is not here, that is `condition.py`.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import logging
@@ -416,14 +417,15 @@ def text_asset(spec: TextEncoderSpec) -> list[Asset]:
 
 def text_encoders(argv: Sequence[str]) -> None:
     """List known text encoders with width, licence and access; every other transformers folder works too."""
+    argparse.ArgumentParser("raev2 t2i text-encoders", description=text_encoders.__doc__).parse_args(argv)
+    from raev2.command.actions import print_table
+
     header = ("name", "family", "width", "tokens of ''", "parameters", "licence", "access")
     rows = [
         (e.hub_id, e.family, str(e.width), str(e.num_null_tokens), e.parameters, e.licence, "gated" if e.gated else "")
         for e in KNOWN_ENCODERS.values()
     ]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(header, rows)
 
 
 COMMANDS = {"text-encoders": text_encoders}
