@@ -1,6 +1,11 @@
-"""Test doubles that ship with the package, for our tests and for those of plugins."""
+"""Test doubles and a stopwatch, for our tests and benchmarks and for those of plugins."""
 
 from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -78,3 +83,25 @@ class GaussianWorld(nn.Module):
 
 
 _double: type[Denoiser] = GaussianWorld  # for mypy
+
+
+def take_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call of each function, after one warm-up.
+
+    The functions take turns in every round, so that a machine that slows down slows all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def timed(functions: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
+    """Median seconds of each function; they take turns."""
+    return {name: statistics.median(values) for name, values in take_turns(functions, rounds).items()}

@@ -39,6 +39,11 @@ EXPORT = Kind(
     "export.json", VERSION,
     rf"[^/]+\.(json|yaml|pt|safetensors)|{_STAGES}/{_ARTEFACT}",
 )  # fmt: skip
+PIPELINES = Kind(
+    "pipeline.json", VERSION,
+    rf"(pipeline|metrics)\.jsonl?|README\.md|samples\.png|{_STAGES}/{_ARTEFACT}"
+    r"|samples/([^/]+/)?[^/]+\.(png|json)|eval/[^/]+\.(json|png)|\.git(attributes|ignore)|\.cache/.*",
+)  # fmt: skip
 RUN = Kind(
     "spec.yaml", "fingerprint: ",
     r"spec\.yaml|(provenance|identity|report)\.json|metrics\.jsonl|report\.html|(.*/)?\.[^/]+\.(partial|old)(/.*)?"

@@ -60,17 +60,23 @@ MAX_NON_FINITE_STEPS = 20
 
 @dataclass
 class Run:
-    """A run folder opened by this process. `accelerator` holds device and process group."""
+    """A run folder opened by this process.
+
+    accelerator   holds device and process group
+    commits       of the hub repositories that it reads, by source
+    """
 
     dir: Path
     spec: RunSpec
     accelerator: Accelerator
+    commits: Mapping[str, str] = field(default_factory=dict)
     tracker: Tracker | None = None
+    other_device: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        """Device of this process."""
-        return self.accelerator.device
+        """Device of this process, or another one that was asked for."""
+        return self.other_device or self.accelerator.device
 
     def autocast(self) -> torch.autocast:
         """Inside, networks compute in the precision of the run. (Accelerate has one precision per process.)"""
@@ -136,7 +142,8 @@ def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: 
                 save_spec(spec, new / "spec.yaml")
                 write_json(new / "provenance.json", provenance(spec, accelerator.device))
     dist.barrier()
-    return Run(dir, spec, accelerator, Tracker(dir, spec) if spec.tracker and dist.is_main() else None)
+    tracker = Tracker(dir, spec) if spec.tracker and dist.is_main() else None
+    return Run(dir, spec, accelerator, tracker=tracker)
 
 
 def newest_run(task_name: str, root: Path = Path("runs")) -> Path:
@@ -577,7 +584,7 @@ def cpu_name() -> str:
     """Model of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

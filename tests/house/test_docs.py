@@ -40,7 +40,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     return [
         Block(match[1], match[2].split(), match[3], text.count("\n", 0, match.start(3)))
         for match in re.finditer(r"^```(\w*)([^\n]*)\n(.*?)^```$", text, re.M | re.S)
@@ -53,7 +53,7 @@ def name(page: Path) -> str:
 
 def prose(page: Path) -> str:
     """The page without its code blocks."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
 def anchors(page: Path) -> set[str]:
@@ -148,7 +148,7 @@ def workplace(small_run: Path, synthetic_data: Path, tmp_path: Path, monkeypatch
 
 def install(project_file: Path) -> None:
     """What `pip install -e .` would do for the entry points of a project."""
-    project = tomllib.loads(project_file.read_text())["project"]
+    project = tomllib.loads(project_file.read_text(encoding="utf-8"))["project"]
     info = project_file.parent / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")

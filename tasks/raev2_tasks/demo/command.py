@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from raev2.command.actions import source_of
+from raev2.command.cli import source_options
 from raev2.errors import TaskError
 from raev2.task import Command
 
@@ -11,8 +13,7 @@ ADDRESS = "127.0.0.1"  # this machine alone; from elsewhere: ssh -L PORT:127.0.0
 
 
 def _options(parser: ArgumentParser) -> None:
-    parser.add_argument("--task", help="use the newest run of this task")
-    parser.add_argument("--run", metavar="DIR", help="run folder")
+    source_options(parser)
     parser.add_argument("--port", type=int, default=7860, help="of the page on this machine (default: 7860)")
 
 
@@ -21,10 +22,10 @@ def _demo(options: Namespace) -> None:
         import gradio
     except ImportError as error:
         raise TaskError("raev2 demo", "needs gradio", got=str(error), hint="pip install 'raev2[demo]'") from error
-    from raev2.pipeline import find_run, open_trained
+    from raev2.model.opened import open_trained
     from raev2_tasks.demo.page import Demo, make_page
 
-    page = make_page(Demo(open_trained(find_run(options.run, options.task))))
+    page = make_page(Demo(open_trained(source_of(options))))
     theme = gradio.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["monospace"]
     )  # loads none from elsewhere

@@ -35,7 +35,7 @@ class Demo:
         self.trained, self.generator = trained, trained.need_generator()
         spec = trained.run.spec
         self.title, self.sampling = f"{spec.task.name}: {spec.recipe}", spec.sampling
-        self.data = trained.task.dataset(spec, "train")
+        self.data = trained.names()
         self.option = next(iter(trained.task.sample_options()), "").removeprefix("--")
         self.encode_cond = trained.task.cond_encoder(spec, trained.context().encode, trained.run.device)
 

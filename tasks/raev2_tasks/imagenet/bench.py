@@ -8,11 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from raev2.batch import Measurement
-from raev2.command.bench import timed
 from raev2.flow import interpolate, training_loss
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
 from raev2.spec import RunSpec
+from raev2.testing import timed
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer
 from raev2.training.run import make_accelerator, update

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raev2.batch import Measurement
-from raev2.command.bench import timed
+from raev2.testing import timed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,10 +19,10 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _report(options: Namespace) -> int:
-    from raev2.pipeline import find_run
+    from raev2.model.opened import find_source
     from raev2_tasks.report.page import write_report
 
-    runs = [Path(run) for run in options.runs] or [find_run(options.run, options.task)]
+    runs = [Path(run) for run in options.runs] or [find_source(options.run, options.task).dir]
     own = runs[0] / "report.html" if len(runs) == 1 else None
     out = Path(options.out or own or "comparison.html")
     taken = [file for file in (out, out.with_suffix(".json")) if file.exists()]

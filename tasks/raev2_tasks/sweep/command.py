@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from raev2.command.actions import source_of
+from raev2.command.cli import source_options
 from raev2.errors import CheckpointError, SpecError
 from raev2.eval.protocols import run_protocol
 from raev2.files.artefact import load_strict
-from raev2.pipeline import GENERATOR, TrainedRun, find_run, open_trained
+from raev2.model.opened import GENERATOR, TrainedRun, open_trained
 from raev2.spec import Guidance, SamplingSpec
 from raev2.spec_io import spec_to_dict, validated
 from raev2.task import Command, check_known, get_evaluators
@@ -30,8 +32,7 @@ STEPS = ("5", "10", "20", "50", "100")
 
 def _options(parser: ArgumentParser) -> None:
     parser.add_argument("kind", metavar="|".join(KINDS), help="what is varied")
-    parser.add_argument("--task", help="use the newest run of this task")
-    parser.add_argument("--run", metavar="DIR", help="run folder")
+    source_options(parser)
     parser.add_argument("--protocol", required=True, help="run for every value; see `raev2 tasks`")
     parser.add_argument("--values", nargs="+", metavar="V", help="scales, LOW,HIGH, steps or decays (default: a list)")
     parser.add_argument("--guidance", metavar="KIND", help="guidance and interval: of this kind (default: the run's)")
@@ -44,7 +45,7 @@ def _options(parser: ArgumentParser) -> None:
 
 def _sweep(options: Namespace) -> None:
     check_known("raev2 sweep", "nothing that can be varied", options.kind, KINDS)
-    trained = _with_n(open_trained(find_run(options.run, options.task)), options.n)
+    trained = _with_n(open_trained(source_of(options)), options.n)
     generator, spec = trained.need_generator(), trained.run.spec
     (evaluator,) = get_evaluators(trained.task, spec, [options.protocol])
     if not evaluator.needs_generator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from raev2.batch import Measurement
-from raev2.command.bench import timed
+from raev2.testing import timed
 
 PADDED = 256  # tokens, the length that reference implementations always pad to
 # Lengths in pieces of the first captions that a quickstart draws.

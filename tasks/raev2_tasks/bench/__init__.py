@@ -1,0 +1,1 @@
+"""`raev2 bench`: what training, sampling, reading and measuring cost on this machine, as one table."""
