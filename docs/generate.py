@@ -299,7 +299,7 @@ EXIT_CODES = (
 
 def _no_folder() -> None:
     try:
-        Path("/nowhere/log.txt").write_text("")
+        Path("/nowhere/log.txt").write_text("", encoding="utf-8")
     except OSError as error:
         raise cli._file_error(error) from error
 

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"RAE": "raev2.tokenizer.rae", "Generator": "raev2.model.generator", "sample": "raev2.sampler"}
-__all__ = ["RAE", "Generator", "__version__", "sample"]
+_PUBLIC = {
+    "RAE": "raev2.tokenizer.rae", "Generator": "raev2.model.generator", "Pipeline": "raev2.model.repository",
+    "sample": "raev2.sampler",
+}  # fmt: skip
+__all__ = ["RAE", "Generator", "Pipeline", "__version__", "sample"]
 
 if TYPE_CHECKING:
     from raev2.model.generator import Generator
+    from raev2.model.repository import Pipeline
     from raev2.sampler import sample
     from raev2.tokenizer.rae import RAE
 

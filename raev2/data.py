@@ -7,8 +7,8 @@ A checkpoint therefore needs only "images seen" to go on with exactly the same b
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
 import logging
 import signal
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from raev2.batch import Batch, Cond
 from raev2.errors import DataError
 from raev2.files.images import CENTRE_CROP, centre_crop, read_rgb
+from raev2.files.latent_folder import LatentFolder
+from raev2.files.lines import Lines
 from raev2.files.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
     split: str
     image_size: tuple[int, int]
     group_kind = "groups"
+    latents: LatentFolder | None = None  # in place of pictures
     _order: tuple[tuple[int, int], Tensor] | None = None  # (seed, epoch) and its permutation
     _subset: tuple[tuple[int, int], list[int]] | None = None  # (number, seed) and its indices
 
@@ -82,6 +85,11 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
         """Hash of the content."""
         return self.manifest["fingerprint"]
 
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What a model that is trained on this says of it."""
+        return {name: self.manifest[name] for name in ("name", "fingerprint", "licence", "attribution")}
+
     def key(self, index: int) -> str:
         """What sample `index` is, wherever it stands in the split: a hash of its content, or a name."""
         return str(index)
@@ -102,6 +110,24 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
         """The samples whose conditions evaluation samples with these numbers get: a subset, repeated as needed."""
         order = self.subset(num_samples)
         return [order[number % len(order)] for number in numbers]
+
+    def with_latents(self, latents: LatentFolder) -> ImageDataset:
+        """This split with latents on disk as its images: no picture is decoded."""
+        view = copy.copy(self)
+        view.latents = latents
+        setattr(view, "image", latents.__getitem__)  # noqa: B010  in the way of the method, whatever calls it
+        return view
+
+    def mirrored(self, sample: Mapping[str, Any]) -> Tensor:
+        """The image of a sample, or its latents, of the mirrored picture."""
+        return sample["image"].flip(2) if self.latents is None else self.latents.mirrored(sample["key"])
+
+    def latent_identity(self, tokenizer: str) -> dict[str, Any]:
+        """What latents of this split depend on, by the tokenizer with this identity."""
+        return {
+            "tokenizer": tokenizer, "data": self.fingerprint, "split": self.split, "preparation": self.preparation,
+            "number of samples": len(self),
+        }  # fmt: skip
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.image(index), "cond": self.cond(index), "key": index}
@@ -124,6 +150,19 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
     def collate_cond(self, conds: Sequence[Mapping[str, Any]]) -> Cond:
         """Conditions of a batch, one tensor a name with the batch as leading axis."""
         return {name: _stack([cond[name] for cond in conds]) for name in conds[0]}
+
+
+class NamesOnly(ImageDataset):
+    """Data that is not here, of which a model kept the class names; whatever else is asked for is a DataError."""
+
+    def __init__(self, dir: str | Path, split: str, classes: Sequence[str]) -> None:
+        self.dir, self.split, self.manifest = Path(dir), split, {"classes": list(classes)}
+
+    def _absent(self, index: int = 0) -> NoReturn:
+        raise DataError(f"data {self.dir}", "needed, and a model brings only its class names", hint="Give --data DIR.")
+
+    __len__ = image = cond = _absent
+    preparation = property(_absent)
 
 
 class FolderDataset(ImageDataset):
@@ -151,19 +190,14 @@ class FolderDataset(ImageDataset):
         index_file = self.dir / self.manifest["splits"][split]["index"]
         if not index_file.is_file():
             raise DataError(f"data {self.dir}", f"index {index_file.name} is missing", hint=_rebuild(self.manifest))
-        try:
-            self.index = [json.loads(line) for line in index_file.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise DataError(
-                f"data {index_file}", "damaged, a line is not JSON", got=str(error), hint=_rebuild(self.manifest)
-            ) from error
+        self.index = Lines(index_file, _rebuild(self.manifest))
         expected = self.manifest["splits"][split]["num_samples"]
         if len(self.index) != expected:
             raise DataError(
                 f"data {self.dir}", f"{index_file.name} has {len(self.index):,} samples, manifest says {expected:,}",
                 hint=f"Run `raev2 data verify {self.dir}`.",
             )  # fmt: skip
-        if not self.index:
+        if not len(self.index):
             raise DataError(f"data {self.dir}", f"split {split} is empty", hint=_rebuild(self.manifest))
         self._cache: dict[int, Tensor] | None = {} if cache else None
 
@@ -234,7 +268,7 @@ class _Stream(Dataset[Any]):
                     where, what = f"data {self.dataset.dir}", f"{skipped} unreadable images in a row"
                     raise DataError(where, what, hint=str(error)) from error
         if self.flip and derived_seed("flip", self.seed, number) % 2:
-            sample["image"] = sample["image"].flip(2)
+            sample["image"] = self.dataset.mirrored(sample)
         return {**sample, "skipped": skipped}
 
 
@@ -270,7 +304,7 @@ def train_batches(
 
 
 def ordered_batches(
-    dataset: ImageDataset, batch_size: int, indices: range | None = None, *, skip_unreadable: bool = False
+    dataset: ImageDataset, batch_size: int, indices: Sequence[int] | None = None, *, skip_unreadable: bool = False
 ) -> Iterator[Batch]:
     """The samples of a split once, in index order.
 

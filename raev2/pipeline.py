@@ -1,4 +1,4 @@
-"""Whole capabilities: train, sample, reconstruct, evaluate. What the commands do, as functions.
+"""Whole capabilities: train, sample, evaluate. What the commands do, as functions.
 
 run_dir = train(spec, "runs/TASK/NAME")
 sample_run(run_dir, {"n": 16}, out=Path("samples"))
@@ -8,57 +8,49 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from raev2.batch import Cond, MetricResult
-from raev2.data import FolderDataset, ImageDataset, ordered_batches, to_float, to_uint8
-from raev2.errors import CheckpointError, FileError, SpecError
+from raev2.batch import MetricResult
+from raev2.data import ImageDataset
+from raev2.errors import CheckpointError
 from raev2.eval.features import NotFinite
 from raev2.eval.generate import PROGRESS_SECONDS
-from raev2.eval.pictures import cache_dir
 from raev2.eval.protocols import run_protocol
-from raev2.eval.reconstruct import Reconstruction, reconstruct_pictures
-from raev2.files.artefact import load_artefact, write_json
+from raev2.files.artefact import write_json
+from raev2.files.card import card_text
+from raev2.files.damage import read_json
 from raev2.files.grid import save_grid
 from raev2.files.hashes import folder_sha256
 from raev2.files.manifest import read_manifest
 from raev2.files.picture_array import PictureArrayWriter
-from raev2.files.replace import SAMPLES, new_folder
-from raev2.flow import prediction
-from raev2.guidance import build_guidance
-from raev2.model.generator import Generator, model_size
-from raev2.sampler import sample
-from raev2.spec import AnyTokenizerSpec, Guidance, NoGuidance, PixelSpec, RunSpec, SamplingSpec, TokenizerSpec, VAESpec
-from raev2.spec_io import load_spec, spec_from_dict
-from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task, usable_tasks
+from raev2.files.replace import SAMPLES, new_folder, write_text
+from raev2.model.generator import Generator
+from raev2.model.opened import Source, TrainedRun, image_sampler, load_generator, open_trained
+from raev2.spec import Guidance, NoGuidance, RunSpec, SamplingSpec, TokenizerSpec
+from raev2.spec_io import spec_from_dict
+from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task, run_command
 from raev2.tokenizer.base import Tokenizer
-from raev2.tokenizer.baselines import VAES, build_tokenizer, load_tokenizer, tokenizer_spec
-from raev2.tokenizer.decoder import ViTDecoder
-from raev2.tokenizer.encoder_table import encoder_info
+from raev2.tokenizer.baselines import build_tokenizer, load_tokenizer
 from raev2.tokenizer.encoders import hash_weights
-from raev2.tokenizer.rae import RAE
 from raev2.train_generator import train_generator
-from raev2.train_tokenizer import measure_stats, train_tokenizer
+from raev2.train_tokenizer import train_tokenizer
 from raev2.training import dist
-from raev2.training.checkpoint import latest_checkpoint
 from raev2.training.lock import run_lock
+from raev2.training.preflight import GENERATOR, TOKENIZER, Plan, make_ready, with_tokenizer
 from raev2.training.resume import Origin, check_identity, local_identity
-from raev2.training.run import Run, add_provenance, make_accelerator, memory_field, newest_run, open_run
+from raev2.training.run import Run, add_provenance, make_accelerator, open_run
 
 logger = logging.getLogger(__name__)
-TOKENIZER, GENERATOR, EVAL = "tokenizer", "generator", "eval"  # folders of a run
+EVAL = "eval"  # folder of a run
 NUM_GRID_IMAGES = 32
 NUM_SHOWN = 64  # pictures in the grid of `raev2 sample`
 
@@ -79,23 +71,23 @@ def train(
     origin = Origin.open(resume) if isinstance(resume, Path) else None
     spec = origin.fitted(spec, Path(run_dir)) if origin else spec
     task = get_task(spec.task.name)
-    protocols = get_evaluators(task, spec, spec.evaluation.protocols)
-    get_evaluators(task, spec, spec.evaluation.in_training)
-    prediction(spec.flow.prediction)  # it may come from a plugin, which may be broken
     make_accelerator(spec.precision)  # from here on the processes know each other
+    dist.on_main(lambda: make_ready(Plan(task, spec, Path(run_dir), stage)))
     prepare_data(spec)
     spec = with_tokenizer(spec)
-    with run_lock(Path(run_dir)):
-        run = open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)
-        return _train(run, task, protocols, stage, origin)
+    with run_lock(Path(run_dir)), closing(open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)) as run:
+        return _train(run, task, stage, origin)
 
 
-def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, origin: Origin | None) -> Path:
+def _train(run: Run, task: Task, stage: str, origin: Origin | None) -> Path:
     spec = run.spec
+    protocols = get_evaluators(task, spec, spec.evaluation.protocols)
     if origin:
         origin.copy_into(run)
     train_set, val_set = task.dataset(spec, "train"), task.dataset(spec, "val")
-    check_identity(run, {"data": train_set.fingerprint, **local_identity(spec)})
+    run.commits = dist.from_main(Plan(task, spec, run.dir, stage).commits())
+    check_identity(run, {"data": train_set.fingerprint, **local_identity(spec), **run.commits})
+    add_provenance(run, "commits", run.commits)
     add_provenance(run, "data", {name: value for name, value in train_set.manifest.items() if name != "classes"})
 
     # Stage 1.
@@ -146,10 +138,18 @@ def _train(run: Run, task: Task, protocols: Sequence[Evaluator], stage: str, ori
             _save_samples(trained, train_set, sampling, run.dir / "samples" / f"guidance-{name}.png")
             _evaluate(trained, final, images, sampling, suffix=f"-{name}")
     if dist.is_main():
-        from raev2.report.page import write_report  # plots: heavy to import
-
-        logger.info("report: %s", write_report(run.dir))
+        _write_cards(run)
+        run_command("report", str(run.dir))
     return run.dir
+
+
+def _write_cards(run: Run) -> None:
+    """The cards of what was trained, with its numbers."""
+    results = [read_json(file) for file in sorted((run.dir / EVAL).glob("*.json"))]
+    for part in (TOKENIZER, GENERATOR):
+        if (run.dir / part / "config.json").is_file():
+            own = [result for result in results if result["needs_generator"] == (part == GENERATOR)]
+            write_text(run.dir / part / "README.md", card_text(read_json(run.dir / part / "config.json"), own))
 
 
 def prepare_data(spec: RunSpec) -> None:
@@ -165,93 +165,6 @@ def prepare_data(spec: RunSpec) -> None:
     read_manifest(folder)
 
 
-def with_tokenizer(spec: RunSpec) -> RunSpec:
-    """The spec with the tokenizer fields of the artefact that `tokenizer_from` names."""
-    if spec.tokenizer_from is None:
-        return spec
-    config, _, _ = load_artefact(spec.tokenizer_from, kind=TOKENIZER)
-    return spec.replace(tokenizer=tokenizer_spec(config))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A trained run
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run folder opened for use. `generator` None: only the tokenizer is trained."""
-
-    run: Run
-    task: Task
-    rae: Tokenizer
-    generator: Generator | None
-
-    def need_generator(self) -> Generator:
-        """The generator. Raises CheckpointError where only the tokenizer is trained."""
-        if self.generator is None:
-            raise CheckpointError(
-                str(self.run.dir), "has no trained generator yet",
-                hint=f"Run `raev2 train --task {self.run.spec.task.name}` with this --run.",
-            )  # fmt: skip
-        return self.generator
-
-    def context(self, sampling: SamplingSpec | None = None, seed: int | None = None) -> EvalContext:
-        """The run for evaluators and tasks, with its own sampling settings and `evaluation.seed`, or with these."""
-        run, task, generator, spec = self.run, self.task, self.generator, self.run.spec
-        sampling = sampling or spec.sampling
-        evaluation = spec.evaluation if seed is None else spec.evaluation.replace(seed=seed)
-        weak, weak_from = None, getattr(sampling.guidance, "weak", None)
-        if generator is not None:
-            weak = None if weak_from is None else load_generator(weak_from).to(run.device)
-            build_guidance(sampling.guidance, generator, weak)  # an unusable setting is reported before any work
-        spec = spec.replace(sampling=sampling, evaluation=evaluation)
-        context = EvalContext(
-            spec, self.rae, lambda split: task.dataset(spec, split), run.device, cache_dir(),
-            generator=generator, weak=weak,
-        )  # fmt: skip
-        return context if generator is None else replace(context, generate=_image_sampler(task, context))
-
-
-def open_trained(run_dir: str | Path) -> TrainedRun:
-    """Load tokenizer and generator of a run folder; a run that is still training gives its newest averaged weights."""
-    run_dir = Path(run_dir)
-    spec = load_spec(run_dir / "spec.yaml")
-    run = Run(run_dir, spec, make_accelerator(spec.precision))
-    task = get_task(spec.task.name)
-    rae = load_tokenizer(tokenizer_of(run_dir, spec)).to(run.device)
-    generator = None
-    if (run_dir / GENERATOR / "config.json").is_file():
-        generator = load_generator(run_dir / GENERATOR).to(run.device)
-    else:
-        checkpoint = latest_checkpoint(run_dir / "checkpoints" / GENERATOR)
-        if checkpoint is not None:
-            condition = task.condition(spec, task.dataset(spec, "train"))
-            generator = Generator(spec.generator, condition, spec.flow, rae.latent_shape).to(run.device)
-            averages = checkpoint.tensors[f"ema-{spec.generator_training.ema_decays[0]}"]
-            generator.load_state_dict({**checkpoint.tensors["model"], **averages})
-            generator.eval()
-            logger.info("using averaged weights of %s", checkpoint.path)
-    return TrainedRun(run, task, rae, generator)
-
-
-def load_generator(path: str | Path) -> Generator:
-    """A generator artefact; kinds of condition from task plugins are known."""
-    types = [type_ for task in usable_tasks() for type_ in task.condition_types()]
-    return Generator.from_pretrained(path, types)
-
-
-def find_run(run_dir: str | None, task_name: str | None) -> Path:
-    """The run folder that a command means: the one given, or the newest of a task."""
-    if run_dir is not None:
-        if not (Path(run_dir) / "spec.yaml").is_file():
-            raise CheckpointError(run_dir, "not a run folder, spec.yaml is missing", expected="runs/TASK/NAME")
-        return Path(run_dir)
-    if task_name is None:
-        raise SpecError("--run", "which run?", expected="--run DIR, or --task T for its newest run")
-    get_task(task_name)
-    return newest_run(task_name)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Sample
 
@@ -264,19 +177,21 @@ class Samples:
     plan         what the pictures depend on
     """
 
-    def __init__(self, run_dir: Path, options: Mapping[str, object], sampling: SamplingSpec | None, seed: int) -> None:
-        trained = open_trained(run_dir)
+    def __init__(
+        self, trained: TrainedRun, options: Mapping[str, object], sampling: SamplingSpec | None, seed: int
+    ) -> None:
         generator, spec = trained.need_generator(), trained.run.spec
         sampling = sampling or spec.sampling
-        self.cond, self.captions = trained.task.sample_cond(spec, trained.task.dataset(spec, "train"), options)
+        self.cond, self.captions = trained.task.sample_cond(spec, trained.names(), options)
         context = trained.context(sampling, seed)
         assert context.generate is not None
         self.generate = context.generate
         self.size, self.chunk_size = trained.rae.spec.image_size, sampling.batch_size
         self.plan = {
-            "run": str(run_dir), "seed": seed, "captions": self.captions, "sampling": sampling.model_dump(mode="json"),
+            "run": str(trained.run.dir), "seed": seed, "captions": self.captions,
+            "sampling": sampling.model_dump(mode="json"),
             "time_shift": generator.time_shift, "precision": spec.precision, "size": list(self.size),
-            "weights": _weights(context),
+            "weights": weights_of(context),
         }  # fmt: skip
 
     def chunks(self, start: int = 0) -> Iterator[NDArray[np.uint8]]:
@@ -295,10 +210,15 @@ class Samples:
 
 
 def sample_run(
-    run_dir: Path, options: Mapping[str, object], sampling: SamplingSpec | None = None, seed: int = 0, *, out: Path
+    source: Source | Path,
+    options: Mapping[str, object],
+    sampling: SamplingSpec | None = None,
+    seed: int = 0,
+    *,
+    out: Path,
 ) -> Path:
     """Images for the conditions in `options` (see Task.sample_cond): single PNGs, a grid, and the plan as JSON."""
-    samples = Samples(run_dir, options, sampling, seed)
+    samples = Samples(open_trained(source), options, sampling, seed)
     if not dist.is_main():
         list(samples.chunks())
         return out
@@ -315,10 +235,15 @@ def sample_run(
 
 
 def sample_array(
-    run_dir: Path, options: Mapping[str, object], sampling: SamplingSpec | None = None, seed: int = 0, *, file: Path
+    source: Source | Path,
+    options: Mapping[str, object],
+    sampling: SamplingSpec | None = None,
+    seed: int = 0,
+    *,
+    file: Path,
 ) -> Path:
     """The same images as one array in an .npz file, with the plan; what a killed process had drawn is kept."""
-    samples = Samples(run_dir, options, sampling, seed)
+    samples = Samples(open_trained(source), options, sampling, seed)
     if not dist.is_main():
         list(samples.chunks(dist.from_main(0)))
         return file
@@ -338,44 +263,17 @@ def _save_samples(trained: TrainedRun, dataset: ImageDataset, sampling: Sampling
     dist.barrier()
 
 
-def image_sampler(trained: TrainedRun, sampling: SamplingSpec, seed: int) -> Callable[[Cond, Sequence[int]], Tensor]:
-    """(raw conditions, global indices) -> 8-bit images: the one way to sample, in training and after it."""
-    trained.need_generator()
-    generate = trained.context(sampling, seed).generate
-    assert generate is not None
-    return generate
-
-
-def _image_sampler(task: Task, context: EvalContext) -> Callable[[Cond, Sequence[int]], Tensor]:
-    spec, sampling, generator = context.spec, context.spec.sampling, context.generator
-    assert generator is not None
-    encode_cond = task.cond_encoder(spec, context.encode, context.device)
-
-    def generate(raw: Cond, indices: Sequence[int]) -> Tensor:
-        cond = encode_cond({name: value.to(context.device) for name, value in raw.items()})
-        with context.autocast(), memory_field("sampling.batch_size", sampling.batch_size):
-            images = sample(
-                generator, context.rae, cond, sampling.steps, sampling.guidance, spec.evaluation.seed, indices,
-                solver=sampling.solver, batch_size=sampling.batch_size, weak=context.weak,
-            )  # fmt: skip
-        return to_uint8(images)
-
-    return generate
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluate
 
 
-def evaluate_run(run_dir: Path, protocols: Sequence[str] = ()) -> dict[str, list[MetricResult]]:
-    """Evaluate a run by protocol name (default: those of its spec); writes `eval/<protocol>.json`."""
-    trained = open_trained(run_dir)
-    spec = trained.run.spec
-    images = spec.generator_training.final_images
-    if trained.generator is not None and not (run_dir / GENERATOR).is_dir():
-        images = latest_checkpoint(run_dir / "checkpoints" / GENERATOR).state["images"]  # type: ignore[union-attr]
-    names = list(protocols) or list(spec.evaluation.protocols)
-    return _evaluate(trained, names, images)
+def evaluate_run(source: Source | Path, protocols: Sequence[str] = ()) -> dict[str, list[MetricResult]]:
+    """Evaluate a model by protocol name (default: those of its spec); writes `eval/<protocol>.json`."""
+    trained = open_trained(source)
+    trained.run.dir.mkdir(parents=True, exist_ok=True)
+    spec, generator = trained.run.spec, trained.generator
+    images = generator.extra.get("images_seen", 0) if generator else 0
+    return _evaluate(trained, list(protocols) or list(spec.evaluation.protocols), images)
 
 
 def _evaluate(
@@ -393,7 +291,7 @@ def _evaluate(
     """
     run, spec, results = trained.run, trained.run.spec, {}
     opened = trained.context(sampling)
-    weights = _weights(opened)
+    weights = weights_of(opened)
     for evaluator in get_evaluators(trained.task, spec, protocols):
         context, name = _context_for(evaluator, opened), evaluator.protocol
         evaluator.protocol += suffix
@@ -422,7 +320,8 @@ def _context_for(evaluator: Evaluator, context: EvalContext) -> EvalContext:
     return context if evaluator.needs_generator else replace(context, generate=None, generator=None, weak=None)
 
 
-def _weights(context: EvalContext) -> dict[str, str]:
+def weights_of(context: EvalContext) -> dict[str, str]:
+    """Hashes of the networks, which tie numbers to them."""
     networks = {TOKENIZER: context.rae, GENERATOR: context.generator}
     return {name: hash_weights(network) for name, network in networks.items() if network is not None}
 
@@ -432,13 +331,13 @@ def rerun(file: Path) -> list[MetricResult]:
 
     Raises CheckpointError where weights or data are no longer those of the file.
     """
-    said = json.loads(file.read_text())
+    said = json.loads(file.read_text(encoding="utf-8"))
     home = Path(said["run"])
     trained = open_trained(home if home.is_dir() else file.absolute().parent.parent)
     trained = replace(trained, run=replace(trained.run, spec=spec_from_dict(said["spec"])))
     (evaluator,) = get_evaluators(trained.task, trained.run.spec, [said["evaluator"]])
     context = _context_for(evaluator, trained.context())
-    now = {"weights": _weights(context), **json.loads(json.dumps(evaluator.describe(context)))}
+    now = {"weights": weights_of(context), **json.loads(json.dumps(evaluator.describe(context)))}
     changed = [name for name, value in now.items() if said.get(name) != value]
     if changed:
         raise CheckpointError(
@@ -451,127 +350,3 @@ def guidance_name(guidance: Guidance) -> str:
     """Short name of a guidance setting for file names: 'none', 'cfg-2', 'internal-1.5'."""
     scale = getattr(guidance, "scale", None)
     return guidance.kind + ("" if scale is None else f"-{scale:g}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reconstruct
-
-
-def reconstruct_files(source: str, paths: Sequence[Path], out: Path) -> tuple[list[Reconstruction], dict[str, str]]:
-    """`reconstruct_pictures` with the tokenizer in `source` (run folder, artefact folder or hub id)."""
-    device = make_accelerator("fp32").device
-    return reconstruct_pictures(_load_tokenizer(source).to(device), device, paths, out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents
-
-
-def write_latent_stats(source: str, data_dir: Path, split: str, out: Path) -> Path:
-    """Latent statistics of a split by a trained tokenizer, as safetensors (mean, var) with their identity."""
-    rae, dataset, device = _for_latents(source, data_dir, split, out)
-    if not isinstance(rae, RAE):
-        raise SpecError("raev2 latents stats", "this tokenizer is normalised by its own configuration", got=source)
-    stats = measure_stats(rae, dataset, device)
-    identity = {"num_images": stats.num_images, "encoder": dict(stats.encoder), "data": stats.data}
-    return _save_tensors(out, {"mean": stats.mean, "var": stats.var}, "stats", identity)
-
-
-def write_latents(source: str, data_dir: Path, split: str, out: Path) -> Path:
-    """Normalised latents (S, C, H, W) of a split, in index order, as one safetensors file in float16."""
-    rae, dataset, device = _for_latents(source, data_dir, split, out)
-    parts = [rae.encode(to_float(batch.images.to(device))).half().cpu() for batch in ordered_batches(dataset, 64)]
-    identity = {"encoder": rae.fingerprint(), "data": dataset.fingerprint, "split": split}
-    return _save_tensors(out, {"latents": torch.cat(parts).contiguous()}, "latents", identity)
-
-
-def _for_latents(source: str, data_dir: Path, split: str, out: Path) -> tuple[Tokenizer, ImageDataset, torch.device]:
-    if out.exists():
-        raise SpecError("--out", "exists already", got=str(out), hint="Choose another file.")
-    device = make_accelerator("fp32").device
-    rae = _load_tokenizer(source).to(device)
-    return rae, FolderDataset(data_dir, split, rae.spec.image_size), device
-
-
-def _save_tensors(out: Path, tensors: Mapping[str, Tensor], kind: str, identity: Mapping[str, object]) -> Path:
-    """Write a file whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        save_file(dict(tensors), partial, metadata={kind: json.dumps(identity)})
-        os.replace(partial, out)
-    except (OSError, SafetensorError) as error:
-        raise FileError(str(out), "could not be saved", got=str(error), hint="Free some space.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return out
-
-
-def _load_tokenizer(source: str) -> Tokenizer:
-    """The tokenizer of a run folder, an artefact folder or a hub repository."""
-    if not (Path(source) / "spec.yaml").is_file():
-        return load_tokenizer(source)
-    return load_tokenizer(tokenizer_of(Path(source), load_spec(Path(source) / "spec.yaml")))
-
-
-def tokenizer_of(run_dir: Path, spec: RunSpec) -> str | Path:
-    """Where the tokenizer of a run is; CheckpointError while there is none."""
-    if spec.tokenizer_from is None and not (run_dir / TOKENIZER / "config.json").is_file():
-        raise CheckpointError(
-            str(run_dir),
-            "its tokenizer is not trained yet",
-            hint="Continue the run with the same `raev2 train` command.",
-        )
-    return spec.tokenizer_from or run_dir / TOKENIZER
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes
-
-
-def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
-    """Parameters, compute and memory of a run by name, without data, weights or training."""
-    rows, latent_shape = _tokenizer_sizes(spec.tokenizer)
-    condition = task.condition(spec, None)
-    size = model_size(spec.generator, condition, latent_shape)
-    # Training: weights, gradients, averages and two optimizer moments in float32; activations are not counted.
-    state = (4 + len(spec.generator_training.ema_decays)) * 4 * size.num_parameters
-    height, width = spec.tokenizer.image_size
-    loop = spec.tokenizer_training
-    trained = isinstance(spec.tokenizer, TokenizerSpec)
-    tokenizer_steps = [("tokenizer steps", f"{loop.num_steps:,} of {loop.batch_size} images")] if trained else []
-    return [
-        *rows,
-        ("images", f"{height} x {width} px"),
-        ("latents", f"{latent_shape[0]} x {latent_shape[1]} x {latent_shape[2]}"),
-        ("image tokens", str(latent_shape[1] * latent_shape[2] // spec.generator.patch_size**2)),
-        ("time shift", f"{spec.flow.shift_for(latent_shape):.4g}"),
-        ("generator parameters", f"{size.num_parameters / 1e6:.2f} M"),
-        ("generator forward", f"{size.macs / 1e9:.2f} GMAC = {2 * size.macs / 1e9:.2f} GFLOPs an image"),
-        ("sampling", f"{spec.sampling.steps} steps, {spec.sampling.guidance.kind}"),
-        ("training state", f"{state / 2**30:.2f} GiB a process (weights, gradients, averages, optimizer)"),
-        *tokenizer_steps,
-        ("generator steps", f"{spec.generator_training.num_steps:,} of {spec.generator_training.batch_size} images"),
-    ]
-
-
-def _tokenizer_sizes(spec: AnyTokenizerSpec) -> tuple[list[tuple[str, str]], tuple[int, int, int]]:
-    """Lines about a tokenizer, and its latent shape, without loading it."""
-    if isinstance(spec, PixelSpec):
-        return [("tokenizer", "none, pixels in [-1, 1]")], (3, *spec.image_size)
-    if isinstance(spec, VAESpec):
-        vae = VAES.get(spec.name)
-        if vae is None:  # only the model itself knows
-            return [("tokenizer", f"VAE {spec.name}")], build_tokenizer(spec).latent_shape
-        height, width = (side // vae.downsample for side in spec.image_size)
-        return [("tokenizer", f"VAE {vae.model_id}, licence {vae.licence}")], (vae.channels, height, width)
-    encoder = encoder_info(spec.encoder.name)
-    with torch.device("meta"):
-        decoder = ViTDecoder(encoder.width, spec.decoder, spec.grid)
-    parameters = sum(value.numel() for value in decoder.state_dict().values())  # with its position table
-    layers = list(spec.encoder.layers) or "last"
-    lines = [
-        ("encoder", f"{spec.encoder.name}, layers {layers}, licence {encoder.licence}"),
-        ("decoder parameters", f"{parameters / 1e6:.2f} M"),
-    ]
-    return lines, (encoder.width, *spec.grid)

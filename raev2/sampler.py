@@ -8,7 +8,7 @@ computes the same number of samples at once in one thread, whatever batch size w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, Literal
@@ -62,13 +62,21 @@ def sample_latents(
 
     weak   second generator of auto guidance
     """
+    for point in sample_path(generator, cond, noise, sampling, weak=weak):
+        z_t = point[1]
+    return z_t
+
+
+def sample_path(
+    generator: Denoiser, cond: Cond, noise: Latents, sampling: SamplingSpec, *, weak: Denoiser | None = None
+) -> Iterator[tuple[float, Latents]]:
+    """The points (t, z_t) after each step; the last one is at t = 0."""
     predict = build_guidance(sampling.guidance, generator, weak)
     step = SOLVERS[sampling.solver]
-    grid = time_grid(sampling.steps, generator.time_shift)
     z_t = noise
-    for t, t_next in pairwise(grid):
+    for t, t_next in pairwise(time_grid(sampling.steps, generator.time_shift)):
         z_t = step(predict, z_t, t, t_next, cond, generator.flow)
-    return z_t
+        yield t_next, z_t
 
 
 def noise_for(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:

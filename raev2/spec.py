@@ -10,14 +10,13 @@ import math
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, SerializeAsAny, Tag, model_validator
 
 from raev2.errors import TaskError
 from raev2.files.plugins import GUIDANCE, PREDICTIONS, installed, load_kind, unknown
-
-AnySpec = TypeVar("AnySpec", bound="Spec")
+from raev2.files.spec_base import Spec
 
 
 def _installed_name(group: str, name: object) -> str:
@@ -25,22 +24,6 @@ def _installed_name(group: str, name: object) -> str:
     if name not in installed(group):
         raise ValueError(unknown(group, name))
     return str(name)
-
-
-class Spec(BaseModel):
-    """Base of every spec: frozen, and a misspelt field is an error.
-
-    added   fields that are younger than runs of others: at their default they are no part of the fingerprint
-    """
-
-    added: ClassVar[tuple[str, ...]] = ()
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def replace(self: AnySpec, **changes: Any) -> AnySpec:
-        """Copy with some fields changed, validated again (pydantic's own copy is not)."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self).model_validate({**fields, **changes})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +78,7 @@ class DecoderSpec(Spec):
     """ViT pixel decoder. Sizes by name: `decoder_size`."""
 
     width: int = Field(gt=0)
-    depth: int = Field(gt=0)
+    depth: int = Field(gt=0, le=1000)
     num_heads: int = Field(gt=0)
     mlp_dim: int = Field(gt=0)
     patch_size: int = Field(gt=0, description="pixels per token side in the output image")
@@ -125,11 +108,18 @@ def decoder_size(size: str, patch_size: int = 16) -> DecoderSpec:
 class TokenizerSpec(Spec):
     """Representation autoencoder: frozen encoder, trained decoder, latent statistics."""
 
+    added: ClassVar = {"noise_unit": "tokens"}
+
     kind: Literal["rae"] = "rae"
     encoder: EncoderSpec
     decoder: DecoderSpec
     grid: tuple[int, int] = Field((16, 16), description="latent rows and columns; the encoder sees grid * its patch")
     noise_tau: float = Field(0.8, ge=0, description="strength of the noise on tokens while the decoder trains")
+    noise_unit: Literal["std", "tokens"] = Field(
+        "std",
+        description="std: noise_tau is in standard deviations of the tokens, so that it means the same for a sum, a "
+        "mean and any number of layers; tokens: it is absolute (the released code)",
+    )
     noise_distribution: Literal["uniform", "half_normal"] = Field(
         "uniform", description="sigma = tau * U[0, 1) (the released code) or |N(0, tau^2)| (the RAE paper's text)"
     )
@@ -276,7 +266,7 @@ class TrunkSpec(Spec):
     """The transformer that sees noisy latent tokens and the condition."""
 
     width: int = Field(gt=0)
-    depth: int = Field(gt=0)
+    depth: int = Field(gt=0, le=1000)
     num_heads: int = Field(gt=0)
     patch_size: int = Field(1, gt=0)
     mlp_ratio: float = Field(4.0, gt=0)
@@ -311,7 +301,7 @@ class DDTSpec(TrunkSpec):
 
     kind: Literal["ddt"] = "ddt"
     head_width: int = Field(2048, gt=0)
-    head_depth: int = Field(2, ge=1)
+    head_depth: int = Field(2, ge=1, le=1000)
     head_num_heads: int = Field(16, gt=0)
 
     @model_validator(mode="after")
@@ -358,7 +348,7 @@ class RepaSpec(Spec):
 class GeneratorTrainingSpec(LoopSpec):
     """Stage 2: flow matching of the generator."""
 
-    added = ("keep_best",)
+    added: ClassVar = {"keep_best": None, "latents": None}
 
     eval_every_images: int | None = Field(None, gt=0, description="evaluation in training; null: only at the end")
     optimizer: OptimizerSpec = MuonSpec()
@@ -367,6 +357,7 @@ class GeneratorTrainingSpec(LoopSpec):
     base_weight: float = Field(1.0, ge=0, description="weight of the base head's loss")
     repa: RepaSpec | None = None
     latent_cache: bool = Field(False, description="encode the training images once and keep the latents in memory")
+    latents: str | None = Field(None, description="folder of `raev2 latents build` that is read in place of pictures")
     keep_best: str | None = Field(None, description="metric: save with each evaluation in training and keep the best")
 
     @model_validator(mode="after")
@@ -505,7 +496,7 @@ class ExpectedSpec(Spec):
 class EvaluationSpec(Spec):
     """Evaluation settings shared by the protocols of a task."""
 
-    added: ClassVar = ("expected",)
+    added: ClassVar = {"expected": ()}
 
     protocols: tuple[str, ...] = Field((), description="protocols run at the end of training; see `raev2 tasks`")
     in_training: tuple[str, ...] = Field(
@@ -544,10 +535,11 @@ class TaskSpec(Spec):
 class RunSpec(Spec):
     """Everything a run depends on. The fingerprint in a run folder is the hash of this."""
 
-    added = ("parallel",)
+    added: ClassVar = {"parallel": ParallelSpec(), "cost": "", "tracker": None}
 
     recipe: str
     summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")
+    cost: str = Field("", description="hardware and time of the whole run, and how they are known")
     task: SerializeAsAny[TaskSpec]
     data: DataSpec
     tokenizer: AnyTokenizerSpec
@@ -565,6 +557,7 @@ class RunSpec(Spec):
     sampling: SamplingSpec = SamplingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     parallel: ParallelSpec = ParallelSpec()
+    tracker: Literal["trackio", "wandb", "tensorboard"] | None = Field(None, description="sink beside metrics.jsonl")
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast with fp32 weights; fp32: no TF32")
 
@@ -581,6 +574,8 @@ class RunSpec(Spec):
                 "cached latents cannot be flipped; got generator_training.latent_cache=true and "
                 "data.horizontal_flip=true. Set one of them to false"
             )
+        if self.generator_training.latents and self.generator_training.repa:
+            raise ValueError("generator_training.repa needs pictures. Set generator_training.latents=null")
         guidance = self.sampling.guidance
         if "base head" in guidance.needs and self.generator.base_head_depth is None:
             raise ValueError(
@@ -592,9 +587,8 @@ class RunSpec(Spec):
 
 
 def _check_heads(where: str, width: int, num_heads: int) -> None:
-    if width % num_heads:
-        below = width - width % num_heads
+    if rest := width % num_heads:
         raise ValueError(
             f"{where}.width must be divisible by num_heads; got width={width}, num_heads={num_heads}; "
-            f"expected a multiple of {num_heads}. Try {below or num_heads} or {below + num_heads}"
+            f"expected a multiple of {num_heads}. Try {width - rest or num_heads} or {width - rest + num_heads}"
         )

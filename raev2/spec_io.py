@@ -13,30 +13,31 @@ from raev2.errors import CheckpointError, RaeError, SpecError, did_you_mean
 from raev2.files.damage import damaged
 from raev2.files.hashes import json_sha256
 from raev2.files.replace import write_text
-from raev2.spec import RunSpec, Spec
+from raev2.files.spec_base import FILE, Spec
+from raev2.spec import RunSpec
 from raev2.task import get_task
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
 # Fields that change what a run shows or how fast it goes, never its numbers. A resumed run may differ in them.
 FREE_FIELDS = (
-    "summary", "data.num_workers", "data.cache",
+    "summary", "cost", "data.num_workers", "data.cache",
     *(f"{loop}.{field}" for loop in ("tokenizer_training", "generator_training")
       for field in ("log_every_steps", "sample_every_images", "save_every_images", "keep_checkpoints")),
     "generator_training.eval_every_images", "generator_training.latent_cache", "generator_training.keep_best",
-    "sampling", "evaluation", "parallel",
+    "generator_training.latents", "sampling", "evaluation", "parallel", "tracker",
 )  # fmt: skip
 
 
-def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
+def spec_from_dict(values: Mapping[str, Any], context: str | None = None) -> RunSpec:
     """Validate a nested mapping; the task's own fields are checked by the task that `task.name` names."""
     values = dict(values)
     task_values = values.get("task")
     if not isinstance(task_values, Mapping) or "name" not in task_values:
         raise SpecError("spec.task", "a run spec names its task", got=task_values, expected="a mapping with 'name'")
     task = get_task(str(task_values["name"]))
-    values["task"] = validated(task.spec_type, dict(task_values), "spec.task.")
-    return validated(RunSpec, values)
+    values["task"] = validated(task.spec_type, dict(task_values), "spec.task.", context=context)
+    return validated(RunSpec, values, context=context)
 
 
 def spec_to_dict(spec: RunSpec) -> dict[str, Any]:
@@ -51,14 +52,14 @@ def load_spec(file: str | Path) -> RunSpec:
         raise CheckpointError(str(file), "no spec here", expected="spec.yaml of a run folder")
     values = read_yaml(file, "the mapping of a run spec")
     values.pop("fingerprint", None)
-    return spec_from_dict(values)
+    return spec_from_dict(values, FILE)
 
 
 def read_yaml(file: Path, expected: str) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; `expected` says what it should be."""
     try:
         with damaged(file):
-            values = yaml.safe_load(file.read_text())
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise CheckpointError(str(file), "not readable as YAML", got=str(error)) from error
     if not isinstance(values, dict):
@@ -79,9 +80,9 @@ def fingerprint(spec: RunSpec) -> str:
 
 def _without_added(spec: Spec, values: dict[str, Any]) -> dict[str, Any]:
     """`values` as the code before a spec's `added` fields wrote them."""
-    for name, field in type(spec).model_fields.items():
+    for name in type(spec).model_fields:
         value = getattr(spec, name)
-        if name in spec.added and value == field.get_default(call_default_factory=True, validated_data={}):
+        if name in spec.added and value == spec.added[name]:
             del values[name]
         elif isinstance(value, Spec):
             _without_added(value, values[name])
@@ -145,10 +146,16 @@ def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return values
 
 
-def validated(model: type[AnySpec], values: Any, prefix: str = "spec.", error: type[RaeError] = SpecError) -> AnySpec:
+def validated(
+    model: type[AnySpec],
+    values: Any,
+    prefix: str = "spec.",
+    error: type[RaeError] = SpecError,
+    context: str | None = None,
+) -> AnySpec:
     """`values` as a spec; the first thing that is wrong with them is an error at `prefix` and the path of the field."""
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=context)
     except ValidationError as problem:
         first, *others = problem.errors()
     path, known = _place(model, first["loc"])

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # light import: the command line lists tasks without torch
 
     from raev2.batch import Cond, Measurement, MetricResult
     from raev2.data import ImageDataset
+    from raev2.files.assets import Asset
     from raev2.model.condition import ConditionSpec
     from raev2.model.generator import Generator
     from raev2.tokenizer.base import Tokenizer
@@ -115,6 +116,10 @@ class Evaluator(ABC):
     description: str
     needs_generator: bool
 
+    def needs(self) -> Sequence[Asset]:
+        """Weights that it reads and no package brings, for `raev2 train --dry-run`. Default: none."""
+        return ()
+
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on besides spec and data, for the result file."""
         return {}
@@ -178,6 +183,10 @@ class Task(ABC):
     def recipes(self) -> dict[str, Callable[[], RunSpec]]:
         """Named runs. 'quickstart' runs on a 2-core CPU in minutes."""
 
+    def needs(self, spec: RunSpec) -> Sequence[Asset]:
+        """Weights that its conditions need and no package brings, for `raev2 train --dry-run`. Default: none."""
+        return ()
+
     def benchmarks(self) -> dict[str, Callable[[], list[Measurement]]]:
         """Benchmarks for `raev2 bench`; one named like the task is listed under that name alone. Default: none."""
         return {}
@@ -219,6 +228,13 @@ def get_command(name: str) -> Command:
     if not isinstance(command, Command):
         raise TaskError(f"command {name}", "its entry point is not a Command", got=type(command).__name__)
     return command
+
+
+def run_command(name: str, *argv: str) -> None:
+    """Run a command that a package adds with these arguments."""
+    command, parser = get_command(name), ArgumentParser()
+    command.options(parser)
+    command.run(parser.parse_args(argv))
 
 
 def get_data_recipe(name: str) -> Any:

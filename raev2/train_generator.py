@@ -10,10 +10,10 @@ from torch import Tensor
 
 from raev2.batch import cond_map
 from raev2.data import ImageDataset, ordered_batches, to_float
-from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact, load_strict
+from raev2.files.latent_folder import LatentFolder
 from raev2.flow import interpolate, sample_t, training_loss
-from raev2.model.generator import Generator, generator_card
+from raev2.model.generator import Generator
 from raev2.task import EncodeImages, Task
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.encoders import build_encoder
@@ -56,7 +56,12 @@ def train_generator(
     optimizer = build_optimizer(generator, loop.optimizer, loop.schedule.lr)
     ema, decay = EMA(generator, loop.ema_decays), loop.ema_decays[0]
     modules, optimizers = {"model": generator}, {"optimizer": optimizer}
-    encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else latent_encoder(rae, device)
+    if loop.latents is not None:
+        stored = LatentFolder(loop.latents)
+        stored.check(dataset.latent_identity(rae.identity()), mirrored=spec.data.horizontal_flip)
+        dataset, encode = dataset.with_latents(stored), _stored_latents(device)
+    else:
+        encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else latent_encoder(rae, device)
     encode_cond = task.cond_encoder(spec, encode, device)
     if hasattr(encode_cond, "fingerprint"):
         check_identity(run, {"condition encoder": encode_cond.fingerprint})
@@ -123,8 +128,9 @@ def train_generator(
     load_strict(generator, {**generator.state_dict(), **averages}, "averaged generator")
     look(generator, state.images)
     if dist.is_main():
-        generator.extra = {"recipe": spec.recipe, "images_seen": state.images, "ema_decay": decay}
-        generator.save_pretrained(run.dir / STAGE, card=_card(run, dataset, state.images))
+        trained = {"recipe": spec.recipe, "images_seen": state.images, "ema_decay": decay}
+        generator.extra = {**trained, "data": dataset.terms, "tokenizer": rae.identity(), "commits": dict(run.commits)}
+        generator.save_pretrained(run.dir / STAGE)
     dist.barrier()
     return generator.eval()
 
@@ -143,6 +149,11 @@ def latent_encoder(rae: Tokenizer, device: torch.device) -> EncodeImages:
     return lambda images_u8, keys: rae.encode(to_float(images_u8.to(device)))
 
 
+def _stored_latents(device: torch.device) -> EncodeImages:
+    """(latents in place of images, keys) -> latents, in float32."""
+    return lambda latents, keys: latents.to(device, non_blocking=True).float()
+
+
 def _cached_encoder(rae: Tokenizer, dataset: ImageDataset, device: torch.device) -> EncodeImages:
     """(8-bit images, keys) -> latents, looked up; every image of the split is encoded once, here."""
     cache = torch.empty(len(dataset), *rae.latent_shape)
@@ -159,19 +170,4 @@ def _repa_encoder(run: Run, latent_shape: tuple[int, int, int]) -> Callable[[Ten
     patch_size = spec.generator.patch_size
     grid = (latent_shape[1] // patch_size, latent_shape[2] // patch_size)
     encoder = build_encoder(repa.encoder, grid).to(run.device)
-    if encoder.width != spec.generator.repa_dim:
-        raise SpecError(
-            "spec.generator.repa_dim", "differs from the width of the target encoder", got=spec.generator.repa_dim,
-            expected=str(encoder.width),
-        )  # fmt: skip
     return lambda images_u8: encoder(to_float(images_u8.to(run.device)))
-
-
-def _card(run: Run, dataset: ImageDataset, images: int) -> str:
-    manifest = dataset.manifest
-    return generator_card(
-        f"Generator: {run.spec.task.name} / {run.spec.recipe}",
-        f"Trained on {images:,} images of `{manifest['name']}` (fingerprint {dataset.fingerprint[:12]}), averaged "
-        "weights.\nIt needs the tokenizer it was trained with. Numbers, protocols and settings: `report.html` of its "
-        f"run.\n\n## Data and licence\n\n{manifest['licence']}. {manifest['attribution']}",
-    )

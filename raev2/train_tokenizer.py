@@ -41,6 +41,7 @@ from raev2.training.run import Run, TrainingState, attention_kernels, crossed, m
 STAGE = "tokenizer"
 NUM_GRID_IMAGES = 32
 STATS_BATCH = 64
+NUM_FOR_STD = 512  # pictures that tell the unit of the noise
 
 
 def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
@@ -108,6 +109,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         return decoded.detach(), terms
 
     num_tokens = math.prod(spec.tokenizer.grid)
+    noise_std = 1.0 if spec.tokenizer.noise_unit == "tokens" else token_std(rae, dataset, device)
     with training_steps(run, loop, state, dataset, look, shown=("loss", "l1")) as steps:
         for step in steps:
             train_disc = adversarial is not None and step.images >= disc_start
@@ -116,7 +118,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
             # Random numbers, those of the global batch: no number of processes or parts changes them.
             rng, size = step.rng, step.size
-            all_noise = dist.own_rows(rae.token_noise(loop.batch_size, rng)).split(size)
+            all_noise = dist.own_rows(noise_std * rae.token_noise(loop.batch_size, rng)).split(size)
             before_gan, before_real, before_fake = (
                 dist.own_rows(augmentation(loop.batch_size, rng)).split(size) for _ in range(3)
             )
@@ -153,6 +155,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     rae.set_stats(measure_stats(rae, dataset, device, loop.stats_images))
     save_reconstructions(run, rae, val, state.images)
     if dist.is_main():
+        rae.extra |= {"data": dataset.terms, "commits": dict(run.commits)}
         rae.save_pretrained(run.dir / STAGE)
     dist.barrier()
     return rae.eval()
@@ -161,15 +164,19 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 @torch.no_grad()
 def measure_stats(rae: RAE, dataset: ImageDataset, device: torch.device, max_images: int | None = None) -> LatentStats:
     """Mean and variance of the latents of a split, in float32 without noise, shared by all processes."""
-    num = min(max_images or len(dataset), len(dataset))
+    indices = dataset.subset(max_images) if max_images else range(len(dataset))
     own = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
-    own_indices = range(dist.rank(), num, dist.world_size())
-    for batch in ordered_batches(dataset, STATS_BATCH, own_indices, skip_unreadable=True):
+    for batch in ordered_batches(dataset, STATS_BATCH, indices[dist.rank() :: dist.world_size()], skip_unreadable=True):
         own.update(rae.token_latents(rae.tokens(to_float(batch.images.to(device)))))
     total = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
     for part in dist.gather_objects(own):
         total.merge(part)
     return total.result()
+
+
+def token_std(rae: RAE, dataset: ImageDataset, device: torch.device) -> float:
+    """Standard deviation of the tokens over pictures, averaged over channels and places: the unit of `noise_tau`."""
+    return measure_stats(rae, dataset, device, NUM_FOR_STD).var.mean().sqrt().item()
 
 
 @torch.no_grad()

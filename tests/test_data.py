@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -264,14 +266,37 @@ def test_an_index_of_another_length_is_refused(copy):
 
 
 def test_a_missing_or_damaged_index_is_refused(copy):
-    (copy / "val.jsonl").write_text('{"file": \n')
-    with pytest.raises(
-        DataError, match="val.jsonl: damaged, a line is not JSON.*Build it again with `raev2 data build"
-    ):
-        FolderDataset(copy, "val", SIZE)
+    lines = (copy / "val.jsonl").read_text().splitlines()
+    (copy / "val.jsonl").write_text("\n".join([lines[0], lines[1][:20], *lines[2:]]))
+    dataset = FolderDataset(copy, "val", SIZE)
+    assert dataset.image(0).shape == (3, *SIZE) and dataset.index[len(lines) - 1] == json.loads(lines[-1])
+    message = "val.jsonl: damaged, line 2 is not a JSON object; got .*Build it again with `raev2 data build"
+    with pytest.raises(DataError, match=message):
+        dataset.image(1)
     (copy / "val.jsonl").unlink()
     with pytest.raises(DataError, match="index val.jsonl is missing. Build it again with `raev2 data build synthetic"):
         FolderDataset(copy, "val", SIZE)
+
+
+OPEN = """
+import sys, time, resource
+from raev2.files.lines import Lines
+from pathlib import Path
+def memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, start = memory(), time.process_time()
+lines = Lines(Path(sys.argv[1]))
+print(len(lines), lines[1_000_000]["label"], time.process_time() - start, (memory() - before) / 1024)
+"""
+
+
+def test_an_index_of_the_size_of_imagenet_opens_in_two_seconds_and_60_mb(tmp_path):
+    rest = f'"name": "n01440764", "sha256": "{"0" * 64}", "source": "train/n01440764/n01440764_10026.JPEG"}}'
+    with (tmp_path / "train.jsonl").open("w") as file:
+        file.writelines(f'{{"file": "train/{i:07d}.JPEG", "label": {i}, {rest}\n' for i in range(1_281_167))
+    command = [sys.executable, "-c", OPEN, str(tmp_path / "train.jsonl")]
+    num, label, seconds, mib = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert (int(num), int(label)) == (1_281_167, 1_000_000)
+    assert float(seconds) < 2 and float(mib) < 60
 
 
 def test_an_empty_split_is_refused(tmp_path):

@@ -19,13 +19,13 @@ from raev2.data import ImageDataset, to_float, to_uint8
 from raev2.eval.image_pairs import FeatureDistance, psnr
 from raev2.eval.protocols import ReconstructionEvaluator
 from raev2.flow import flow_error, interpolate
-from raev2.interop.encoders import reference_encoder
 from raev2.sampler import euler_step, time_grid
 from raev2.spec import EncoderSpec, FlowSpec, MuonSpec, ScheduleSpec
 from raev2.task import EvalContext
 from raev2.tokenizer.encoder_table import ENCODERS, RGB_MEAN, RGB_STD
 from raev2.tokenizer.encoders import aggregate_layers, build_encoder
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
+from raev2_tasks.convert.encoders import reference_encoder
 
 CPU = torch.device("cpu")
 

@@ -20,16 +20,19 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from raev2.errors import DataError, FileError, SpecError, did_you_mean
+from raev2.files.damage import json_lines
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest, verify_dataset
 from raev2.files.replace import Kind, check_replaceable, replace_folder
 
@@ -51,6 +54,7 @@ class Picture:
     data: bytes  # the whole file
     suffix: str  # with the dot: ".png"
     size_px: tuple[int, int]  # width, height
+    file: Path | None = None  # where these bytes lie and stay; None: they are written into the dataset folder
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class DatasetRecipe(ABC):
     attribution: str
     size: str  # for people: "about 4,000 pictures, 14 MB"
     options: Mapping[str, Option] = {}
+    packages: tuple[str, ...] = ()  # optional distributions that it cannot do without
 
     @abstractmethod
     def plan(self, options: Mapping[str, str]) -> list[str]:
@@ -122,6 +127,14 @@ class DatasetRecipe(ABC):
             raise SpecError(f"data {self.name}", f"option {missing[0]} is missing", expected=expected, hint=hint)
         resolved = {key: option.default for key, option in self.options.items()} | dict(options)
         return {key: value for key, value in resolved.items() if value is not None}
+
+    def folder(self, options: Mapping[str, str], name: str = "src") -> Path:
+        """An option as an existing folder; DataError when there is none, or when it is one of the files to be read."""
+        path = Path(options[name]).expanduser()
+        if path.is_dir():
+            return path
+        what, wanted = ("a file, not a folder", path.parent) if path.exists() else ("no such folder", "PATH")
+        raise DataError(f"data {self.name}: {name}", what, got=path, hint=f"Give it with --set {name}={wanted}.")
 
     def whole_number(self, options: Mapping[str, str], name: str, least: int) -> int:
         """An option as a whole number; SpecError when it is none or too small."""
@@ -170,7 +183,12 @@ class DatasetRecipe(ABC):
 
 
 class Recipe(DatasetRecipe):
-    """A source of pictures. Subclasses set what ``DatasetRecipe`` asks for, and give ``plan`` and ``samples``."""
+    """A source of pictures. Subclasses set what ``DatasetRecipe`` asks for, and give ``plan`` and ``samples``.
+
+    resumable   whether an interrupted build goes on; for sources of which one picture takes as long as another
+    """
+
+    resumable = False
 
     @abstractmethod
     def classes(self, options: Mapping[str, str]) -> list[str]:
@@ -197,29 +215,26 @@ class Recipe(DatasetRecipe):
         samples: Iterator[Sample],
         facts: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Write pictures, indices, rejects and manifest, with ``facts`` in it, into the empty ``folder``."""
+        """Write pictures, indices, rejects and manifest, with ``facts`` in it, into ``folder``.
+
+        What an interrupted build of the same pictures left there is kept, and the rest is done.
+        """
         for split in SPLITS:
-            (folder / split).mkdir()
+            (folder / split).mkdir(exist_ok=True)
         index_lines: dict[str, list[str]] = {split: [] for split in SPLITS}
         rejects: list[str] = []
-        digests: dict[str, list[str]] = {split: [] for split in SPLITS}
         sizes_px: set[tuple[int, int]] = set()
-        for sample, picture in _read_in_order(samples):
-            if isinstance(picture, Exception):
-                rejects.append(_json_line({"path": sample.source, "reason": f"{type(picture).__name__}: {picture}"}))
+        digests: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for record in self._records(folder, samples):
+            if "reject" in record:
+                rejects.append(_json_line(record["reject"]))
                 continue
-            lines = index_lines[sample.split]
-            file = f"{sample.split}/{len(lines):06d}{picture.suffix}"
-            (folder / file).write_bytes(picture.data)
-            sizes_px.add(picture.size_px)
-            line: dict[str, Any] = {"file": file}
-            if sample.label is not None:
-                line["label"] = sample.label
-            digests[sample.split].append(hashlib.sha256(picture.data).hexdigest())
-            line |= {"name": sample.name, "sha256": digests[sample.split][-1], **sample.extra}
-            lines.append(_json_line(line))
+            index_lines[record["split"]].append(_json_line(record["line"]))
+            digests[record["split"]].append(record["line"]["sha256"])
+            sizes_px.add(tuple(record["size_px"]))
         if not index_lines["train"]:
             hint = f"First of them: {rejects[0].strip()}" if rejects else ""
+            (folder / PROGRESS).unlink(missing_ok=True)
             raise DataError(f"data {self.name}", f"no training pictures; {len(rejects)} rejected", hint=hint)
         splits = {}
         for split, lines in index_lines.items():
@@ -247,7 +262,45 @@ class Recipe(DatasetRecipe):
             **facts,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / PROGRESS).unlink(missing_ok=True)
         return manifest
+
+    def _records(self, folder: Path, samples: Iterator[Sample]) -> Iterator[dict[str, Any]]:
+        """What became of every sample, in order: those an interrupted build has noted, then the rest as it is done."""
+        done = list(takewhile(lambda record: record is not None, json_lines(folder / PROGRESS)))
+        counts: Counter[str] = Counter()
+        for record, sample in zip(done, samples, strict=False):
+            assert record is not None
+            if record["source"] != sample.source:
+                where, hint = f"data {folder}", "Delete this folder to begin again."
+                raise DataError(
+                    where, "the source has changed since", got=sample.source, expected=record["source"], hint=hint
+                )
+            counts[record.get("split", "")] += 1
+            yield record
+        with (folder / PROGRESS).open("w", encoding="utf-8") if self.resumable else nullcontext() as noted:
+            if noted:
+                noted.writelines(map(_json_line, filter(None, done)))
+            for sample, picture in _read_in_order(samples):
+                record = _record(folder, sample, picture, counts[sample.split])
+                counts[record.get("split", "")] += 1
+                if noted:
+                    noted.write(_json_line(record))
+                yield record
+
+
+def _record(folder: Path, sample: Sample, picture: Picture | Exception, number: int) -> dict[str, Any]:
+    """Write a picture, unless it stays where it is; its line in the index, or why it is rejected."""
+    if isinstance(picture, Exception):
+        reason = f"{type(picture).__name__}: {picture}"
+        return {"source": sample.source, "reject": {"path": sample.source, "reason": reason}}
+    file = str(picture.file or f"{sample.split}/{number:06d}{picture.suffix}")
+    if picture.file is None:
+        (folder / file).write_bytes(picture.data)
+    label = {} if sample.label is None else {"label": sample.label}
+    sha256 = hashlib.sha256(picture.data).hexdigest()
+    line = {"file": file, **label, "name": sample.name, "sha256": sha256, **sample.extra}
+    return {"source": sample.source, "split": sample.split, "size_px": picture.size_px, "line": line}
 
 
 def encode_png(image: Image.Image) -> Picture:

@@ -1,44 +1,34 @@
-"""All commands but `train`, which is in cli.py: options in, text out."""
+"""Commands of the core but `train`, which is in cli.py: options in, text out. Listings come from a package."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from packaging.requirements import Requirement
 from pydantic import ValidationError
 
-from raev2.errors import DataError, FileError, RaeError, SpecError, did_you_mean
-from raev2.files.damage import damaged
-from raev2.files.manifest import read_manifest, verify_dataset
+from raev2.errors import FileError, SpecError, did_you_mean
 from raev2.files.picture_array import PLAN, holds_plan
-from raev2.files.replace import RECONSTRUCTIONS, SAMPLES, Kind, check_replaceable
+from raev2.files.replace import SAMPLES, Kind, check_replaceable
 from raev2.spec import ExpectedSpec, Guidance, RunSpec, SamplingSpec
-from raev2.spec_io import apply_overrides, fingerprint, load_spec, spec_to_dict
+from raev2.spec_io import fingerprint
 from raev2.task import (
     Task,
-    get_data_recipe,
     get_recipe,
     get_task,
-    installed_data_recipes,
-    installed_tasks,
     usable_tasks,
 )
-from raev2.tokenizer.encoder_table import ENCODERS
 
 if TYPE_CHECKING:
     from raev2.batch import MetricResult
+    from raev2.model.opened import Source
 
 OK, FAILED = 0, 1
-SCORES = ("psnr", "ssim", "distance")  # columns of `raev2 reconstruct`
 
 
 def sample(options: Namespace) -> int:
@@ -48,34 +38,18 @@ def sample(options: Namespace) -> int:
     _check_positive("--n", options.n)
     _check_positive("--steps", options.steps)
     _check_positive("--seed", options.seed, least=0)
-    run_dir = pipeline.find_run(options.run, options.task)
-    sampling = _sampling(load_spec(run_dir / "spec.yaml").sampling, options)
+    source = source_of(options)
+    sampling = _sampling(source.spec.sampling, options)
     given = {name: value for name in ("n", *options.conditions) if (value := getattr(options, name)) is not None}
     if options.npz:
         _refuse_existing_array(options)
-        written = pipeline.sample_array(run_dir, given, sampling, options.seed, file=Path(options.npz))
+        written = pipeline.sample_array(source, given, sampling, options.seed, file=Path(options.npz))
     else:
-        out = Path(options.out or run_dir / "samples" / f"seed-{options.seed}")
+        out = Path(options.out or source.dir / "samples" / f"seed-{options.seed}")
         refuse_existing(options, out, SAMPLES)
-        written = pipeline.sample_run(run_dir, given, sampling, options.seed, out=out) / "grid.png"
+        written = pipeline.sample_run(source, given, sampling, options.seed, out=out) / "grid.png"
     print(f"guidance: {_plan(sampling)}\n{written}")
     return OK
-
-
-def reconstruct(options: Namespace) -> int:
-    """`raev2 reconstruct`."""
-    from raev2 import pipeline
-
-    out = Path(options.out)
-    refuse_existing(options, out, RECONSTRUCTIONS)
-    rows, failed = pipeline.reconstruct_files(options.run, [Path(path) for path in options.images], out)
-    shown = [(Path(row.file).name, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.distance:.4f}") for row in rows]
-    mean = ("mean", *(f"{sum(getattr(row, name) for row in rows) / len(rows):.4f}" for name in SCORES))
-    print_table(("file", "PSNR dB", "SSIM", rows[0].distance_name), [*shown, mean])
-    print(f"\n{out / 'grid.png'}")
-    if failed:
-        print(f"not read: {len(failed)} of {len(rows) + len(failed)}: {', '.join(failed)}", file=sys.stderr)
-    return DataError.exit_code if failed else OK
 
 
 def evaluate(options: Namespace) -> int:
@@ -89,14 +63,13 @@ def evaluate(options: Namespace) -> int:
     for name in ("reference", "out"):
         if getattr(options, name):
             raise SpecError(f"--{name}", "has no effect without --images")
-    run_dir = pipeline.find_run(options.run, options.task)
-    spec = load_spec(run_dir / "spec.yaml")
-    expected = _expected(options, spec)
-    protocols = options.protocol or [*spec.evaluation.protocols, *(row.protocol for row in expected)]
-    results = pipeline.evaluate_run(run_dir, list(dict.fromkeys(protocols)))
+    source = source_of(options)
+    expected = _expected(options, source.spec)
+    protocols = options.protocol or [*source.spec.evaluation.protocols, *(row.protocol for row in expected)]
+    results = pipeline.evaluate_run(source, list(dict.fromkeys(protocols)))
     for protocol, found in results.items():
         _print_metrics(protocol, map(vars, found))
-    print(f"\n{run_dir / 'eval'}")
+    print(f"\n{source.dir / 'eval'}")
     return _compare_expected(expected, results)
 
 
@@ -138,154 +111,20 @@ def _workers(options: Namespace) -> int:
     return min(8, os.cpu_count() or 1) if options.workers is None else options.workers
 
 
-def report(options: Namespace) -> int:
-    """`raev2 report`."""
-    from raev2 import pipeline
-    from raev2.report.page import write_report
-
-    run_dir = pipeline.find_run(options.run, options.task)
-    with damaged(run_dir):
-        print(write_report(run_dir))
-    return 0
-
-
-def show(options: Namespace) -> int:
-    """`raev2 show`."""
-    task, spec = _find_recipe(options.recipe, options.task, "raev2 show")
-    spec = apply_overrides(spec, options.overrides)
-    print(yaml.safe_dump(spec_to_dict(spec), sort_keys=False, allow_unicode=True))
-    _print_sizes(task, spec)
-    return OK
-
-
-def recipes(options: Namespace) -> int:
-    """`raev2 recipes`."""
-    found = [get_task(options.task)] if options.task else usable_tasks()
-    rows = [(task.name, name, recipe().summary) for task in found for name, recipe in task.recipes().items()]
-    print_table(("task", "recipe", "what it is"), rows)
-    return OK
-
-
-def tasks(options: Namespace) -> int:
-    """`raev2 tasks`."""
-    rows = []
-    for name, point in sorted(installed_tasks().items()):
-        origin = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
-        try:
-            task = get_task(name)
-            rows.append((name, origin, ", ".join(task.recipes()), task.summary))
-        except RaeError as error:
-            rows.append((name, origin, "", str(error)))
-    print_table(("task", "from", "recipes", "what it is"), rows)
-    return OK
-
-
-def encoders(options: Namespace) -> int:
-    """`raev2 encoders [check NAME]`."""
-    if options.action == "check":
-        if options.name is None:
-            raise SpecError("raev2 encoders check", "which encoder?", expected="a name, timm:ID, hf:ID or a folder")
-        from raev2.tokenizer.encoders import check_encoder
-
-        checks = check_encoder(options.name)
-        lines = [(name, "ok" if ok else "FAILED", text) for name, ok, text in checks]
-        print_table(("check", "result", "detail"), lines)
-        return OK if all(ok for _, ok, _ in checks) else FAILED
-    rows = [
-        (e.name, e.route, e.model_id, e.width, e.depth, e.patch_size, e.norm, e.licence, "gated" if e.gated else "")
-        for e in ENCODERS.values()
-    ]
-    print_table(("name", "route", "id", "width", "depth", "patch", "norm", "licence", "access"), rows)
-    return OK
-
-
-def data(options: Namespace) -> int:
-    """`raev2 data`."""
-    if options.action == "list":
-        found = [get_data_recipe(name) for name in sorted(installed_data_recipes())]
-        print_table(
-            ("recipe", "size", "licence", "what it is", "options"),
-            [(r.name, r.size, r.licence, r.summary, ", ".join(r.options)) for r in found],
-        )
-        return OK
-    if options.recipe is None:
-        raise SpecError(
-            f"raev2 data {options.action}", "which one?", expected="a recipe, or for verify a dataset folder"
-        )
-    if options.action == "verify":
-        folder = Path(options.recipe)
-        name = str(read_manifest(folder).get("recipe"))
-        # The recipe that wrote a folder knows its format; a folder written by hand is one of pictures.
-        verify = get_data_recipe(name).verify if name in installed_data_recipes() else verify_dataset
-        with damaged(f"data {folder / 'manifest.json'}", DataError):
-            manifest = verify(folder)
-            counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
-            print(f"{options.recipe}: intact ({counts}; fingerprint {manifest['fingerprint'][:12]})")
-        return OK
-    recipe = get_data_recipe(options.recipe)
-    pairs = [override.partition("=") for override in options.overrides]
-    settings = {name: value for name, _, value in pairs}
-    out = Path(options.out or Path("data") / options.recipe)
-    print("\n".join(recipe.plan(recipe.resolve(settings))))
-    if options.action == "build":
-        manifest = recipe.build(out, settings, options.overwrite)
-        counts = ", ".join(f"{name} {split['num_samples']:,}" for name, split in manifest["splits"].items())
-        classes = f", {len(manifest['classes'])} classes" if manifest["classes"] else ""
-        print(f"{out}: {counts}{classes}, {manifest['rejected']} rejected")
-        if manifest.get("duplicates"):
-            print(f"in val and in train: {manifest['duplicates']:,}")
-    return OK
-
-
-def latents(options: Namespace) -> int:
-    """`raev2 latents stats|build`."""
-    from raev2 import pipeline
-
-    write = {"stats": pipeline.write_latent_stats, "build": pipeline.write_latents}[options.action]
-    print(write(options.run, Path(options.data), options.split, Path(options.out)))
-    return OK
-
-
-def doctor(options: Namespace) -> int:
-    """`raev2 doctor`."""
-    import torch
-
-    from raev2.tokenizer.encoders import ASSETS
-    from raev2.training.run import package_versions
-
-    rows = [("python", platform.python_version()), ("platform", platform.platform())]
-    rows += [(name, version or "not installed") for name, version in package_versions().items()]
-    rows.append(("cpu threads", f"{torch.get_num_threads()} of {os.cpu_count()}"))
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        rows.append((f"cuda:{i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
-    if not torch.cuda.is_available():
-        rows.append(("cuda", "none; runs on the CPU"))
-    rows.append(("bf16", "fast" if _has_fast_bf16() else "emulated: use --set precision=fp32"))
-    for extra, missing in _missing_of_extras().items():
-        rows.append(
-            (f"extra {extra}", f"missing {', '.join(missing)}: pip install 'raev2[{extra}]'" if missing else "ok")
-        )
-    packaged = ASSETS / ENCODERS["micro"].model_id / "model.safetensors"
-    rows.append(("encoder micro", "ok" if packaged.is_file() else f"missing {packaged}: install raev2 again"))
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    for name, file in {
-        "LPIPS (VGG)": "vgg16-397923af.pth",
-        "Inception": "weights-inception-2015-12-05-6726825d.pth",
-    }.items():
-        rows.append((f"weights {name}", "ok" if (hub / file).is_file() else f"{file} is not in {hub}"))
-    print_table(("what", "state"), rows)
-    return OK
-
-
 COMMANDS = {
-    "sample": sample, "reconstruct": reconstruct, "eval": evaluate, "report": report,
-    "show": show, "recipes": recipes, "tasks": tasks, "encoders": encoders, "data": data, "latents": latents,
-    "doctor": doctor,
+    "sample": sample, "eval": evaluate,
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def source_of(options: Namespace, task: str | None = None) -> Source:
+    """The model that the options of `cli.source_options` name; `task` where the command belongs to one."""
+    from raev2.model.opened import find_source
+
+    names = ("run", "task", "generator", "tokenizer", "recipe", "settings", "data")
+    return find_source(**{"task": task, **{name: vars(options)[name] for name in names if name in options}})
 
 
 def _expected(options: Namespace, spec: RunSpec | None) -> Sequence[ExpectedSpec]:
@@ -293,7 +132,7 @@ def _expected(options: Namespace, spec: RunSpec | None) -> Sequence[ExpectedSpec
     if options.expect is None:
         return ()
     if options.expect:
-        spec = _find_recipe(options.expect, options.task, "--expect")[1]
+        spec = find_recipe(options.expect, options.task, "--expect")[1]
     if spec is None:
         raise SpecError("--expect", "which recipe states the numbers?", expected="--expect RECIPE")
     expected = [row for row in spec.evaluation.expected if row.protocol in (options.protocol or [row.protocol])]
@@ -351,16 +190,8 @@ def _plan(sampling: SamplingSpec) -> str:
     return f"{sampling.guidance.kind} {settings} | {sampling.solver}, {sampling.steps} steps"
 
 
-def _data_state(spec: RunSpec) -> str:
-    if (Path(spec.data.dir) / "manifest.json").is_file():
-        return f"{len(read_manifest(spec.data.dir)['classes'])} classes"
-    if spec.data.recipe is None:
-        return "missing, and data.recipe is null"
-    recipe = get_data_recipe(spec.data.recipe)
-    return f"will be built: {'; '.join(recipe.plan(recipe.resolve(spec.data.options)))}"
-
-
-def _find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, RunSpec]:
+def find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, RunSpec]:
+    """The recipe of this name and its task; SpecError at `where` for none, or for several without a task."""
     candidates = [get_task(task_name)] if task_name else usable_tasks()
     having = [task for task in candidates if name in task.recipes()]
     if not having:
@@ -373,8 +204,24 @@ def _find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, Ru
     return having[0], get_recipe(having[0], name)
 
 
-def _print_sizes(task: Task, spec: RunSpec) -> None:
-    from raev2.pipeline import run_sizes
+def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
+    """`raev2 train --dry-run`: sizes and findings; raises the first error after them."""
+    from raev2.training.preflight import Plan, preflight
+
+    print_sizes(task, spec)
+    print(f"arithmetic, activations, memory of 1 to 64 GPUs: raev2 show {spec.recipe} --task {task.name}")
+    findings = list(preflight(Plan(task, spec, run_dir, stage)))
+    print()
+    print_table(("needed", "state", "detail"), [(f.what, f.state, f.detail) for f in findings])
+    print(f"\nrun folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
+    for error in filter(None, (finding.error for finding in findings)):
+        raise error
+    return OK
+
+
+def print_sizes(task: Task, spec: RunSpec) -> None:
+    """What a run will need."""
+    from raev2.training.preflight import run_sizes
 
     print(f"{task.name} / {spec.recipe}   fingerprint {fingerprint(spec)}")
     print_table(("size", "value"), run_sizes(task, spec))
@@ -388,7 +235,7 @@ def _print_results(run_dir: Path) -> None:
 
 
 def _print_metrics(protocol: str, results: Iterable[Mapping[str, Any]]) -> None:
-    from raev2.report.page import direction, glossary
+    from raev2.eval.protocols import direction, glossary
 
     results = list(results)
     print(f"\n{protocol}")
@@ -404,11 +251,20 @@ def _print_metrics(protocol: str, results: Iterable[Mapping[str, Any]]) -> None:
 
 
 def print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows in columns as wide as they need."""
-    table = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    """Print rows in columns, wrapped to the terminal; one line a row where there is none."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
+    for name in header:
+        table.add_column(Text(str(name)), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else 10_000, color_system=None)
+    with console.capture() as text:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
 def refuse_existing(options: Namespace, out: Path, kind: Kind) -> None:
@@ -428,25 +284,3 @@ def _refuse_existing_array(options: Namespace) -> None:
     if file.exists() and not holds_plan(file):
         hint = "Choose another file, or move this one away."
         raise FileError(str(file), "exists and is not replaced", got=f"no {PLAN} of ours in it", hint=hint)
-
-
-def _missing_of_extras() -> dict[str, list[str]]:
-    """Packages that are not installed, by optional part of this package."""
-    names = metadata.metadata("raev2").get_all("Provides-Extra") or []
-    missing: dict[str, list[str]] = {name: [] for name in names if name != "dev"}
-    for requirement in map(Requirement, metadata.requires("raev2") or []):
-        for extra, packages in missing.items():
-            if requirement.marker and requirement.marker.evaluate({"extra": extra}):
-                try:
-                    metadata.version(requirement.name)
-                except metadata.PackageNotFoundError:
-                    packages.append(requirement.name)
-    return missing
-
-
-def _has_fast_bf16() -> bool:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,4 +1,4 @@
-"""The `raev2` command: parse, then one function a command. `train` is here, the others are in actions.py.
+"""The `raev2` command: parse, then one function a command. `train` is here, others are in actions.py.
 
 No heavy import at the top: `raev2 --help` loads neither torch nor a plugin.
 """
@@ -8,10 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,10 +27,7 @@ from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
 from raev2.files.plugins import COMMANDS as ADDED
 from raev2.files.plugins import GUIDANCE, TASKS, installed
 
-COMMANDS = (
-    "train", "sample", "reconstruct", "eval", "report", "show", "recipes", "tasks", "encoders", "data", "latents",
-    "doctor",
-)  # fmt: skip
+COMMANDS = ("train", "sample", "eval")
 RESUMABLE = 75  # exit code of a training that was asked to stop, as sysexits.h has it: try again
 EPILOG = (
     "Every other value is a field of the recipe: `raev2 show RECIPE` prints them, `--set path.to.field=value` sets one."
@@ -69,12 +70,13 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
         metavar="auto|never|PATH",
         help="continue the run folder if it exists; a checkpoint folder of another run: begin a new run with it",
     )
+    train.add_argument("--tracker", metavar="trackio|wandb|tensorboard", help="numbers and pictures go there too")
     train.add_argument("--overwrite", action="store_true", help="delete an existing run folder first")
     train.add_argument("--max-time", type=float, metavar="MINUTES", help="save and stop after this time, exit code 75")
-    train.add_argument("--dry-run", action="store_true", help="print sizes, and what is there already; train nothing")
+    train.add_argument("--dry-run", action="store_true", help="print sizes, check all that is needed; train nothing")
 
     sample = command("sample", "images from a trained generator")
-    _run_options(sample)
+    source_options(sample)
     add = sample.add_argument
     add("--n", type=int, default=16, help="number of images (default: 16)")
     add("--steps", type=int, help="solver steps")
@@ -90,14 +92,8 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     if sampled is not None:
         _add_conditions(sample, sampled)
 
-    add = command("reconstruct", "encode and decode images; grid and PSNR/SSIM table").add_argument
-    add("images", nargs="+", metavar="PATH", help="image files or folders")
-    add("--run", required=True, metavar="DIR", help="run folder, tokenizer folder or hub id")
-    add("--out", metavar="DIR", default="reconstructions")
-    add("--overwrite", action="store_true")
-
     evaluate = command("eval", "evaluate a run, or any pictures, by protocol name; writes PROTOCOL.json")
-    _run_options(evaluate)
+    source_options(evaluate)
     add = evaluate.add_argument
     add("--images", metavar="PATH", help="pictures instead of a run: a folder, or an .npz file")
     add("--reference", metavar="PATH", help="what --images is compared with: pictures, a dataset folder or statistics")
@@ -116,47 +112,40 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     for parser in (evaluate, reference):
         parser.add_argument("--workers", type=int, help="processes that read pictures (default: up to 8)")
 
-    report = command("report", "write RUN/report.html")
-    _run_options(report)
-
-    show = command("show", "resolved spec, parameters, compute and memory of a recipe; starts nothing")
-    show.add_argument("recipe", metavar="RECIPE")
-    show.add_argument("--task", help="needed when several tasks have a recipe of this name")
-    show.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
-
-    recipes = command("recipes", "list recipes")
-    recipes.add_argument("--task")
-    command("tasks", "list installed tasks and their protocols")
-    encoders = command("encoders", "list encoders with licence, or check one")
-    encoders.add_argument("action", nargs="?", choices=("list", "check"), default="list")
-    encoders.add_argument("name", nargs="?")
-
-    data = command("data", "list, build or verify datasets")
-    data.add_argument("action", choices=("list", "plan", "build", "verify"))
-    data.add_argument("recipe", nargs="?", help="data recipe; for verify a dataset folder")
-    data.add_argument("--out", metavar="DIR", help="default: data/RECIPE")
-    data.add_argument("--set", dest="overrides", action="append", default=[], metavar="OPTION=VALUE")
-    data.add_argument("--overwrite", action="store_true")
-
-    latents = command("latents", "latent statistics or a latent cache of a dataset, by a trained tokenizer")
-    latents.add_argument("action", choices=("stats", "build"))
-    latents.add_argument("--run", required=True, metavar="DIR", help="run folder or tokenizer folder")
-    latents.add_argument("--data", required=True, metavar="DIR", help="dataset folder")
-    latents.add_argument("--split", default="train")
-    latents.add_argument("--out", required=True, metavar="FILE")
-
-    command("doctor", "environment, devices, optional parts, reachable and missing assets")
     for name, point in installed(ADDED).items():
         if name in added:
             added[name].options(command(name, added[name].summary))
         else:  # not loaded: another command is meant
-            commands.add_parser(name, help=f"added by {point.module.partition('.')[0]}: `raev2 {name} --help`")
+            commands.add_parser(name, help=_summary(point))
     return root
+
+
+def _summary(point: EntryPoint) -> str:
+    """The sentence of the `Command` that an entry point names, read in its source: importing may take seconds."""
+    with suppress(ImportError, OSError, TypeError):
+        source = Path(getattr(find_spec(point.module), "origin", None)).read_text(encoding="utf-8")  # type: ignore[arg-type]
+        if found := re.search(rf'^{point.attr} = Command\(\s*"(.*?)"', source, re.M):
+            return found[1]
+    return f"added by {point.module.partition('.')[0]}: `raev2 {point.name} --help`"
 
 
 def _run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", help="use the newest run of this task")
     command.add_argument("--run", metavar="DIR", help="run folder")
+
+
+def source_options(command: argparse.ArgumentParser, own: Collection[str] = ()) -> None:
+    """Options that say which model is meant, without the command's `own`; `actions.source_of` reads them."""
+    add = command.add_argument
+    if "--task" not in own:
+        add("--task", help="use the newest run of this task; the task of --generator")
+    add("--run", metavar="DIR", help="run folder, or a pipeline: its folder or hub id (default: the newest run)")
+    add("--generator", metavar="DIR", help="artefact folder or hub id, with --tokenizer and --recipe")
+    add("--tokenizer", metavar="DIR", help="artefact folder or hub id of its tokenizer")
+    add("--recipe", help="whose settings such a pair gets: data, sampling, protocols")
+    if "--set" not in own:
+        add("--set", dest="settings", action="append", default=[], metavar="FIELD=VALUE", help="of that recipe")
+    add("--data", metavar="DIR", help="dataset folder in place of the one that the model names")
 
 
 def _add_conditions(sample: argparse.ArgumentParser, task: Task) -> None:
@@ -263,10 +252,9 @@ def _sampled_task(argv: Sequence[str]) -> Task | None:
 
     if found.run is None:
         return get_task(found.task)
-    from raev2.pipeline import find_run
-    from raev2.spec_io import load_spec
+    from raev2.model.opened import Source
 
-    return get_task(load_spec(find_run(found.run, found.task) / "spec.yaml").task.name)
+    return get_task(Source.of(found.run).spec.task.name)
 
 
 def _plugin_command(name: str, argv: list[str]) -> int:
@@ -310,13 +298,11 @@ def train(options: Namespace) -> int:
     if options.data:
         read_manifest(options.data)  # raises where it is no dataset folder
         spec = spec.replace(data=spec.data.replace(dir=options.data, recipe=None, options={}))
-    spec = apply_overrides(spec, options.overrides)
+    tracker = [f"tracker={options.tracker}"] if options.tracker else []
+    spec = apply_overrides(spec, [*options.overrides, *tracker])
     run_dir = Path(options.run or Path("runs") / task.name / options.recipe)
     if options.dry_run:
-        actions._print_sizes(task, spec)
-        print(f"\ndata {spec.data.dir}: {actions._data_state(spec)}")
-        print(f"run folder {run_dir}: {'exists' if run_dir.exists() else 'will be created'}\nnothing was started")
-        return 0
+        return actions.dry_run(task, spec, run_dir, options.stage)
     if options.max_time is not None and not 0 < options.max_time < 1e6:
         raise SpecError("--max-time", "not usable", got=options.max_time, expected="minutes above 0")
     from raev2 import pipeline

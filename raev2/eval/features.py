@@ -17,17 +17,15 @@ from torch import Tensor
 
 from raev2.data import to_float
 from raev2.errors import DataError
-from raev2.files.hashes import file_sha256, json_sha256
+from raev2.files.assets import INCEPTION_WEIGHTS, Asset, need_package
+from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
 from raev2.spec import EncoderSpec
-from raev2.tokenizer.encoder_table import ENCODERS
+from raev2.tokenizer.encoder_table import ENCODERS, encoder_asset
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.training import dist
 
 INCEPTION, LOGITS, SPATIAL = "inception", "logits", "spatial"
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-)
 
 
 class FeatureExtractor(ABC):
@@ -87,13 +85,12 @@ class InceptionFeatures(FeatureExtractor):
     preparation = "torch-fidelity inception-v3-compat: TensorFlow 1 bilinear resize to 299 px, pool features"
 
     def __init__(self, device: torch.device, file: Path | None = None) -> None:
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise DataError(
-                "features inception", "torch-fidelity is not installed", hint="Run `pip install raev2[eval]`."
-            ) from error
-        file, self.device = file or _inception_weights(), device
+        need_package("features inception", INCEPTION_WEIGHTS.package)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        if file is None:  # its hash is checked: it is a pickle that others load for us
+            dist.on_main(INCEPTION_WEIGHTS.fetch)
+        file, self.device = file or INCEPTION_WEIGHTS.place, device
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
         ).to(device)
@@ -118,6 +115,11 @@ class InceptionFeatures(FeatureExtractor):
 def build_extractor(name: str, device: torch.device) -> FeatureExtractor:
     """The feature network with this name: 'inception', or any encoder of `raev2 encoders`."""
     return InceptionFeatures(device) if name == INCEPTION else EncoderFeatures(name, device)
+
+
+def extractor_needs(name: str) -> list[Asset]:
+    """Weights that `build_extractor` reads."""
+    return [INCEPTION_WEIGHTS] if name == INCEPTION else [encoder_asset(name)]
 
 
 class NotFinite(DataError):
@@ -157,29 +159,3 @@ def load_encoder(name: str, device: torch.device) -> FrozenEncoder:
     info = ENCODERS.get(name)
     side = info.side if info else 16
     return build_encoder(EncoderSpec(name=name), (side, side)).to(device)
-
-
-def _inception_weights() -> Path:
-    """Weights file in torch's cache, downloaded once. Its hash is checked: it is a pickle that others load for us."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
-    expected = file.stem.rsplit("-", 1)[1]
-    failure = ""
-    if not file.is_file() and dist.is_main():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(INCEPTION_URL, str(file), hash_prefix=expected, progress=False)
-        except (OSError, RuntimeError) as error:  # no network, or a file with another hash
-            failure = str(error)
-    dist.barrier()
-    if not file.is_file():
-        raise DataError(
-            f"weights {file}", "the Inception weights are missing", got=failure or None,
-            hint=f"Download {INCEPTION_URL} and put it there (SHA-256 begins with {expected}).",
-        )  # fmt: skip
-    found = file_sha256(file)
-    if not found.startswith(expected):
-        raise DataError(
-            f"weights {file}", "damaged file", got=f"SHA-256 {found[:8]}", expected=expected,
-            hint="Delete it; it is downloaded again.",
-        )  # fmt: skip
-    return file

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,12 +18,12 @@ from torch.nn.functional import normalize
 from raev2.data import to_float
 from raev2.errors import DataError
 from raev2.eval.features import load_encoder
+from raev2.files.assets import LPIPS_WEIGHTS, Asset
 from raev2.shapes import ImagesU8
+from raev2.tokenizer.encoder_table import encoder_asset
 from raev2.tokenizer.encoders import FrozenEncoder
 
 MAX_PSNR_DB = 100.0
-# Name of a backbone -> its model in torchvision, and the file of its weights.
-LPIPS_BACKBONES = {"vgg": ("vgg16", "vgg16-397923af.pth"), "alex": ("alexnet", "alexnet-owt-7be5be79.pth")}
 
 
 def psnr(images_u8: ImagesU8, reference_u8: ImagesU8) -> Float[Tensor, " B"]:
@@ -63,12 +63,7 @@ class LPIPS(PairDistance):
 
     def __init__(self, backbone: Literal["vgg", "alex"], device: torch.device) -> None:
         if not lpips_available(backbone):
-            raise DataError(
-                f"weights {_lpips_file(backbone)}", f"LPIPS needs the {backbone} backbone of torchvision",
-                expected="the weights file in torch's cache",
-                hint=f"Run `python -c \"import torchvision; torchvision.models.{LPIPS_BACKBONES[backbone][0]}"
-                "(weights='DEFAULT')\"` once with network, or copy the file there.",
-            )  # fmt: skip
+            raise LPIPS_WEIGHTS[backbone].error()
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         self.name = f"lpips_{backbone}"
@@ -120,14 +115,21 @@ class FeatureDistance(PairDistance):
 
 def lpips_available(backbone: str) -> bool:
     """Whether LPIPS can be computed here without a download."""
-    return _lpips_file(backbone).is_file()
+    return LPIPS_WEIGHTS[backbone].folder() is not None
+
+
+def pair_needs(name: str, without: str = "") -> list[Asset]:
+    """Weights that `build_pair_distance` reads. `without`: the distance that is used when they are missing."""
+    if name.startswith("lpips_"):
+        return [replace(LPIPS_WEIGHTS[name.removeprefix("lpips_")], without=without and f"{without} is used instead")]
+    return [encoder_asset(name.removeprefix("feature_distance_"))]
 
 
 def build_pair_distance(name: str, device: torch.device) -> PairDistance:
     """A perceptual distance by the name of its metric: 'lpips_vgg', 'lpips_alex' or 'feature_distance_<encoder>'."""
     kind = "lpips" if name.startswith("lpips_") else "feature_distance"
     model = name.removeprefix(f"{kind}_")
-    if kind == "lpips" and model in LPIPS_BACKBONES:
+    if kind == "lpips" and model in LPIPS_WEIGHTS:
         return LPIPS("vgg" if model == "vgg" else "alex", device)
     if kind == "feature_distance" and model != name:
         return FeatureDistance.of_encoder(load_encoder(model, device), device)
@@ -135,7 +137,3 @@ def build_pair_distance(name: str, device: torch.device) -> PairDistance:
         "metric", "unknown perceptual distance", got=repr(name),
         expected="lpips_vgg, lpips_alex or feature_distance_<encoder>",
     )  # fmt: skip
-
-
-def _lpips_file(backbone: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[backbone][1]

@@ -25,9 +25,17 @@ from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
 from raev2.errors import CheckpointError, DataError, RaeError, TaskError
 from raev2.eval.distances import paired_frechet
-from raev2.eval.features import FeatureExtractor, build_extractor, check_finite, frechet_about, frechet_name, not_finite
+from raev2.eval.features import (
+    FeatureExtractor,
+    build_extractor,
+    check_finite,
+    extractor_needs,
+    frechet_about,
+    frechet_name,
+    not_finite,
+)
 from raev2.eval.generate import CHUNK_SIZE, gathered, generated_images, local_chunks
-from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, psnr, ssim
+from raev2.eval.image_pairs import PairDistance, build_pair_distance, lpips_available, pair_needs, psnr, ssim
 from raev2.eval.sets import (
     MANIFOLD_IMAGES,
     Scale,
@@ -41,6 +49,7 @@ from raev2.eval.sets import (
     too_few,
 )
 from raev2.files.artefact import write_json
+from raev2.files.assets import Asset
 from raev2.shapes import ImagesU8
 from raev2.spec import RunSpec
 from raev2.spec_io import fingerprint, spec_to_dict
@@ -85,6 +94,12 @@ class ReconstructionEvaluator(Evaluator):
     def __post_init__(self) -> None:
         count = "all" if self.max_images is None else f"{self.max_images:,} random"
         self.description = f"reconstructions of {count} images of '{self.split}' against their originals"
+
+    def needs(self) -> list[Asset]:
+        """Weights of the feature networks and of the perceptual distances; of the latter, all but the last may miss."""
+        pairs = zip(self.perceptual, (*self.perceptual[1:], ""), strict=True)
+        found = [asset for name, other in pairs for asset in pair_needs(name, other)]
+        return [*found, *(asset for name in self.extractors for asset in extractor_needs(name))]
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on, for the result file."""
@@ -160,6 +175,7 @@ class GenerationEvaluator(Evaluator):
     cond_split      the split that `cond` gets
     groups          which group of the data each sample is to show (`ImageDataset.group`), by global sample number;
                     None: that of the sample whose condition `ImageDataset.asked` gives it
+    weights         what `build` reads, by name
     metrics         what is computed in each space
     summary         further numbers, from those of all spaces
     max_rows        references whose features are kept
@@ -178,6 +194,7 @@ class GenerationEvaluator(Evaluator):
     cond_split: str = "val"
     groups: Callable[[RunSpec, ImageDataset, Sequence[int]], Sequence[Hashable]] | None = None
     build: Build = build_extractor
+    weights: Callable[[str], list[Asset]] = extractor_needs
     metrics: Metrics = compare
     summary: Callable[[Sequence[MetricResult]], Iterator[MetricResult]] = lambda results: iter(())
     max_rows: int = MANIFOLD_IMAGES
@@ -185,6 +202,10 @@ class GenerationEvaluator(Evaluator):
 
     def __post_init__(self) -> None:
         self.description = f"{self.num_samples:,} generated images against '{self.reference_split}'"
+
+    def needs(self) -> list[Asset]:
+        """Weights of the feature networks."""
+        return [asset for name in self.extractors for asset in self.weights(name)]
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """What the numbers depend on, for the result file."""
@@ -401,3 +422,18 @@ def ep_fid(history: Sequence[tuple[float | int, float | int]], k: float | int) -
         return None
     (start, above), (end, below) = points[max(first - 1, 0)], points[first]
     return float(np.interp(k, (below, above), (end, start)))
+
+
+def direction(entry: Mapping) -> str:
+    """'lower' or 'higher' is better, or what a row is the scale of; empty for results of old files."""
+    return f"scale of {entry['of']}" if entry.get("of") else entry.get("better", "")
+
+
+def glossary(entries: Iterable[Mapping]) -> list[tuple[str, str]]:
+    """(names, what they mean); names with one meaning together."""
+    found: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        if entry.get("about"):
+            better = " A scale row." if entry["of"] else f" {entry['better'].capitalize()} is better."
+            found.setdefault(entry["about"] + better, {})[entry["name"]] = None
+    return [(", ".join(names), text) for text, names in found.items()]

@@ -34,7 +34,7 @@ def read_json(file: Path, error: type[RaeError] = CheckpointError) -> dict[str, 
 def json_lines(file: Path) -> list[dict[str, Any] | None]:
     """The objects in a JSON-lines file; None for a line that was cut short or damaged (killed process, full disk)."""
     lines: list[dict[str, Any] | None] = []
-    for text in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:
             lines.append({**json.loads(text)})
         except (TypeError, ValueError):

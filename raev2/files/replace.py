@@ -39,12 +39,17 @@ EXPORT = Kind(
     "export.json", VERSION,
     rf"[^/]+\.(json|yaml|pt|safetensors)|{_STAGES}/{_ARTEFACT}",
 )  # fmt: skip
+PIPELINES = Kind(
+    "pipeline.json", VERSION,
+    rf"(pipeline|metrics)\.jsonl?|README\.md|samples\.png|{_STAGES}/{_ARTEFACT}"
+    r"|samples/([^/]+/)?[^/]+\.(png|json)|eval/[^/]+\.(json|png)|\.git(attributes|ignore)|\.cache/.*",
+)  # fmt: skip
 RUN = Kind(
     "spec.yaml", "fingerprint: ",
     r"spec\.yaml|(provenance|identity|report)\.json|metrics\.jsonl|report\.html|(.*/)?\.[^/]+\.(partial|old)(/.*)?"
     rf"|checkpoints/{_STAGES}/\d+/[^/]+\.(json|safetensors)|{_STAGES}/{_ARTEFACT}"
     r"|samples/([^/]+/)?[^/]+\.(png|json)|eval/[^/]+\.(json|png)|eval/reference/[^/]+\.safetensors"
-    r"|rollouts/[^/]+/[^/]+\.(mp4|gif|png|csv|json)",
+    r"|rollouts/[^/]+/[^/]+\.(mp4|gif|png|csv|json)|(tensorboard|wandb)/.*",
 )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""Weights of other implementations in and out: RAE, RAEv2 and diffusers.
+"""Weights of RAE and RAEv2 in and out.
 
 generator = import_generator(state_dict, config)    # DiTwDDTHead, DiTwDDTHeadIG, LightningDiT, LightningDiTIG
 decoder = import_decoder(state_dict, config)        # GeneralDecoder: latent tokens (B, N, D) -> images (B, 3, H, W)
 state_dict = export_generator(generator)            # back to the reference's names
 
-`raev2 import` and `raev2 export` do the same for files; autoencoders.py holds whole tokenizers of diffusers.
+`raev2 import` and `raev2 export` do the same for files, and for whole tokenizers of diffusers.
 """
 
 from raev2.interop.generators import export_generator, generator_config, import_generator

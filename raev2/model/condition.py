@@ -248,9 +248,9 @@ class LabelConditioner(Conditioner):
 def visible(mask: Bool[Tensor, "B M"]) -> Bool[Tensor, "B M"] | None:
     """The mask, or None where every token is attended, so that fused attention kernels can be used.
 
-    It reads the values; the mask stays where there are none to read (meta device, compilation).
+    It reads the values; the mask stays where there are none to read (meta device, tensors without values, compilation).
     """
-    if mask.is_meta or torch.compiler.is_compiling():
+    if mask.is_meta or type(mask) is not Tensor or torch.compiler.is_compiling():
         return mask
     return None if bool(mask.all()) else mask
 

@@ -2,7 +2,7 @@
 
 generator = Generator(network_spec, condition_spec, flow_spec, latent_shape=(768, 16, 16))
 output = generator(z_t, t, cond)                      # ModelOutput(pred, base_pred, hidden)
-generator.save_pretrained("my_generator", card="...")
+generator.save_pretrained("my_generator")
 generator = Generator.from_pretrained("my_generator")
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raev2.batch import Cond, FrameCache, ModelOutput
 from raev2.errors import SpecError
-from raev2.files.artefact import load_artefact, load_strict, push_to_hub, save_artefact
+from raev2.files.artefact import build_strict, load_artefact, push_to_hub, save_artefact
 from raev2.files.damage import damaged
 from raev2.model.condition import ConditionSpec, LabelCondition, NoCondition, TextCondition
 from raev2.model.dit import DDT, DiT
@@ -105,10 +106,9 @@ class Generator(nn.Module):
         """Device of the parameters."""
         return next(self.parameters()).device
 
-    def save_pretrained(self, path: str | Path, *, card: str = "") -> Path:
+    def save_pretrained(self, path: str | Path) -> Path:
         """Write an artefact folder that `from_pretrained` reads."""
-        card = card or "# Generator\n\nA raev2 generator without a written model card.\n"
-        return save_artefact(path, kind="generator", config=self.config(), tensors=self.state_dict(), card=card)
+        return save_artefact(path, kind="generator", config=self.config(), tensors=self.state_dict())
 
     def config(self) -> dict[str, Any]:
         """What config.json of the artefact says about this generator."""
@@ -127,39 +127,15 @@ class Generator(nn.Module):
         """Load an artefact folder or hub repository; `condition_types` are kinds of condition from plugins."""
         config, tensors, path = load_artefact(path_or_hub_id, kind="generator")
         with damaged(f"{path}/config.json"):
-            generator = cls(
-                TypeAdapter(NetworkSpec).validate_python(config["network"]),
-                condition_spec(config["condition"], condition_types),
-                FlowSpec.model_validate(config["flow"]),
-                tuple(config["latent_shape"]),
-                config.get("extra"),
-            )
-        load_strict(generator, tensors, str(path))
-        return generator.eval()
+            network = TypeAdapter(NetworkSpec).validate_python(config["network"])
+            condition = condition_spec(config["condition"], condition_types)
+            flow, shape, extra = FlowSpec.model_validate(config["flow"]), config["latent_shape"], config.get("extra")
+            build = partial(cls, network, condition, flow, tuple(shape), extra)
+            return build_strict(build, tensors, str(path)).eval()
 
-    def push_to_hub(self, repo_id: str, *, card: str = "", private: bool = False) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload as a model repository of the Hugging Face hub; returns its address."""
-        return push_to_hub(lambda path: self.save_pretrained(path, card=card), repo_id, "generator", private=private)
-
-
-def generator_card(title: str, text: str) -> str:
-    """A model card: title, text in Markdown, and how a generator is used."""
-    return f"""---
-library_name: raev2
----
-
-# {title}
-
-{text}
-
-## Use
-
-```python
-from raev2 import RAE, Generator, sample
-
-images = sample(Generator.from_pretrained("GENERATOR"), RAE.from_pretrained("TOKENIZER"), cond, steps=50)
-```
-"""
+        return push_to_hub(self.save_pretrained, repo_id, "generator", private=private)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""A run folder becomes a page."""
+"""Charts, and numbers that were published."""

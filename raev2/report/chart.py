@@ -6,14 +6,18 @@ line_chart([Series("loss", xs, ys)], title="Loss", x_label="images seen", log=Tr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TypeVar
 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 40
-MAX_POINTS = 400
+MAX_POINTS, MAX_READINGS = 400, 60
 Number = float | int
+At = Callable[[Number], Number]
+Point = TypeVar("Point")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Series:
 
 
 def line_chart(series: Sequence[Series], *, title: str, x_label: str, log: bool = False) -> str:
-    """An SVG of all series in one frame, with a legend. Values that are not finite are left out."""
+    """An SVG of all series in one frame, with a legend; values show under the pointer, those that are finite."""
 
     def drawn(y: Number) -> bool:
         return math.isfinite(y) and (y > 0 or not log)
@@ -50,7 +54,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, log: bool 
         return base - ((math.log10(y) if log else y) - low) / (high - low) * (base - TOP)
 
     def path(xs: Sequence[Number], ys: Sequence[Number], style: str) -> None:
-        points = _thin(list(zip(xs, ys, strict=True)))
+        points = _thin(list(zip(xs, ys, strict=True)), MAX_POINTS)
         parts = [
             f"{'L' if i and drawn(points[i - 1][1]) else 'M'}{at_x(x):.1f},{at_y(y):.1f}"
             for i, (x, y) in enumerate(points)
@@ -83,9 +87,31 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, log: bool 
         path(line.xs, line.ys, f"line {colour}")
         for x, y in zip(line.xs, line.ys, strict=True) if line.points or len(line.xs) == 1 else ():
             if drawn(y):
-                tip = f"<title>{name}: {number(y)} at {x:,.0f}</title>"
-                out.append(f'<circle class="dot {colour}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.2">{tip}</circle>')
-    return "".join([*out, "</svg>", '<div class="legend">', *keys, "</div>"])
+                out.append(f'<circle class="dot {colour}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.2"/>')
+    return "".join([*out, *_readings(series, x_label, at_x), "</svg>", '<div class="legend">', *keys, "</div>"])
+
+
+def _readings(series: Sequence[Series], x_label: str, at_x: At) -> list[str]:
+    """Columns over the frame; under the pointer one shows its place and the value that each line has there."""
+    lines = [(n, line) for n, line in enumerate(series) if not line.constant]
+    places = _thin(sorted({x for _, line in lines for x in line.xs}), MAX_READINGS)
+    middles = [(at_x(a) + at_x(b)) / 2 for a, b in zip(places, places[1:], strict=False)]
+    out = []
+    for x, start, end in zip(places, [LEFT, *middles], [*middles, WIDTH - RIGHT], strict=True):
+        told = [("", f"{number(x)} {x_label}")]
+        for n, line in lines:
+            last = bisect_right(line.xs, x) - 1
+            if last >= 0 and math.isfinite(line.ys[last]):
+                told.append((f"c{n % 8}", f"{line.name} {number(line.ys[last])}"))
+        at, anchor, base = at_x(x), "start" if at_x(x) < WIDTH / 2 else "end", HEIGHT - BOTTOM
+        beside = at + (6 if anchor == "start" else -6)
+        text = "".join(f'<tspan class="{c}" x="{beside:.1f}" dy="15">{escape(t)}</tspan>' for c, t in told)
+        out.append(
+            f'<g class="at"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{base - TOP}"/>'
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{base}"/>'
+            f'<text y="{TOP}" text-anchor="{anchor}">{text}</text></g>'
+        )
+    return out
 
 
 COLOURS = ("#2a6fdb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285", "#e67700", "#495057")
@@ -96,7 +122,12 @@ def standalone(chart: str, series: Sequence[Series]) -> str:
     svg = chart[: chart.index("</svg>")]
     css = "text{font:11.5px sans-serif;fill:#555}.grid{stroke:#e3e3e3}.axis{stroke:#888}"
     css += ".line{fill:none;stroke-width:2}.raw{opacity:.3}.dashed{stroke-dasharray:5 4}"
-    css += "".join(f".line.c{n}{{stroke:{colour}}}.dot.c{n}{{fill:{colour}}}" for n, colour in enumerate(COLOURS))
+    css += ".at rect{fill:transparent}.at line{stroke:#888}.at line,.at text{visibility:hidden}"
+    css += ".at:hover *{visibility:visible}.at text{paint-order:stroke;stroke:#fff;stroke-width:4px}"
+    css += "".join(
+        f".line.c{n}{{stroke:{colour}}}.dot.c{n}{{fill:{colour}}}tspan.c{n}{{fill:{colour}}}"
+        for n, colour in enumerate(COLOURS)
+    )
     legend = "".join(
         f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 12 + 14 * n}" text-anchor="end" style="fill:{COLOURS[n % 8]}">'
         f"{escape(line.name)}</text>"
@@ -155,7 +186,7 @@ def _log_range(values: Sequence[Number]) -> tuple[Number, Number, list[Number]]:
     return low, high, ticks
 
 
-def _thin(points: list[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
+def _thin(points: list[Point], most: int) -> list[Point]:
     """Every n-th point, the last one included."""
-    step = math.ceil(len(points) / MAX_POINTS)
+    step = math.ceil(len(points) / most)
     return points if step <= 1 else [*points[:-1:step], points[-1]]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raev2.errors import SpecError
 from raev2.files.artefact import push_to_hub
+from raev2.files.hashes import json_sha256
 from raev2.shapes import Images, Latents
 
 AnyImages = Shaped[Tensor, "B 3 Hpx Wpx"]  # before the dtype was checked
@@ -44,6 +45,10 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What the latents depend on: two tokenizers with equal fingerprints give the same latents."""
+
+    def identity(self) -> str:
+        """Hash of all that latents depend on: a generator keeps that of the tokenizer it was trained with."""
+        return json_sha256(self.fingerprint())[:16]
 
     @abstractmethod
     def save_pretrained(self, path: str | Path) -> Path:

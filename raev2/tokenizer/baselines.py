@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raev2.errors import CheckpointError, SpecError, did_you_mean
-from raev2.files.artefact import load_artefact, save_artefact
+from raev2.files.artefact import read_artefact, save_artefact
+from raev2.files.assets import Asset
 from raev2.files.damage import damaged
+from raev2.files.spec_base import FILE
 from raev2.shapes import Images, Latents
 from raev2.spec import AnyTokenizerSpec, PixelSpec, TokenizerSpec, VAESpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float
@@ -112,10 +114,7 @@ class VAETokenizer(Tokenizer):
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write an artefact folder that names the VAE; its weights stay where they are."""
-        info = VAES.get(self.spec.name)
-        terms = f"{info.licence} ({info.model_id})" if info else "those of its own source"
-        card = f"# VAE latents: {self.spec.name}\n\nThe weights are not in this folder. Their terms: {terms}.\n"
-        return _save(path, self.spec, card)
+        return _save(path, self)
 
     def _to_latents(self, images: Tensor) -> Tensor:
         model, pixels = self.model, images * 2 - 1
@@ -165,7 +164,7 @@ class PixelTokenizer(Tokenizer):
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write an artefact folder that holds the spec alone."""
-        return _save(path, self.spec, "# Pixels in [-1, 1]\n")
+        return _save(path, self)
 
 
 def _resized(images: Tensor, tokenizer: Tokenizer) -> Tensor:
@@ -176,9 +175,12 @@ def _resized(images: Tensor, tokenizer: Tokenizer) -> Tensor:
     return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def _save(path: str | Path, spec: VAESpec | PixelSpec, card: str) -> Path:
-    config = {"tokenizer": spec.model_dump(mode="json"), "stats": None}
-    return save_artefact(path, kind="tokenizer", config=config, tensors={}, card=card)
+def _save(path: str | Path, tokenizer: VAETokenizer | PixelTokenizer) -> Path:
+    spec, shape = tokenizer.spec, list(tokenizer.latent_shape)
+    info = VAES.get(spec.name) if isinstance(spec, VAESpec) else None
+    known = info and {"name": info.model_id, "licence": info.licence, "gated": info.gated, "hub_id": info.model_id}
+    config = {"tokenizer": spec.model_dump(mode="json"), "latent_shape": shape, "encoder": known, "stats": None}
+    return save_artefact(path, kind="tokenizer", config=config, tensors={})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ def build_tokenizer(spec: VAESpec | PixelSpec) -> Tokenizer:
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
     """Open an artefact folder or hub repository of any kind of tokenizer."""
-    config, _, _ = load_artefact(path_or_hub_id, kind="tokenizer")
+    config, _ = read_artefact(path_or_hub_id, kind="tokenizer")
     spec = tokenizer_spec(config)
     return RAE.from_pretrained(path_or_hub_id) if isinstance(spec, TokenizerSpec) else build_tokenizer(spec)
 
@@ -200,7 +202,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
 def tokenizer_spec(config: dict[str, Any]) -> AnyTokenizerSpec:
     """The spec in the configuration of a tokenizer artefact."""
     with damaged("config.json of a tokenizer"):
-        return TypeAdapter(AnyTokenizerSpec).validate_python(config["tokenizer"])
+        return TypeAdapter(AnyTokenizerSpec).validate_python(config["tokenizer"], context=FILE)
 
 
 def load_vae(name: str) -> Any:
@@ -227,11 +229,17 @@ def load_vae(name: str) -> Any:
         model_class = getattr(diffusers, config["_class_name"])
         return model_class.from_pretrained(source, subfolder=subfolder)
     except (OSError, json.JSONDecodeError) as error:
-        gate = f" Its licence ({info.licence}) must be accepted at its page first." if info and info.gated else ""
-        raise CheckpointError(
-            f"VAE {name}", "cannot be loaded", got=str(error).splitlines()[0][:200],
-            hint=f"Check the network, or give a local diffusers folder as the name.{gate}",
-        ) from error  # fmt: skip
+        raise vae_asset(name).error(error) from error
+
+
+def vae_asset(name: str) -> Asset:
+    """The weights of a VAE by a name that `load_vae` takes."""
+    info = VAES.get(name)
+    if info is None:
+        return Asset(f"VAE {name}", name, package="diffusers")
+    note = f"Its licence ({info.licence}) must be accepted at its page first" if info.gated else ""
+    files = tuple(f"{info.subfolder}/{file}" for file in Asset.files) if info.subfolder else Asset.files
+    return Asset(f"VAE {name}", info.model_id, files, gated=info.gated, note=note, package="diffusers")
 
 
 def _is_video(model: Any) -> bool:

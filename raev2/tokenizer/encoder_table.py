@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from raev2.errors import SpecError
+from raev2.files.assets import Asset
 
 Triple = tuple[float, float, float]
 Norm = Literal["plain", "affine", "none"]
@@ -169,3 +171,27 @@ def nearest_open_encoder(info: EncoderInfo) -> EncoderInfo:
         if not other.gated and other.licence in OPEN_LICENCES and other.route == "timm" and other.name != info.name
     ]  # fmt: skip
     return min(candidates, key=lambda o: abs(math.log(o.width / info.width)) + abs(math.log(o.depth / info.depth)))
+
+
+def check_layers(name: str, depth: int, layers: Sequence[int]) -> None:
+    """Raise SpecError unless an encoder has these blocks."""
+    if not layers or min(layers) < 0 or max(layers) >= depth:
+        expected = f"block indices from 0 to {depth - 1}"
+        raise SpecError("encoder.layers", f"{name} has {depth} blocks", got=list(layers), expected=expected)
+
+
+def encoder_asset(name: str) -> Asset:
+    """The weights of an encoder, by any name that `build_encoder` takes. Raises SpecError for another one."""
+    what, (route, _, model_id) = f"encoder {name}", name.partition(":")
+    if name not in ENCODERS and route in ("timm", "hf"):
+        return Asset(what, f"timm/{model_id}" if route == "timm" else model_id)
+    if name not in ENCODERS and Path(name).is_dir():
+        return Asset(what, name)
+    info = encoder_info(name)
+    if info.route == "local":
+        return Asset(what, str(Path(__file__).parents[1] / "assets" / info.model_id), note=info.note)
+    source = f"timm/{info.model_id}" if info.route == "timm" else info.model_id
+    terms = f"Its licence ({info.licence}) must be accepted at https://huggingface.co/{source} ({info.note}). "
+    note = f"The nearest encoder with an open licence is {nearest_open_encoder(info).name!r}"
+    note = f"{terms * info.gated}A local folder is accepted in place of the name. {note}"
+    return Asset(what, source, gated=info.gated, note=note)

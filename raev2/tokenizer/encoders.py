@@ -29,15 +29,17 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from raev2.errors import CheckpointError, SpecError
+from raev2.files.artefact import build_strict
+from raev2.files.assets import Asset
+from raev2.files.damage import damaged, read_json
 from raev2.shapes import Images, Tokens
 from raev2.spec import EncoderSpec
-from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, encoder_info, nearest_open_encoder
+from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, Norm, check_layers, encoder_asset, encoder_info
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PROJECTION_SEED = 0
 FINAL_NORM_NAMES = ("layernorm", "norm", "post_layernorm")  # of transformers models
 PREFIXES = {"timm": "timm", "hf": "transformers"}  # of names that are not in the table -> who builds them
-Row = tuple[str, bool, str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ class FrozenEncoder(nn.Module):
         self.width, self.depth, self.patch_size = trunk.width, trunk.depth, trunk.patch_size
         self.input_size = (grid[0] * trunk.patch_size, grid[1] * trunk.patch_size)
         self.layers = spec.layers or (self.depth - 1,)
-        self._check_layers(self.layers)
+        check_layers(info.name, self.depth, self.layers)
         self.norm: Norm = spec.norm or info.norm
         if self.norm != "none" and trunk.final_norm is None:
             raise SpecError(
@@ -95,7 +97,7 @@ class FrozenEncoder(nn.Module):
         layers   block indices from 0; the same index may appear twice
         norm     final norm on each; None: the spec's
         """
-        self._check_layers(layers)
+        check_layers(self.info.name, self.depth, layers)
         outputs = self.trunk.block_outputs(self.preprocess(images), sorted(set(layers)))
         return [self._finish(outputs[layer], norm or self.norm) for layer in layers]
 
@@ -152,13 +154,6 @@ class FrozenEncoder(nn.Module):
         assert final_norm is not None
         gain, bias = (final_norm.weight, final_norm.bias) if norm == "affine" else (None, None)
         return F.layer_norm(tokens, (self.width,), gain, bias, self._norm_eps)
-
-    def _check_layers(self, layers: Sequence[int]) -> None:
-        if not layers or min(layers) < 0 or max(layers) >= self.depth:
-            raise SpecError(
-                "encoder.layers", f"{self.info.name} has {self.depth} blocks", got=list(layers),
-                expected=f"block indices from 0 to {self.depth - 1}",
-            )  # fmt: skip
 
 
 def aggregate_layers(
@@ -355,6 +350,8 @@ def _from_timm(
         options: dict[str, Any] = {} if img_size is None else {"img_size": img_size, "dynamic_img_size": False}
         if file is not None:
             options["pretrained_cfg_overlay"] = {"file": str(file)}
+        elif pretrained and (commit := Asset(name, f"timm/{model_id}").commit):  # the one that a run records
+            options["pretrained_cfg_overlay"] = {"hf_hub_id": f"timm/{model_id}@{commit}"}
         return timm.create_model(model_id, pretrained=pretrained, num_classes=0, **options)
 
     if not timm.is_model(model_id.split(".")[0]):
@@ -367,7 +364,7 @@ def _from_timm(
     try:
         model = create(pretrained, (grid[0] * patch_size, grid[1] * patch_size))
     except Exception as error:  # network, access and file errors of several libraries
-        raise _no_weights(name, info, f"https://huggingface.co/timm/{model_id}", error) from error
+        raise encoder_asset(name).error(error) from error
     trunk = TimmTrunk(model)
     if info is None:
         stats = pixel_stats or model.pretrained_cfg
@@ -381,18 +378,19 @@ def _from_transformers(
 ) -> tuple[Trunk, EncoderInfo]:
     import transformers
 
+    revision = Asset(name, model_id).commit or "main"  # the one that a run records
     try:
-        config = transformers.AutoConfig.from_pretrained(model_id, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0  # ViT-MAE: the encoder sees every patch
         if pretrained:
             model = transformers.AutoModel.from_pretrained(
-                model_id, config=config, dtype=torch.float32, trust_remote_code=False
+                model_id, config=config, dtype=torch.float32, revision=revision, trust_remote_code=False
             )
         else:
             model = transformers.AutoModel.from_config(config)
     except Exception as error:  # network, access and file errors of several libraries
-        raise _no_weights(name, info, f"https://huggingface.co/{model_id}", error) from error
+        raise encoder_asset(name).error(error) from error
     trunk = TransformersTrunk(model)
     if info is None:
         mean, std = _pixel_stats_of_transformers(name, model_id)
@@ -411,21 +409,24 @@ def _from_folder(
             str(folder), "not an encoder folder, config.json is missing",
             expected="config.json and model.safetensors, see docs/how_to/new_encoder.md", hint=note,
         )  # fmt: skip
-    config = json.loads(config_file.read_text())
+    config, asset = read_json(config_file), Asset(f"encoder {name}", model_id)
+    if not config.keys() & {"model_type", "architecture"}:
+        raise CheckpointError(
+            str(config_file), "cannot tell the format", got=f"keys {sorted(config)[:6]}",
+            expected="'model_type' (transformers) or 'architecture' (timm, or 'vit')",
+        )  # fmt: skip
+    if pretrained and asset.fault():
+        raise asset.error()
     if "model_type" in config:
         return _from_transformers(name, model_id, info, grid, pretrained)
     if config.get("architecture") == "vit":
-        trunk = _packaged_vit(config, weights_file, grid, pretrained)
-        return trunk, info or _info_of_model(
-            name, "local", model_id, trunk, config["mean"], config["std"], config.get("licence", "unknown")
-        )
-    if "architecture" in config:
-        stats = config.get("pretrained_cfg") or None
-        return _from_timm(name, config["architecture"], info, grid, pretrained, weights_file, stats)
-    raise CheckpointError(
-        str(config_file), "cannot tell the format", got=f"keys {sorted(config)[:6]}",
-        expected="'model_type' (transformers) or 'architecture' (timm, or 'vit')",
-    )  # fmt: skip
+        with damaged(config_file):
+            trunk = _packaged_vit(config, weights_file, grid, pretrained)
+            return trunk, info or _info_of_model(
+                name, "local", model_id, trunk, config["mean"], config["std"], config.get("licence", "unknown")
+            )
+    stats = config.get("pretrained_cfg") or None
+    return _from_timm(name, config["architecture"], info, grid, pretrained, weights_file, stats)
 
 
 ROUTES = {"timm": _from_timm, "transformers": _from_transformers, "local": _from_folder}
@@ -441,24 +442,25 @@ def _packaged_vit(config: dict[str, Any], weights_file: Path, grid: tuple[int, i
     patch_size = kwargs["patch_size"]
     stored_size = kwargs.pop("img_size")
     stored_h, stored_w = (stored_size, stored_size) if isinstance(stored_size, int) else stored_size
-    model = VisionTransformer(img_size=(grid[0] * patch_size, grid[1] * patch_size), **kwargs)
-    if pretrained:
-        if not weights_file.is_file():
-            raise CheckpointError(str(weights_file), "the weights of the encoder are missing")
-        state = {key: value.float() for key, value in load_file(weights_file).items()}
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"], new_size=list(grid), old_size=[stored_h // patch_size, stored_w // patch_size],
-            num_prefix_tokens=model.num_prefix_tokens,
-        )  # fmt: skip
-        model.load_state_dict(state)
-    return TimmTrunk(model)
+    build = partial(VisionTransformer, img_size=(grid[0] * patch_size, grid[1] * patch_size), **kwargs)
+    if not pretrained:
+        return TimmTrunk(build())
+    state = {key: value.float() for key, value in load_file(weights_file).items()}
+    if kwargs.get("depth", 0) > len(state):
+        raise ValueError(f"{kwargs['depth']} blocks and {len(state)} tensors")
+    stored = [stored_h // patch_size, stored_w // patch_size]
+    state["pos_embed"] = resample_abs_pos_embed(
+        state["pos_embed"], new_size=list(grid), old_size=stored,
+        num_prefix_tokens=state["pos_embed"].shape[1] - math.prod(stored),
+    )  # fmt: skip
+    return TimmTrunk(build_strict(build, state, str(weights_file)))
 
 
 def _pixel_stats_of_transformers(name: str, model_id: str) -> tuple[Any, Any]:
     from transformers.utils import cached_file
 
     try:
-        config = json.loads(Path(cached_file(model_id, "preprocessor_config.json") or "").read_text())
+        config = json.loads(Path(cached_file(model_id, "preprocessor_config.json") or "").read_text(encoding="utf-8"))
         return config["image_mean"], config["image_std"]
     except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -478,52 +480,3 @@ def _info_of_model(
         name, model_id, trunk.width, trunk.depth, trunk.patch_size, trunk.num_prefix_tokens, *(known or [norm])[0],
         route=route, mean=(mean_r, mean_g, mean_b), std=(std_r, std_g, std_b), licence=licence,
     )  # fmt: skip
-
-
-def _no_weights(name: str, info: EncoderInfo | None, url: str, error: Exception) -> CheckpointError:
-    hints = [f"They come from {url}"]
-    if info is not None and info.gated:
-        hints = [f"Its licence ({info.licence}) must be accepted at {url} ({info.note})"]
-    hints.append("A local folder with config.json and model.safetensors is accepted in place of the name")
-    if info is not None:
-        hints.append(f"The nearest encoder with an open licence is {nearest_open_encoder(info).name!r}")
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return CheckpointError(
-        f"encoder {name}", "the weights cannot be loaded", got=f"{type(error).__name__}: {reason}",
-        hint=". ".join(hints),
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking
-
-
-def check_encoder(name: str, grid: tuple[int, int] = (16, 16)) -> list[Row]:
-    """What `raev2 encoders check` prints: (check, ok, detail) per property an encoder must have."""
-    encoder, other = (build_encoder(EncoderSpec(name=name), (grid[0], cols)) for cols in (grid[1], 2 * grid[1]))
-    (height, width), num_tokens = encoder.input_size, grid[0] * grid[1]
-    generator = torch.Generator().manual_seed(0)
-    images = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), (height, width), mode="bilinear")
-    tokens, other_shape = encoder(images), tuple(other(images).shape)
-    same = torch.equal(tokens, encoder(images))
-    lowest, highest = (encoder.preprocess(torch.full_like(images, n)).aminmax()[n].item() for n in (0, 1))
-    trunk, info = encoder.trunk, encoder.info
-    num_prefix, dropped = trunk.num_prefix_tokens, info.num_prefix_tokens
-    eps = f", eps {encoder._norm_eps:g}" if encoder.norm != "none" else ""
-    encoder.train()
-    moved = any(module.training for module in trunk.modules())
-    trainable = sum(parameter.requires_grad for parameter in trunk.parameters())
-    mean, std = tokens.mean().item(), tokens.std().item()
-    finite = bool(torch.isfinite(tokens).all()) and std > 0
-    pixels = f"[0, 1] becomes [{lowest:.2f}, {highest:.2f}] with mean {info.mean}, std {info.std}"
-    other_size = f"{other.input_size[0]} x {other.input_size[1]} px"
-    return [
-        ("input", lowest <= 0 < highest, pixels),
-        ("grid", tokens.shape == (2, num_tokens, encoder.width), f"{height} x {width} px: {tuple(tokens.shape)}"),
-        ("second grid", other_shape == (2, 2 * num_tokens, encoder.width), f"{other_size}: {other_shape}"),
-        ("prefix tokens", num_prefix == dropped, f"{dropped} dropped; the network has {num_prefix}"),
-        ("layers and norm", True, f"block {encoder.layers} of {encoder.depth}, norm {encoder.norm}{eps}"),
-        ("deterministic", same, "same images, same tokens"),
-        ("frozen", not moved and trainable == 0, f"train() changes nothing; {trainable} trainable parameters"),
-        ("features", finite, f"mean {mean:.4f}, std {std:.4f}"),
-    ]

@@ -8,13 +8,14 @@ All images are in [0, 1]; reconstructions are not clamped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raev2.errors import CheckpointError
+from raev2.files.assets import LPIPS_WEIGHTS
 from raev2.shapes import Images, Tokens
 from raev2.spec import FeatureLoss, LPIPSLoss
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder_for_pixels
@@ -22,6 +23,8 @@ from raev2.training import dist
 
 Scalar = Float[Tensor, ""]
 Logits = Float[Tensor, "B N"]
+NO_DOWNLOAD = "Or choose the loss that needs no download: tokenizer_training.perceptual.kind=encoder"
+LPIPS_LOSS = replace(LPIPS_WEIGHTS["vgg"], note=NO_DOWNLOAD)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,11 +75,7 @@ class LPIPS(nn.Module):
         try:
             metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg")
         except Exception as error:  # download and file errors
-            raise CheckpointError(
-                "LPIPS", "the VGG-16 weights of torchvision cannot be loaded", got=f"{type(error).__name__}: {error}",
-                hint=f"Put vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, or choose the perceptual loss "
-                "that needs no download: tokenizer_training.perceptual.kind=encoder.",
-            ) from error  # fmt: skip
+            raise LPIPS_LOSS.error(error) from error
         # The network and not the metric: the metric insists on values in [0, 1] and accumulates over batches.
         self.net = metric.net.eval().requires_grad_(False)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from raev2.errors import CheckpointError
-from raev2.files.artefact import ENCODER, load_artefact, load_strict, save_artefact
+from raev2.files.artefact import ENCODER, build_strict, load_artefact, save_artefact
 from raev2.files.damage import damaged
+from raev2.files.hashes import json_sha256
+from raev2.files.spec_base import FILE
 from raev2.shapes import Images, Latents, Tokens
 from raev2.spec import TokenizerSpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float, part
@@ -114,6 +117,11 @@ class RAE(Tokenizer):
         """That of the encoder, with its layers, norm, preprocessing and grid."""
         return self.encoder.fingerprint()
 
+    def identity(self) -> str:
+        """That of every tokenizer, with the statistics in it."""
+        statistics = [value.cpu().numpy().tobytes().hex() for value in (self.stats_mean, self.stats_var)]
+        return json_sha256([self.fingerprint(), *statistics])[:16]
+
     # Parts, for training.
 
     @torch.no_grad()
@@ -127,7 +135,7 @@ class RAE(Tokenizer):
         return tokens.transpose(1, 2).unflatten(2, self.spec.grid)
 
     def token_noise(self, batch_size: int, generator: torch.Generator) -> Tokens:
-        """What decoder training adds to tokens, by the strength and distribution in the spec."""
+        """What decoder training adds to tokens, in the unit, strength and distribution of the spec."""
         shape = (batch_size, math.prod(self.spec.grid), self.latent_shape[0])
         return token_noise(shape, self.spec.noise_tau, self.spec.noise_distribution, generator)
 
@@ -168,55 +176,18 @@ class RAE(Tokenizer):
             stats_config = {
                 "num_images": self._stats.num_images, "encoder": dict(self._stats.encoder), "data": self._stats.data
             }  # fmt: skip
-        config = {"tokenizer": self.spec.model_dump(mode="json"), "stats": stats_config, "extra": self.extra}
-        card, encoder = self._card(), self.encoder_dir
-        return save_artefact(path, kind="tokenizer", config=config, tensors=tensors, card=card, encoder=encoder)
-
-    def _card(self) -> str:
-        info, spec, stats = self.encoder.info, self.spec, self._stats
-        channels, rows, columns = self.latent_shape
-        parameters = sum(parameter.numel() for parameter in self.decoder.parameters())
-        gate = " Its licence must be accepted at the source." if info.gated else ""
-        statistics = f"over {stats.num_images} images (data {stats.data or 'not named'})" if stats else "not computed"
-        if stats is not None and not stats.num_images:
-            statistics = stats.data
-        where = "in the folder `encoder`" if self.encoder_dir else "not in this folder"
-        licence = self.extra.get(
-            "licence", "The licence of the decoder weights in this folder is for their author to add here."
-        )
-        return f"""---
-library_name: raev2
-tags: [representation-autoencoder, tokenizer]
----
-
-# Representation autoencoder on {info.name}
-
-| | |
-|---|---|
-| encoder | {info.name} ({info.route}: {info.model_id}), frozen, {where} |
-| layers | {list(self.encoder.layers)}, {spec.encoder.aggregate}, final norm {self.encoder.norm} |
-| latents | {channels} x {rows} x {columns}, normalised per channel and position |
-| images | {spec.image_size[0]} x {spec.image_size[1]} px |
-| decoder | ViT, width {spec.decoder.width}, depth {spec.decoder.depth}, {parameters:,} parameters |
-| latent statistics | {statistics} |
-
-## Licence
-
-The encoder weights are under: {info.licence}.{gate} They are loaded from their own source and their terms apply to \
-you.
-
-{licence}
-
-## Use
-
-```python
-from raev2 import RAE
-
-rae = RAE.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
-latents = rae.encode(images)  # float RGB in [0, 1], (B, 3, H, W)
-images = rae.decode(latents)
-```
-"""
+        info = self.encoder.info
+        here = info.route == "local" or Path(info.model_id).exists()
+        encoder = {
+            "name": info.name, "licence": info.licence, "gated": info.gated, "layers": list(self.encoder.layers),
+            "hub_id": None if here else f"{'timm/' * (info.route == 'timm')}{info.model_id}",
+            "inside": self.encoder_dir is not None,
+        }  # fmt: skip
+        config = {
+            "tokenizer": self.spec.model_dump(mode="json"), "latent_shape": list(self.latent_shape),
+            "image_size": list(self.spec.image_size), "encoder": encoder, "stats": stats_config, "extra": self.extra,
+        }  # fmt: skip
+        return save_artefact(path, kind="tokenizer", config=config, tensors=tensors, encoder=self.encoder_dir)
 
 
 def read_parts(
@@ -227,9 +198,9 @@ def read_parts(
     if kind != "rae":
         hint = "It has no decoder of its own; raev2.tokenizer.baselines.load_tokenizer opens it."
         raise CheckpointError(where, "not an RAE", got=kind, hint=hint)
-    spec, stats = TokenizerSpec.model_validate(config["tokenizer"]), config["stats"]
-    decoder = ViTDecoder(tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
-    load_strict(decoder, part(tensors, "decoder."), where)
+    spec, stats = TokenizerSpec.model_validate(config["tokenizer"], context=FILE), config["stats"]
+    build = partial(ViTDecoder, tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
+    decoder = build_strict(build, part(tensors, "decoder."), where)
     return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
 
 

@@ -101,12 +101,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         file = path / name
         got = file_sha256(file) if file.is_file() else "no file"
         if got != expected:
+            hint = "Use an earlier checkpoint."
             raise CheckpointError(
-                str(file),
-                "damaged",
-                got=got[:12],
-                expected=f"SHA-256 {str(expected)[:12]}",
-                hint="Use an earlier checkpoint.",
+                str(file), "damaged", got=got[:12], expected=f"SHA-256 {str(expected)[:12]}", hint=hint
             )
     tensors = {file.stem: load_file(file) for file in path.iterdir() if file.suffix == ".safetensors"}
     if not all_finite(value for part in tensors.values() for value in part.values()):

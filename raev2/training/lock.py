@@ -45,7 +45,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 def _take(file: Path) -> None:
     """Write our name into the lock; whoever else looks at it meanwhile waits until we have."""
     own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-    with file.open("a+") as opened:
+    with file.open("a+", encoding="utf-8") as opened:
         if os.name == "posix":
             import fcntl
 

@@ -51,6 +51,7 @@ from raev2.training.ema import EMA
 from raev2.training.health import Health, distance
 from raev2.training.optim import learning_rate
 from raev2.training.parallel import for_main, shards_like, whole
+from raev2.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 Look = Callable[[int], None]  # images seen ->
@@ -59,16 +60,23 @@ MAX_NON_FINITE_STEPS = 20
 
 @dataclass
 class Run:
-    """A run folder opened by this process. `accelerator` holds device and process group."""
+    """A run folder opened by this process.
+
+    accelerator   holds device and process group
+    commits       of the hub repositories that it reads, by source
+    """
 
     dir: Path
     spec: RunSpec
     accelerator: Accelerator
+    commits: Mapping[str, str] = field(default_factory=dict)
+    tracker: Tracker | None = None
+    other_device: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        """Device of this process."""
-        return self.accelerator.device
+        """Device of this process, or another one that was asked for."""
+        return self.other_device or self.accelerator.device
 
     def autocast(self) -> torch.autocast:
         """Inside, networks compute in the precision of the run. (Accelerate has one precision per process.)"""
@@ -79,6 +87,13 @@ class Run:
         if dist.is_main():
             with (self.dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+            if self.tracker:
+                self.tracker.log(values)
+
+    def close(self) -> None:
+        """Finish with the tracker."""
+        if self.tracker:
+            self.tracker.close()
 
     def history(self, **match: Any) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl whose fields equal `match`."""
@@ -127,7 +142,8 @@ def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: 
                 save_spec(spec, new / "spec.yaml")
                 write_json(new / "provenance.json", provenance(spec, accelerator.device))
     dist.barrier()
-    return Run(dir, spec, accelerator)
+    tracker = Tracker(dir, spec) if spec.tracker and dist.is_main() else None
+    return Run(dir, spec, accelerator, tracker=tracker)
 
 
 def newest_run(task_name: str, root: Path = Path("runs")) -> Path:
@@ -568,7 +584,7 @@ def cpu_name() -> str:
     """Model of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

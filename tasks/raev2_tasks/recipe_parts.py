@@ -57,6 +57,7 @@ DINOV3L_LAYERS: dict[str, tuple[int, ...]] = {  # by label; k1 is the plain enco
     "k7": (11, 13, 15, 17, 19, 21, 23),
     "k23": tuple(range(1, 24)),
 }
+NOT_RUN = "GPUs; not run here"  # cost of the published systems
 TRUNK_SIZES = {
     "s": (384, 12, 6),
     "b": (768, 12, 12),
@@ -79,10 +80,14 @@ def dinov3l_tokenizer(label: str) -> TokenizerSpec:
     token mean of the last one.
     """
     layers = DINOV3L_LAYERS[label]
-    return TokenizerSpec(
-        encoder=EncoderSpec(name="dinov3-l16", layers=layers, aggregate="mean", pooled_term=bool(layers)),
-        decoder=decoder_size("XL"),
+    return published_tokenizer(
+        EncoderSpec(name="dinov3-l16", layers=layers, aggregate="mean", pooled_term=bool(layers))
     )
+
+
+def published_tokenizer(encoder: EncoderSpec, grid: tuple[int, int] = (16, 16)) -> TokenizerSpec:
+    """An encoder with the decoder of the papers, trained with the absolute noise of the released code."""
+    return TokenizerSpec(encoder=encoder, decoder=decoder_size("XL"), grid=grid, noise_unit="tokens")
 
 
 def published_tokenizer_training(epoch: int, sample_every_images: int = 2_500 * 512) -> TokenizerTrainingSpec:
@@ -116,6 +121,7 @@ def tiny_run(spec: RunSpec, data: DataSpec, protocols: tuple[str, ...], in_train
     return spec.replace(
         recipe="selftest",
         summary="tiny networks, a few steps: what `raev2 selftest` kills, damages and starves; seconds",
+        cost="seconds on a CPU",
         data=data,
         tokenizer=spec.tokenizer.replace(
             decoder=DecoderSpec(width=64, depth=2, num_heads=2, mlp_dim=128, patch_size=8)

@@ -157,6 +157,24 @@ def test_an_ablation_trains_its_variants_and_puts_them_side_by_side(tiny_spec, t
         assert list(line.xs) == [8] and list(line.ys) == [row["fd_micro"]], "guided alone: no unguided point beside it"
 
 
+def test_decoders_are_compared_on_the_latents_of_one_generator(tiny_spec, tmp_path, monkeypatch):
+    from raev2_tasks.analyses import ablations
+
+    monkeypatch.setattr(ablations, "STRENGTHS", (0.0, 1.0))
+    small = tiny_spec.replace(
+        tokenizer_training=tiny_spec.tokenizer_training.replace(images=8, save_every_images=8),
+        generator_training=tiny_spec.generator_training.replace(images=8, save_every_images=8, eval_every_images=None),
+    )
+    table = ablations.run_ablation("decoder-noise", small, tmp_path)
+    runs = [tmp_path / "runs" / f"decoder-noise-{number}" for number in range(2)]
+    generators, decoders = ([(run / part / "model.safetensors").read_bytes() for run in runs]
+                            for part in ("generator", "tokenizer"))  # fmt: skip
+    assert generators[0] == generators[1] and decoders[0] != decoders[1]
+    (line,) = table.series
+    assert list(line.xs) == [0, 1] and list(line.ys) == [row["fd_micro"] for row in table.rows]
+    assert "Plot: fd_micro." in table.note and table.x_label == "tau"
+
+
 def test_the_sweep_over_layers_is_plotted_over_their_number(tiny_spec, tmp_path):
     from raev2_tasks.analyses.ablations import run_ablation
 

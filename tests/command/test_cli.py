@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 from raev2 import __version__, pipeline
 from raev2.batch import MetricResult
 from raev2.command import actions
+from raev2.command.actions import print_table
 from raev2.command.cli import COMMANDS, main, parser
 from raev2.errors import CheckpointError, DataError, FileError, RaeError, SpecError, TaskError
 from raev2.files import plugins
 from raev2.files.plugins import installed
-from raev2.task import Command
+from raev2.task import Command, get_command
 
 TRAIN = ["train", "--task", "imagenet"]
 
@@ -257,9 +259,9 @@ def test_a_defect_of_ours_is_not_hidden(monkeypatch):
     def broken(_):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(actions.COMMANDS, "doctor", broken)
+    monkeypatch.setitem(actions.COMMANDS, "bench", broken)
     with pytest.raises(ZeroDivisionError):
-        main(["doctor"])
+        main(["bench"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -307,8 +309,8 @@ def test_an_error_of_the_system_is_one_line(refused, monkeypatch, error, message
     def fail(_):
         raise error
 
-    monkeypatch.setitem(actions.COMMANDS, "doctor", fail)
-    assert refused(6, "doctor") == message
+    monkeypatch.setitem(actions.COMMANDS, "bench", fail)
+    assert refused(6, "bench") == message
 
 
 @pytest.mark.parametrize(("target", "reason"), [("| true", "Broken pipe"), ("> /dev/full", "No space left on device")])
@@ -326,8 +328,8 @@ def test_ctrl_c_is_quiet(cli, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(actions.COMMANDS, "doctor", interrupted)
-    assert cli("doctor") == (130, "", "")
+    monkeypatch.setitem(actions.COMMANDS, "bench", interrupted)
+    assert cli("bench") == (130, "", "")
 
 
 @pytest.mark.parametrize("argv", [["trian"], ["train"], ["sample", "--guidance", "free"], ["data", "burn"]])
@@ -366,7 +368,8 @@ def test_a_package_adds_a_command(install, capsys):
     install(plugins.COMMANDS, "other", "builtins:print")
     assert main(["shout", "yes"]) == 3
     assert capsys.readouterr().out == "YES\n"
-    assert f"added by {__name__}: `raev2 shout" in " ".join(parser().format_help().split())
+    help = " ".join(parser().format_help().split())
+    assert "shout say a word loudly" in help and "broken added by nowhere: `raev2 broken --help`" in help
     with pytest.raises(SystemExit):
         main(["shout"])
     assert "raev2 shout: error: the following arguments are required: word" in capsys.readouterr().err
@@ -401,6 +404,48 @@ def test_commands_that_print(cli, tiny_recipe, argv, texts):
     assert list(Path().iterdir()) == [], "writes nothing"
 
 
+@pytest.mark.parametrize(
+    ("argv", "row"),
+    [
+        (["tasks"], {"task": "imagenet", "from": "raev2 0.1.0"}),
+        (["recipes", "--task", "imagenet"], {"hardware and time": "2 CPU cores, 8 min: measured"}),
+        (["encoders"], {"name": "micro", "width": 192, "access": ""}),
+        (["doctor"], {"what": "encoder micro", "state": "ok"}),
+    ],
+)  # fmt: skip
+def test_listings_are_printed_as_json_too(cli, argv, row):
+    code, out, err = cli(*argv, "--json")
+    assert (code, err) == (0, "")
+    assert any(row.items() <= found.items() for found in json.loads(out))
+
+
+def test_show_prints_json_too(cli, tiny_recipe):
+    shown = json.loads(cli("show", "tiny", "--set", "seed=5", "--json")[1])
+    assert shown["spec"]["seed"] == 5 and shown["fingerprint"] and "generator parameters" in shown["sizes"]
+
+
+def test_recipes_show_the_number_to_expect_and_who_reports_it(cli):
+    lines = [line.split("  ") for line in cli("recipes", "--task", "imagenet")[1].splitlines()]
+    row = next(line for line in lines if "raev2-dinov3l-k7" in line)
+    assert row[-1].startswith("fid 1.06, psnr 22.57 (quoted: RAEv2, arXiv 2605.18324")
+
+
+def test_tables_wrap_to_the_terminal_and_lose_nothing(monkeypatch, capsys):
+    rows = [("a", "[bold] " + "word " * 40), ("b", "short")]
+    print_table(("name", "text"), rows)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    print_table(("name", "text"), rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 50 and " ".join(lines).split().count("word") == 40 and "[bold]" in lines[1]
+
+
+def test_help_has_the_sentence_of_every_added_command_without_importing_it():
+    help = " ".join(parser().format_help().split())
+    assert all(get_command(name).summary in help for name in installed(plugins.COMMANDS))
+
+
 def test_data_is_built_verified_and_not_overwritten(cli, tmp_path):
     build = ["data", "build", "synthetic", "--out", "shapes", "--set", "num_train=3", "--set", "num_val=2"]
     code, out, _ = cli(*build)
@@ -417,7 +462,7 @@ def test_one_option_trains_on_a_dataset_folder(cli, tiny_recipe, monkeypatch):
     cli("data", "build", "synthetic", "--out", "my shapes", "--set", "num_train=3", "--set", "num_val=2")
     train = [*TRAIN, "--recipe", "tiny", "--data", "my shapes"]
     code, out, _ = cli(*train, "--dry-run")
-    assert code == 0 and "data my shapes: 4 classes" in out
+    assert code == 0 and re.search(r"data my shapes +ok +train 3, val 2, 4 classes\n", out)
     given = []
     monkeypatch.setattr("raev2.pipeline.train", lambda spec, *_, **__: given.append(spec) or sys.exit(0))
     with pytest.raises(SystemExit):

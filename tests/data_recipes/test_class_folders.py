@@ -183,7 +183,7 @@ def test_names_that_are_no_utf8_are_read_and_written(tmp_path: Path) -> None:
         os.makedirs(src + b"/" + name)
         with open(src + b"/" + name + b"/l\xe4nge\xe2\x80\xa8.png", "wb") as file:
             file.write(picture())
-    open(src + b"/x.\xe9", "w").close()
+    open(src + b"/x.\xe9", "w", encoding="utf-8").close()
     assert "folder .\ufffd: 1, no picture (.\ufffd): 1." in said(tmp_path / "src")
     RECIPE.build(tmp_path / "out", {"src": str(tmp_path / "src"), "val_fraction": "0"})
     manifest = verify_dataset(tmp_path / "out")

@@ -14,6 +14,8 @@ from PIL import Image
 from raev2.errors import DataError, FileError, SpecError
 from raev2.files.manifest import read_manifest
 from raev2_data_recipes import base
+from raev2_data_recipes.captions import caption_tars, captioned
+from raev2_data_recipes.drives import rosbag
 from raev2_data_recipes.pictures import emoji, image_folder, synthetic
 
 RECIPES = [emoji.RECIPE, image_folder.RECIPE, synthetic.RECIPE]
@@ -341,6 +343,11 @@ def test_missing_or_empty_source_is_named(tmp_path: Path) -> None:
         DataError, match="data image-folder: src: no such folder; got .*/nowhere. Give it with --set src=PATH"
     ):
         image_folder.RECIPE.plan({"src": str(tmp_path / "nowhere")})
+    (tmp_path / "run.mcap").write_bytes(b"")
+    for recipe in (image_folder.RECIPE, rosbag.RECIPE, captioned.FOLDER, caption_tars.TAR_SHARDS):
+        with pytest.raises(DataError, match=f"src: a file, not a folder; got .*Give it with --set src={tmp_path}."):
+            recipe.plan(recipe.resolve({"src": str(tmp_path / "run.mcap")}))
+    (tmp_path / "run.mcap").unlink()
     (tmp_path / "phone.heic").write_bytes(b"")
     with pytest.raises(
         DataError, match=r"no pictures found; got .*no picture \(.heic\): 1\); expected files of a format"

@@ -56,7 +56,7 @@ def write(folder: Path, pictures: np.ndarray) -> Path:
 def evaluate(images: Path, reference: Path, out: Path, protocol: str = "generation-micro") -> dict[str, float]:
     paths = ["--images", str(images), "--reference", str(reference), "--out", str(out)]
     assert main(["eval", *paths, "--protocol", protocol, *NO_WORKERS]) == 0
-    return {row["name"]: row["value"] for row in json.loads(out.read_text())["results"]}
+    return {row["name"]: row["value"] for row in json.loads(out.read_text(encoding="utf-8"))["results"]}
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ class Files(torch.utils.data.Dataset):
 def test_two_folders_score_as_torch_fidelity_scores_them(synthetic_data, tmp_path, monkeypatch):
     file = tmp_path / "random-inception.pth"
     write_random_inception(file)
-    monkeypatch.setattr(features, "_inception_weights", lambda: file)
+    monkeypatch.setattr(features, "INCEPTION_WEIGHTS", replace(features.INCEPTION_WEIGHTS, source=str(file)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     images, reference, out = tmp_path / "images", tmp_path / "reference", tmp_path / "out.json"
     for folder, split in ((images, "val"), (reference, "train")):

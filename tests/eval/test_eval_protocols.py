@@ -23,7 +23,6 @@ from raev2.eval.protocols import (
     run_protocol,
 )
 from raev2.eval.sets import block_shuffle, set_features, split_pictures
-from raev2.report.page import write_report
 from raev2.spec import (
     DataSpec,
     DDTSpec,
@@ -38,6 +37,7 @@ from raev2.spec import (
 from raev2.task import EvalContext, Evaluator
 from raev2.training.run import package_versions
 from raev2_data_recipes.pictures import synthetic
+from raev2_tasks.report.page import write_report
 
 CPU = torch.device("cpu")
 SIZE = 16

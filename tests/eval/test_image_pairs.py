@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from raev2.errors import DataError
-from raev2.eval import image_pairs
+from raev2.errors import CheckpointError, DataError
 from raev2.eval.image_pairs import FeatureDistance, build_pair_distance, psnr, ssim
 
 CPU = torch.device("cpu")
@@ -61,8 +60,8 @@ def test_feature_distance_is_two_minus_two_cos_and_carries_its_own_name():
 
 
 def test_lpips_without_weights_is_an_error_and_never_something_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_pairs.torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(DataError, match="LPIPS needs the vgg backbone.*torchvision.models.vgg16"):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"LPIPS \(VGG\): the weights are missing; expected .*vgg16-397923af.pth"):
         build_pair_distance("lpips_vgg", CPU)
     for name in ("lpips", "lpips_resnet", "dreams"):
         with pytest.raises(DataError, match="unknown perceptual distance"):

@@ -153,11 +153,26 @@ def test_truncated_weights_are_refused(tmp_path, size):
         load_artefact(path, kind="tokenizer")
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("network", {"width": 2**22}, "weights do not fit the configuration; got missing none, unexpected none, missh"),
+        ("network", {"depth": 999}, "weights do not fit the configuration; got missing [0-9]+ .*blocks.1.attn"),
+        ("network", {"depth": 10**9}, "damaged, or of another kind; .*less than or equal to 1000"),
+        ("condition", {"num_classes": 10**12}, "weights do not fit the configuration; got missing none, unexpected"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path, part, value, message):
+    file = small_generator().save_pretrained(tmp_path / "a") / "config.json"
+    config = json.loads(file.read_text())
+    write_json(file, {**config, part: config[part] | value})
+    with pytest.raises(CheckpointError, match=message):
+        Generator.from_pretrained(tmp_path / "a")
+
+
 @pytest.mark.parametrize("name", ["nowhere", "user/no-such-repository", "runs/a/b/tokenizer"])
 def test_a_name_that_is_nothing_is_a_checkpoint_error(name):
-    with pytest.raises(
-        CheckpointError, match=f"{name}: neither a local folder nor a hub repository that can be reached"
-    ):
+    with pytest.raises(CheckpointError, match="tokenizer: the weights are missing; got .*; expected "):
         load_artefact(name, kind="tokenizer")
 
 
@@ -257,7 +272,7 @@ def test_only_json_and_safetensors_come_from_the_hub_at_the_revision_asked_for(t
         (repository / name).write_bytes(b"")
     asked = []
 
-    def snapshot_download(repo_id, *, revision, allow_patterns):
+    def snapshot_download(repo_id, *, revision, allow_patterns, force_download):
         asked.append((repo_id, revision))
         names = [str(file.relative_to(repository)) for file in repository.rglob("*") if file.is_file()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns):

@@ -40,7 +40,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     return [
         Block(match[1], match[2].split(), match[3], text.count("\n", 0, match.start(3)))
         for match in re.finditer(r"^```(\w*)([^\n]*)\n(.*?)^```$", text, re.M | re.S)
@@ -53,7 +53,7 @@ def name(page: Path) -> str:
 
 def prose(page: Path) -> str:
     """The page without its code blocks."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
 def anchors(page: Path) -> set[str]:
@@ -148,7 +148,7 @@ def workplace(small_run: Path, synthetic_data: Path, tmp_path: Path, monkeypatch
 
 def install(project_file: Path) -> None:
     """What `pip install -e .` would do for the entry points of a project."""
-    project = tomllib.loads(project_file.read_text())["project"]
+    project = tomllib.loads(project_file.read_text(encoding="utf-8"))["project"]
     info = project_file.parent / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
@@ -189,11 +189,33 @@ def test_the_metric_of_the_how_to_page_is_in_the_report_with_its_sentence(workpl
     assert re.search(
         r"Protocol saturation: saturation is [\d.]+, .* On the same scale: saturation_real [\d.]+ \(", page
     )
-    report = [*(ROOT / "raev2" / "report").glob("*.py"), ROOT / "raev2" / "assets" / "report.html.j2"]
+    report = [*(ROOT / "raev2" / "report").glob("*.py"), *(ROOT / "tasks" / "raev2_tasks" / "report").iterdir()]
     results = (workplace / "runs" / "imagenet" / "quickstart" / "eval").glob("*.json")
     names = {row["name"] for file in results for row in json.loads(file.read_text())["results"]}
     assert {"saturation", "psnr", "fd_micro", "fd_micro_shuffled"} <= names
     assert not [metric for metric in names for file in report if metric in file.read_text()], "it knows no metric"
+
+
+def test_the_notebook_runs(
+    trained_run: Path, tiny_recipe: RunSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the tiny run, which is trained already; the cell tagged `parameters` is replaced, nothing else."""
+    shutil.copytree(trained_run, tmp_path / "run")
+    namespace: dict[str, object] = {}
+    for cell in json.loads((ROOT / "docs" / "notebooks" / "quickstart.ipynb").read_text())["cells"]:
+        if "parameters" in cell["metadata"].get("tags", ()):
+            namespace |= {"RECIPE": "tiny", "RUN": str(tmp_path / "run")}
+        elif cell["cell_type"] == "code":
+            assert cell["outputs"] == [], "outputs are not kept"
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
+    assert (tmp_path / "run" / "samples" / "notebook-internal" / "grid.png").is_file()
+    assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
+
+
+def test_questions_quote_what_the_code_says() -> None:
+    quoted = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "faq.md").read_text(), re.M)
+    said = [re.sub(r"\{[^{}]*\}", "{}", source.read_text()) for source in SOURCES]
+    assert len(quoted) > 9 and [text for text in quoted if not any(text in source for source in said)] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

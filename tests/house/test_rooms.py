@@ -85,7 +85,7 @@ def test_a_room_holds_no_more_than_a_reader_can_see_at_once(folder, most):
 def imported(name: str, file: Path) -> set[str]:
     """Modules of ours that a file imports: anywhere in it, for type checkers alone too."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):

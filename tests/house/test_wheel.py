@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {"raev2": ROOT, "raev2_tasks": ROOT / "tasks", "raev2_data_recipes": ROOT / "data_recipes"}
@@ -21,14 +22,17 @@ HIDDEN = {"__pycache__", ".mypy_cache", ".ruff_cache"}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves its build folder beside the sources and would pack old files from it."""
+    """Built from the sdist, and that from a copy: setuptools would pack old files from a build folder it left."""
     folder, copy = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("copy")
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, copy)
     for package, root in SOURCES.items():
         ignore = shutil.ignore_patterns(*HIDDEN)
         shutil.copytree(root / package, copy / (root / package).relative_to(ROOT), ignore=ignore)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(copy)]
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True, text=True)
+    (sdist,) = folder.glob("raev2-*.tar.gz")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(sdist)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return next(folder.glob("raev2-*.whl"))
 
@@ -75,6 +79,36 @@ def test_commands_run_outside_the_checkout(installed, tmp_path, arguments, text)
     )
     assert result.stdout.startswith(str(installed)), result.stderr
     assert text in result.stdout + result.stderr and "Traceback" not in result.stderr
+
+
+def test_every_command_answers_outside_the_checkout(installed, tmp_path):
+    """Its help; those of tasks and packages are loaded for it."""
+    code = """
+import contextlib, io
+from raev2.command.cli import COMMANDS, main
+from raev2.files.plugins import COMMANDS as ADDED, installed
+from raev2.task import usable_tasks
+lines = [[name] for name in (*COMMANDS, *installed(ADDED))]
+lines += [[task.name, name] for task in usable_tasks() for name in task.commands()]
+for line in lines:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([*line, "--help"])
+    assert printed.getvalue().startswith(f"usage: raev2 {' '.join(line)}"), (line, printed.getvalue()[:200])
+print(len(lines), "commands")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert re.fullmatch(r"\d\d commands\n", result.stdout), result.stderr
+
+
+def test_the_citation_names_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {citation[name] for name in ("title", "version", "license")} == {
+        project[name] for name in ("name", "version", "license")
+    }
 
 
 def test_what_the_core_imports_at_the_top_is_declared():

@@ -465,5 +465,5 @@ def test_networks_that_cannot_place_frames_are_named():
 
 
 def test_saved_generator_is_the_same(tmp_path):
-    GENERATOR.save_pretrained(tmp_path / "g", card="# Card")
+    GENERATOR.save_pretrained(tmp_path / "g")
     assert torch.equal(predict(COND), predict(COND, Generator.from_pretrained(tmp_path / "g")))

@@ -283,7 +283,7 @@ class PairCondition(LabelCondition):
 def test_saved_generator_is_the_same(condition, tmp_path):
     generator = build(condition=CONDITIONS[condition])
     generator.extra = {"note": "x"}
-    generator.save_pretrained(tmp_path / "g", card="# Card")
+    generator.save_pretrained(tmp_path / "g")
     loaded = Generator.from_pretrained(tmp_path / "g")
     inputs = example(generator)
     assert torch.equal(generator(*inputs).pred, loaded(*inputs).pred)

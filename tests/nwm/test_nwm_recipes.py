@@ -366,7 +366,7 @@ def write_video(path: Path, num_frames: int, fps: int = 10) -> None:
 
 def write_csv(path: Path, times: np.ndarray, name: str = "t") -> None:
     rows = [f"{t},{t},{2 * t},{np.rad2deg(np.arctan2(2, 1))}" for t in times]
-    path.write_text("\n".join([f"{name},x,y,yaw_deg", *rows]) + "\n")
+    path.write_text("\n".join([f"{name},x,y,yaw_deg", *rows]) + "\n", encoding="utf-8")
 
 
 def test_videos(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import yaml
 from PIL import Image
 
 from raev2.batch import MetricResult
-from raev2.errors import CheckpointError
+from raev2.command.cli import main
+from raev2.errors import CheckpointError, SpecError
 from raev2.report.chart import Series, line_chart, number, smooth
-from raev2.report.page import write_report
+from raev2_tasks.report.page import write_report
 
 
 def old_entry(name, value, num=500, stderr=None, note="") -> dict:
@@ -66,7 +68,9 @@ def make_run(run: Path) -> Path:
     run.mkdir()
     (run / "spec.yaml").write_text(
         "fingerprint: 3f2a91bc77d0\nrecipe: quickstart\nsummary: small <model> on small pictures\n"
-        "task: {name: toy}\ntokenizer_training: {images: 64000}\ngenerator_training: {images: 160000}\n"
+        "task: {name: toy}\n"
+        "sampling: {guidance: {kind: internal, scale: 1.5}}\n"
+        "tokenizer_training: {images: 64000}\ngenerator_training: {images: 160000}\n"
     )
     (run / "provenance.json").write_text(
         json.dumps({
@@ -153,30 +157,35 @@ def test_the_page_is_self_contained(run):
     html = (run / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', html)
     assert "http://" not in html and "https://" not in html and "@import" not in html and "<script" not in html
-    assert html.count("data:image/png;base64,") == 1 + 5 + 1 + 3 + 2
+    assert html.count("data:image/png;base64,") == 1 + 5 + 1 + 3 + 3
 
 
 def test_the_page_shows_what_a_reader_needs(run):
     html = (run / "report.html").read_text()
     for text in (
-        "toy: quickstart", "small &lt;model&gt; on small pictures", "3f2a91bc77d0", "0a1b2c3d4e5f", "Toy CPU @ 2 GHz",
+        "toy: quickstart", "Data: emoji, train 3,200. CC-BY-4.0", "3f2a91bc77d0", "0a1b2c3d4e5f", "Toy CPU @ 2 GHz",
         "fd_micro", "17.97", "0.41", "fd_micro_shuffled", "It is not FID", "CC-BY-4.0",
         "Graphics by somebody &amp; others", "the generator saw 128,000 images (40.0 epochs), 80% of the plan",
-        "internal, scale 1.78", "mean of the last 20 log lines", "Before clipping", "Logarithmic scale",
+        "internal, scale 1.78",
+        "internal, scale 1.5 (the setting of this run, as above)",
+        "mean of the last 20 log lines", "Before clipping", "Logarithmic scale",
         "gradient was not finite: 1.", "that were left out: 1.", "raev2 train --task toy",
         "fd_micro_val 6.4 (Real pictures of &#39;val&#39;)", "Adaptive weight",
         "fd_micro is 17.97, n = 500; lower is better. On the same scale: fd_micro_val 6.4", "scale of fd_micro",
         "About psnr. Higher is better.", "± 0.41, n = 500, lower is better, protocol fd-500",
     ):  # fmt: skip
         assert text in html, text
+    head, _, rest = html.partition("<h2>Summary</h2>")
+    assert "small &lt;model&gt; on small pictures" in rest and "small &lt;model&gt;" not in head, "data, no motto"
     assert "Full spec" in html and "generator_training" in html
     assert not re.search(r"\bnan\b", re.sub(r'base64,[^"]*', "", html))
 
 
 def test_report_json_holds_the_same_numbers(run):
     report = json.loads((run / "report.json").read_text())
-    by_protocol = {result["protocol"]: result["results"] for result in report["evaluations"]}
+    by_protocol = {result["protocol"]: result["results"] for result in report["runs"][0]["evaluations"]}
     assert by_protocol["fd-500"][0]["value"] == 17.97
+    report = report["runs"][0]
     assert report["training"]["generator"]["images"] == 128_000
     history = {(h["protocol"], h["metric"]): h for h in report["history"]}
     assert history["fd-500", "fd_micro"]["images"] == [25_600, 51_200, 76_800, 102_400, 128_000]
@@ -185,7 +194,7 @@ def test_report_json_holds_the_same_numbers(run):
 
 
 def test_ep_is_named_after_its_metric_and_takes_k_from_the_scale(run):
-    rows = json.loads((run / "report.json").read_text())["ep"]
+    rows = json.loads((run / "report.json").read_text())["runs"][0]["ep"]
     assert [row["name"] for row in rows] == ["EP_fd_micro@61", "EP_fd_micro@19.8"]
     first, second = (90 * math.exp(-2.2 * share) + 8 for share in (0.2, 0.4))
     assert rows[0]["images_exact"] == pytest.approx(25_600 * (1 + (first - 61) / (first - second)), rel=1e-6)
@@ -249,7 +258,7 @@ def test_numbers_at_points_become_a_table_with_a_column_each(tmp_path):
         re.S,
     )
     assert table and re.findall(r"<code>(.*?)</code>", table[1]) == ["psnr", "psnr_copy"]
-    assert re.findall(r'<td class="num">(.*?)</td>', table[1]) == ["21.5 ± 0.25", "15.5", "17", "12"]
+    assert re.findall(r'<td class="num".*?>(.*?)</td>', table[1]) == ["21.5 ± 0.25", "15.5", "17", "12"]
 
 
 def test_the_picture_of_a_protocol_is_shown_beside_its_numbers(tmp_path):
@@ -258,6 +267,82 @@ def test_the_picture_of_a_protocol_is_shown_beside_its_numbers(tmp_path):
     assert "rollouts above" not in re.sub(r"<pre>.*?</pre>", "", write_report(run).read_text(), flags=re.S)
     grid(run / "eval" / "rollout.png", 0, 1.0)
     assert 'alt="rollouts above, true frames below"' in write_report(run).read_text()
+
+
+@pytest.fixture(scope="module")
+def compared(run, tmp_path_factory) -> Path:
+    """The page about a run, one like it with other settings and results, and one that has just begun."""
+    folder = tmp_path_factory.mktemp("compared")
+    other, new = make_run(folder / "slow"), folder / "new"
+    spec = yaml.safe_load((other / "spec.yaml").read_text())
+    (other / "spec.yaml").write_text(yaml.safe_dump({**spec, "seed": 7, "generator_training": {"images": 320_000}}))
+    write_eval(
+        other, "fd-500", [entry("fd_micro", 15.5, 400, 0.5)], {"kind": "none"}, reference={"fingerprint": "cd" * 32}
+    )
+    new.mkdir()
+    (new / "spec.yaml").write_text((run / "spec.yaml").read_text())
+    assert main(["report", str(run), str(other), str(new), "--out", str(folder / "all.html")]) == 0
+    return folder / "all.html"
+
+
+def test_runs_are_shown_side_by_side(compared):
+    page = compared.read_text()
+    row = re.search(r'<code>fd_micro</code></td>(.*?)<td class="note">', page)
+    assert row and re.findall(r'<td class="num".*?>(.*?)</td>', row[1]) == [
+        "17.97 ± 0.41",
+        "15.5 ± 0.5",
+        "",
+        "500, 400",
+    ]
+    assert "<th>field</th><th>quickstart</th><th>slow</th><th>new</th>" in page
+    assert re.findall(r"<tr><td><code>([\w.]+)</code></td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page) == [
+        ("generator_training.images", "160000", "320000", "160000"), ("seed", "", "7", ""),
+    ]  # fmt: skip
+    assert page.count("These numbers are against different references, so they do not compare.") == 1
+    grids = re.findall(r'alt="(\w+): Samples of the averaged weights after 128,000 images', page)
+    assert grids == ["quickstart", "slow"] and "new: There are no sample grids in this run." in page
+    chart = re.search(r"<h3>grad_norm</h3>(<svg.*?</svg>.*?)</figure>", page)
+    assert chart and re.findall(r"</i>(\w+)</span>", chart[1]) == ["quickstart", "slow", "new"], "a value has one chart"
+    told = json.loads(compared.with_suffix(".json").read_text())
+    assert [run["run"] for run in told["runs"]] == ["quickstart", "slow", "new"]
+
+
+def test_a_comparison_replaces_no_file_unasked(compared, run, capsys):
+    before = compared.read_bytes()
+    assert main(["report", str(run), str(run), "--out", str(compared)]) == SpecError.exit_code
+    assert f"--out: exists already; got {compared}. Choose another file, or add --overwrite." in capsys.readouterr().err
+    assert main(["report", str(run), "--out", str(compared.with_suffix(".txt"))]) == SpecError.exit_code
+    assert "expected a name that ends in .html" in capsys.readouterr().err
+    assert compared.read_bytes() == before
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent / "same").mkdir(parents=True)
+        (tmp_path / parent / "same" / "spec.yaml").write_text("recipe: tiny")
+    page = write_report(tmp_path / "a" / "same", tmp_path / "b" / "same", out=tmp_path / "two.html").read_text()
+    assert f"<th>{tmp_path / 'a' / 'same'}</th><th>{tmp_path / 'b' / 'same'}</th>" in page
+    assert "The specs are the same." in page
+
+
+def test_values_show_under_the_pointer(compared):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium here: the values of charts were not looked at in a browser")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.goto(compared.as_uri())
+        chart = page.locator("figure", has=page.locator("h3", has_text=re.compile("^fd_micro$"))).locator("svg").first
+        reading = chart.locator("g.at", has_text="128,000 images seen").locator("text")
+        assert not reading.is_visible()
+        chart.scroll_into_view_if_needed()
+        box = chart.bounding_box()
+        page.mouse.move(box["x"] + box["width"] - 16, box["y"] + box["height"] / 2)
+        assert reading.is_visible() and reading.text_content() == "128,000 images seenquickstart 17.97slow 15.5"
+        assert page.locator("g.at text:visible").count() == 1
+        browser.close()
 
 
 def test_published_numbers_are_shown_where_the_recipe_is_a_published_system(tmp_path):
@@ -288,7 +373,7 @@ def test_a_metric_that_nobody_has_heard_of_is_told_by_what_it_says_of_itself(tmp
             line = {"time": 1.7e9, "stage": "generator", "kind": "eval", "images": images, "protocol": "moods"}
             log.write("\n" + json.dumps({**line, "metrics": metrics}))
     page = write_report(run).read_text()
-    told = json.loads((run / "report.json").read_text())
+    (told,) = json.loads((run / "report.json").read_text())["runs"]
     assert "zeal is 0.5, n = 500; higher is better. On the same scale: idle 0.1 (Idle pictures)." in page
     assert re.search(r"<dt>zeal</dt><dd>How zealous pictures are. Higher is better.</dd>", page)
     tiles = re.findall(r'<div class="tile"><code>(.*?)</code>', page)
@@ -311,6 +396,6 @@ def test_a_result_file_of_the_time_before_metrics_had_a_meaning_is_shown_as_deta
         file.write_text(json.dumps(result))
     page = write_report(run).read_text()
     assert page.count("This file was written before metrics said what they mean, so its rows are shown as details") == 3
-    assert re.search(r'<tr class="detail"><td><code>fid_val</code></td><td class="num">2</td>', page)
+    assert re.search(r'<tr class="detail"><td><code>fid_val</code></td><td class="num" title="n = 500">2</td>', page)
     assert "EP_" not in page and '<div class="tile"><code>fid</code>' not in page
     assert "<h3>fd_micro</h3>" in page.split("<summary>Details over training</summary>")[1]

@@ -62,8 +62,8 @@ def test_a_run_folder_is_complete(trained_run, tiny_spec):
 
 
 def changed(file: Path, **values) -> Path:
-    said = {**json.loads(file.read_text()), **values}
-    file.write_text(json.dumps(said))
+    said = {**json.loads(file.read_text(encoding="utf-8")), **values}
+    file.write_text(json.dumps(said), encoding="utf-8")
     return file
 
 
@@ -268,15 +268,11 @@ def test_a_report_is_one_file(run):
     assert 'src="http' not in html and "<script src" not in html
 
 
-def test_latent_statistics_and_a_cache_of_latents(run, synthetic_data):
+def test_latent_statistics(run, synthetic_data):
     common = ["--run", str(run), "--data", str(synthetic_data), "--out"]
     assert main(["latents", "stats", *common, str(run / "stats.safetensors")]) == 0
-    assert main(["latents", "build", *common, str(run / "latents.safetensors")]) == 0
     rae, stats = RAE.from_pretrained(run / "tokenizer"), load_file(run / "stats.safetensors")
     assert torch.equal(stats["mean"], rae.latent_stats.mean) and torch.equal(stats["var"], rae.latent_stats.var)
-    latents = load_file(run / "latents.safetensors")["latents"].float()
-    assert tuple(latents.shape) == (32, *rae.latent_shape)
-    assert float(latents.mean(0).abs().max()) < 0.01, "normalised by the statistics of the same images"
 
 
 def test_a_finished_run_is_not_trained_again(run, tiny_recipe, capsys):

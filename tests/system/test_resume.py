@@ -20,7 +20,7 @@ from raev2.task import get_task
 
 # A server process imports everything once; every start of the command is a fork of it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["raev2.pipeline", "raev2.report.page", "raev2.command.actions"])
+PROCESSES.set_forkserver_preload(["raev2.pipeline", "raev2_tasks.report.page", "raev2.command.actions"])
 
 TRAIN = ["train", "--task", "imagenet", "--recipe", "tiny"]
 MOMENTARY = ("time", "images_per_s", "data_wait")

@@ -13,9 +13,9 @@ from PIL import Image
 from raev2 import pipeline
 from raev2.command import cli
 from raev2.errors import DataError, SpecError
-from raev2.pipeline import run_sizes
 from raev2.spec_io import apply_overrides
 from raev2.task import get_recipe, get_task
+from raev2.training.preflight import run_sizes
 from raev2_tasks.t2i.text.encoder import KNOWN_ENCODERS
 from raev2_tasks.t2i.text.prompts import given_prompts, read_prompts, spread
 

@@ -107,5 +107,5 @@ def test_errors_say_what_would_be_right(tmp_path):
     with pytest.raises(SpecError, match=r"multiples of 2 pixels.*\[33, 32\].*\[32, 32\]"):
         build_tokenizer(VAESpec(name=str(tmp_path / "vae"), image_size=(33, 32)))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="VAE .*empty.*cannot be loaded"):
+    with pytest.raises(CheckpointError, match="VAE .*empty: the weights are missing; got OSError"):
         build_tokenizer(VAESpec(name=str(tmp_path / "empty")))

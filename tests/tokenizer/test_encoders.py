@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -14,7 +15,8 @@ from raev2.errors import CheckpointError, SpecError
 from raev2.spec import EncoderSpec
 from raev2.tokenizer import encoders
 from raev2.tokenizer.encoder_table import ENCODERS, encoder_info, nearest_open_encoder
-from raev2.tokenizer.encoders import aggregate_layers, build_encoder, check_encoder, projection_matrix
+from raev2.tokenizer.encoders import aggregate_layers, build_encoder, projection_matrix
+from raev2_tasks.listings.check import check_encoder
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
 
@@ -289,6 +291,55 @@ def test_folder_of_an_unknown_format_is_an_error(tmp_path):
         tiny(tmp_path)
     with pytest.raises(CheckpointError, match="config.json is missing.*mocov3-b: no maintained hub copy"):
         build_encoder(EncoderSpec(name="mocov3-b"), (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"embed_dim": 2**22}, "model.safetensors: the weights do not fit the configuration; got missing none, unexp"),
+        ({"depth": 10**9}, "config.json: damaged, or of another kind; got ValueError: 1000000000 blocks and [0-9]+ te"),
+        ({"patch_size": None}, "config.json: damaged, or of another kind; got TypeError"),
+    ],
+)
+def test_a_folder_whose_config_is_of_another_network_is_refused_before_one_is_built(folder, kwargs, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "kwargs": config["kwargs"] | kwargs}))
+    with pytest.raises(CheckpointError, match=message):
+        tiny(folder)
+
+
+@pytest.mark.parametrize("length", [0, 100, -1])
+def test_weights_of_a_folder_that_are_cut_short_are_one_line(folder, length):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match=f"encoder {folder.name}: the weights are damaged; expected {folder}. "):
+        tiny(folder)
+
+
+def test_of_two_commits_in_the_cache_of_the_hub_the_current_one_is_asked_for(tmp_path, monkeypatch):
+    """Both libraries get the commit that a run records, and no branch that may have moved since."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    name, asked = "test_vit.r160_in1k", []
+    for owner, model in (("timm", name), ("toy", "clip")):
+        cache = tmp_path / f"models--{owner}--{model}"
+        for commit in ("a" * 40, "b" * 40):
+            (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("b" * 40)
+
+    def refuse(*_, pretrained=False, pretrained_cfg_overlay=None, revision=None, **__):
+        if not pretrained and revision is None:
+            return create(name)
+        asked.append(revision or pretrained_cfg_overlay["hf_hub_id"])
+        raise OSError("no network")
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", refuse)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    for other in (f"timm:{name}", "hf:toy/clip"):
+        with pytest.raises(CheckpointError, match="no network"):
+            tiny(other)
+    assert asked == [f"timm/{name}@{'b' * 40}", "b" * 40]
 
 
 def test_named_encoder_takes_its_weights_from_a_folder(folder):

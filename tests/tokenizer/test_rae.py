@@ -107,7 +107,7 @@ def test_save_and_load_is_bit_equal(rae, tmp_path):
     names = load_file(tmp_path / "artefact/model.safetensors")
     assert {name.split(".")[0] for name in names} == {"decoder", "stats"}
     card = (tmp_path / "artefact/README.md").read_text()
-    assert "The encoder weights are under: CC0." in card and "24 x 4 x 4" in card
+    assert "**encoder tiny**: CC0." in card and "24 x 4 x 4" in card
 
 
 def test_a_tokenizer_without_statistics_can_be_saved(make_encoder, tmp_path):
@@ -135,6 +135,9 @@ def test_push_to_hub_uploads_the_artefact_folder(rae, monkeypatch):
     uploaded = {}
 
     class Api:
+        def __init__(self, token):
+            assert token is None
+
         def create_repo(self, repo_id, private, exist_ok):
             uploaded["repo"] = (repo_id, private)
 

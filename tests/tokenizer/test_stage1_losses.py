@@ -63,7 +63,9 @@ def test_lpips_without_weights_says_what_to_do(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", refuse)
-    with pytest.raises(CheckpointError, match=r"VGG-16.*no network.*vgg16-397923af.pth.*perceptual.kind=encoder"):
+    with pytest.raises(
+        CheckpointError, match=r"LPIPS \(VGG\).*no network.*vgg16-397923af.pth.*perceptual.kind=encoder"
+    ):
         losses.build_perceptual_loss(LPIPSLoss(), (32, 32))
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from raev2.report.page import write_report
 from raev2.training import health
 from raev2.training.health import FEW, WINDOW, Health, distance, spread
+from raev2_tasks.report.page import write_report
 
 
 def steps(num: int = WINDOW, **last: float) -> list[dict[str, float]]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from raev2 import pipeline
@@ -43,10 +44,10 @@ def test_what_a_run_reads_must_stay_the_same(spec, tmp_path):
     run = pipeline.train(spec, "run")
     before = json.loads((run / "identity.json").read_text())
     assert before.keys() == {"data", "tokenizer", "first", "weak"}
-    assert before["data"] == json.loads(Path("data/manifest.json").read_text())["fingerprint"]
+    assert before["data"] == json.loads(Path("data/manifest.json").read_text(encoding="utf-8"))["fingerprint"]
     pipeline.train(spec, "run")
     for name in ("tokenizer", "first", "weak"):
-        Path(name, "README.md").write_text("another card is the same tokenizer")
+        Path(name, "README.md").write_text("another card is the same tokenizer", encoding="utf-8")
         shutil.copytree(name, "kept")
         other_weights(Path(name))
         with pytest.raises(CheckpointError) as caught:
@@ -63,6 +64,29 @@ def test_what_a_run_reads_must_stay_the_same(spec, tmp_path):
     ):
         pipeline.train(spec, "run")
     assert json.loads((run / "identity.json").read_text()) == before
+
+
+def test_commits_of_the_hub_are_recorded_and_must_stay_the_same(spec, tmp_path, monkeypatch):
+    """A cache as huggingface_hub documents it, without network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cache, commits = tmp_path / "hub" / "models--owner--first", ("a" * 40, "b" * 40)
+    for commit in commits:
+        shutil.copytree("first", cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commits[0])
+    spec = apply_overrides(spec, ["generator_from=owner/first"])
+    run = pipeline.train(spec, "run")
+    recorded = {"owner/first": commits[0]}
+    assert json.loads((run / "provenance.json").read_text())["commits"] == recorded
+    assert json.loads((run / "generator" / "config.json").read_text())["extra"]["commits"] == recorded
+    (cache / "refs" / "main").write_text(commits[1])
+    with pytest.raises(CheckpointError) as caught:
+        pipeline.train(spec, "run")
+    assert str(caught.value) == (
+        f"run: owner/first is not what the run began with; got {'b' * 12}; expected {'a' * 12}. "
+        "Bring it back as it was, or choose another --run."
+    )
 
 
 def test_another_path_in_a_free_field_is_no_difference(spec):

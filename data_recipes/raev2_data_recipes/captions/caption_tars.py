@@ -220,7 +220,7 @@ class TarShards(DatasetRecipe):
 
     def plan(self, options: Mapping[str, str]) -> list[str]:
         """What ``build`` will do; reads the headers of the tars."""
-        src = Path(options["src"]).expanduser()
+        src = self.folder(options)
         num_val = self.whole_number(options, "val_samples", 0)
         found = survey(src, skip=options["skip"], val_samples=num_val, num_workers=0)
         tried = trial_lines(_indexed(found, self._rule(options)))
@@ -233,7 +233,7 @@ class TarShards(DatasetRecipe):
 
     def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
         """Write indices and manifest."""
-        src = Path(options["src"]).expanduser()
+        src = self.folder(options)
         return index_shards(
             src, folder, source=dataset_name, skip=options["skip"], rule=self._rule(options),
             val_samples=self.whole_number(options, "val_samples", 0), options=options, licence=self.licence,

@@ -119,6 +119,7 @@ class CaptionTable(ShardRecipe):
     """Rows of a table, with a path or an embedded picture and one or more captions."""
 
     name = "caption-table"
+    packages = ("pyarrow",)
     summary = (
         "a CSV, TSV, JSONL, JSON or Parquet table with pictures and captions (also COCO and Hugging Face datasets)"
     )

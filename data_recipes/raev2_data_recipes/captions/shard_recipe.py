@@ -84,13 +84,6 @@ class ShardRecipe(DatasetRecipe):
             raise SpecError(f"data {self.name}", "unknown kind of caption", got=text, expected=expected)
         return text
 
-    def folder(self, options: Mapping[str, str]) -> Path:
-        """The option ``src``, which must be a folder."""
-        src = Path(options["src"]).expanduser()
-        if not src.is_dir():
-            raise DataError(f"data {self.name}: src", "no such folder", got=src, hint="Give it with --set src=PATH.")
-        return src
-
 
 def trial_lines(examples: Iterable[Deferred], with_caption: bool = True) -> list[str]:
     """For plans: what becomes of the first samples for training, which are read for that."""

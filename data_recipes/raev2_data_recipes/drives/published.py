@@ -234,7 +234,11 @@ def _lines(file: Path) -> list[str]:
     """Lines of a small table without comments; DataError for a missing file."""
     if not file.is_file():
         raise DataError(f"data {file}", "is missing")
-    return [line.strip() for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line.strip()
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class ReconHdf5(TrajectoryRecipe):
     """Left camera, position and yaw; the JPEG bytes are kept unless a size is asked for."""
 
     name = "recon-hdf5"
+    packages = ("h5py",)
     summary = "RECON (Clearpath Jackal, outdoors), the HDF5 files of its authors"
     licence = "see the RECON dataset page; not stored in the files"
     attribution = "RECON dataset: Shah et al. 2021, Rapid Exploration for Open-World Navigation."

@@ -58,6 +58,7 @@ class RosBag(TrajectoryRecipe):
     """Frames on an exact time grid, poses interpolated at their times; pieces end at gaps."""
 
     name = "rosbag"
+    packages = ("rosbags",)
     summary = "ROS 1 and ROS 2 bags with a camera and odometry (TartanDrive, SCAND, your robot)"
     licence = "that of your bags"
     attribution = "The source folder named in `options`."

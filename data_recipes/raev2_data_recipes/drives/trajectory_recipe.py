@@ -300,12 +300,3 @@ class TrajectoryRecipe(DatasetRecipe):
         if not found.groups:
             raise SpecError(f"data {self.name}: {name}", "has no group", got=options[name], expected="parentheses")
         return found
-
-    def folder(self, options: Mapping[str, str], name: str = "src") -> Path:
-        """An option as an existing folder; DataError when there is none."""
-        path = Path(options[name]).expanduser()
-        if not path.is_dir():
-            raise DataError(
-                f"data {self.name}: {name}", "no such folder", got=path, hint=f"Give it with --set {name}=PATH."
-            )
-        return path

@@ -114,6 +114,7 @@ class VideoPoses(_WithPoses):
     """Frames on an exact time grid, by their true presentation times; poses interpolated there."""
 
     name = "video-poses"
+    packages = ("av",)
     summary = "videos with a CSV, TUM or KITTI file of poses each"
     options = {
         "src": Option(None, "a folder of videos, each with a .csv or .txt file of poses of the same name"),

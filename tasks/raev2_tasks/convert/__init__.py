@@ -1,1 +1,1 @@
-"""`raev2 import` and `raev2 export`: weights of other implementations in and out, by the core's interop."""
+"""`raev2 import` and `raev2 export`: files of RAE, RAEv2 and diffusers in and out."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -14,14 +13,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from raev2.command.actions import print_table, refuse_existing
+from raev2.command.actions import print_table, refuse_existing, source_of
+from raev2.command.cli import source_options
 from raev2.errors import CheckpointError, SpecError
-from raev2.files.artefact import FILES, load_artefact, save_artefact, write_json
+from raev2.files.artefact import load_artefact, save_artefact, write_json
 from raev2.files.damage import read_json
-from raev2.files.replace import ARTEFACT, EXPORT, new_folder
-from raev2.interop.autoencoders import export_autoencoder, import_autoencoder
-from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
-from raev2.interop.files import Source, generator_part, read_config, read_source, tokenizer_part
+from raev2.files.replace import ARTEFACT, EXPORT, PIPELINES, new_folder
 from raev2.interop.generators import convert_generator, export_generator, generator_config, nearest_multiples
 from raev2.interop.tokenizers import (
     HEADS,
@@ -32,16 +29,20 @@ from raev2.interop.tokenizers import (
     import_decoder,
     import_stats,
 )
-from raev2.model.generator import generator_card
-from raev2.pipeline import GENERATOR, TOKENIZER, load_generator, tokenizer_of
-from raev2.report.page import direction
+from raev2.model.opened import STAGES, load_generator
+from raev2.model.opened import Source as Model
+from raev2.model.repository import Pipeline
 from raev2.spec import EncoderSpec, TokenizerSpec
-from raev2.spec_io import load_spec, override_values, validated
+from raev2.spec_io import override_values, validated
 from raev2.task import Command
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
 from raev2.tokenizer.rae import RAE, read_parts
+from raev2_tasks.convert.autoencoders import export_autoencoder, import_autoencoder
+from raev2_tasks.convert.encoders import is_reference_name, reference_encoder, v1_encoder
+from raev2_tasks.convert.files import Source, generator_part, read_config, read_source, tokenizer_part
 
 Rows = list[tuple[str, str]]
+NOISE_FIELDS = "noise_tau", "noise_unit", "noise_distribution"
 NOTE = "note"  # name of a row whose text is no file
 ORIGINS = {"rae": "RAE (v1)", "raev2": "RAEv2"}
 LICENCES = {
@@ -88,8 +89,7 @@ def _import_generator(source: Source, options: Namespace, out: Path) -> Rows:
     config = override_values(generator_part(read_config(options.config)) if options.config else {}, options.overrides)
     generator, conversion = convert_generator(source.tensors, config)
     generator.extra = _extra(source, source.layout.partition(" DiT")[0].partition(" Lightning")[0])
-    card = _generator_card(source, generator.extra["licence"])
-    save_artefact(out, kind="generator", config=generator.config(), tensors=conversion.write, card=card)
+    save_artefact(out, kind="generator", config=generator.config(), tensors=conversion.write)
     channels, rows, columns = generator.latent_shape
     given = "" if "prediction" in config else " (not in the weights; --set prediction=... changes it)"
     return [
@@ -108,7 +108,11 @@ def _import_tokenizer(source: Source, options: Namespace) -> tuple[RAE, Rows]:
     decoder, _, grid = decoder_spec(decoder_tensors(source.tensors), decoder_fields)
     encoder = build_encoder(encoder_spec, grid, source=options.encoder_dir)
     _check_image_size(config, encoder, grid)
-    spec = validated(TokenizerSpec, {"encoder": encoder_spec, "decoder": decoder, "grid": grid, **noise}, "--set ")
+    spec = validated(
+        TokenizerSpec,
+        {"encoder": encoder_spec, "decoder": decoder, "grid": grid, "noise_unit": "tokens", **noise},
+        "--set ",
+    )
     pixels = (encoder.info.mean, encoder.info.std) if origin == ORIGINS["rae"] else (None, None)
     trained = import_decoder(source.tensors, {**decoder_fields, "grid": grid}, *pixels)
     rae = RAE(spec, encoder, decoder=trained)
@@ -154,7 +158,7 @@ def _given_tokenizer(options: Namespace) -> tuple[Mapping[str, Any], EncoderSpec
         )  # fmt: skip
     values = override_values({"encoder": encoder.model_dump()}, options.overrides)
     encoder = validated(EncoderSpec, values.pop("encoder"), "--set encoder.")
-    noise: dict[str, Any] = {name: values.pop(name) for name in ("noise_tau", "noise_distribution") if name in values}
+    noise: dict[str, Any] = {name: values.pop(name) for name in NOISE_FIELDS if name in values}
     known = {"latent_dim", "width", "depth", "heads", "mlp_width", "patch_size", "num_patches", "grid"}
     unknown = sorted(values.keys() - known)
     if unknown:
@@ -226,15 +230,6 @@ def _extra(source: Source, origin: str, files: Mapping[str, str] | None = None) 
     return {"source": where | {"sha256": dict(files or source.files)}, "licence": licence}
 
 
-def _generator_card(source: Source, licence: str) -> str:
-    files = "\n".join(f"| {name} | `{digest}` |" for name, digest in source.files.items())
-    return generator_card(
-        f"Generator, imported from {source.layout}",
-        f"It needs the tokenizer it was trained with, with the same latent statistics.\n\n"
-        f"| file | SHA-256 |\n|---|---|\n{files}\n\n## Licence\n\n{licence}",
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Export
 
@@ -242,8 +237,13 @@ def _generator_card(source: Source, licence: str) -> str:
 def export_weights(options: Namespace) -> Rows:
     """Write `options.out` from a run or artefact folder; what was written, as rows to print."""
     out = Path(options.out)
+    if options.format == "pipeline":
+        Pipeline(source_of(options)).save_pretrained(out, licence=options.licence)
+        return [("pipeline", str(out)), ("card", str(out / "README.md"))]
+    if not options.run:
+        raise SpecError("--run", f"needed with --format {options.format}", expected="a run or artefact folder")
     artefacts = _artefacts(Path(options.run))
-    write = {"reference": _export_reference, "diffusers": _export_diffusers, "hub": _export_hub}[options.format]
+    write = {"reference": _export_reference, "diffusers": _export_diffusers}[options.format]
     with new_folder(out, EXPORT) as folder:
         rows = write(artefacts, folder)
         write_json(folder / "export.json", {"format_version": 1, "format": options.format, "run": str(options.run)})
@@ -260,13 +260,11 @@ def _artefacts(path: Path) -> dict[str, Path]:
     """The tokenizer and generator of a run folder, or the one artefact that a folder is."""
     if (path / "config.json").is_file():
         kind = read_json(path / "config.json").get("kind")
-        if kind in (TOKENIZER, GENERATOR):
+        if kind in STAGES:
             return {kind: path}
     if (path / "spec.yaml").is_file():
-        found = {TOKENIZER: Path(tokenizer_of(path, load_spec(path / "spec.yaml"))), GENERATOR: path / GENERATOR}
-    else:
-        found = {kind: path / kind for kind in (TOKENIZER, GENERATOR)}
-    found = {kind: folder for kind, folder in found.items() if (folder / "config.json").is_file()}
+        return {kind: Path(folder) for kind, folder in Model.of(path).parts.items()}
+    found = {kind: path / kind for kind in STAGES if (path / kind / "config.json").is_file()}
     if not found:
         raise CheckpointError(
             str(path), "nothing to export", got="no artefact in it" if path.is_dir() else "no such folder",
@@ -308,7 +306,7 @@ def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Rows:
     if "tokenizer" not in artefacts:
         raise CheckpointError(
             "--format diffusers", "diffusers has a class for tokenizers only", got="a generator",
-            hint="Export it with --format reference or hub.",
+            hint="Export it with --format reference or pipeline.",
         )  # fmt: skip
     rae = RAE.from_pretrained(artefacts["tokenizer"])
     export_autoencoder(rae).save_pretrained(out)
@@ -318,38 +316,6 @@ def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Rows:
     if "generator" in artefacts:
         rows.append((NOTE, "the generator was left out: diffusers has no class for it"))
     return rows
-
-
-def _export_hub(artefacts: Mapping[str, Path], out: Path) -> Rows:
-    """Complete artefact folders with the run's numbers in their model cards; each is a repository for the hub."""
-    rows: Rows = []
-    for kind, folder in artefacts.items():
-        (out / kind).mkdir()
-        for name in FILES:
-            if (folder / name).is_dir():
-                shutil.copytree(folder / name, out / kind / name)
-            elif (folder / name).is_file():
-                shutil.copy(folder / name, out / kind / name)
-        card = out / kind / "README.md"
-        card.write_text(card.read_text().rstrip() + "\n" + _evaluations(folder.parent / "eval", kind))
-        rows.append((kind, kind))
-    return rows
-
-
-def _evaluations(folder: Path, kind: str) -> str:
-    """The results of a run that concern a part, as a section of its model card."""
-    sections = []
-    for file in sorted(folder.glob("*.json")):
-        result = read_json(file)
-        if (kind == "generator") != (result["sampling"] is not None):
-            continue
-        rows = "\n".join(
-            f"| {r['name']} | {r['value']:.4g} | {r['num_samples']} | {direction(r)} | {r.get('about') or r['note']} |"
-            for r in result["results"]
-        )
-        header = "| metric | value | n | better | meaning |\n|---|---|---|---|---|"
-        sections.append(f"\n### {result['protocol']}\n\n{header}\n{rows}\n")
-    return "\n## Evaluation\n" + "".join(sections) if sections else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,8 +337,9 @@ def _import_options(parser: ArgumentParser) -> None:
 
 
 def _export_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, metavar="DIR", help="run folder, tokenizer or generator folder")
-    parser.add_argument("--format", required=True, choices=("reference", "diffusers", "hub"))
+    source_options(parser)
+    parser.add_argument("--format", required=True, choices=("pipeline", "reference", "diffusers"))
+    parser.add_argument("--licence", default="", help="of a pipeline's weights, as the hub names it: apache-2.0, ...")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true")
 
@@ -383,11 +350,11 @@ def _import(options: Namespace) -> None:
 
 
 def _export(options: Namespace) -> None:
-    refuse_existing(options, Path(options.out), EXPORT)
+    refuse_existing(options, Path(options.out), PIPELINES if options.format == "pipeline" else EXPORT)
     print_table(("what", "where"), export_weights(options))
 
 
 IMPORT = Command("weights of RAE, RAEv2 or diffusers -> artefact folder", _import_options, _import)
 EXPORT_COMMAND = Command(
-    "weights of a run in the layout of RAEv2 or diffusers, or ready for the hub", _export_options, _export
+    "a run as one folder for the hub, or weights in the layout of RAEv2 or diffusers", _export_options, _export
 )

@@ -20,7 +20,7 @@ from raev2.eval.features import INCEPTION
 from raev2.eval.protocols import GenerationEvaluator, ReconstructionEvaluator
 from raev2.spec import RunSpec
 from raev2.task import Evaluator
-from raev2_tasks.imagenet.spaces import FD_VAL, build_space, distances_alone, fdr6, mind6, mind_of
+from raev2_tasks.imagenet.spaces import FD_VAL, build_space, distances_alone, fdr6, mind6, mind_of, space_needs
 from raev2_tasks.imagenet.spec import ClassToImageSpec
 
 STORED = (
@@ -51,7 +51,9 @@ def protocols(spec: RunSpec) -> list[Evaluator]:
             made_for = STORED if features == INCEPTION else ""
             found.append(_generation(spec, features, policy, (features,), made_for=made_for))
     for policy in [VALIDATION] if spec.task.unconditional else LABEL_POLICIES:
-        spaces = partial(_generation, spec, extractors=tuple(FD_VAL), policy=policy, build=build_space)
+        spaces = partial(
+            _generation, spec, extractors=tuple(FD_VAL), policy=policy, build=build_space, weights=space_needs
+        )
         found.append(spaces("fdr6", metrics=distances_alone, summary=fdr6))
         splits = {"reference_split": "val", "scale_split": "train"}
         found.append(spaces("mind6", metrics=mind_of, summary=mind6, max_rows=MIND_IMAGES, **splits))

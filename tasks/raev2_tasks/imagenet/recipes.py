@@ -27,16 +27,17 @@ from raev2.spec import (
     RunSpec,
     SamplingSpec,
     ScheduleSpec,
-    TokenizerSpec,
     VAESpec,
     decoder_size,
 )
 from raev2_tasks.imagenet.spec import ClassToImageSpec
 from raev2_tasks.recipe_parts import (
     EMBEDDED_TOKENIZER,
+    NOT_RUN,
     SHORT_TOKENIZER_TRAINING,
     SMALL_DDT,
     dinov3l_tokenizer,
+    published_tokenizer,
     published_tokenizer_training,
     tiny_run,
     trunk_size,
@@ -72,13 +73,11 @@ def quickstart() -> RunSpec:
     return RunSpec(
         recipe="quickstart",
         summary="emoji at 64 px, embedded encoder, all 6 layers: both stages, samples, metrics and report in minutes",
+        cost="2 CPU cores, 8 min: measured",
         task=ClassToImageSpec(),
         data=DataSpec(dir="data/emoji", recipe="emoji", cache=True),
         tokenizer=EMBEDDED_TOKENIZER,
-        # Measured with AdamW, before Muon was found to halve the error: docs/results.md has these numbers.
-        tokenizer_training=SHORT_TOKENIZER_TRAINING.replace(
-            optimizer=AdamWSpec(), schedule=ScheduleSpec(lr=1e-3, final_lr=1e-4, warmup_images=960)
-        ),
+        tokenizer_training=SHORT_TOKENIZER_TRAINING,
         generator=SMALL_DDT,
         generator_training=GeneratorTrainingSpec(
             images=22_400,
@@ -113,9 +112,9 @@ def laptop() -> RunSpec:
     return base.replace(
         recipe="laptop",
         summary="emoji at 64 px, longer training, within 90 minutes on 2 cores",
+        cost="1 CPU core, 63 min: measured",
         tokenizer_training=base.tokenizer_training.replace(
             images=25_600,
-            schedule=ScheduleSpec(lr=1e-3, final_lr=1e-4, warmup_images=960),
             ema_decay=0.998,
             sample_every_images=6_400,
             save_every_images=6_400,
@@ -151,6 +150,7 @@ def raev2_dinov3l(label: str, summary: str = "") -> RunSpec:
     return RunSpec(
         recipe=f"raev2-dinov3l-{label}",
         summary=summary,
+        cost=NOT_RUN,
         task=ClassToImageSpec(num_classes=1000),
         data=imagenet_data(256),
         tokenizer=dinov3l_tokenizer(label),
@@ -187,7 +187,7 @@ def rae_ditdh(size: str, resolution: int) -> RunSpec:
         recipe=f"rae-ditdh-{size}" + ("" if resolution == 256 else f"-{resolution}"),
         summary=f"RAE v1: DiT^DH-{size.upper()} on DINOv2-B, {resolution} px (arXiv 2510.11690)",
         data=imagenet_data(resolution).replace(horizontal_flip=True),
-        tokenizer=TokenizerSpec(encoder=EncoderSpec(name="dinov2-b"), decoder=decoder_size("XL"), grid=(grid, grid)),
+        tokenizer=published_tokenizer(EncoderSpec(name="dinov2-b"), (grid, grid)),
         generator=DDTSpec(
             **trunk_size(size), conditioning="adaln", qk_norm=False, abs_pos_embed=True, num_time_tokens=1
         ),

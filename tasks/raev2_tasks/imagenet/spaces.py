@@ -23,6 +23,7 @@ from raev2.batch import MetricResult
 from raev2.errors import DataError
 from raev2.eval.features import INCEPTION, FeatureExtractor, InceptionFeatures, frechet_name
 from raev2.eval.sets import Scale, SetFeatures, compare
+from raev2.files.assets import INCEPTION_WEIGHTS, Asset
 from raev2.files.hashes import file_sha256, json_sha256
 from raev2.shapes import ImagesU8
 from raev2.training import dist
@@ -92,6 +93,16 @@ class TimmFeatures(FeatureExtractor):
 def build_space(name: str, device: torch.device) -> FeatureExtractor:
     """The feature network of a space: 'inception' or a name in `SPACES`."""
     return InceptionFeatures(device) if name == INCEPTION else TimmFeatures(name, SPACES[name], device)
+
+
+def space_needs(name: str) -> list[Asset]:
+    """The weights of a space; the other spaces come out without it."""
+    without = "the space is left out"
+    if name == INCEPTION:
+        return [replace(INCEPTION_WEIGHTS, without=without)]
+    model = SPACES[name].model
+    file = Path(torch.hub.get_dir()) / "checkpoints" / f"{model}.safetensors"
+    return [Asset(f"space {name}", str(file) if file.is_file() else f"timm/{model}", without=without)]
 
 
 def distances_alone(

@@ -97,6 +97,12 @@ class ClassToImage(Task):
         """quickstart, laptop, and the published systems."""
         return RECIPES
 
+    def commands(self) -> dict[str, Callable[[Sequence[str]], None]]:
+        """Other classes for a trained generator."""
+        from raev2_tasks.imagenet.reclass import reclass
+
+        return {"reclass": reclass}
+
     def benchmarks(self) -> dict[str, Callable[[], list[Measurement]]]:
         """A training step of a whole recipe's generator."""
         from raev2_tasks.imagenet.bench import bench_recipe

@@ -20,14 +20,14 @@ from raev2.spec import (
     RunSpec,
     SamplingSpec,
     ScheduleSpec,
-    TokenizerSpec,
-    decoder_size,
 )
 from raev2_tasks.nwm.spec import NavigationSpec
 from raev2_tasks.recipe_parts import (
     EMBEDDED_TOKENIZER,
+    NOT_RUN,
     SHORT_TOKENIZER_TRAINING,
     dinov3l_tokenizer,
+    published_tokenizer,
     published_tokenizer_training,
     tiny_run,
     trunk_size,
@@ -42,6 +42,7 @@ def quickstart() -> RunSpec:
     return RunSpec(
         recipe="quickstart",
         summary="simulated mazes at 64 px, embedded encoder: recording, both stages, rollouts and report in minutes",
+        cost="2 CPU cores, 9 min: measured",
         task=NavigationSpec(
             num_context=2, max_offset_s=2.0, at_image=True, horizons_s=(0.5, 1.0, 2.0), num_rollouts=32
         ),
@@ -94,6 +95,7 @@ def laptop() -> RunSpec:
     return base.replace(
         recipe="laptop",
         summary="simulated mazes at 64 px, longer training, within 75 minutes on 2 cores",
+        cost="1 busy CPU core, 71 min and evaluation: measured",
         data=DataSpec(
             dir="data/vizdoom-laptop",
             recipe="vizdoom",
@@ -133,6 +135,7 @@ def raev2_dinov3l(label: str, summary: str = "") -> RunSpec:
     return RunSpec(
         recipe=f"raev2-dinov3l-{label}",
         summary=summary,
+        cost=NOT_RUN,
         task=NavigationSpec(
             max_offset_s=2.0, offset_distribution="uniform", targets_per_context=1, context_drop_prob=0.0, fit="crop",
             condition_form="in_context", frame_positions=False, action_drop_prob=0.0,
@@ -167,7 +170,7 @@ def dinov2b() -> RunSpec:
         recipe="dinov2b",
         summary="RECON on DINOv2-B (ungated), cached context, offsets up to 16 s; our settings",
         task=NavigationSpec(max_offset_s=16.0, horizons_s=(1.0, 2.0, 4.0, 8.0, 16.0), num_rollouts=150),
-        tokenizer=TokenizerSpec(encoder=EncoderSpec(name="dinov2-b"), decoder=decoder_size("XL")),
+        tokenizer=published_tokenizer(EncoderSpec(name="dinov2-b")),
         generator=DDTSpec(**trunk_size("b"), base_head_depth=4),
         generator_training=base.generator_training.replace(batch_size=1024, optimizer=MuonSpec()),
     )

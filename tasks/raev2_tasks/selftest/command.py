@@ -11,7 +11,9 @@ from raev2.task import Command
 
 def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--task", help="default: every task that has a recipe of this name")
-    parser.add_argument("--quick", action="store_true", help="a few faults instead of one at every file operation")
+    parser.add_argument(
+        "--quick", action="store_true", help="one fault of each kind instead of one at every file operation"
+    )
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="only N kills a task, at random moments")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the wrong bits")
 

@@ -22,8 +22,8 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -39,64 +39,60 @@ CODES = {NONE: (0,), KILL: (-signal.SIGKILL,), FULL: (6,), LIMIT: (6,), BROKEN: 
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 ENDS = {f"mkdir .{stage}.partial": stage for stage in ("tokenizer", "generator")}  # trained, and not yet an artefact
 MOMENTARY = ("time", "images_per_s", "data_wait")  # of a log line
-LARGER_THAN_THE_OUTPUT, QUICK_SKIP, PATIENCE_S = 16_384, 40, 600.0
+QUICK = (  # after a file that is too large: a fault of each kind, at points that every run comes to in this order
+    (KILL, "mkdir .tokenizer.partial"),
+    (FULL, "write .generator.partial/.config.json.partial"),
+    (BROKEN, "read checkpoints/generator/N/MANIFEST.json"),
+    (NONE, ""),
+)
+LARGER_THAN_THE_OUTPUT, PATIENCE_S = 16_384, 600.0
 PROCESSES = multiprocessing.get_context("forkserver")  # imports everything once; a start is a fork of it
-PROCESSES.set_forkserver_preload(["raev2.pipeline", "raev2.report.page", "raev2.command.actions"])
+PROCESSES.set_forkserver_preload(["raev2.pipeline", "raev2_tasks.report.page", "raev2.command.actions"])
 
 
 @dataclass
 class Plan:
     """What a start meets.
 
-    known   faults so far at each point, a file operation with numbers left out; after two it is passed
-    skip    how many points to leave out before the fault; None: no fault
-    until   the point where it is killed in any case
+    known   faults so far at each point, a file operation with numbers left out: the first that had less than two is
+            met; None: only the one of `at`
+    at      a fault, and its point
     size    bytes that a file may have; 0: no limit
     """
 
-    known: dict[str, int] = field(default_factory=dict)
-    skip: int | None = None
-    until: str = ""
+    known: dict[str, int] | None = None
+    at: tuple[str, str] = (NONE, "")
     size: int = 0
 
 
 class Hook:
-    """An audit hook that commits the fault of a plan, and notes each point that it leaves out: [fault, point]."""
+    """An audit hook that commits one fault by its plan, and notes it: [fault, point]."""
 
     def __init__(self, plan: Plan, run: Path, notes: Path) -> None:
-        self.plan, self.run, self.notes, self.left = plan, f"{run}/", notes, plan.skip
+        self.plan, self.run, self.notes, self.met = plan, f"{run}/", notes, False
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         """Python calls it before each operation."""
         path = str(args[event == "os.rename"]) if event in ("open", *CHANGES) else ""
-        if not path.startswith(self.run):
+        if self.met or not path.startswith(self.run):
             return
         writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
         operation = ("write" if writes else "read") if event == "open" else event.rpartition(".")[2]
         point = f"{operation} {re.sub(r'[0-9a-f]{9,}', 'N', path.removeprefix(self.run))}"
-        known = self.plan.known.get(point, 0)
-        if point == self.plan.until:
-            self.commit(KILL, point)
-        elif self.left is None or known > 1:
-            return
-        elif self.left > 0 and known == 0 and point not in ENDS:
-            self.left, self.plan.known[point] = self.left - 1, 2
-            self.note(NONE, point)
-        else:
-            self.left = None
-            self.commit(KILL if known == 0 else BROKEN if operation == "read" else FULL, point)
+        kind, at = self.plan.at
+        known = 2 if self.plan.known is None else self.plan.known.get(point, 0)
+        if point == at or known < 2:
+            self.met = True
+            error = BROKEN if operation == "read" else FULL
+            self.commit(kind if point == at else KILL if known == 0 else error, point)
 
     def commit(self, kind: str, point: str) -> None:
         """Die, or fail."""
-        self.note(kind, point)
+        with self.notes.open("a") as file:
+            file.write(json.dumps([kind, point]) + "\n")
         if kind == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError(ERRORS[kind], os.strerror(ERRORS[kind]), point)
-
-    def note(self, *words: str) -> None:
-        """For the process that plans."""
-        with self.notes.open("a") as file:
-            file.write(json.dumps(words) + "\n")
 
 
 def _process(main: Main, argv: list[str], output: Path, size: int, hook: Hook) -> None:
@@ -119,23 +115,25 @@ class Trainings:
         self.argv = ["train", "--task", task, "--recipe", RECIPE, "--set", f"data.dir={work / 'data'}", "--run"]
 
     def rows(self, quick: bool, kills: int) -> Iterator[Row]:
-        """The table: every fault, a few of them, or kills at random moments."""
+        """The table: every fault, one of each kind, or kills at random moments."""
         yield self.start(Plan(), self.whole)
         if kills:
             started = time.monotonic()
             yield self.start(Plan())
             yield from self.random_kills(kills, time.monotonic() - started)
             return
+        sizes = [n for file in self.whole.rglob("*.safetensors") if (n := file.stat().st_size) > LARGER_THAN_THE_OUTPUT]
+        for size in [max(sizes)] if quick else sorted(set(sizes)):
+            yield self.start(Plan(size=size - 1))
         if not quick:
-            sizes = {file.stat().st_size for file in self.whole.rglob("*.safetensors")}
-            yield from (self.start(Plan(size=n - 1)) for n in sorted(sizes) if n > LARGER_THAN_THE_OUTPUT)
-            shutil.rmtree(self.run)
-        fault = KILL
-        while fault != NONE:
-            fault, where, *rest = row = self.start(Plan(self.known, skip=QUICK_SKIP if quick else 0))
+            shutil.rmtree(self.run, ignore_errors=True)
+        for plan in [Plan(at=at) for at in QUICK] if quick else repeat(Plan(self.known)):
+            fault, where, *_ = row = self.start(plan)
             yield row
             if fault == KILL and where in ENDS:
-                yield from islice(self.damages(where), *((2, 4) if quick else (None,)))
+                yield from islice(self.damages(where), *((2, 4) if quick else (None,)))  # of its weights
+            if fault == NONE:
+                return
 
     def start(self, plan: Plan, run: Path | None = None, patience_s: float = PATIENCE_S) -> Row:
         """A process that meets its plan, and is killed when the time is over."""
@@ -152,8 +150,8 @@ class Trainings:
             if process.exitcode != 0:  # it was done just before
                 fault, where = KILL, last_step(run)
         for kind, point in map(json.loads, self.notes.read_text().splitlines()):
-            self.known[point] = 2 if kind == NONE else self.known.get(point, 0) + 1
-            fault, where = (fault, where) if kind == NONE else (kind, point)
+            self.known[point] = self.known.get(point, 0) + 1
+            fault, where = kind, point
         return fault, where, process.exitcode, self.verdict(run, fault, process.exitcode)
 
     def damages(self, end: str) -> Iterator[Row]:
@@ -163,7 +161,7 @@ class Trainings:
                 name, data = file.relative_to(self.whole), bytearray(file.read_bytes())
                 data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
                 (self.run / name).write_bytes(data[: len(data) // 2] if kind == "truncated" else data)
-                yield kind, str(name), *self.start(Plan(until=end))[2:]
+                yield kind, str(name), *self.start(Plan(at=(KILL, end)))[2:]
 
     def random_kills(self, kills: int, seconds: float) -> Iterator[Row]:
         """Each within `seconds` of a start. A run that gets to its end is compared, and another one begins."""

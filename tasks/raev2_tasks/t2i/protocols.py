@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset, random_subset
 from raev2.errors import DataError
-from raev2.eval.features import FeatureExtractor, build_extractor
+from raev2.eval.features import FeatureExtractor, build_extractor, extractor_needs
 from raev2.eval.generate import CHUNK_SIZE, collect, generated_images, local_chunks
 from raev2.eval.protocols import GenerationEvaluator, ReconstructionEvaluator, mean_and_error
+from raev2.files.assets import Asset
 from raev2.spec import RunSpec
 from raev2.task import EvalContext, Evaluator, Task
 from raev2.training import dist
@@ -29,6 +30,7 @@ from raev2_tasks.t2i.benchmark.baselines import class_only_floor, retrieve
 from raev2_tasks.t2i.benchmark.rows import PromptRow
 from raev2_tasks.t2i.benchmark.rules import ImageScore
 from raev2_tasks.t2i.benchmark.scoring import TrackSummary, get_track, score_images, summarise
+from raev2_tasks.t2i.text.encoder import TEXT_FILES
 
 TRACKS = {
     "compositional-g60": "g60",
@@ -269,6 +271,10 @@ class RetrievalEvaluator(Evaluator):
         self.num_samples, self.split = num_samples, split
         self.description = f"generated pictures matched to the pictures of their captions, space of {extractor}"
 
+    def needs(self) -> list[Asset]:
+        """Weights of the feature network."""
+        return extractor_needs(self.extractor)
+
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """Which captions, among how many pictures."""
         return {"label_policy": f"captions of random pictures of '{self.split}', each once"}
@@ -332,6 +338,10 @@ class ClipScoreEvaluator(Evaluator):
         """Name a protocol; `model` is a hub id or folder of a CLIP with image and text part."""
         self.protocol, self.cond, self.model, self.num_samples, self.split = protocol, cond, model, num_samples, split
         self.description = f"CLIPScore with {model}, captions of '{split}'"
+
+    def needs(self) -> list[Asset]:
+        """Weights of CLIP, and the files of its tokenizer."""
+        return [Asset("CLIP", self.model, files=TEXT_FILES)]
 
     def describe(self, context: EvalContext) -> dict[str, Any]:
         """Model and captions."""

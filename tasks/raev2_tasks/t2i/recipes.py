@@ -21,14 +21,14 @@ from raev2.spec import (
     RunSpec,
     SamplingSpec,
     ScheduleSpec,
-    TokenizerSpec,
-    decoder_size,
 )
 from raev2_tasks.recipe_parts import (
     EMBEDDED_TOKENIZER,
+    NOT_RUN,
     SHORT_TOKENIZER_TRAINING,
     SMALL_DDT,
     dinov3l_tokenizer,
+    published_tokenizer,
     published_tokenizer_training,
     tiny_run,
     trunk_size,
@@ -46,6 +46,7 @@ def quickstart() -> RunSpec:
     return RunSpec(
         recipe="quickstart",
         summary="captioned scenes at 64 px, embedded encoder, small text encoder of its own: everything in minutes",
+        cost="2 CPU cores, 11 min: measured",
         task=TextToImageSpec(
             text_encoder=TextEncoderSpec(max_tokens=64),
             captions=CaptionSpec(mix=EMBEDDED_MIX),
@@ -95,6 +96,7 @@ def laptop() -> RunSpec:
     return base.replace(
         recipe="laptop",
         summary="captioned scenes of coloured shapes at 64 px, longer training, within 90 minutes on 2 cores",
+        cost="1 busy CPU core, 71 min and evaluation: measured",
         task=base.task.replace(weights={}),
         data=DataSpec(
             dir="data/t2i-laptop",
@@ -128,6 +130,7 @@ def own_data() -> RunSpec:
     return base.replace(
         recipe="own-data",
         summary="quickstart sizes for your own captioned pictures in data/captioned, 64 px",
+        cost="",
         task=base.task.replace(captions=CaptionSpec(), weights={}),
         data=DataSpec(dir="data/captioned"),
         generator_training=base.generator_training.replace(latent_cache=False),
@@ -149,6 +152,7 @@ def raev2_dinov3l(label: str, summary: str = "") -> RunSpec:
     return RunSpec(
         recipe=f"raev2-dinov3l-{label}",
         summary=summary,
+        cost=NOT_RUN,
         task=frozen(QWEN),
         data=DataSpec(dir="data/blip3o-256", num_workers=8),
         tokenizer=dinov3l_tokenizer(label),
@@ -181,7 +185,7 @@ def raev2_siglip2b(text_encoder: str = QWEN, suffix: str = "") -> RunSpec:
         recipe=f"raev2-siglip2b{suffix}",
         summary=f"SigLIP-2 B latents, {text_encoder.rpartition('/')[2]}, sizes of diffusion-bench (arXiv 2606.24888)",
         task=frozen(text_encoder),
-        tokenizer=TokenizerSpec(encoder=EncoderSpec(name="siglip2-b", norm="plain"), decoder=decoder_size("XL")),
+        tokenizer=published_tokenizer(EncoderSpec(name="siglip2-b", norm="plain")),
         tokenizer_from=None,
         generator=DDTSpec(**trunk_size("xl")),
         flow=FlowSpec(prediction="velocity"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -72,7 +72,7 @@ class TextEncoderSpec(Spec):
 class CaptionSpec(Spec):
     """Which caption of an image a training step sees; evaluation sees the default one."""
 
-    added = ("fields",)
+    added: ClassVar = {"fields": {}}
 
     mix: dict[str, float] = Field(
         default_factory=dict,
@@ -128,7 +128,7 @@ class StreamSpec(Spec):
 class TextToImageSpec(TaskSpec):
     """Text-conditional image generation."""
 
-    added = ("stream", "samples")
+    added: ClassVar = {"stream": None, "samples": SampleSpec()}
 
     name: Literal["t2i"] = "t2i"
     text_encoder: TextEncoderSpec = Field(TextEncoderSpec(), description="how a caption becomes tokens")

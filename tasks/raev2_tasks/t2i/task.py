@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from raev2.batch import Cond, Measurement
     from raev2.data import ImageDataset
+    from raev2.files.assets import Asset
     from raev2.model.condition import ConditionSpec
     from raev2_tasks.t2i.shards.reader import TextImageDataset
     from raev2_tasks.t2i.text.captions import CaptionRule
@@ -147,6 +148,12 @@ class TextToImage(Task):
         """quickstart, laptop, and the published systems."""
         return RECIPES
 
+    def needs(self, spec: RunSpec) -> Sequence[Asset]:
+        """The weights of a pretrained text encoder."""
+        from raev2_tasks.t2i.text.encoder import text_asset
+
+        return text_asset(task_spec(spec).text_encoder)
+
     def commands(self) -> dict[str, Callable[[Sequence[str]], None]]:
         """Shards, cached captions, and benchmarks that other programs score."""
         from raev2_tasks.t2i.benchmark import external_eval
@@ -180,6 +187,7 @@ def _stream(spec: RunSpec, stream: StreamSpec) -> ImageDataset:
     for wrong, field, hint in (
         (spec.tokenizer_from is None, "tokenizer_from", "Train the tokenizer on a folder, and name it here."),
         (spec.generator_training.latent_cache, "generator_training.latent_cache", "Set it to false."),
+        (spec.generator_training.latents is not None, "generator_training.latents", "Set it to null."),
     ):
         if wrong:
             raise SpecError(f"spec.{field}", "does not go with task.stream, which cannot be read by number", hint=hint)

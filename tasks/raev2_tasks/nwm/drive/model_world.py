@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raev2.errors import SpecError
-from raev2.spec_io import load_spec
 from raev2.task import EvalContext
 from raev2_tasks.nwm.data.dataset import as_trajectories
 from raev2_tasks.nwm.data.own_start import OwnFile, OwnStart
@@ -27,25 +26,24 @@ from raev2_tasks.nwm.worlds.engine import MazeWorld, require_vizdoom
 from raev2_tasks.nwm.worlds.worlds import UNDO_STEPS, Frame, MotionRange, Poses, World
 
 if TYPE_CHECKING:  # the training loops come with it
-    from raev2.pipeline import TrainedRun
+    from raev2.model.opened import Source, TrainedRun
 
 Array = NDArray[np.float64]
 NUM_STARTS = 256  # places that a ride may start from
 DURATIONS = (2, 1, 4, 8)  # frames a step of a ride may last, as far as the model was trained on them
 
 
-def open_run(run: str | None) -> TrainedRun:
-    """The run in a folder, or the newest of this task, with a trained generator.
+def open_run(source: Source | str | None) -> TrainedRun:
+    """A model of this task with a trained generator; None: the newest run.
 
-    Raises SpecError for a run of another task, CheckpointError where only the tokenizer is trained.
+    Raises SpecError for one of another task, CheckpointError where only the tokenizer is trained.
     """
-    from raev2.pipeline import find_run, open_trained
+    from raev2.model.opened import Source, find_source, open_trained
 
-    run_dir = find_run(run, "nwm")
-    task_name = load_spec(run_dir / "spec.yaml").task.name
-    if task_name != "nwm":
-        raise SpecError("--run", "not a run of this task", got=task_name, expected="nwm")
-    trained = open_trained(run_dir)
+    source = source if isinstance(source, Source) else find_source(source, "nwm")
+    if source.spec.task.name != "nwm":
+        raise SpecError("--run", "not a run of this task", got=source.spec.task.name, expected="nwm")
+    trained = open_trained(source)
     trained.need_generator()
     return trained
 
@@ -162,7 +160,7 @@ class SimulatorWorld:
 
 
 def model_worlds(
-    run: str | None, *, engine: bool, own: OwnFile | None = None
+    run: Source | str | None, *, engine: bool, own: OwnFile | None = None
 ) -> Callable[[], tuple[World, World | None]]:
     """Worlds of one trained run, which is opened once; with `engine` the simulator of its data beside each.
 

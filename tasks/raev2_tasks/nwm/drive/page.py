@@ -33,6 +33,8 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, ValidationError
 
+from raev2.command.actions import source_of
+from raev2.command.cli import source_options
 from raev2.errors import DataError, RaeError, SpecError, TaskError
 from raev2.spec import Spec
 from raev2_tasks.nwm.data.own_start import OwnFile, add_own_options, own_file
@@ -42,6 +44,8 @@ from raev2_tasks.nwm.worlds.worlds import UNDO_STEPS, Frame, Poses, ToyWorld, Wo
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+
+    from raev2.model.opened import Source
 
 logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "drive_page"
@@ -412,7 +416,7 @@ def _web(module: str) -> Any:
 def drive(argv: Sequence[str]) -> None:
     """Drive a trained model, or the toy world, from a web page."""
     parser = argparse.ArgumentParser(prog="raev2 nwm drive", description=drive.__doc__)
-    parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
+    source_options(parser, own=("--task",))
     parser.add_argument("--toy", action="store_true", help="drive the built-in toy world; needs no run")
     add_own_options(parser)
     parser.add_argument("--engine", action="store_true", help="show the simulator that made the data beside the model")
@@ -421,14 +425,15 @@ def drive(argv: Sequence[str]) -> None:
                         help="another name or address that this machine is reached by, with --host")  # fmt: skip
     parser.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one (default: {PORT})")
     options = parser.parse_args(argv)
-    make_worlds = open_worlds(options.run, toy=options.toy, engine=options.engine, own=own_file(options))
+    source = options.run if options.toy else source_of(options, "nwm")
+    make_worlds = open_worlds(source, toy=options.toy, engine=options.engine, own=own_file(options))
     serve(make_worlds, options.host, options.port, options.allow_host)
 
 
 def open_worlds(
-    run: str | None = None, *, toy: bool = False, engine: bool = False, own: OwnFile | None = None
+    run: Source | str | None = None, *, toy: bool = False, engine: bool = False, own: OwnFile | None = None
 ) -> MakeWorlds:
-    """Worlds of the toy, or of a trained run (None: the newest) with the simulator of its data beside it.
+    """Worlds of the toy, or of a trained model (None: the newest) with the simulator of its data beside it.
 
     own   start from this picture or clip and not from places of the data
     """

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from raev2.command.actions import source_of
+from raev2.command.cli import source_options
 from raev2.errors import DataError, SpecError
 from raev2.files.artefact import write_json
 from raev2.files.replace import Kind, check_replaceable, new_folder
@@ -42,7 +44,7 @@ def rollout_command(argv: Sequence[str]) -> None:
         "rollout.gif, sheet.png (true frames below where the recorded path is followed), poses.csv, and "
         f"{RECORD}, which --commands takes to repeat the rollout.",
     )
-    parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
+    source_options(parser, own=("--task",))
     parser.add_argument("--split", default="val", help="where the first frames come from (default: val)")
     parser.add_argument("--trajectory", metavar="ID", help="default: the first one that is long enough")
     parser.add_argument(
@@ -78,7 +80,7 @@ def roll_out(options: argparse.Namespace) -> Path:
         file = Path(options.commands)
         record = read_record(file) if file.suffix == ".json" else None
         commands = read_commands(file) if record is None else []
-    trained = open_run(options.run)
+    trained = open_run(source_of(options, "nwm"))
     sampling, seed = trained.run.spec.sampling, options.seed
     if record is not None:
         sampling, seed = SamplingSpec.model_validate(record["sampling"]), record["seed"]
@@ -198,7 +200,7 @@ def num_steps(seconds: float, fps: float) -> int:
 def read_commands(file: Path) -> Commands:
     """Commands of a CSV file with the columns `COLUMNS`: seconds, metres and degrees."""
     try:
-        with file.open(newline="") as opened:
+        with file.open(encoding="utf-8", newline="") as opened:
             rows = list(csv.DictReader(opened))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(str(file), "cannot be read", got=error) from error
@@ -217,7 +219,7 @@ def read_commands(file: Path) -> Commands:
 def read_record(file: Path) -> dict[str, Any]:
     """The record of an earlier rollout."""
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(str(file), "cannot be read as JSON", got=error) from error
     if not isinstance(record, dict) or "steps" not in record or not {"start_frame", "own"} & set(record):
@@ -227,7 +229,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 def write_poses(session: RolloutSession, file: Path) -> None:
     """Poses over time as CSV, seen from the start: seconds, metres and degrees."""
-    with file.open("w", newline="") as opened:
+    with file.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(["time_s", "x_m", "y_m", "yaw_deg"])
         times = np.cumsum([0.0, *session.state.seconds])

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from raev2.batch import Better, MetricResult
 from raev2.eval.distances import squared_mmd
-from raev2.eval.features import FeatureExtractor, build_extractor, frechet_about, frechet_name
+from raev2.eval.features import FeatureExtractor, build_extractor, extractor_needs, frechet_about, frechet_name
 from raev2.eval.generate import collect
-from raev2.eval.image_pairs import build_pair_distance, lpips_available, psnr
+from raev2.eval.image_pairs import build_pair_distance, lpips_available, pair_needs, psnr
 from raev2.eval.protocols import ReconstructionEvaluator
 from raev2.eval.sets import set_features, split_pictures
+from raev2.files.assets import Asset
 from raev2.spec import RunSpec
 from raev2.task import EvalContext, Evaluator
 from raev2.training import dist
@@ -112,6 +113,10 @@ class PredictionEvaluator(Evaluator):
         self.perceptual = "lpips_alex" if with_lpips else "feature_distance_micro"
         how = "one jump to each horizon" if step_s is None else f"rollouts of {1 / step_s:g} frames a second"
         self.description = f"{how} from {num_places:,} places of 'val', against the true frames"
+
+    def needs(self) -> list[Asset]:
+        """Weights of the feature network and of the perceptual distance."""
+        return [*extractor_needs(self.features), *pair_needs(self.perceptual)]
 
     @property
     def times_s(self) -> tuple[float, ...]:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from raev2.batch import MetricResult
+from raev2.command.actions import source_of
+from raev2.command.cli import source_options
 from raev2.errors import SpecError
 from raev2.files.artefact import write_json
 from raev2.spec_io import override_spec
@@ -201,7 +203,7 @@ def plan_command(argv: Sequence[str]) -> None:
         description="Plan to goal frames of the validation data, and measure the plans against what was driven.",
         epilog="Every other value is a field of `PlanSpec`: --set sampler.iterations=2",
     )
-    parser.add_argument("--run", metavar="DIR", help="run folder with a trained generator (default: the newest)")
+    source_options(parser, own=("--task", "--set"))
     parser.add_argument("--toy", action="store_true", help="plan in the built-in toy world; needs no run")
     add_own_options(parser)
     parser.add_argument("--start", type=float, metavar="S", help="of --video: now, in seconds (default: its end)")
@@ -229,14 +231,14 @@ def plan_command(argv: Sequence[str]) -> None:
     if (own is None) != (options.goal is None):
         raise SpecError("--goal", "goes with --image or --video", got=options.goal, expected="both, or neither")
     if options.toy:
-        if options.run or own:
+        if options.run or options.generator or own:
             raise SpecError("--toy", "needs no --run, --image or --video")
         source: GoalSource = ToyGoals()
         out = Path(options.out or "plans-toy")
     else:
         from raev2_tasks.nwm.plan.model_goals import ModelGoals
 
-        source = ModelGoals(options.run)
+        source = ModelGoals(source_of(options, "nwm"))
         out = Path(options.out or source.run_dir / "plans")
         if own is not None:
             problem = source.own_goal(own, Path(options.goal), spec)

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from raev2.data import to_float
+from raev2.model.opened import Source
 from raev2_tasks.nwm.data.own_start import OwnFile, own_goal
 from raev2_tasks.nwm.drive.model_world import as_frame, open_run, own_place, places_ahead, recorded_velocities
 from raev2_tasks.nwm.eval.predict import Predictor
@@ -19,7 +20,7 @@ from raev2_tasks.nwm.rollout import RolloutSession
 class ModelGoals:
     """Planning problems of a trained run: frames of the validation split some seconds ahead."""
 
-    def __init__(self, run: str | None) -> None:
+    def __init__(self, run: Source | str | None) -> None:
         trained = open_run(run)
         self.run_dir, self.name, self.context = trained.run.dir, str(trained.run.dir), trained.context()
         self.motion = Motion.of(recorded_velocities(self.context))

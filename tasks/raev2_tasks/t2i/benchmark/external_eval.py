@@ -224,7 +224,7 @@ BENCHMARKS = {
 def export_eval(argv: Sequence[str]) -> None:
     """Generate the pictures of a benchmark and write them in its own layout."""
     from raev2.files.artefact import write_json
-    from raev2.pipeline import image_sampler, open_trained
+    from raev2.model.opened import image_sampler, open_trained
 
     parser = argparse.ArgumentParser("raev2 t2i export-eval", description=export_eval.__doc__)
     parser.add_argument("--run", required=True, metavar="DIR")

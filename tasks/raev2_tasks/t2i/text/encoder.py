@@ -7,6 +7,7 @@ is trained with the generator is not here, that is `condition.py`.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import logging
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.files.assets import Asset
 from raev2.files.hashes import json_sha256
 from raev2_tasks.t2i.spec import TextEncoderSpec
 
@@ -104,6 +106,7 @@ ENCODER_CLASSES = {
 PADDED_FAMILIES = ("siglip_text_model", "siglip2_text_model")  # trained on texts padded to their full length, no mask
 TEXT_PART = r"^(?:model\.)?(?:language_model\.(?:model\.)?|encoder\.(?:text_model\.)?)"  # of weights, before their name
 PIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+TEXT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # with those of tokenizers, none of them a pickle
 TOKENIZER_FILES = ("tokenizer.json", *PIECE_FILES, "vocab.json", "vocab.txt")
 PIECE_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module, for such files
 
@@ -401,16 +404,28 @@ def text_sizes(spec: TextEncoderSpec) -> tuple[int, int]:
     return _width(_text_config(spec)), len(HubTokenizer(spec).ids(""))
 
 
+def text_asset(spec: TextEncoderSpec) -> list[Asset]:
+    """The weights of a pretrained encoder; none of the other kinds."""
+    if spec.kind != "pretrained":
+        return []
+    known = KNOWN_ENCODERS.get(spec.name)
+    gated = known is not None and known.gated
+    note = f"Its licence ({known.licence}) must be accepted there" if known is not None and known.gated else ""
+    revision = f"@{spec.revision}" if spec.revision else ""
+    return [Asset(f"text encoder {spec.name}", spec.name + revision, files=TEXT_FILES, gated=gated, note=note)]
+
+
 def text_encoders(argv: Sequence[str]) -> None:
     """List known text encoders with width, licence and access; every other transformers folder works too."""
+    argparse.ArgumentParser("raev2 t2i text-encoders", description=text_encoders.__doc__).parse_args(argv)
+    from raev2.command.actions import print_table
+
     header = ("name", "family", "width", "tokens of ''", "parameters", "licence", "access")
     rows = [
         (e.hub_id, e.family, str(e.width), str(e.num_null_tokens), e.parameters, e.licence, "gated" if e.gated else "")
         for e in KNOWN_ENCODERS.values()
     ]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(header, rows)
 
 
 COMMANDS = {"text-encoders": text_encoders}

@@ -18,13 +18,13 @@ from raev2.errors import SpecError
 from raev2.files.artefact import load_artefact
 from raev2.files.hashes import file_sha256
 from raev2.interop import export_decoder, export_generator, generator_config
-from raev2.interop.encoders import is_reference_name, reference_encoder, v1_encoder
-from raev2.interop.files import generator_part, read_source, tokenizer_part
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
 from raev2.spec import DDTSpec, DecoderSpec, FlowSpec
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.rae import RAE
+from raev2_tasks.convert.encoders import is_reference_name, reference_encoder, v1_encoder
+from raev2_tasks.convert.files import generator_part, read_source, tokenizer_part
 
 SPEC = DDTSpec(width=16, depth=2, num_heads=2, head_width=32, head_depth=1, head_num_heads=2, base_head_depth=1)
 TOKENIZER = ["--encoder", "micro", "--set", "heads=2", "--from", "raev2"]
@@ -56,7 +56,7 @@ def files(generator, decoder, tmp_path, monkeypatch) -> Path:
     )  # fmt: skip
     torch.save(export_decoder(decoder), "decoder.pt")
     torch.save({"mean": torch.randn(192, 8, 8), "var": torch.rand(192, 8, 8) + 0.1}, "stats.pt")
-    Path("LICENSE").write_text("Do no harm.\n")
+    Path("LICENSE").write_text("Do no harm.\n", encoding="utf-8")
     return tmp_path
 
 
@@ -99,8 +99,41 @@ def test_a_generator_with_provenance_and_licence(run, generator):
         "layout": "RAEv2 DiTwDDTHeadIG", "origin": "RAEv2", "path": "generator.pt", "weights": "ema",
         "sha256": {"generator.pt": file_sha256(Path("generator.pt"))},
     }  # fmt: skip
-    card = Path("gen/README.md").read_text()
+    card = Path("gen/README.md").read_text(encoding="utf-8")
     assert "CC BY-NC 4.0" in card and "Do no harm." in card and file_sha256(Path("generator.pt")) in card
+
+
+@pytest.mark.parametrize(
+    ("origin", "network", "flow", "layout"),
+    [("raev2", SPEC, FlowSpec(), "RAEv2 DiTwDDTHeadIG"),
+     ("rae", SPEC.replace(conditioning="adaln", base_head_depth=None), FlowSpec(prediction="velocity"),
+      "RAE (v1) DiTwDDTHead")],
+)  # fmt: skip
+def test_imported_weights_are_sampled_and_scored(run, synthetic_data, origin, network, flow, layout):
+    """The commands of docs/how_to/import_export.md, on random weights in the reference's layout."""
+    random = Generator(network, LabelCondition(num_classes=4), flow, (192, 8, 8))
+    for parameter in random.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    torch.save({"ema": export_generator(random)}, "checkpoint.pt")
+    Path("config.yaml").write_text(yaml.safe_dump(generator_config(random)), encoding="utf-8")
+    code, text = run("import", "checkpoint.pt", "--out", "gen", "--config", "config.yaml")
+    assert code == 0 and layout in text, text
+    tokenizer = ["--encoder", "micro", "--set", "heads=2", "--from", origin]
+    assert run("import", "decoder.pt", "--out", "tok", "--stats", "stats.pt", *tokenizer)[0] == 0
+    pair = ["--generator", "gen", "--tokenizer", "tok", "--task", "imagenet", "--recipe", "quickstart",
+            "--data", synthetic_data, "--set", "sampling.guidance.kind=none", "--set", "sampling.steps=2",
+            "--set", "evaluation.num_samples=16"]  # fmt: skip
+    assert run("sample", *pair, "--label", "ring", "--n", "2", "--out", "pictures")[0] == 0
+    code, text = run("eval", *pair, "--protocol", "generation-micro")
+    assert code == 0 and "fd_micro" in text
+    result = json.loads(Path("results/gen/eval/generation-micro.json").read_text(encoding="utf-8"))
+    assert result["spec"]["generator"]["width"] == 16 and result["sampling"]["steps"] == 2
+    assert run("export", *pair, "--format", "pipeline", "--out", "whole")[0] == 0
+    card = Path("whole/README.md").read_text(encoding="utf-8")
+    assert "Do no harm." in card and "### generation-micro" in card and file_sha256(Path("checkpoint.pt")) in card
+    assert run("sample", "--run", "whole", "--label", "ring", "--n", "2", "--out", "again")[0] == 0
+    for name in ("00000.png", "00001.png"):
+        assert Path("pictures", name).read_bytes() == Path("again", name).read_bytes()
 
 
 def test_two_imports_write_the_same_bytes(run):
@@ -119,7 +152,7 @@ def test_a_tokenizer_from_decoder_and_statistics(run, decoder):
     latents = torch.randn(1, 192, 8, 8)
     tokens = (latents * (stats["var"] + 1e-5).sqrt() + stats["mean"]).flatten(2).transpose(1, 2)
     torch.testing.assert_close(rae.decode(latents, clamp=False), decoder(tokens))
-    card = Path("tok/README.md").read_text()
+    card = Path("tok/README.md").read_text(encoding="utf-8")
     assert "imported from stats.pt" in card and "Do no harm." in card and "for their author to add" not in card
 
 
@@ -158,7 +191,7 @@ def test_a_configuration_of_the_reference(run, generator):
     config = {"stage_2": {"target": "stage2.models.DDT.DiTwDDTHeadIG", "params": params},
               "transport": {"params": {"prediction": "velocity"}}, "guidance": {"guidance_model": other}}  # fmt: skip
     assert generator_part(config) == {"model": "DiTwDDTHeadIG", **params, "prediction": "velocity"}
-    Path("config.yaml").write_text(yaml.safe_dump(config))
+    Path("config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert run("import", "generator.pt", "--out", "gen", "--config", "config.yaml")[0] == 0
     assert Generator.from_pretrained("gen").flow.prediction == "velocity"
 
@@ -269,8 +302,8 @@ def test_a_decoder_of_another_encoder(refused):
 def test_a_gated_encoder_without_access(refused):
     arguments = ["--encoder", "dinov3mls-vit-l16[layers=11.23]", "--set", "heads=2", "--from", "raev2"]
     message = refused(4, "import", "decoder.pt", "--out", "x", *arguments)
-    for part in ("encoder dinov3-l16: the weights cannot be loaded", "DINOv3 License", "must be accepted at https://",
-                 "A local folder with config.json and model.safetensors is accepted", "'dinov2-l'"):  # fmt: skip
+    for part in ("encoder dinov3-l16: the weights are missing", "DINOv3 License", "must be accepted at https://",
+                 "A local folder is accepted in place of the name", "'dinov2-l'"):  # fmt: skip
         assert part in message
 
 
@@ -293,7 +326,7 @@ def test_an_impossible_image_size(refused, size, message):
     config = {
         "stage_1": {"params": {"encoder_cls": "MAEwNorm", "encoder_config_path": "x", "encoder_input_size": size}}
     }
-    Path("c.yaml").write_text(yaml.safe_dump(config))
+    Path("c.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert message in refused(2, "import", "decoder.pt", "--out", "x", "--config", "c.yaml", *TOKENIZER[:4])
 
 
@@ -311,7 +344,7 @@ def test_folders_of_other_things(refused):
         import re
 
         Path(name).mkdir()
-        Path(name, "config.json").write_text(json.dumps(config))
+        Path(name, "config.json").write_text(json.dumps(config), encoding="utf-8")
         assert re.search(message, refused(4, "import", name, "--out", "x"))
 
 
@@ -344,7 +377,9 @@ def test_the_reference_layout_goes_out_and_comes_back(run, generator, decoder):
     ]:
         found = torch.load(f"ref/{name}.pt", weights_only=True)
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-    assert generator_part(yaml.safe_load(Path("ref/config.yaml").read_text())) == generator_config(generator)
+    assert generator_part(yaml.safe_load(Path("ref/config.yaml").read_text(encoding="utf-8"))) == generator_config(
+        generator
+    )
 
     config = ["--config", "ref/config.yaml"]
     assert run("import", "ref/generator.pt", "--out", "again/generator", *config)[0] == 0
@@ -354,31 +389,29 @@ def test_the_reference_layout_goes_out_and_comes_back(run, generator, decoder):
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_run_goes_out_for_the_hub_with_its_numbers(run, trained_run):
-    assert run("export", "--run", trained_run, "--format", "hub", "--out", "hub")[0] == 0
-    for kind, protocol in {"tokenizer": "reconstruction-micro", "generator": "generation-micro"}.items():
-        assert sorted(file.name for file in Path("hub", kind).iterdir()) == [
-            "README.md",
-            "config.json",
-            "model.safetensors",
-        ]
-        card = Path("hub", kind, "README.md").read_text()
-        assert f"### {protocol}" in card and "| metric | value | n | better | meaning |" in card and "icence" in card
-    assert "generation" not in Path("hub/tokenizer/README.md").read_text().partition("## Evaluation")[2]
-    assert RAE.from_pretrained("hub/tokenizer").latent_stats is not None
-    Generator.from_pretrained("hub/generator")
+def test_a_run_goes_out_as_a_pipeline_whose_parts_are_artefacts(run, trained_run):
+    assert run("export", "--run", trained_run, "--format", "pipeline", "--out", "whole")[0] == 0
+    assert sorted(file.name for file in Path("whole").iterdir()) == [
+        "README.md", "eval", "generator", "pipeline.json", "samples.png", "tokenizer",
+    ]  # fmt: skip
+    assert RAE.from_pretrained("whole").latent_stats is not None
+    assert Generator.from_pretrained("whole").extra["data"]["name"] == "synthetic"
+    assert run("export", "--run", "whole", "--format", "reference", "--out", "ref")[0] == 0
 
 
 def test_a_trained_run_goes_out_in_the_reference_layout(run, trained_run):
     assert run("export", "--run", trained_run, "--format", "reference", "--out", "ref")[0] == 0
-    assert tokenizer_part(yaml.safe_load(Path("ref/config.yaml").read_text()))["encoder"]["name"] == "micro"
+    assert (
+        tokenizer_part(yaml.safe_load(Path("ref/config.yaml").read_text(encoding="utf-8")))["encoder"]["name"]
+        == "micro"
+    )
     assert read_source("ref/generator.pt").layout == "RAEv2 DiTwDDTHeadIG"
     assert run("import", "ref/generator.pt", "--config", "ref/config.yaml", "--out", "gen")[0] == 0
 
 
 def test_what_cannot_be_exported(refused, run):
     assert "nowhere: nothing to export; got no such folder" in refused(
-        4, "export", "--run", "nowhere", "--format", "hub", "--out", "x"
+        4, "export", "--run", "nowhere", "--format", "diffusers", "--out", "x"
     )
     run("import", "generator.pt", "--out", "gen", "--set", "base_model_depth=1")
     run("import", "decoder.pt", "--out", "tok", "--stats", "stats.pt", *TOKENIZER)
@@ -393,7 +426,7 @@ def test_what_cannot_be_exported(refused, run):
 MEASURE = """
 import resource, sys
 from raev2.command.cli import main
-import raev2.command.actions, raev2_tasks.convert.command, raev2.interop.files  # what the command imports
+import raev2.command.actions, raev2_tasks.convert.command, raev2_tasks.convert.files  # what the command imports
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 assert main(["import", sys.argv[1], "--out", sys.argv[2], "--set", "base_model_depth=8"]) == 0

@@ -105,7 +105,9 @@ def import_autoencoder(tensors: Mapping[str, Tensor], config: Mapping[str, Any],
 
     known = KNOWN_ENCODERS.get((kind, config["encoder_hidden_size"], config["encoder_num_hidden_layers"], patch), kind)
     encoder = EncoderSpec(name=f"hf:{known}", norm="plain", antialias=False)
-    spec = TokenizerSpec(encoder=encoder, decoder=decoder, grid=grid, noise_tau=config["noise_tau"])
+    spec = TokenizerSpec(
+        encoder=encoder, decoder=decoder, grid=grid, noise_tau=config["noise_tau"], noise_unit="tokens"
+    )
     trained = import_decoder(decoder_weights, decoder_config, mean, std)
     rae = RAE(spec, build_encoder(encoder, grid, source=encoder_dir), decoder=trained)
     rae.encoder_dir = encoder_dir

@@ -91,15 +91,14 @@ def test_outputs_equal_those_of_diffusers(case, work):
 
 def test_the_artefact_brings_its_encoder_and_its_provenance(work):
     autoencoder("mae", 4).save_pretrained("theirs")
-    Path("theirs/LICENSE").write_text("Some terms.")
+    Path("theirs/LICENSE").write_text("Some terms.", encoding="utf-8")
     main(["import", "theirs", "--out", "ours"])
     rae = RAE.from_pretrained("ours")
     assert rae.spec.encoder.name == "hf:mae" and not rae.spec.encoder.antialias
     assert set(rae.extra["source"]["sha256"]) == {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert (
-        "Some terms." in Path("ours/README.md").read_text()
-        and "in the folder `encoder`" in Path("ours/README.md").read_text()
-    )
+    assert "Some terms." in Path("ours/README.md").read_text(encoding="utf-8") and "in the folder `encoder`" in Path(
+        "ours/README.md"
+    ).read_text(encoding="utf-8")
     rae.save_pretrained("copy")
     again = RAE.from_pretrained("copy")
     assert again.encoder.fingerprint() == rae.encoder.fingerprint() and again.extra == rae.extra
@@ -108,7 +107,7 @@ def test_the_artefact_brings_its_encoder_and_its_provenance(work):
 def change(folder: str, config: dict | None = None, drop: str = "", add: str = "", **values: torch.Tensor) -> None:
     """Damage a folder of diffusers."""
     file = Path(folder, "config.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), **(config or {})}))
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **(config or {})}), encoding="utf-8")
     weights = Path(folder, "diffusion_pytorch_model.safetensors")
     tensors = {name: value for name, value in load_file(weights).items() if not drop or drop not in name}
     save_file(tensors | values | ({add: torch.zeros(2)} if add else {}), weights)
@@ -186,7 +185,7 @@ def test_a_siglip2_folder(prefix, head, tmp_path):
     import transformers
     from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
-    from raev2.interop.autoencoders import import_autoencoder
+    from raev2_tasks.convert.autoencoders import import_autoencoder
 
     torch.manual_seed(0)
     config = transformers.SiglipVisionConfig(

@@ -1,0 +1,1 @@
+"""`raev2 reconstruct`: pictures after encoding and decoding, with their scores."""

@@ -1,0 +1,1 @@
+"""Run folders become a page."""

@@ -1,0 +1,1 @@
+"""Sampling settings tried one after the other on a trained run."""
