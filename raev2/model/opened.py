@@ -66,7 +66,7 @@ class Source:
 
         path   where a pipeline was downloaded to; None: where `local_folder` finds it
         """
-        path = path or local_folder(run)
+        path = path or (local_folder(run) if str(run).count("/") == 1 else Path(run))  # OWNER/NAME may be of the hub
         if (path / PIPELINE).is_file():
             return _pipeline(path, path if Path(run).exists() else _results_of(run))
         if not (path / "spec.yaml").is_file():

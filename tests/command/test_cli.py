@@ -198,7 +198,8 @@ def test_a_folder_that_is_not_a_run(refused, tmp_path):
     for command in ("sample", "eval", "report"):
         for folder in ("elsewhere", "nowhere"):
             message = refused(4, command, "--run", folder)
-            assert message == f"{folder}: not a run folder, spec.yaml is missing; expected runs/TASK/NAME"
+            expected = "a run folder with spec.yaml, or a pipeline with pipeline.json"
+            assert message == f"{folder}: neither a run folder nor a pipeline; expected {expected}"
 
 
 def test_no_run_of_a_task_yet(refused):

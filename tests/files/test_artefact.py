@@ -172,7 +172,7 @@ def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path, part, value
 
 @pytest.mark.parametrize("name", ["nowhere", "user/no-such-repository", "runs/a/b/tokenizer"])
 def test_a_name_that_is_nothing_is_a_checkpoint_error(name):
-    with pytest.raises(CheckpointError, match="tokenizer: the weights are missing; got .*; expected "):
+    with pytest.raises(CheckpointError, match=f"model {name}: the weights are missing; got .*; expected "):
         load_artefact(name, kind="tokenizer")
 
 

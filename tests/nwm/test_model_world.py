@@ -154,10 +154,11 @@ def test_a_run_without_a_generator_is_named(tiny_nwm_spec, run_dir, tmp_path):
     only = train(done, tmp_path / "only", stage="tokenizer")
     with pytest.raises(CheckpointError, match="has no trained generator yet"):
         open_run(str(only))
-    save_spec(get_recipe(get_task("imagenet"), "quickstart"), tmp_path / "spec.yaml")
+    other = get_recipe(get_task("imagenet"), "quickstart").replace(tokenizer_from=str(run_dir / "tokenizer"))
+    save_spec(other, tmp_path / "spec.yaml")
     with pytest.raises(SpecError, match="^--run: not a run of this task; got imagenet; expected nwm$"):
         open_run(str(tmp_path))
-    with pytest.raises(CheckpointError, match="not a run folder"):
+    with pytest.raises(CheckpointError, match="nothing: neither a run folder nor a pipeline"):
         model_worlds(str(tmp_path / "nothing"), engine=False)
 
 
