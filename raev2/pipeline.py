@@ -97,9 +97,9 @@ def _train(run: Run, task: Task, stage: str, origin: Origin | None) -> Path:
         rae = load_tokenizer(tokenizer_dir).to(run.device)
     elif not isinstance(spec.tokenizer, TokenizerSpec):
         rae = build_tokenizer(spec.tokenizer).to(run.device)
-        if dist.is_main():
-            rae.save_pretrained(run.dir / TOKENIZER)
-        dist.barrier()
+        with dist.together():
+            if dist.is_main():
+                rae.save_pretrained(run.dir / TOKENIZER)
     else:
         logger.info("no tokenizer in %s yet: training it first", run.dir / TOKENIZER)
         rae = train_tokenizer(run, train_set, val_set)
@@ -155,13 +155,13 @@ def _write_cards(run: Run) -> None:
 def prepare_data(spec: RunSpec) -> None:
     """Build the dataset folder of a spec if it is missing and the spec names a data recipe."""
     folder = Path(spec.data.dir)
-    if not (folder / "manifest.json").is_file() and spec.data.recipe and dist.is_main():
-        recipe = get_data_recipe(spec.data.recipe)
-        logger.info("building %s with the data recipe %s", folder, recipe.name)
-        for line in recipe.plan(recipe.resolve(spec.data.options)):
-            logger.info("%s", line)
-        recipe.build(folder, spec.data.options)
-    dist.barrier()
+    with dist.together():
+        if not (folder / "manifest.json").is_file() and spec.data.recipe and dist.is_main():
+            recipe = get_data_recipe(spec.data.recipe)
+            logger.info("building %s with the data recipe %s", folder, recipe.name)
+            for line in recipe.plan(recipe.resolve(spec.data.options)):
+                logger.info("%s", line)
+            recipe.build(folder, spec.data.options)
     read_manifest(folder)
 
 

@@ -127,11 +127,12 @@ def train_generator(
     averages = {name: whole(value) for name, value in ema.state_dict(decay).items()}
     load_strict(generator, {**generator.state_dict(), **averages}, "averaged generator")
     look(generator, state.images)
-    if dist.is_main():
-        trained = {"recipe": spec.recipe, "images_seen": state.images, "ema_decay": decay}
-        generator.extra = {**trained, "data": dataset.terms, "tokenizer": rae.identity(), "commits": dict(run.commits)}
-        generator.save_pretrained(run.dir / STAGE)
-    dist.barrier()
+    with dist.together():
+        if dist.is_main():
+            trained = {"recipe": spec.recipe, "images_seen": state.images, "ema_decay": decay}
+            generator.extra = {**trained, "data": dataset.terms, "tokenizer": rae.identity()}
+            generator.extra["commits"] = dict(run.commits)
+            generator.save_pretrained(run.dir / STAGE)
     return generator.eval()
 
 

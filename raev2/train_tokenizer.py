@@ -154,10 +154,10 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     load_strict(rae.decoder, {**rae.decoder.state_dict(), **ema.state_dict(loop.ema_decay)}, "averaged decoder")
     rae.set_stats(measure_stats(rae, dataset, device, loop.stats_images))
     save_reconstructions(run, rae, val, state.images)
-    if dist.is_main():
-        rae.extra |= {"data": dataset.terms, "commits": dict(run.commits)}
-        rae.save_pretrained(run.dir / STAGE)
-    dist.barrier()
+    with dist.together():
+        if dist.is_main():
+            rae.extra |= {"data": dataset.terms, "commits": dict(run.commits)}
+            rae.save_pretrained(run.dir / STAGE)
     return rae.eval()
 
 

@@ -309,12 +309,12 @@ def run_protocol(
         )  # fmt: skip
     with torch.no_grad():
         results = _results(evaluator, context)
-    if eval_dir is not None and dist.is_main():
-        about = {"description": evaluator.description, "needs_generator": evaluator.needs_generator}
-        about |= {"preparation": context.dataset("val").preparation, **evaluator.describe(context), **(extra or {})}
-        about["warnings"] = _warnings(about, results)
-        write_result(eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context, about)
-    dist.barrier()
+    with dist.together():
+        if eval_dir is not None and dist.is_main():
+            about = {"description": evaluator.description, "needs_generator": evaluator.needs_generator}
+            about |= {"preparation": context.dataset("val").preparation, **evaluator.describe(context), **(extra or {})}
+            about["warnings"] = _warnings(about, results)
+            write_result(eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context, about)
     return results
 
 

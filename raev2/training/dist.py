@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 Value = TypeVar("Value")
+PATIENCE = timedelta(days=2)  # with the main process while it builds data, samples or evaluates
 
 
 def is_distributed() -> bool:
@@ -65,7 +69,7 @@ def gather_objects(value: Any) -> Sequence[Any]:
     if not is_distributed():
         return [value]
     gathered: list[Any] = [None] * world_size()
-    torch_dist.all_gather_object(gathered, value)
+    torch_dist.all_gather_object(gathered, value, group=_messages())
     return gathered
 
 
@@ -74,18 +78,26 @@ def from_main(value: Any) -> Any:
     return gather_objects(value)[0]
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, processes do different things. All wait at the end, and an error of one is raised on all."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    first = next(filter(None, gather_objects(error)), None)
+    if error or first:
+        raise error or first  # type: ignore[misc]
+
+
 def on_main(function: Callable[[], Value]) -> Value:
     """What a function returns on the main process alone, on every process; an error of it is raised on all."""
-    value, error = None, None
-    if is_main():
-        try:
+    value = None
+    with together():
+        if is_main():
             value = function()
-        except Exception as caught:
-            error = caught
-    value, error = from_main((value, error))
-    if error is not None:
-        raise error
-    return value
+    return from_main(value)
 
 
 def device() -> torch.device:
@@ -96,12 +108,19 @@ def device() -> torch.device:
 def barrier() -> None:
     """Wait for all processes."""
     if is_distributed():
-        torch_dist.barrier()
+        torch_dist.barrier(group=_messages())
 
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process."""
     if not is_distributed():
         return flag
-    device = torch.device("cuda", torch.cuda.current_device()) if torch_dist.get_backend() == "nccl" else "cpu"
-    return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
+    flags = torch.tensor(float(flag))
+    torch_dist.all_reduce(flags, group=_messages())
+    return bool(flags > 0)
+
+
+@cache
+def _messages() -> Any:
+    """Words between processes go over the CPU: no GPU is waited for, and one that works for hours is waited for."""
+    return torch_dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -75,19 +75,19 @@ class Origin:
 
     def copy_into(self, run: Run) -> None:
         """Give a new run this checkpoint as its own; a run that was begun with it before goes on as it is."""
-        if dist.is_main():
-            begun = read_json(run.dir / "provenance.json").get(PROVENANCE)
-            folder = run.dir / "checkpoints" / self.stage
-            if begun != str(self.path) and (begun or folder.exists() or (run.dir / "metrics.jsonl").exists()):
-                raise CheckpointError(
-                    str(run.dir), f"exists and was not begun with --resume {self.path}",
-                    got=begun or "a run of its own", hint="Choose another --run.",
-                )  # fmt: skip
-            add_provenance(run, PROVENANCE, str(self.path))
-            if not list_checkpoints(folder):
-                with new_folder(folder / self.path.name, CHECKPOINT) as partial:
-                    shutil.copytree(self.path, partial, dirs_exist_ok=True)
-        dist.barrier()
+        with dist.together():
+            if dist.is_main():
+                begun = read_json(run.dir / "provenance.json").get(PROVENANCE)
+                folder = run.dir / "checkpoints" / self.stage
+                if begun != str(self.path) and (begun or folder.exists() or (run.dir / "metrics.jsonl").exists()):
+                    raise CheckpointError(
+                        str(run.dir), f"exists and was not begun with --resume {self.path}",
+                        got=begun or "a run of its own", hint="Choose another --run.",
+                    )  # fmt: skip
+                add_provenance(run, PROVENANCE, str(self.path))
+                if not list_checkpoints(folder):
+                    with new_folder(folder / self.path.name, CHECKPOINT) as partial:
+                        shutil.copytree(self.path, partial, dirs_exist_ok=True)
 
 
 def check_identity(run: Run, found: Mapping[str, str]) -> None:
@@ -95,17 +95,17 @@ def check_identity(run: Run, found: Mapping[str, str]) -> None:
 
     Raises CheckpointError with both. A run of an older version has none yet.
     """
-    if dist.is_main():
-        file = run.dir / "identity.json"
-        known = read_json(file) if file.is_file() else {}
-        for name, value in found.items():
-            if known.get(name, value) != value:
-                raise CheckpointError(
-                    str(run.dir), f"{name} is not what the run began with", got=value[:12],
-                    expected=str(known[name])[:12], hint="Bring it back as it was, or choose another --run.",
-                )  # fmt: skip
-        write_json(file, {**known, **found})
-    dist.barrier()
+    with dist.together():
+        if dist.is_main():
+            file = run.dir / "identity.json"
+            known = read_json(file) if file.is_file() else {}
+            for name, value in found.items():
+                if known.get(name, value) != value:
+                    raise CheckpointError(
+                        str(run.dir), f"{name} is not what the run began with", got=value[:12],
+                        expected=str(known[name])[:12], hint="Bring it back as it was, or choose another --run.",
+                    )  # fmt: skip
+            write_json(file, {**known, **found})
 
 
 def local_identity(spec: RunSpec) -> dict[str, str]:

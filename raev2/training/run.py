@@ -132,16 +132,16 @@ def open_run(dir: str | Path, spec: RunSpec, *, resume: bool = True, overwrite: 
     """
     dir = Path(dir)
     accelerator = make_accelerator(spec.precision)
-    if dist.is_main():
-        if (dir / "spec.yaml").is_file() and not overwrite:
-            _check_continues(dir, load_spec(dir / "spec.yaml"), spec, resume)
-            save_spec(spec, dir / "spec.yaml")
-        else:
-            check_replaceable(dir, RUN, needed=spec_values(spec))
-            with new_folder(dir, RUN) as new:
-                save_spec(spec, new / "spec.yaml")
-                write_json(new / "provenance.json", provenance(spec, accelerator.device))
-    dist.barrier()
+    with dist.together():
+        if dist.is_main():
+            if (dir / "spec.yaml").is_file() and not overwrite:
+                _check_continues(dir, load_spec(dir / "spec.yaml"), spec, resume)
+                save_spec(spec, dir / "spec.yaml")
+            else:
+                check_replaceable(dir, RUN, needed=spec_values(spec))
+                with new_folder(dir, RUN) as new:
+                    save_spec(spec, new / "spec.yaml")
+                    write_json(new / "provenance.json", provenance(spec, accelerator.device))
     tracker = Tracker(dir, spec) if spec.tracker and dist.is_main() else None
     return Run(dir, spec, accelerator, tracker=tracker)
 
@@ -323,9 +323,9 @@ class TrainingState:
             logger.warning("%s: weights are not finite after %d images, no checkpoint", self.stage, images)
             return False
         tensors = {stem: for_main(part) for stem, part in self._tensors().items()}
-        if dist.is_main():
-            save_checkpoint(self.folder, images, Checkpoint(tensors, {}), keep, self.best())
-        dist.barrier()
+        with dist.together():
+            if dist.is_main():
+                save_checkpoint(self.folder, images, Checkpoint(tensors, {}), keep, self.best())
         return True
 
     def finite(self) -> bool:
