@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from raev2.files.damage import read_json
+from raev2.files.images import read_rgb
 from raev2.spec import RunSpec
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _tensorboard(kind: str, run_dir: Path, name: str, spec: RunSpec) -> tuple[Se
         for name, value in numbers.items():
             writer.add_scalar(name, value, images)
         for name, file in pictures.items():
-            writer.add_image(name, np.asarray(Image.open(file)), images, dataformats="HWC")
+            writer.add_image(name, np.asarray(read_rgb(file, str(file))), images, dataformats="HWC")
         writer.flush()
 
     return send, writer.close
