@@ -171,7 +171,7 @@ def test_a_command_replaces_what_it_wrote_and_nothing_else(place, synthetic_data
         [*TRAIN, "--run", "run", "--set", "tokenizer_from=run/tokenizer"],
         [*TRAIN, "--run", "run", "--set", "generator_from=run/generator"],
         [*TRAIN, "--run", "run", "--set", "sampling.guidance={kind: auto, weak: run/generator}"],
-        ["export", "--run", "run/tokenizer", "--format", "hub", "--out", "run/tokenizer"],
+        ["export", "--run", "run", "--format", "pipeline", "--out", "run"],
         ["sample", "--run", "run", "--out", "run"],
         ["reconstruct", "--run", "run", "run/samples", "--out", "run/samples"],
         ["data", "build", "image-folder", "--set", "src=data/train", "--out", "data"],

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from raev2 import pipeline, train_generator, train_tokenizer
+from raev2 import train_generator, train_tokenizer
 from raev2.command.cli import main
+from raev2.model import opened
 
 resource = pytest.importorskip("resource", reason="POSIX only")
 TRAIN = ["train", "--task", "imagenet", "--recipe", "tiny", "--run"]
@@ -28,7 +29,7 @@ COMMANDS = {
     "latents stats": ["latents", "stats", "--run", "run", "--data", "data", "--out", "out"],
     "latents build": ["latents", "build", "--run", "run", "--data", "data", "--out", "out"],
     "export": ["export", "--run", "run", "--format", "reference", "--out", "out"],
-    "export for the hub": ["export", "--run", "run", "--format", "hub", "--out", "out"],
+    "export for the hub": ["export", "--run", "run", "--format", "pipeline", "--out", "out"],
 }
 
 
@@ -102,7 +103,7 @@ def test_a_folder_that_is_read_only_is_one_line(place, capsys, name):
     [
         (train_tokenizer, "l1_loss", "tokenizer_training.micro_batch_size", 8),
         (train_generator, "training_loss", "generator_training.micro_batch_size", 8),
-        (pipeline, "sample", "sampling.batch_size", 16),
+        (opened, "sample", "sampling.batch_size", 16),
     ],
 )
 def test_memory_that_runs_out_names_the_field_to_lower(

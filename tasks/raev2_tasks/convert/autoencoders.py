@@ -261,5 +261,5 @@ def _encoder_kind(rae: RAE) -> tuple[str, Any]:
 def _not_possible(reason: str, expected: str) -> CheckpointError:
     return CheckpointError(
         "--format diffusers", "AutoencoderRAE cannot express this tokenizer", got=reason, expected=expected,
-        hint="Export it with --format hub or reference.",
+        hint="Export it with --format pipeline or reference.",
     )  # fmt: skip
