@@ -260,9 +260,9 @@ def test_a_defect_of_ours_is_not_hidden(monkeypatch):
     def broken(_):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(actions.COMMANDS, "bench", broken)
+    monkeypatch.setitem(actions.COMMANDS, "eval", broken)
     with pytest.raises(ZeroDivisionError):
-        main(["bench"])
+        main(["eval"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -310,8 +310,8 @@ def test_an_error_of_the_system_is_one_line(refused, monkeypatch, error, message
     def fail(_):
         raise error
 
-    monkeypatch.setitem(actions.COMMANDS, "bench", fail)
-    assert refused(6, "bench") == message
+    monkeypatch.setitem(actions.COMMANDS, "eval", fail)
+    assert refused(6, "eval") == message
 
 
 @pytest.mark.parametrize(("target", "reason"), [("| true", "Broken pipe"), ("> /dev/full", "No space left on device")])
@@ -329,8 +329,8 @@ def test_ctrl_c_is_quiet(cli, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(actions.COMMANDS, "bench", interrupted)
-    assert cli("bench") == (130, "", "")
+    monkeypatch.setitem(actions.COMMANDS, "eval", interrupted)
+    assert cli("eval") == (130, "", "")
 
 
 @pytest.mark.parametrize("argv", [["trian"], ["train"], ["sample", "--guidance", "free"], ["data", "burn"]])
