@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from raev2.errors import DataError, SpecError
+from raev2.errors import CheckpointError, SpecError
 from raev2.spec_io import override_spec
 from raev2_tasks.nwm.plan import planning
 from raev2_tasks.nwm.plan.command import plan_command
@@ -389,7 +389,7 @@ def test_the_command_knows_published_settings_by_name(tmp_path):
 def test_the_published_cost_needs_the_weights_of_its_network(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     planning._lpips_alex.cache_clear()
-    with pytest.raises(DataError, match="LPIPS needs the alex backbone"):
+    with pytest.raises(CheckpointError, match=r"LPIPS \(AlexNet\): the weights are missing; expected .*alexnet"):
         plan_command(["--toy", "--goals", "1", "--preset", "nwm", "--out", str(tmp_path)])
 
 
