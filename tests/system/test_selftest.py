@@ -177,10 +177,10 @@ def test_each_start_has_one_fault_and_each_point_two(tmp_path):
 
 def test_a_system_without_posix_is_told_so(monkeypatch, capsys):
     with monkeypatch.context() as other:
-        other.setattr("raev2_tasks.selftest.command.os.name", "nt")
+        other.setattr("raev2_tasks.selftest.command.POSIX", False)
         code = main(["selftest"])
     assert code == 2
-    assert "error: raev2 selftest: needs signals and limits of POSIX; got nt" in capsys.readouterr().err
+    assert "error: raev2 selftest: needs signals and limits of POSIX; got posix" in capsys.readouterr().err
 
 
 def test_runs_are_compared_by_weights_pictures_results_and_steps(trained_run, tmp_path):

@@ -93,7 +93,7 @@ def test_one_process_evaluates_to_the_same_numbers(run, tmp_path):
 
 def test_latent_statistics_are_those_of_one_process(run, spec):
     rae, dataset = RAE.from_pretrained(run / "tokenizer"), FolderDataset(spec.data.dir, "train", (64, 64))
-    stats = pipeline.measure_stats(rae, dataset, torch.device("cpu"))
+    stats = train_tokenizer.measure_stats(rae, dataset, torch.device("cpu"))
     assert stats.num_images == rae.latent_stats.num_images == 32
     assert torch.allclose(stats.mean, rae.latent_stats.mean, atol=1e-6)
     assert torch.allclose(stats.var, rae.latent_stats.var, rtol=1e-5)

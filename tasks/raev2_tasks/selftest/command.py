@@ -8,6 +8,8 @@ from argparse import ArgumentParser, Namespace
 from raev2.errors import SpecError
 from raev2.task import Command
 
+POSIX = os.name == "posix"
+
 
 def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--task", help="default: every task that has a recipe of this name")
@@ -19,7 +21,7 @@ def _options(parser: ArgumentParser) -> None:
 
 
 def _selftest(options: Namespace) -> int:
-    if os.name != "posix":
+    if not POSIX:
         raise SpecError("raev2 selftest", "needs signals and limits of POSIX", got=os.name)
     from raev2.command.cli import main
     from raev2_tasks.selftest.faults import run
