@@ -36,8 +36,8 @@ def _recipes_options(parser: ArgumentParser) -> None:
 
 def _recipes(options: Namespace) -> None:
     found = [get_task(options.task)] if options.task else usable_tasks()
-    specs = [(task.name, recipe()) for task in found for recipe in task.recipes().values()]
-    rows = [(task, spec.recipe, spec.summary, spec.cost, _expected(spec)) for task, spec in specs]
+    specs = [(task.name, name, recipe()) for task in found for name, recipe in task.recipes().items()]
+    rows = [(task, name, spec.summary, spec.cost, _expected(spec)) for task, name, spec in specs]
     print_rows(options, ("task", "recipe", "what it is", "hardware and time", "number to expect"), rows)
 
 
