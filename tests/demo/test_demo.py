@@ -17,6 +17,7 @@ from PIL import Image
 
 from raev2.command.cli import main
 from raev2.errors import TaskError
+from raev2.sampler import CPU_CHUNK
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -52,12 +53,25 @@ def test_its_pictures_are_those_of_sample(address, trained_run, tmp_path, capsys
     client = Client(address, verbose=False, download_files=str(tmp_path / "demo"))
     label = "disc"
     shown, strip, said = client.predict(label, "internal", 1.5, 3, 7, api_name="/sample")
-    line = ["--label", label, "--n", "4", "--guidance", "internal", "--scale", "1.5", "--steps", "3", "--seed", "7"]
+    line = [
+        "--label",
+        label,
+        "--n",
+        str(CPU_CHUNK),
+        "--guidance",
+        "internal",
+        "--scale",
+        "1.5",
+        "--steps",
+        "3",
+        "--seed",
+        "7",
+    ]
     assert main(["sample", "--run", str(trained_run), *line, "--out", str(tmp_path / "out")]) == 0
     for number, picture in enumerate(shown):
         with Image.open(picture["image"]) as one, Image.open(tmp_path / "out" / f"{number:05d}.png") as other:
             assert np.array_equal(np.asarray(one.convert("RGB")), np.asarray(other))
-    assert len(shown) == 4 and said == "step 3 of 3, t = 0.000"
+    assert len(shown) == CPU_CHUNK and said == "step 3 of 3, t = 0.000"
     assert [picture["caption"] for picture in strip] == ["step 1", "step 2", "step 3"]
 
 
