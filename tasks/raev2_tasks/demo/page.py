@@ -1,4 +1,4 @@
-"""The page of `raev2 demo`: a class or a prompt in, four pictures out, as they come out of the noise.
+"""The page of `raev2 demo`: a class or a prompt in, pictures out, as they come out of the noise.
 
 The pictures are those of `raev2 sample --n 4` with the same settings and seed.
 """
