@@ -313,7 +313,6 @@ def run_protocol(
         if eval_dir is not None and dist.is_main():
             about = {"description": evaluator.description, "needs_generator": evaluator.needs_generator}
             about |= {"preparation": context.dataset("val").preparation, **evaluator.describe(context), **(extra or {})}
-            about["warnings"] = _warnings(about, results)
             write_result(eval_dir / f"{evaluator.protocol}.json", evaluator.protocol, results, context, about)
     return results
 
@@ -402,6 +401,7 @@ def write_numbers(
             "results": [vars(result) for result in results],
             "num_samples": max((result.num_samples for result in results), default=0),
             **about,
+            "warnings": _warnings(about, results),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "processes": dist.world_size(),
             "versions": {"python": platform.python_version(), **installed},

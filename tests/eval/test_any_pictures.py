@@ -126,6 +126,7 @@ def test_a_result_says_what_its_numbers_depend_on(folder, other, tmp_path, capsy
     assert said["num_samples"] == said["pictures"]["num_images"] == 20 and said["reference"]["num_images"] == 24
     assert said["pictures"]["path"] == str(folder) and said["reference"]["path"] == str(other)
     assert len(said["features"]["micro"]["fingerprint"]) == 64 and said["versions"]["torch"]
+    assert said["warnings"][0] == "fd_micro: only 20 pictures for 192 features: biased, compare at equal numbers alone"
     fingerprint = said["pictures"]["fingerprint"]
     (folder / "a" / "000.png").write_bytes((other / "a" / "000.png").read_bytes())
     evaluate(folder, other, out)
