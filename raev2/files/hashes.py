@@ -15,8 +15,8 @@ def file_sha256(file: Path) -> str:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hexadecimal digest of the names and bytes of a folder's files, apart from texts for people."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md")
+    """Hexadecimal digest of names and bytes of a folder's files, apart from texts for people and half-written files."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".md", ".partial"))
     return json_sha256({file.relative_to(folder).as_posix(): file_sha256(file) for file in files})
 
 

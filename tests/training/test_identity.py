@@ -127,3 +127,14 @@ def test_what_a_task_loads_for_its_conditions_must_stay_the_same(spec, monkeypat
         CheckpointError, match="condition encoder is not what the run began with; got b{12}; expected a{12}"
     ):
         pipeline.train(spec, "run")
+
+
+def test_a_card_that_was_being_written_is_no_change(tmp_path):
+    """The selftest found it: killed while a card was written again, the run was refused for what the kill had left."""
+    (tmp_path / "config.json").write_text("{}")
+    before = folder_sha256(tmp_path)
+    for name in ("README.md", ".README.md.partial"):
+        (tmp_path / name).write_text("a card")
+    assert folder_sha256(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert folder_sha256(tmp_path) != before
