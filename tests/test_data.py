@@ -279,24 +279,24 @@ def test_a_missing_or_damaged_index_is_refused(copy):
 
 
 OPEN = """
-import sys, time, resource
+import sys, resource
 from raev2.files.lines import Lines
 from pathlib import Path
 def memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before, start = memory(), time.process_time()
+before = memory()
 lines = Lines(Path(sys.argv[1]))
-print(len(lines), lines[1_000_000]["label"], time.process_time() - start, (memory() - before) / 1024)
+print(len(lines), lines[1_000_000]["label"], (memory() - before) / 1024)
 """
 
 
-def test_an_index_of_the_size_of_imagenet_opens_in_two_seconds_and_60_mb(tmp_path):
+def test_an_index_of_the_size_of_imagenet_opens_in_60_mb(tmp_path):
     rest = f'"name": "n01440764", "sha256": "{"0" * 64}", "source": "train/n01440764/n01440764_10026.JPEG"}}'
     with (tmp_path / "train.jsonl").open("w") as file:
         file.writelines(f'{{"file": "train/{i:07d}.JPEG", "label": {i}, {rest}\n' for i in range(1_281_167))
     command = [sys.executable, "-c", OPEN, str(tmp_path / "train.jsonl")]
-    num, label, seconds, mib = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    num, label, mib = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert (int(num), int(label)) == (1_281_167, 1_000_000)
-    assert float(seconds) < 2 and float(mib) < 60
+    assert float(mib) < 60
 
 
 def test_an_empty_split_is_refused(tmp_path):
