@@ -33,7 +33,8 @@ try:
 except DataError as error:
     said = str(error)
 dist.barrier()
-Path(sys.argv[1], f"said.{rank}").write_text(f"{said}\n{time.time()}")
+Path(sys.argv[1], f"said.{rank}").write_text(f"{said} @{time.time()}")
+dist.barrier()
 if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 dist.barrier()
@@ -63,7 +64,7 @@ def ended(tmp_path_factory) -> Ended:
     at = time.time()
     files = [folder / f"said.{rank}" for rank in (0, 1)]
     assert all(file.exists() for file in files), result.stderr[-2000:]
-    said, waited_from = zip(*(file.read_text().split("\n") for file in files), strict=True)
+    said, waited_from = zip(*(file.read_text().split(" @") for file in files), strict=True)
     return Ended(result.returncode, result.stderr, at, list(said), [float(text) for text in waited_from])
 
 
