@@ -137,4 +137,4 @@ def _portable(spec: RunSpec) -> RunSpec:
         logger.warning("the second generator of guidance %s stays here; saved as unguided", sampling.guidance.kind)
         sampling = sampling.replace(guidance=NoGuidance())
     data = spec.data.replace(dir=Path(spec.data.dir).name)
-    return spec.replace(tokenizer_from=None, generator_from=None, data=data, sampling=sampling)
+    return spec.replace(tokenizer_from=None, decoder_from=None, generator_from=None, data=data, sampling=sampling)
