@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.files.artefact import load_strict
 from raev2.files.grid import save_pairs
-from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec
+from raev2.spec import ParallelSpec, RunSpec, ScheduleSpec, TokenizerSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
 from raev2.tokenizer.losses import (
@@ -55,7 +55,8 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     # Networks, losses, optimizers, averages.
     assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
     torch.manual_seed(spec.seed)
-    rae = RAE.from_spec(spec.tokenizer).to(device)
+    rae = _untrained(spec).to(device)
+    known_stats = rae.latent_stats
     decoder = parallelise(rae.decoder, ParallelSpec())
     perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
     optimizer = build_optimizer(rae.decoder, loop.optimizer, loop.schedule.lr)
@@ -152,13 +153,23 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
     # Averaged weights, statistics of the clean latents, artefact.
     load_strict(rae.decoder, {**rae.decoder.state_dict(), **ema.state_dict(loop.ema_decay)}, "averaged decoder")
-    rae.set_stats(measure_stats(rae, dataset, device, loop.stats_images))
+    rae.set_stats(known_stats or measure_stats(rae, dataset, device, loop.stats_images))
     save_reconstructions(run, rae, val, state.images)
     with dist.together():
         if dist.is_main():
-            rae.extra |= {"data": dataset.terms, "commits": dict(run.commits)}
+            begun = {"begun_with": rae.extra} if rae.extra else {}
+            rae.extra = {"data": dataset.terms, "commits": dict(run.commits), **begun}
             rae.save_pretrained(run.dir / STAGE)
     return rae.eval()
+
+
+def _untrained(spec: RunSpec) -> RAE:
+    """A fresh decoder without statistics; or what `decoder_from` names, with the noise of this training."""
+    if spec.decoder_from is None:
+        return RAE.from_spec(spec.tokenizer)
+    rae = RAE.from_pretrained(spec.decoder_from).train()
+    rae.spec = spec.tokenizer
+    return rae
 
 
 @torch.no_grad()
