@@ -89,14 +89,21 @@ def test_a_subset_spreads_over_groups_of_any_size_in_proportion():
     sizes = {"a": 500, "b": 300, "c": 150, "d": 50}
     groups = [group for group, size in sizes.items() for _ in range(size)]
     for num in (20, 101, 333):
-        chosen = Counter(groups[item] for item in random_subset([*map(str, range(1000))], groups, num))
+        chosen = Counter(groups[item] for item in random_subset(zip(map(str, range(1000)), groups, strict=True), num))
         assert all(abs(chosen[group] - size * num / 1000) < 1 + 1e-9 for group, size in sizes.items())
+
+
+def test_subsets_are_those_of_results_that_are_out():
+    """Counted once with the first, slow version: results quote subsets by number and seed alone."""
+    items = [(f"n{number}", "few" if number < 3 else "many") for number in range(12)]
+    assert random_subset(items, 5) == [5, 11, 3, 2, 8]
+    assert random_subset(items, 12, seed=7) == [10, 2, 6, 7, 5, 11, 8, 0, 1, 4, 9, 3]
 
 
 def test_every_member_of_a_group_is_chosen_equally_often():
     """Over seeds: 20 of 100 items in two groups; a count of 400 seeds has standard deviation 8."""
-    keys, groups = [*map(str, range(100))], ["few"] * 10 + ["many"] * 90
-    counts = Counter(item for seed in range(400) for item in random_subset(keys, groups, 20, seed))
+    items = [(str(number), "few" if number < 10 else "many") for number in range(100)]
+    counts = Counter(item for seed in range(400) for item in random_subset(items, 20, seed))
     assert len(counts) == 100 and all(abs(count - 80) < 5 * 8 for count in counts.values())
 
 
