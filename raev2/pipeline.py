@@ -329,9 +329,9 @@ def _context_for(evaluator: Evaluator, context: EvalContext) -> EvalContext:
     return context if evaluator.needs_generator else replace(context, generate=None, generator=None, weak=None)
 
 
-def weights_of(context: EvalContext) -> dict[str, str]:
+def weights_of(model: EvalContext | TrainedRun) -> dict[str, str]:
     """Hashes of the networks, which tie numbers to them."""
-    networks = {TOKENIZER: context.rae, GENERATOR: context.generator}
+    networks = {TOKENIZER: model.rae, GENERATOR: model.generator}
     return {name: hash_weights(network) for name, network in networks.items() if network is not None}
 
 

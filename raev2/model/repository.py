@@ -117,7 +117,7 @@ class Pipeline:
     def _copy_results(self, folder: Path) -> list[dict[str, Any]]:
         """Result files of these very weights, without names of folders of this machine."""
         folder.mkdir()
-        now, kept = weights_of(self.trained.context()), []
+        now, kept = weights_of(self.trained), []
         for file in sorted((self.source.dir / EVAL).glob("*.json")):
             result = read_json(file)
             if not (said := result.get("weights")) or not said.items() <= now.items():
