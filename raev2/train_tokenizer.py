@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.files.artefact import load_strict
 from raev2.files.grid import save_pairs
-from raev2.spec import ParallelSpec, RunSpec, ScheduleSpec, TokenizerSpec
+from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
 from raev2.tokenizer.losses import (
@@ -55,7 +55,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     # Networks, losses, optimizers, averages.
     assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
     torch.manual_seed(spec.seed)
-    rae = _untrained(spec).to(device)
+    rae = _untrained(spec.tokenizer, spec.decoder_from).to(device)
     known_stats = rae.latent_stats
     decoder = parallelise(rae.decoder, ParallelSpec())
     perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
@@ -163,12 +163,12 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     return rae.eval()
 
 
-def _untrained(spec: RunSpec) -> RAE:
+def _untrained(spec: TokenizerSpec, decoder_from: str | None) -> RAE:
     """A fresh decoder without statistics; or what `decoder_from` names, with the noise of this training."""
-    if spec.decoder_from is None:
-        return RAE.from_spec(spec.tokenizer)
-    rae = RAE.from_pretrained(spec.decoder_from).train()
-    rae.spec = spec.tokenizer
+    if decoder_from is None:
+        return RAE.from_spec(spec)
+    rae = RAE.from_pretrained(decoder_from).train()
+    rae.spec = spec
     return rae
 
 
