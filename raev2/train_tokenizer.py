@@ -9,6 +9,7 @@ the fakes that the decoder loss was computed on.
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -38,6 +39,7 @@ from raev2.training.optim import build_optimizer, learning_rate, set_learning_ra
 from raev2.training.parallel import gradient_sync, parallelise
 from raev2.training.run import Run, TrainingState, attention_kernels, crossed, micro_batches, training_steps, update
 
+logger = logging.getLogger(__name__)
 STAGE = "tokenizer"
 NUM_GRID_IMAGES = 32
 STATS_BATCH = 64
@@ -53,6 +55,8 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     device, adversarial = run.device, loop.adversarial
 
     # Networks, losses, optimizers, averages.
+    if spec.parallel != ParallelSpec() and dist.is_main():
+        logger.info("tokenizer: spec.parallel is for the generator; this stage is replicated, and runs as written")
     assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
     torch.manual_seed(spec.seed)
     rae = _untrained(spec.tokenizer, spec.decoder_from).to(device)
