@@ -20,6 +20,7 @@ from raev2.training.run import make_accelerator
 from raev2_tasks.analyses.ablations import run_ablation
 from raev2_tasks.analyses.blocks import block_table
 from raev2_tasks.analyses.correlation import correlation_table
+from raev2_tasks.analyses.guidance import Budget, guidance_table
 from raev2_tasks.analyses.probe import probe_encoders
 from raev2_tasks.analyses.table import Table
 from raev2_tasks.analyses.width import width_table
@@ -37,7 +38,16 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, nargs="+", metavar="K", help="probe: numbers of last layers")
     parser.add_argument("--widths", type=int, nargs="+", metavar="D", help="width: widths of the network")
     parser.add_argument("--steps", type=int, default=300, help="width: training steps")
-    parser.add_argument("--n", type=int, default=64, help="blocks: number of images")
+    parser.add_argument("--n", type=int, help="pictures; blocks: default 64; insight-3: those of the runs' evaluations")
+    parser.add_argument("--runs", nargs="+", metavar="DIR", help="insight-3: trained runs, one a seed (default: trains)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="what trains: seeds 0 to N - 1 (default: 3)")
+    parser.add_argument(
+        "--sampler-steps", type=int, nargs="+", default=(5, 10, 20), metavar="N", help="insight-3: what is measured"
+    )
+    parser.add_argument(
+        "--choice", type=int, nargs=2, default=(10, 354), metavar=("STEPS", "N"),
+        help="insight-3: sampler steps and pictures that scale and interval are chosen with",
+    )
     parser.add_argument("--out", metavar="DIR", default="analysis")
 
 
@@ -70,7 +80,7 @@ def _blocks(options: Namespace) -> Table:
     spec, task, device = trained.run.spec, trained.task, trained.run.device
     val = task.dataset(spec, "val")
     encode = latent_encoder(trained.rae, device)
-    indices = range(min(options.n, len(val)))
+    indices = range(min(options.n or 64, len(val)))
     images = torch.stack([val.image(i) for i in indices])
     latents = encode(images, torch.tensor(list(indices)))
     raw = {name: value.to(device) for name, value in task.eval_cond(spec, val, indices).items()}
@@ -97,6 +107,12 @@ def _ablation(options: Namespace) -> Table:
     return run_ablation(options.name, spec, Path(options.out))
 
 
+def _guidance(options: Namespace) -> Table:
+    """Kinds of guidance at equal cost; --runs, or --task and --seeds to train them."""
+    budget = Budget(tuple(options.sampler_steps), *options.choice)
+    return guidance_table([Path(run) for run in options.runs], budget, Path(options.out), options.n)
+
+
 def _labelled_data(options: Namespace) -> Path:
     """The dataset folder of --data; with a data recipe's name in place of a folder, it is built."""
     folder = Path(options.data)
@@ -116,6 +132,7 @@ ANALYSES: dict[str, Callable[[Namespace], Table]] = {
     "correlation": _correlation,
     "blocks": _blocks,
     "width": _width,
+    "insight-3": _guidance,
     **dict.fromkeys(("layers", "time-shift", "decoder-noise"), _ablation),
 }
 
