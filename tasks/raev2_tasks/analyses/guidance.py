@@ -7,26 +7,19 @@ file of its own, named by all that it depends on, so a stopped analysis goes on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from raev2.errors import CheckpointError
-from raev2.eval.protocols import run_protocol
 from raev2.files.artefact import load_strict
-from raev2.files.damage import read_json
-from raev2.files.hashes import json_sha256
 from raev2.model.opened import GENERATOR, TrainedRun, load_generator, open_trained
-from raev2.pipeline import weights_of
 from raev2.report.chart import Series
 from raev2.spec import CFG, AutoGuidance, Guidance, InternalCFG, InternalGuidance, NoGuidance
 from raev2.spec_io import fingerprint
-from raev2.task import get_evaluators
 from raev2.training.checkpoint import load_checkpoint
+from raev2_tasks.analyses.grid import EVALUATIONS, headline, measure
 from raev2_tasks.analyses.seeds import Claim, Estimate, whiskers
 from raev2_tasks.analyses.table import Table
 
@@ -34,7 +27,6 @@ Interval = tuple[float, float]
 SCALES = (1.1, 1.25, 1.5, 2.0)
 INTERVALS: tuple[Interval, ...] = ((0.0, 0.7), (0.3, 1.0))  # besides the whole of [0, 1]
 SEED, SEED_OF_CHOICE = 0, 1  # of samples
-EVALUATIONS = "network_evaluations"  # field of a result file: rows that went through a network
 
 KINDS: dict[str, Callable[[float, Interval, str], Guidance]] = {
     "internal": lambda scale, interval, _: InternalGuidance(scale=scale, interval=interval),
@@ -70,8 +62,8 @@ def guidance_table(runs: Sequence[Path], budget: Budget, out: Path, n: int | Non
         for kind in ("none", *KINDS):
             guidance = NoGuidance() if kind == "none" else KINDS[kind](*chosen[kind][:2], weak)
             for steps in budget.steps:
-                result = measure(trained, guidance, steps, SEED, out)
-                points.setdefault((kind, steps), {})[seed] = result
+                sampling = trained.run.spec.sampling.replace(guidance=guidance, steps=steps)
+                points.setdefault((kind, steps), {})[seed] = measure(trained, sampling, SEED, out)
     return _table(points, chosen, budget, runs)
 
 
@@ -81,7 +73,9 @@ def choose(trained: TrainedRun, kind: str, budget: Budget, out: Path) -> tuple[f
     tried = list[dict[str, Any]]()
 
     def score(scale: float, interval: Interval) -> float:
-        result = measure(trained, KINDS[kind](scale, interval, weak), budget.choice_steps, SEED_OF_CHOICE, out)
+        guidance = KINDS[kind](scale, interval, weak)
+        sampling = trained.run.spec.sampling.replace(guidance=guidance, steps=budget.choice_steps)
+        result = measure(trained, sampling, SEED_OF_CHOICE, out)
         row = headline(result)[0]
         tried.append({"scale": scale, "interval": list(interval), row["name"]: row["value"]})
         return row["value"] if row["better"] == "lower" else -row["value"]
@@ -91,37 +85,6 @@ def choose(trained: TrainedRun, kind: str, budget: Budget, out: Path) -> tuple[f
     scale, _ = min(scores, key=scores.__getitem__)
     scores |= {(scale, interval): score(scale, interval) for interval in INTERVALS}
     return *min(scores, key=scores.__getitem__), tried
-
-
-def measure(trained: TrainedRun, guidance: Guidance, steps: int, seed: int, out: Path) -> dict[str, Any]:
-    """The result file of the run's generation protocol with these settings; measured unless it is there."""
-    spec = trained.run.spec
-    sampling = spec.sampling.replace(guidance=guidance, steps=steps)
-    protocols = get_evaluators(trained.task, spec, spec.evaluation.protocols)
-    evaluator = next(evaluator for evaluator in protocols if evaluator.needs_generator)
-    context = trained.context(sampling, seed)
-    about = {"weights": weights_of(context), "run": str(trained.run.dir), EVALUATIONS: 0}
-    name = json_sha256([sampling.model_dump(mode="json"), seed, spec.evaluation.num_samples, about["weights"]])[:12]
-    file = out / "points" / name / f"{evaluator.protocol}.json"
-    if not file.is_file():
-        with counted(about, trained.need_generator(), context.weak):
-            run_protocol(evaluator, context, file.parent, about)
-    return read_json(file)
-
-
-@contextmanager
-def counted(about: dict[str, Any], *networks: nn.Module | None) -> Iterator[None]:
-    """Counts the rows that go through the networks into `about`."""
-
-    def count(_network: nn.Module, inputs: tuple[Any, ...]) -> None:
-        about[EVALUATIONS] += len(inputs[0])
-
-    handles = [network.register_forward_pre_hook(count) for network in networks if network is not None]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def earlier(trained: TrainedRun, out: Path) -> Path:
@@ -149,11 +112,6 @@ def with_pictures(trained: TrainedRun, n: int | None) -> TrainedRun:
     spec = trained.run.spec
     evaluation = spec.evaluation.replace(num_samples=n or spec.evaluation.num_samples)
     return replace(trained, run=replace(trained.run, spec=spec.replace(evaluation=evaluation)))
-
-
-def headline(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a result file that are scores."""
-    return [row for row in result["results"] if row["role"] == "headline"]
 
 
 def _table(

@@ -83,8 +83,12 @@ class Claim:
         ahead = f"in {sum(gain > 0 for gain in gains)} of {len(gains)} seeds"
         told = f"paired difference {number(statistics.mean(gains))}, 95 % interval {number(low)} to {number(high)}"
         if low > 0:
-            return f"{one} has {'more' if self.better == 'higher' else 'less'} {self.metric} than {other} {ahead}; {told}."
-        return f"{self.metric} of {one} and {other}: no difference that this budget shows ({one} better {ahead}; {told})."
+            return (
+                f"{one} has {'more' if self.better == 'higher' else 'less'} {self.metric} than {other} {ahead}; {told}."
+            )
+        return (
+            f"{self.metric} of {one} and {other}: no difference that this budget shows ({one} better {ahead}; {told})."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The sentence and its numbers; differences above zero: the first one is better."""

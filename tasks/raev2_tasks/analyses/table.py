@@ -38,7 +38,14 @@ class Table:
     def markdown(self) -> str:
         """The table with its title, what it says, and its note."""
         said = [f"- {claim.sentence}" for claim in self.claims]
-        lines = [f"# {self.title}", "", *said, *[""] * bool(said), "| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
+        lines = [
+            f"# {self.title}",
+            "",
+            *said,
+            *[""] * bool(said),
+            "| " + " | ".join(self.columns) + " |",
+            "|---" * len(self.columns) + "|",
+        ]
         lines += ["| " + " | ".join(_text(row.get(column)) for column in self.columns) + " |" for row in self.rows]
         return "\n".join([*lines, "", self.note, ""])
 
