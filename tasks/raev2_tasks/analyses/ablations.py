@@ -18,13 +18,13 @@ from typing import Any
 from raev2.errors import SpecError
 from raev2.files.damage import read_json
 from raev2.pipeline import train
-from raev2.report.chart import Series
 from raev2.spec import RunSpec, TokenizerSpec
 from raev2.spec_io import apply_overrides, load_spec
 from raev2.tokenizer.encoder_table import encoder_info
 from raev2.training.preflight import GENERATOR, TOKENIZER
 from raev2.training.run import Run, make_accelerator
 from raev2_tasks.analyses.table import Table, lines
+from raev2_tasks.report.chart import Series
 
 STRENGTHS = (0.0, 0.4, 0.8, 1.2, 1.6)
 
