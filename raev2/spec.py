@@ -549,8 +549,7 @@ class RunSpec(Spec):
     )
     decoder_from: str | None = Field(
         None,
-        description="tokenizer artefact (folder or hub id) whose decoder the training of stage 1 starts from; encoder, "
-        "decoder size and latent statistics are its own, so generators of these latents stay usable",
+        description="tokenizer artefact (folder or hub id) whose decoder stage 1 goes on training; its latents stay",
     )
     tokenizer_training: TokenizerTrainingSpec
     generator: NetworkSpec
@@ -570,9 +569,7 @@ class RunSpec(Spec):
     def _parts_fit(self) -> RunSpec:
         """What would otherwise be found hours later, when stage 2 begins."""
         if self.tokenizer_from and self.decoder_from:
-            raise ValueError(
-                "decoder_from begins a training of the tokenizer, tokenizer_from uses one. Set one of them"
-            )
+            raise ValueError("decoder_from trains a tokenizer, tokenizer_from uses one; got both. Set one of them")
         if (self.generator_training.repa is None) != (self.generator.repa_depth is None):
             raise ValueError(
                 "the alignment loss and the network's projector belong together; set generator_training.repa with "

@@ -17,7 +17,7 @@ from PIL import Image
 from raev2.batch import MetricResult
 from raev2.command.cli import main
 from raev2.errors import CheckpointError, SpecError
-from raev2.report.chart import Series, line_chart, number, smooth
+from raev2_tasks.report.chart import Series, line_chart, number, smooth
 from raev2_tasks.report.page import write_report
 
 

@@ -49,7 +49,7 @@ def test_generators_of_these_latents_stay_usable(trained_run, tuned):
 def test_a_tokenizer_is_either_used_or_trained_on(tiny_spec, tiny_recipe, capsys):
     line = ["train", "--task", "imagenet", "--recipe", "tiny", "--set", "decoder_from=a", "--set", "tokenizer_from=b"]
     assert main(line) == SpecError.exit_code
-    message = "decoder_from begins a training of the tokenizer, tokenizer_from uses one. Set one of them"
+    message = "decoder_from trains a tokenizer, tokenizer_from uses one; got both. Set one of them"
     assert message in capsys.readouterr().err
 
 

@@ -15,13 +15,13 @@ from typing import Any
 from raev2.errors import CheckpointError
 from raev2.files.artefact import load_strict
 from raev2.model.opened import GENERATOR, TrainedRun, load_generator, open_trained
-from raev2.report.chart import Series
 from raev2.spec import CFG, AutoGuidance, Guidance, InternalCFG, InternalGuidance, NoGuidance
 from raev2.spec_io import fingerprint
 from raev2.training.checkpoint import load_checkpoint
 from raev2_tasks.analyses.grid import EVALUATIONS, headline, measure
 from raev2_tasks.analyses.seeds import Claim, Estimate, whiskers
 from raev2_tasks.analyses.table import Table
+from raev2_tasks.report.chart import Series
 
 Interval = tuple[float, float]
 SCALES = (1.1, 1.25, 1.5, 2.0)

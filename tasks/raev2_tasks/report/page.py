@@ -26,8 +26,8 @@ from raev2 import __version__
 from raev2.eval.protocols import direction, ep_fid, glossary
 from raev2.files.artefact import write_json
 from raev2.files.replace import write_text
-from raev2.report.chart import Series, line_chart, number, smooth
-from raev2.report.published import published, published_results
+from raev2_tasks.report.chart import Series, line_chart, number, smooth
+from raev2_tasks.report.published import published, published_results
 from raev2_tasks.report.read import NO_MEANING, RunFiles, flat, picture, read_runs
 
 REPORT_FORMAT_VERSION = 2
