@@ -9,6 +9,7 @@ the fakes that the decoder loss was computed on.
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.files.artefact import load_strict
 from raev2.files.grid import save_pairs
-from raev2.spec import ParallelSpec, RunSpec, ScheduleSpec, TokenizerSpec
+from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
 from raev2.tokenizer.losses import (
@@ -38,6 +39,7 @@ from raev2.training.optim import build_optimizer, learning_rate, set_learning_ra
 from raev2.training.parallel import gradient_sync, parallelise
 from raev2.training.run import Run, TrainingState, attention_kernels, crossed, micro_batches, training_steps, update
 
+logger = logging.getLogger(__name__)
 STAGE = "tokenizer"
 NUM_GRID_IMAGES = 32
 STATS_BATCH = 64
@@ -53,9 +55,11 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     device, adversarial = run.device, loop.adversarial
 
     # Networks, losses, optimizers, averages.
+    if spec.parallel != ParallelSpec() and dist.is_main():
+        logger.info("tokenizer: spec.parallel is for the generator; this stage is replicated, and runs as written")
     assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
     torch.manual_seed(spec.seed)
-    rae = _untrained(spec).to(device)
+    rae = _untrained(spec.tokenizer, spec.decoder_from).to(device)
     known_stats = rae.latent_stats
     decoder = parallelise(rae.decoder, ParallelSpec())
     perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
@@ -163,12 +167,12 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     return rae.eval()
 
 
-def _untrained(spec: RunSpec) -> RAE:
+def _untrained(spec: TokenizerSpec, decoder_from: str | None) -> RAE:
     """A fresh decoder without statistics; or what `decoder_from` names, with the noise of this training."""
-    if spec.decoder_from is None:
-        return RAE.from_spec(spec.tokenizer)
-    rae = RAE.from_pretrained(spec.decoder_from).train()
-    rae.spec = spec.tokenizer
+    if decoder_from is None:
+        return RAE.from_spec(spec)
+    rae = RAE.from_pretrained(decoder_from).train()
+    rae.spec = spec
     return rae
 
 

@@ -10,15 +10,19 @@ import torch
 
 from raev2.data import to_float
 from raev2.errors import DataError, SpecError
-from raev2.model.opened import find_source, open_trained
+from raev2.model.opened import GENERATOR, STAGES, find_source, open_trained
+from raev2.spec import RunSpec
 from raev2.spec_io import apply_overrides
 from raev2.task import Command, check_known, get_data_recipe, get_recipe, get_task
 from raev2.tokenizer.rae import RAE
 from raev2.train_generator import latent_encoder
 from raev2.training.run import make_accelerator
-from raev2_tasks.analyses.ablations import run_ablation
 from raev2_tasks.analyses.blocks import block_table
+from raev2_tasks.analyses.compare import plan_table
 from raev2_tasks.analyses.correlation import correlation_table
+from raev2_tasks.analyses.grid import finished_run
+from raev2_tasks.analyses.guidance import Budget, guidance_table
+from raev2_tasks.analyses.plans import PLANS
 from raev2_tasks.analyses.probe import probe_encoders
 from raev2_tasks.analyses.table import Table
 from raev2_tasks.analyses.width import width_table
@@ -37,7 +41,23 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, nargs="+", metavar="K", help="probe: numbers of last layers")
     parser.add_argument("--widths", type=int, nargs="+", metavar="D", help="width: widths of the network")
     parser.add_argument("--steps", type=int, default=300, help="width: training steps")
-    parser.add_argument("--n", type=int, default=64, help="blocks: number of images")
+    parser.add_argument("--n", type=int, help="pictures; blocks: default 64; insight-3: those of the runs' evaluations")
+    parser.add_argument(
+        "--runs", nargs="+", metavar="DIR", help="insight-3: trained runs, one a seed (default: trains)"
+    )
+    parser.add_argument("--stage", choices=STAGES, default=GENERATOR, help="what trains: the last stage")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="what trains: seeds 0 to N - 1 (default: 3)")
+    parser.add_argument(
+        "--sampler-steps", type=int, nargs="+", default=(5, 10, 20), metavar="N", help="insight-3: what is measured"
+    )
+    parser.add_argument(
+        "--choice",
+        type=int,
+        nargs=2,
+        default=(10, 354),
+        metavar=("STEPS", "N"),
+        help="insight-3: sampler steps and pictures that scale and interval are chosen with",
+    )
     parser.add_argument("--out", metavar="DIR", default="analysis")
 
 
@@ -70,7 +90,7 @@ def _blocks(options: Namespace) -> Table:
     spec, task, device = trained.run.spec, trained.task, trained.run.device
     val = task.dataset(spec, "val")
     encode = latent_encoder(trained.rae, device)
-    indices = range(min(options.n, len(val)))
+    indices = range(min(options.n or 64, len(val)))
     images = torch.stack([val.image(i) for i in indices])
     latents = encode(images, torch.tensor(list(indices)))
     raw = {name: value.to(device) for name, value in task.eval_cond(spec, val, indices).items()}
@@ -89,12 +109,24 @@ def _width(options: Namespace) -> Table:
     return width_table(latents, widths, steps=options.steps, depth=4, batch_size=16, lr=1e-3)
 
 
-def _ablation(options: Namespace) -> Table:
-    """Variants of a recipe, trained; --task, --recipe."""
+def _plan(options: Namespace) -> Table:
+    """Variants of a recipe, trained with several seeds; --task, --recipe, --set, --seeds."""
+    return plan_table(options.name, _recipe(options), options.seeds, Path(options.out), options.stage)
+
+
+def _recipe(options: Namespace) -> RunSpec:
     if options.task is None:
         raise SpecError("--task", "which task?", expected="--task T, and --recipe R for another than quickstart")
-    spec = apply_overrides(get_recipe(get_task(options.task), options.recipe), options.overrides)
-    return run_ablation(options.name, spec, Path(options.out))
+    return apply_overrides(get_recipe(get_task(options.task), options.recipe), options.overrides)
+
+
+def _guidance(options: Namespace) -> Table:
+    """Kinds of guidance at equal cost; --runs, or --task and --seeds to train them."""
+    budget, out = Budget(tuple(options.sampler_steps), *options.choice), Path(options.out)
+    runs = [Path(run) for run in options.runs or ()]
+    if not runs:
+        runs = [finished_run(_recipe(options).replace(seed=seed), out) for seed in range(options.seeds)]
+    return guidance_table(runs, budget, out, options.n)
 
 
 def _labelled_data(options: Namespace) -> Path:
@@ -116,7 +148,8 @@ ANALYSES: dict[str, Callable[[Namespace], Table]] = {
     "correlation": _correlation,
     "blocks": _blocks,
     "width": _width,
-    **dict.fromkeys(("layers", "time-shift", "decoder-noise"), _ablation),
+    "insight-3": _guidance,
+    **dict.fromkeys(PLANS, _plan),
 }
 
 ANALYSE = Command("an analysis of the papers: writes a table (JSON, Markdown) and a plot (SVG)", _options, _analyse)

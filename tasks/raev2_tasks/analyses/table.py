@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raev2.files.artefact import write_json
+from raev2_tasks.analyses.seeds import Claim, Estimate
 from raev2_tasks.report.chart import Series, line_chart, standalone
 
 
@@ -17,6 +18,7 @@ class Table:
 
     note     what the numbers are and depend on, for the reader of the table
     series   lines of the plot; empty: no plot
+    claims   what the numbers are to decide, the most important one first
     """
 
     name: str
@@ -26,6 +28,7 @@ class Table:
     series: Sequence[Series] = ()
     x_label: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    claims: Sequence[Claim] = ()
 
     @property
     def columns(self) -> list[str]:
@@ -33,8 +36,16 @@ class Table:
         return list(dict.fromkeys(column for row in self.rows for column in row))
 
     def markdown(self) -> str:
-        """The table with its title and note."""
-        lines = [f"# {self.title}", "", "| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
+        """The table with its title, what it says, and its note."""
+        said = [f"- {claim.sentence}" for claim in self.claims]
+        lines = [
+            f"# {self.title}",
+            "",
+            *said,
+            *[""] * bool(said),
+            "| " + " | ".join(self.columns) + " |",
+            "|---" * len(self.columns) + "|",
+        ]
         lines += ["| " + " | ".join(_text(row.get(column)) for column in self.columns) + " |" for row in self.rows]
         return "\n".join([*lines, "", self.note, ""])
 
@@ -42,8 +53,9 @@ class Table:
         """Write `NAME.json`, `NAME.md` and, if there is something to draw, `NAME.svg`; returns the files."""
         out.mkdir(parents=True, exist_ok=True)
         files = [out / f"{self.name}.json", out / f"{self.name}.md"]
-        rows = [{column: row.get(column) for column in self.columns} for row in self.rows]
+        rows = [{column: _plain(row.get(column)) for column in self.columns} for row in self.rows]
         content = {"title": self.title, "settings": dict(self.settings), "rows": rows, "note": self.note}
+        content |= {"claims": [claim.to_json() for claim in self.claims]} if self.claims else {}
         write_json(files[0], content)
         files[1].write_text(self.markdown())
         chart = line_chart(self.series, title=self.title, x_label=self.x_label) if self.series else ""
@@ -65,6 +77,10 @@ def lines(rows: Sequence[Mapping[str, Any]], x: str, ys: Sequence[str], by: str 
         for own in [[row for row in rows if row.get(by) == group]]
         for y in ys
     ]
+
+
+def _plain(cell: Any) -> Any:
+    return cell.to_json() if isinstance(cell, Estimate) else cell
 
 
 def _text(cell: object) -> str:

@@ -293,10 +293,12 @@ PAPER = {256: (800, 1.42), 512: (400, 1.5)}  # epochs of the DiT^DH-XL, scale of
 def rae_weak(resolution: int) -> RunSpec:
     """The small generator, trained for a few epochs, that guides DiT^DH-XL."""
     base, epochs = rae_ditdh("s", resolution), WEAK[resolution]
+    schedule = base.generator_training.schedule  # it decays later than this training ends
+    constant = schedule.replace(final_lr=schedule.lr, decay_start_images=0, decay_end_images=None)
     return base.replace(
         recipe=f"{base.recipe}-{epochs}ep",
         summary=f"RAE v1: the weak generator of AutoGuidance, DiT^DH-S after {epochs} epochs, {resolution} px",
-        generator_training=base.generator_training.replace(images=epochs * IMAGENET_TRAIN),
+        generator_training=base.generator_training.replace(images=epochs * IMAGENET_TRAIN, schedule=constant),
     )
 
 
