@@ -141,7 +141,6 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     return rae.eval()
 
 
-<<<<<<< HEAD
 def _untrained(spec: TokenizerSpec, decoder_from: str | None) -> RAE:
     """A fresh decoder without statistics; or what `decoder_from` names, with the noise of this training."""
     if decoder_from is None:
@@ -149,7 +148,8 @@ def _untrained(spec: TokenizerSpec, decoder_from: str | None) -> RAE:
     rae = RAE.from_pretrained(decoder_from).train()
     rae.spec = spec
     return rae
-=======
+
+
 @dataclass(frozen=True)
 class DecoderBackward:
     """The losses of decoded images and their backward: from each loss to the images, then once through the decoder.
@@ -188,7 +188,6 @@ class DecoderBackward:
             terms["loss"] = terms["loss"] + weight * terms["gan"]
         decoded.backward(share * gradient)
         return terms
->>>>>>> 45f3fc6
 
 
 @torch.no_grad()
