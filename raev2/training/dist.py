@@ -39,7 +39,8 @@ def read_environment() -> None:
         }  # fmt: skip
         here.update({name: value for name, value in found.items() if name not in here})
     each, gpus = int(here.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if gpus > 1 and each > gpus:  # Slurm may show each process one GPU
+    own_gpu = gpus == 1 and "TORCHELASTIC_RUN_ID" not in here  # Slurm may show each process one; torchrun does not
+    if each > gpus > 0 and not own_gpu:
         raise SpecError("processes", "more than GPUs on this machine", got=each, expected=f"at most {gpus}")
     if "RANK" in here and not torch.accelerator.is_available():
         here.setdefault("ACCELERATE_USE_CPU", "true")  # accelerate would take each process for one that is alone

@@ -68,6 +68,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         read(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert read(monkeypatch)["LOCAL_WORLD_SIZE"] == "8", "each process sees the one that Slurm gave it"
+    with pytest.raises(SpecError, match="got 8; expected at most 1"):
+        read(monkeypatch, RANK="0", LOCAL_WORLD_SIZE="8", TORCHELASTIC_RUN_ID="none")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert read(monkeypatch)["LOCAL_WORLD_SIZE"] == "8", "on CPUs"
 
 
 def test_two_processes_of_a_step_work_together(tmp_path):
