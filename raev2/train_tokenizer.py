@@ -152,24 +152,16 @@ def _untrained(spec: TokenizerSpec, decoder_from: str | None) -> RAE:
 
 @dataclass(frozen=True)
 class DecoderBackward:
-    """The losses of decoded images and their backward: from each loss to the images, then once through the decoder.
-
-    autocast   the precision of losses and discriminator, as a context
-    disc       None where there is no adversary
-    """
+    """The losses of decoded images and their backward: from each loss to the images, then once through the decoder."""
 
     loop: TokenizerTrainingSpec
     perceptual: nn.Module
     last_layer: Tensor
-    autocast: Callable[[], torch.autocast]
+    autocast: Callable[[], torch.autocast]  # the precision of losses and discriminator
     disc: nn.Module | None = None
 
     def __call__(self, decoded: Tensor, pixels: Tensor, draws: Tensor | None, share: float = 1) -> dict[str, Tensor]:
-        """Named loss terms of decoded images (not clamped), 'loss' their weighted sum.
-
-        draws   of the augmentation before the discriminator; None: without its loss
-        share   factor of the gradient
-        """
+        """Named loss terms, 'loss' their weighted sum; `draws` of the augmentation: None without the adversary."""
         leaf, adversarial = decoded.detach().requires_grad_(), self.loop.adversarial
         with self.autocast():
             terms = {"l1": l1_loss(leaf, pixels), "perceptual": self.perceptual(leaf, pixels)}

@@ -22,7 +22,6 @@ from raev2.errors import DataError
 from raev2.training import dist
 
 FEWEST = 40  # images with which there is a standard error
-ERROR_NOTE = "± by leaving out one image at a time"  # for results with the error of `FrechetTo.stderr`
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,8 @@ class FrechetTo:
     Source: Heusel et al., 2017, GANs trained by a two time-scale update rule, eq. 6
     """
 
+    error_note = "± by leaving out one image at a time"  # for results with `stderr`
+
     def __init__(self, reference: Moments | Gaussian, rows: Float[Tensor, "R D"] | None = None) -> None:
         self.mean, cov = reference.mean.double(), reference.cov.double()
         self.trace, self.rank = cov.trace(), _rank(reference, len(cov))
@@ -115,10 +116,10 @@ class FrechetTo:
     def stderr(self, features: Float[Tensor, "S D"], partners: Float[Tensor, "S D"] | None = None) -> float | None:
         """Standard error from drawing these images: the jackknife that leaves out one image at a time.
 
-        All S distances come from one decomposition, see `_root_trace_changes`. It says nothing about the spread over
-        training seeds. None with fewer than 40 images.
+        All distances come from one decomposition, see `_root_trace_changes`. None with fewer than 40 images. It says
+        nothing about the spread over training seeds.
 
-        partners   the reference, where it is drawn with the images in pairs: both images of a pair are left out
+        partners   the reference, where it is drawn in pairs with the images: both of a pair are left out
         """
         num = len(features)
         if num < FEWEST:
@@ -260,8 +261,7 @@ def _root_trace_changes(
 
     pi tr(M_i^(1/2)) - pi tr(M^(1/2)) = integral over u > 0 of log(det(M_i + u^2) / det(M + u^2))
 
-    where the determinants' ratio is a number (matrix determinant lemma) and the trapezoid rule in log u converges
-    exponentially: 65 points have an error of 1e-6 at most.
+    The ratio is a number (matrix determinant lemma); the trapezoid rule in log u converges exponentially, to 1e-6 here.
 
     a   M_i = M - scale a a^T: F^T cov F where cov loses an image
     b   M_i = (cov - scale x x^T) (cov_ref - scale y y^T) has the eigenvalues that count, a = F^T x and b = F^-1 y

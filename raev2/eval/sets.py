@@ -23,15 +23,7 @@ from torch.utils.data import DataLoader
 from raev2.batch import MetricResult
 from raev2.data import ImageDataset, ignore_signals
 from raev2.errors import DataError
-from raev2.eval.distances import (
-    ERROR_NOTE,
-    FrechetTo,
-    Gaussian,
-    Moments,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from raev2.eval.distances import FrechetTo, Gaussian, Moments, inception_score, kernel_distance, precision_recall
 from raev2.eval.features import (
     INCEPTION,
     LOGITS,
@@ -289,7 +281,7 @@ def _distances(net: str, pictures: SetFeatures, reference: SetFeatures, scale: S
     stderr = None if pictures.rows is None else distance.stderr(pictures.rows)
     note = f"against {known:,} pictures" if known else "against stored statistics"
     yield MetricResult(
-        name, value, num, stderr, note if stderr is None else f"{note}; {ERROR_NOTE}", warning=warning,
+        name, value, num, stderr, note if stderr is None else f"{note}; {distance.error_note}", warning=warning,
         better="lower", role="headline", levels=PUBLISHED_LEVELS.get(net, ()),
         about=frechet_about(net, f"{pictures.name} and those of '{reference.name}'"),
     )  # fmt: skip
