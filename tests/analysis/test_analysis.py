@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from raev2.command.cli import main
-from raev2.spec import NoGuidance
 from raev2_tasks.analyses.blocks import block_tokens, linear_cka, spatial_similarity
 from raev2_tasks.analyses.correlation import fisher_interval, pearson
 from raev2_tasks.analyses.probe import far_distance, linear_probe, local_similarity
@@ -137,72 +136,6 @@ def test_blocks_and_width_of_a_trained_run(trained_run, tmp_path):
     assert main([*command, "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "width.json").read_text())["rows"]
     assert rows[0]["bound"] > 0 == rows[1]["bound"]
-
-
-def test_an_ablation_trains_its_variants_and_puts_them_side_by_side(tiny_spec, tmp_path):
-    from raev2_tasks.analyses.ablations import run_ablation
-
-    small = tiny_spec.replace(
-        tokenizer_training=tiny_spec.tokenizer_training.replace(images=8, save_every_images=8),
-        generator_training=tiny_spec.generator_training.replace(images=8, save_every_images=8, eval_every_images=None),
-        evaluation=tiny_spec.evaluation.replace(compare_guidance=(NoGuidance(),)),
-    )
-    table = run_ablation("time-shift", small, tmp_path)
-    assert [row["variant"] for row in table.rows] == ["sqrt(dimension / 4096)", "none"]
-    assert all(row["fd_micro"] > 0 for row in table.rows)
-    assert not (tmp_path / "runs" / "time-shift-1" / "tokenizer").exists(), "one tokenizer serves both"
-    assert "8 images in stage 1, 8 in stage 2" in table.note and "Plot: fd_micro of generation-micro." in table.note
-    assert [line.name for line in table.series] == [row["variant"] for row in table.rows]
-    for line, row in zip(table.series, table.rows, strict=True):
-        assert list(line.xs) == [8] and list(line.ys) == [row["fd_micro"]], "guided alone: no unguided point beside it"
-
-
-def test_decoders_are_compared_on_the_latents_of_one_generator(tiny_spec, tmp_path, monkeypatch):
-    from raev2_tasks.analyses import ablations
-
-    monkeypatch.setattr(ablations, "STRENGTHS", (0.0, 1.0))
-    small = tiny_spec.replace(
-        tokenizer_training=tiny_spec.tokenizer_training.replace(images=8, save_every_images=8),
-        generator_training=tiny_spec.generator_training.replace(images=8, save_every_images=8, eval_every_images=None),
-    )
-    table = ablations.run_ablation("decoder-noise", small, tmp_path)
-    runs = [tmp_path / "runs" / f"decoder-noise-{number}" for number in range(2)]
-    generators, decoders = ([(run / part / "model.safetensors").read_bytes() for run in runs]
-                            for part in ("generator", "tokenizer"))  # fmt: skip
-    assert generators[0] == generators[1] and decoders[0] != decoders[1]
-    (line,) = table.series
-    assert list(line.xs) == [0, 1] and list(line.ys) == [row["fd_micro"] for row in table.rows]
-    assert "Plot: fd_micro." in table.note and table.x_label == "tau"
-
-
-def test_the_sweep_over_layers_is_plotted_over_their_number(tiny_spec, tmp_path):
-    from raev2_tasks.analyses.ablations import run_ablation
-
-    small = tiny_spec.replace(
-        tokenizer_training=tiny_spec.tokenizer_training.replace(images=4, batch_size=4, save_every_images=4),
-        evaluation=tiny_spec.evaluation.replace(protocols=("reconstruction-micro",)),
-    )
-    table = run_ablation("layers", small, tmp_path)
-    assert "stage 2" not in table.note and table.x_label == "K"
-    psnr = {row["variant"]: row["psnr"] for row in table.rows}
-    assert {line.name: tuple(line.xs) for line in table.series} == dict.fromkeys(
-        ("sum", "mean", "random projection"), (1, 2, 3, 6)
-    )
-    for line in table.series:
-        assert line.ys[0] == psnr["K = 1"] and line.ys[-1] == psnr[f"K = 6, {line.name}"]
-
-
-def test_results_of_a_variant_are_those_of_its_own_sampling(tiny_spec, tmp_path):
-    from raev2.spec_io import save_spec
-    from raev2_tasks.analyses.ablations import results_of
-
-    save_spec(tiny_spec, tmp_path / "spec.yaml")
-    protocol = tiny_spec.evaluation.protocols[-1]
-    for suffix, value in (("", 1.0), ("-none", 2.0)):  # "-" sorts before ".": a glob finds the unguided one first
-        row = {"name": "fd_micro", "value": value, "note": ""}
-        (tmp_path / "eval").mkdir(exist_ok=True)
-        (tmp_path / "eval" / f"{protocol}{suffix}.json").write_text(json.dumps({"results": [row]}))
-    assert results_of(tmp_path) == {"fd_micro": 1.0}
 
 
 def test_errors_name_what_is_there(capsys):

@@ -71,21 +71,20 @@ def add_images_to_level(plan: Plan, found: Mapping[str, Outcome], rows: Sequence
 def series_of(plan: Plan, found: Mapping[str, Outcome]) -> list[Series]:
     """Lines of the plot, with intervals: the first metric over training, or scores at the places of the plan."""
     if not plan.lines:
-        curves = {label: outcome.curve for label, outcome in found.items()}
-        lines = {
-            label: {images: Estimate(values) for images, values in curve.items() if images}
-            for label, curve in curves.items()
+        curves = {
+            label: [(images, Estimate(values)) for images, values in outcome.curve.items() if images]
+            for label, outcome in found.items()
         }
-        return [Series(label, *whiskers(line)) for label, line in lines.items() if line]
+        return [Series(label, *whiskers(curve)) for label, curve in curves.items() if curve]
 
     def place(label: str) -> float:
         return found[label].estimate(plan.x).mean if isinstance(plan.x, str) else plan.x[label]
 
     metric = shown(plan, found)
-    placed = {
-        name: {place(label): found[label].estimate(metric) for label in labels} for name, labels in plan.lines.items()
+    lines = {
+        name: [(place(label), found[label].estimate(metric)) for label in labels] for name, labels in plan.lines.items()
     }
-    return [Series(name, *whiskers(line), points=len(line) == 1) for name, line in placed.items()]
+    return [Series(name, *whiskers(line), points=len(line) == 1) for name, line in lines.items()]
 
 
 def shown(plan: Plan, found: Mapping[str, Outcome]) -> str:

@@ -146,7 +146,7 @@ def _table(
         f"run with {budget.choice_pictures} pictures, {budget.choice_steps} steps and another seed of samples. "
         "internal+cfg: one scale for both. auto: the weak generator is the run's oldest checkpoint. In brackets: 95 % "
         "intervals over the runs.",
-        [Series(kind, *whiskers(line)) for kind, line in lines.items()],
+        [Series(kind, *whiskers(line.items())) for kind, line in lines.items()],
         x_label="network evaluations a picture",
         settings={"runs": list(map(str, runs)), "chosen": {kind: tried for kind, (*_, tried) in chosen.items()}},
         claims=_claims(rows, metric, scores[metric]),

@@ -7,8 +7,9 @@ varies less than the numbers do. Intervals are Student's, 95 %, over seeds: with
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from raev2.batch import Better
@@ -97,10 +98,10 @@ class Claim:
         return {"first": self.first, "second": self.second, "metric": self.metric, **numbers, "says": self.sentence}
 
 
-def whiskers(estimates: Mapping[float, Estimate]) -> tuple[list[float], list[float]]:
+def whiskers(line: Iterable[tuple[float, Estimate]]) -> tuple[list[float], list[float]]:
     """Places and values of a line through the means with their intervals: up and down at every place."""
     xs, ys = list[float](), list[float]()
-    for place, estimate in sorted(estimates.items()):
+    for place, estimate in sorted(line, key=itemgetter(0)):
         ends = [end for end in estimate.ends if end is not None]
         ys += [estimate.mean, *ends, estimate.mean] if ends else [estimate.mean]
         xs += [place] * (len(ys) - len(xs))
