@@ -87,9 +87,13 @@ def test_a_table_holds_intervals_and_claims_for_people_and_programs(tmp_path: Pa
     assert data["claims"][0]["difference"] == 1 and data["claims"][0]["says"].startswith("A has less")
 
 
-def test_the_line_of_a_plot_goes_up_and_down_its_intervals() -> None:
-    xs, ys = whiskers([(2, Estimate({0: 5.0})), (1, Estimate({0: 1.0, 1: 1.0}))])
-    assert xs == [1, 1, 1, 1, 2] and ys == [1, 1, 1, 1, 5]
+def test_lines_of_a_plot_go_up_and_down_their_intervals_side_by_side() -> None:
+    one, other = whiskers(
+        {"a": [(2, Estimate({0: 5.0})), (1, Estimate({0: 1.0, 1: 1.0}))], "b": [(2, Estimate({0: 3.0}))]}
+    )
+    assert list(one.ys) == [1, 1, 1, 1, 5] and list(other.ys) == [3]
+    assert [*one.xs, *other.xs] == pytest.approx([0.996] * 4 + [1.996, 2.004])
+    assert not one.points and other.points, "a line of one place is a dot"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

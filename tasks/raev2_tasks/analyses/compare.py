@@ -75,16 +75,15 @@ def series_of(plan: Plan, found: Mapping[str, Outcome]) -> list[Series]:
             label: [(images, Estimate(values)) for images, values in outcome.curve.items() if images]
             for label, outcome in found.items()
         }
-        return [Series(label, *whiskers(curve)) for label, curve in curves.items() if curve]
+        return whiskers({label: curve for label, curve in curves.items() if curve})
 
     def place(label: str) -> float:
         return found[label].estimate(plan.x).mean if isinstance(plan.x, str) else plan.x[label]
 
     metric = shown(plan, found)
-    lines = {
-        name: [(place(label), found[label].estimate(metric)) for label in labels] for name, labels in plan.lines.items()
-    }
-    return [Series(name, *whiskers(line), points=len(line) == 1) for name, line in lines.items()]
+    return whiskers(
+        {name: [(place(label), found[label].estimate(metric)) for label in own] for name, own in plan.lines.items()}
+    )
 
 
 def shown(plan: Plan, found: Mapping[str, Outcome]) -> str:

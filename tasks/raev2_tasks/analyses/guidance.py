@@ -21,7 +21,6 @@ from raev2.training.checkpoint import load_checkpoint
 from raev2_tasks.analyses.grid import EVALUATIONS, headline, measure
 from raev2_tasks.analyses.seeds import Claim, Estimate, whiskers
 from raev2_tasks.analyses.table import Table
-from raev2_tasks.report.chart import Series
 
 Interval = tuple[float, float]
 SCALES = (1.1, 1.25, 1.5, 2.0)
@@ -120,7 +119,7 @@ def _table(
     budget: Budget,
     runs: Sequence[Path],
 ) -> Table:
-    rows, lines = list[dict[str, Any]](), dict[str, dict[float, Estimate]]()
+    rows, lines = list[dict[str, Any]](), dict[str, list[tuple[float, Estimate]]]()
     for (kind, steps), results in points.items():
         scale, interval = chosen[kind][:2] if kind in chosen else (None, None)
         scores = {row["name"]: row["better"] for row in headline(results[0])}
@@ -136,7 +135,7 @@ def _table(
             {"guidance": kind, "scale": scale, "interval": interval and list(interval), "steps": steps,
              "evaluations a picture": cost, "n": n, "runs": len(results), **estimates}
         )  # fmt: skip
-        lines.setdefault(kind, {})[cost] = estimates[metric]
+        lines.setdefault(kind, []).append((cost, estimates[metric]))
     return Table(
         "insight-3",
         "Guidance against the number of network evaluations",
@@ -146,8 +145,8 @@ def _table(
         f"run with {budget.choice_pictures} pictures, {budget.choice_steps} steps and another seed of samples. "
         "internal+cfg: one scale for both. auto: the weak generator is the run's oldest checkpoint. In brackets: 95 % "
         "intervals over the runs.",
-        [Series(kind, *whiskers(line.items())) for kind, line in lines.items()],
-        x_label="network evaluations a picture",
+        whiskers(lines),
+        x_label=f"network evaluations a picture (upwards: {metric})",
         settings={"runs": list(map(str, runs)), "chosen": {kind: tried for kind, (*_, tried) in chosen.items()}},
         claims=_claims(rows, metric, scores[metric]),
     )

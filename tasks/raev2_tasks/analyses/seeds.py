@@ -7,13 +7,13 @@ varies less than the numbers do. Intervals are Student's, 95 %, over seeds: with
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 from raev2.batch import Better
-from raev2_tasks.report.chart import number
+from raev2_tasks.report.chart import Series, number
 
 # Two-sided 95 % quantiles of Student's t for 2 to 10 values; more values use the last one, which is a little wider.
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -98,11 +98,16 @@ class Claim:
         return {"first": self.first, "second": self.second, "metric": self.metric, **numbers, "says": self.sentence}
 
 
-def whiskers(line: Iterable[tuple[float, Estimate]]) -> tuple[list[float], list[float]]:
-    """Places and values of a line through the means with their intervals: up and down at every place."""
-    xs, ys = list[float](), list[float]()
-    for place, estimate in sorted(line, key=itemgetter(0)):
-        ends = [end for end in estimate.ends if end is not None]
-        ys += [estimate.mean, *ends, estimate.mean] if ends else [estimate.mean]
-        xs += [place] * (len(ys) - len(xs))
-    return xs, ys
+def whiskers(lines: Mapping[str, Sequence[tuple[float, Estimate]]]) -> list[Series]:
+    """Lines through the means, up and down the interval at every place; side by side, a little off their places."""
+    places = [place for line in lines.values() for place, _ in line]
+    step = 0.008 * (max(places) - min(places)) if places else 0.0
+    series = list[Series]()
+    for number_of, (name, line) in enumerate(lines.items()):
+        xs, ys = list[float](), list[float]()
+        for place, estimate in sorted(line, key=itemgetter(0)):
+            ends = [end for end in estimate.ends if end is not None]
+            ys += [estimate.mean, *ends, estimate.mean] if ends else [estimate.mean]
+            xs += [place + step * (number_of - (len(lines) - 1) / 2)] * (len(ys) - len(xs))
+        series.append(Series(name, xs, ys, points=len(line) == 1))
+    return series
