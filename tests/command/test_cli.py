@@ -440,7 +440,7 @@ def test_show_prints_json_too(cli, tiny_recipe):
 def test_recipes_show_the_number_to_expect_and_who_reports_it(cli):
     lines = [line.split("  ") for line in cli("recipes", "--task", "imagenet")[1].splitlines()]
     row = next(line for line in lines if "raev2-dinov3l-k7" in line)
-    assert row[-1].startswith("fid 1.06, psnr 22.57 (quoted: RAEv2, arXiv 2605.18324")
+    assert row[-1].lstrip().startswith("fid 1.06, psnr 22.57 (quoted: RAEv2, arXiv 2605.18324")
 
 
 def test_tables_wrap_to_the_terminal_and_lose_nothing(monkeypatch, capsys):

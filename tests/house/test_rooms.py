@@ -27,6 +27,9 @@ MODULES = {
     for file in sorted(folder.rglob("*.py"))
 }
 
+# What packages of tasks and commands share: parts of recipes, charts, and the numbers of papers.
+SHARED = {"raev2_tasks.recipe_parts", "raev2_tasks.report.chart", "raev2_tasks.report.published"}
+
 
 class Reached(Exception):
     """The first `backward()` of stage 2."""
