@@ -12,8 +12,7 @@ import hashlib
 import logging
 import signal
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -98,12 +97,15 @@ class ImageDataset(Dataset[dict[str, Any]], ABC):
         """What subsets spread over, such as the class of sample `index`; None: there are no groups."""
         return None
 
+    def keys_and_groups(self) -> Iterable[tuple[str, Hashable]]:
+        """`key` and `group` of every sample, in index order."""
+        return ((self.key(index), self.group(index)) for index in range(len(self)))
+
     def subset(self, num: int | None = None, seed: int = 0) -> list[int]:
         """Indices of `num` samples (None: all) in random order, chosen by `random_subset`."""
         wanted = min(len(self), num or len(self)), seed
         if self._subset is None or self._subset[0] != wanted:
-            every = range(len(self))
-            self._subset = wanted, random_subset([*map(self.key, every)], [*map(self.group, every)], *wanted)
+            self._subset = wanted, random_subset(self.keys_and_groups(), *wanted)
         return self._subset[1]
 
     def asked(self, num_samples: int, numbers: Sequence[int]) -> list[int]:
@@ -233,11 +235,15 @@ class FolderDataset(ImageDataset):
 
     def key(self, index: int) -> str:
         """The SHA-256 of the file where the index has it, else its name."""
-        return self.index[index].get("sha256") or self.index[index]["file"]
+        return _key_and_group(self.index[index])[0]
 
     def group(self, index: int) -> Hashable:
         """The label."""
-        return self.index[index].get("label")
+        return _key_and_group(self.index[index])[1]
+
+    def keys_and_groups(self) -> Iterable[tuple[str, Hashable]]:
+        """`key` and `group` of every sample, in one pass over the index."""
+        return map(_key_and_group, self.index)
 
 
 class _Stream(Dataset[Any]):
@@ -325,22 +331,23 @@ def ordered_batches(
             yield _batch(dataset, samples)
 
 
-def random_subset(keys: Sequence[str], groups: Sequence[Hashable], num: int, seed: int = 0) -> list[int]:
+def random_subset(keys_and_groups: Iterable[tuple[str, Hashable]], num: int, seed: int = 0) -> list[int]:
     """Positions of `num` of these items in random order. Every group has its share; which items, only their keys say.
 
     Items are in the order of a hash of (seed, key). Item j of n of a group stands at (j + u) / n, with u of [0, 1) by
     a hash of (seed, group), and the `num` items that stand first are taken: systematic sampling.
     """
-    order = sorted(range(len(keys)), key=[derived_seed("subset", seed, key) for key in keys].__getitem__)
-    sizes, seen = Counter(groups), Counter[Hashable]()
-    starts = {group: derived_seed("group", seed, group) / 2**63 for group in sizes}
-    places = [0.0] * len(keys)
-    for item in order:
-        group = groups[item]
-        places[item] = (seen[group] + starts[group]) / sizes[group]
-        seen[group] += 1
-    chosen = set(sorted(order, key=places.__getitem__)[:num])
-    return [item for item in order if item in chosen]
+    groups: dict[Hashable, int] = {}
+    pairs = ((derived_seed("subset", seed, key), groups.setdefault(g, len(groups))) for key, g in keys_and_groups)
+    hashes, numbers = np.fromiter(pairs, np.dtype((np.int64, 2))).T
+    order = np.argsort(hashes, kind="stable")
+    numbers = numbers[order]
+    sizes = np.bincount(numbers)
+    seen = np.empty(len(order))
+    seen[np.argsort(numbers, kind="stable")] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    starts = np.array([derived_seed("group", seed, group) / 2**63 for group in groups])
+    places = (seen + starts[numbers]) / sizes[numbers]
+    return order[np.sort(np.argsort(places, kind="stable")[:num])].tolist()
 
 
 def to_float(images_u8: Tensor) -> Tensor:
@@ -351,6 +358,10 @@ def to_float(images_u8: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Floats in [0, 1] to 8 bits, rounded (the reference implementations truncate, which darkens by half a level)."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _key_and_group(entry: Mapping[str, Any]) -> tuple[str, Hashable]:
+    return entry.get("sha256") or entry["file"], entry.get("label")
 
 
 def _stack(values: Sequence[Any]) -> Tensor:

@@ -34,7 +34,7 @@ from raev2.files.manifest import read_manifest
 from raev2.files.picture_array import PictureArrayWriter
 from raev2.files.replace import SAMPLES, new_folder, write_text
 from raev2.model.generator import Generator
-from raev2.model.opened import Source, TrainedRun, image_sampler, load_generator, open_trained
+from raev2.model.opened import Source, TrainedRun, image_sampler, load_generator, open_trained, use_average
 from raev2.spec import Guidance, NoGuidance, RunSpec, SamplingSpec, TokenizerSpec
 from raev2.spec_io import spec_from_dict
 from raev2.task import EvalContext, Evaluator, Task, get_data_recipe, get_evaluators, get_task, run_command
@@ -51,6 +51,7 @@ from raev2.training.run import Run, add_provenance, make_accelerator, open_run
 
 logger = logging.getLogger(__name__)
 EVAL = "eval"  # folder of a run
+OTHER_AVERAGE = "-ema-"  # in names of results of another average than the run's first
 NUM_GRID_IMAGES = 32
 NUM_SHOWN = 64  # pictures in the grid of `raev2 sample`
 
@@ -145,7 +146,8 @@ def _train(run: Run, task: Task, stage: str, origin: Origin | None) -> Path:
 
 def _write_cards(run: Run) -> None:
     """The cards of what was trained, with its numbers."""
-    results = [read_json(file) for file in sorted((run.dir / EVAL).glob("*.json"))]
+    files = sorted((run.dir / EVAL).glob("*.json"))
+    results = [read_json(file) for file in files if OTHER_AVERAGE not in file.name]
     for part in (TOKENIZER, GENERATOR):
         if (run.dir / part / "config.json").is_file():
             own = [result for result in results if result["needs_generator"] == (part == GENERATOR)]
@@ -269,11 +271,12 @@ def _save_samples(trained: TrainedRun, dataset: ImageDataset, sampling: Sampling
 
 def evaluate_run(source: Source | Path, protocols: Sequence[str] = ()) -> dict[str, list[MetricResult]]:
     """Evaluate a model by protocol name (default: those of its spec); writes `eval/<protocol>.json`."""
-    trained = open_trained(source)
+    source = source if isinstance(source, Source) else Source.of(source)
+    trained, suffix = open_trained(source), "" if source.ema is None else f"{OTHER_AVERAGE}{source.ema}"
     trained.run.dir.mkdir(parents=True, exist_ok=True)
     spec, generator = trained.run.spec, trained.generator
     images = generator.extra.get("images_seen", 0) if generator else 0
-    return _evaluate(trained, list(protocols) or list(spec.evaluation.protocols), images)
+    return _evaluate(trained, list(protocols) or list(spec.evaluation.protocols), images, suffix=suffix)
 
 
 def _evaluate(
@@ -295,7 +298,7 @@ def _evaluate(
     for evaluator in get_evaluators(trained.task, spec, protocols):
         context, name = _context_for(evaluator, opened), evaluator.protocol
         evaluator.protocol += suffix
-        stage, seen, decay = GENERATOR, images, spec.generator_training.ema_decays[0]
+        stage, seen, decay = GENERATOR, images, _decay(trained)
         if not evaluator.needs_generator:
             loop = spec.tokenizer_training
             stage, seen, decay = TOKENIZER, loop.final_images, loop.ema_decay
@@ -311,8 +314,14 @@ def _evaluate(
             metrics={result.name: result.value for result in found},
             better={result.name: result.better for result in found},
         )  # fmt: skip
-        results[evaluator.protocol] = found
+        results[name] = found
     return results
+
+
+def _decay(trained: TrainedRun) -> float:
+    """Of the averaged weights of the generator, so far as it is known."""
+    known = {} if trained.generator is None else trained.generator.extra
+    return float(known.get("ema_decay", trained.run.spec.generator_training.ema_decays[0]))
 
 
 def _context_for(evaluator: Evaluator, context: EvalContext) -> EvalContext:
@@ -320,9 +329,9 @@ def _context_for(evaluator: Evaluator, context: EvalContext) -> EvalContext:
     return context if evaluator.needs_generator else replace(context, generate=None, generator=None, weak=None)
 
 
-def weights_of(context: EvalContext) -> dict[str, str]:
+def weights_of(model: EvalContext | TrainedRun) -> dict[str, str]:
     """Hashes of the networks, which tie numbers to them."""
-    networks = {TOKENIZER: context.rae, GENERATOR: context.generator}
+    networks = {TOKENIZER: model.rae, GENERATOR: model.generator}
     return {name: hash_weights(network) for name, network in networks.items() if network is not None}
 
 
@@ -336,6 +345,8 @@ def rerun(file: Path) -> list[MetricResult]:
     trained = open_trained(home if home.is_dir() else file.absolute().parent.parent)
     trained = replace(trained, run=replace(trained.run, spec=spec_from_dict(said["spec"])))
     (evaluator,) = get_evaluators(trained.task, trained.run.spec, [said["evaluator"]])
+    if evaluator.needs_generator and said["ema_decay"] != _decay(trained):
+        use_average(trained, said["ema_decay"])
     context = _context_for(evaluator, trained.context())
     now = {"weights": weights_of(context), **json.loads(json.dumps(evaluator.describe(context)))}
     changed = [name for name, value in now.items() if said.get(name) != value]

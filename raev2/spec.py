@@ -535,7 +535,7 @@ class TaskSpec(Spec):
 class RunSpec(Spec):
     """Everything a run depends on. The fingerprint in a run folder is the hash of this."""
 
-    added: ClassVar = {"parallel": ParallelSpec(), "cost": "", "tracker": None}
+    added: ClassVar = {"parallel": ParallelSpec(), "cost": "", "tracker": None, "decoder_from": None}
 
     recipe: str
     summary: str = Field("", description="one line for `raev2 recipes`: what it is, where it runs, what to expect")
@@ -546,6 +546,10 @@ class RunSpec(Spec):
     tokenizer_from: str | None = Field(
         None,
         description="tokenizer artefact (folder or hub id) used instead of training one; its spec replaces `tokenizer`",
+    )
+    decoder_from: str | None = Field(
+        None,
+        description="tokenizer artefact (folder or hub id) whose decoder stage 1 goes on training; its latents stay",
     )
     tokenizer_training: TokenizerTrainingSpec
     generator: NetworkSpec
@@ -564,6 +568,8 @@ class RunSpec(Spec):
     @model_validator(mode="after")
     def _parts_fit(self) -> RunSpec:
         """What would otherwise be found hours later, when stage 2 begins."""
+        if self.tokenizer_from and self.decoder_from:
+            raise ValueError("decoder_from trains a tokenizer, tokenizer_from uses one; got both. Set one of them")
         if (self.generator_training.repa is None) != (self.generator.repa_depth is None):
             raise ValueError(
                 "the alignment loss and the network's projector belong together; set generator_training.repa with "

@@ -9,7 +9,10 @@ the fakes that the decoder loss was computed on.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.files.artefact import load_strict
 from raev2.files.grid import save_pairs
-from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec
+from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec, TokenizerTrainingSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
 from raev2.tokenizer.losses import (
@@ -38,6 +41,7 @@ from raev2.training.optim import build_optimizer, learning_rate, set_learning_ra
 from raev2.training.parallel import gradient_sync, parallelise
 from raev2.training.run import Run, TrainingState, attention_kernels, crossed, micro_batches, training_steps, update
 
+logger = logging.getLogger(__name__)
 STAGE = "tokenizer"
 NUM_GRID_IMAGES = 32
 STATS_BATCH = 64
@@ -53,9 +57,12 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
     device, adversarial = run.device, loop.adversarial
 
     # Networks, losses, optimizers, averages.
+    if spec.parallel != ParallelSpec() and dist.is_main():
+        logger.info("tokenizer: spec.parallel is for the generator; this stage is replicated, and runs as written")
     assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
     torch.manual_seed(spec.seed)
-    rae = RAE.from_spec(spec.tokenizer).to(device)
+    rae = _untrained(spec.tokenizer, spec.decoder_from).to(device)
+    known_stats = rae.latent_stats
     decoder = parallelise(rae.decoder, ParallelSpec())
     perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
     optimizer = build_optimizer(rae.decoder, loop.optimizer, loop.schedule.lr)
@@ -71,42 +78,13 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         modules["discriminator"], optimizers["discriminator_optimizer"] = disc, disc_optimizer
 
     state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
+    backward = DecoderBackward(loop, perceptual, rae.decoder.last_layer, run.autocast, disc if adversarial else None)
 
     def look(images: int) -> None:
         """Reconstructions, where they are due after so many images."""
         if crossed(loop.sample_every_images, images - loop.batch_size, images):
             with ema.applied(rae.decoder, loop.ema_decay):
                 save_reconstructions(run, rae, val, images)
-
-    def decoder_step(
-        pixels: Tensor, noise: Tensor, draws: Tensor | None, share: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward; returns decoded images (not clamped) and named loss terms, 'loss' their weighted sum.
-
-        noise   added to the tokens
-        draws   of the augmentation before the discriminator; None: without its loss
-
-        Backward goes from each loss to the images, then once from the images through the decoder.
-        """
-        with run.autocast():
-            decoded = decoder(rae.tokens(pixels) + noise).float()
-            leaf = decoded.detach().requires_grad_()
-            terms = {"l1": l1_loss(leaf, pixels), "perceptual": perceptual(leaf, pixels)}
-        terms["loss"] = terms["l1"] + loop.perceptual.weight * terms["perceptual"]
-        (gradient,) = torch.autograd.grad(terms["loss"], leaf)
-        if draws is not None and adversarial:
-            with run.autocast():
-                # Heads in eval mode: no power iteration of the spectral norm for the decoder's sake.
-                terms["gan"] = generator_loss(disc.eval()(diffaug(leaf, draws)))
-            (gan_gradient,) = torch.autograd.grad(terms["gan"], leaf)
-            terms["adaptive_weight"] = adaptive_weight(
-                decoded, gradient, gan_gradient, rae.decoder.last_layer, adversarial.max_adaptive_weight
-            )
-            weight = adversarial.weight * terms["adaptive_weight"]
-            gradient = gradient + weight * gan_gradient
-            terms["loss"] = terms["loss"] + weight * terms["gan"]
-        decoded.backward(share * gradient)
-        return decoded.detach(), terms
 
     num_tokens = math.prod(spec.tokenizer.grid)
     noise_std = 1.0 if spec.tokenizer.noise_unit == "tokens" else token_std(rae, dataset, device)
@@ -126,12 +104,14 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
             # Decoder.
             for i, (part, share, last) in enumerate(micro_batches(step.batch, size)):
                 with gradient_sync(decoder, last), attention_kernels(device, num_tokens):
-                    draws = before_gan[i] if use_gan else None
-                    decoded, terms = decoder_step(to_float(part.images.to(device)), all_noise[i], draws, share)
-                fakes.append(decoded)
+                    pixels = to_float(part.images.to(device))
+                    with run.autocast():
+                        decoded = decoder(rae.tokens(pixels) + all_noise[i]).float()
+                    terms = backward(decoded, pixels, before_gan[i] if use_gan else None, share)
+                fakes.append(decoded.detach())
                 step.add(share, terms)
             if step.logged:
-                step.seen = {"spread": spread(decoded, to_float(part.images.to(device)))}
+                step.seen = {"spread": spread(decoded.detach(), pixels)}
             set_learning_rate(optimizer, step.lr)
             step.grad_norm = update(optimizer, list(rae.decoder.parameters()), step.values["loss"], loop.clip_grad_norm)
 
@@ -140,8 +120,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                 disc.train()
                 for i, (part, share, last) in enumerate(micro_batches(step.batch, size)):
                     with gradient_sync(distributed_disc, last), attention_kernels(device, num_tokens), run.autocast():
-                        real = to_float(part.images.to(device))
-                        fake = quantise_8bit(fakes[i])
+                        real, fake = to_float(part.images.to(device)), quantise_8bit(fakes[i])
                         both = torch.cat([diffaug(real, before_real[i]), diffaug(fake, before_fake[i])])
                         disc_loss = hinge_loss(*distributed_disc(both).chunk(2))
                         (share * disc_loss).backward()
@@ -152,13 +131,63 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
     # Averaged weights, statistics of the clean latents, artefact.
     load_strict(rae.decoder, {**rae.decoder.state_dict(), **ema.state_dict(loop.ema_decay)}, "averaged decoder")
-    rae.set_stats(measure_stats(rae, dataset, device, loop.stats_images))
+    rae.set_stats(known_stats or measure_stats(rae, dataset, device, loop.stats_images))
     save_reconstructions(run, rae, val, state.images)
     with dist.together():
         if dist.is_main():
-            rae.extra |= {"data": dataset.terms, "commits": dict(run.commits)}
+            begun = {"begun_with": rae.extra} if rae.extra else {}
+            rae.extra = {"data": dataset.terms, "commits": dict(run.commits), **begun}
             rae.save_pretrained(run.dir / STAGE)
     return rae.eval()
+
+
+def _untrained(spec: TokenizerSpec, decoder_from: str | None) -> RAE:
+    """A fresh decoder without statistics; or what `decoder_from` names, with the noise of this training."""
+    if decoder_from is None:
+        return RAE.from_spec(spec)
+    rae = RAE.from_pretrained(decoder_from).train()
+    rae.spec = spec
+    return rae
+
+
+@dataclass(frozen=True)
+class DecoderBackward:
+    """The losses of decoded images and their backward: from each loss to the images, then once through the decoder.
+
+    autocast   the precision of losses and discriminator, as a context
+    disc       None where there is no adversary
+    """
+
+    loop: TokenizerTrainingSpec
+    perceptual: nn.Module
+    last_layer: Tensor
+    autocast: Callable[[], torch.autocast]
+    disc: nn.Module | None = None
+
+    def __call__(self, decoded: Tensor, pixels: Tensor, draws: Tensor | None, share: float = 1) -> dict[str, Tensor]:
+        """Named loss terms of decoded images (not clamped), 'loss' their weighted sum.
+
+        draws   of the augmentation before the discriminator; None: without its loss
+        share   factor of the gradient
+        """
+        leaf, adversarial = decoded.detach().requires_grad_(), self.loop.adversarial
+        with self.autocast():
+            terms = {"l1": l1_loss(leaf, pixels), "perceptual": self.perceptual(leaf, pixels)}
+        terms["loss"] = terms["l1"] + self.loop.perceptual.weight * terms["perceptual"]
+        (gradient,) = torch.autograd.grad(terms["loss"], leaf)
+        if draws is not None and adversarial and self.disc:
+            with self.autocast():
+                # Heads in eval mode: no power iteration of the spectral norm for the decoder's sake.
+                terms["gan"] = generator_loss(self.disc.eval()(diffaug(leaf, draws)))
+            (gan_gradient,) = torch.autograd.grad(terms["gan"], leaf)
+            terms["adaptive_weight"] = adaptive_weight(
+                decoded, gradient, gan_gradient, self.last_layer, adversarial.max_adaptive_weight
+            )
+            weight = adversarial.weight * terms["adaptive_weight"]
+            gradient = gradient + weight * gan_gradient
+            terms["loss"] = terms["loss"] + weight * terms["gan"]
+        decoded.backward(share * gradient)
+        return terms
 
 
 @torch.no_grad()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -14,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import torch  # noqa: E402
+from built_wheel import build_wheel  # noqa: E402
+from loopback_hub import TOKEN, LoopbackHub  # noqa: E402
 
 from raev2.files import plugins  # noqa: E402
 from raev2.spec import (  # noqa: E402
@@ -113,3 +118,51 @@ def install(monkeypatch):
         plugins, "entry_points", lambda group: [*real(group=group), *(p for p in added if p.group == group)]
     )
     return lambda group, name, value: added.append(EntryPoint(name, value, group))
+
+
+# The product as users get it, and a hub to share models on.
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("copy"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel unpacked, as pip would; it comes before everything else on the path."""
+    folder = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    """The hub of this process, with a login and an empty cache."""
+    from huggingface_hub import constants
+
+    with LoopbackHub() as running:
+        for name, value in {"ENDPOINT": running.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
+                            "HUGGINGFACE_CO_URL_TEMPLATE": running.url + "/{repo_id}/resolve/{revision}/{filename}",
+                            "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_HUB_DISABLE_XET": True}.items():  # fmt: skip
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running
+
+
+@pytest.fixture
+def elsewhere(hub: LoopbackHub, installed: Path, tmp_path: Path) -> Callable[[str], str]:
+    """Runs code in a new process, in the empty folder `there`, with the wheel and this hub; returns what it prints."""
+    there = tmp_path / "there"
+    there.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(installed), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
+           "HF_HOME": str(there / "hf"), "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    head = "from raev2 import Pipeline\nfrom raev2.command.cli import main\n"
+
+    def run(code: str) -> str:
+        done = subprocess.run([sys.executable, "-c", head + code], cwd=there, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

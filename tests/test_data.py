@@ -273,9 +273,17 @@ def test_a_missing_or_damaged_index_is_refused(copy):
     message = "val.jsonl: damaged, line 2 is not a JSON object; got .*Build it again with `raev2 data build"
     with pytest.raises(DataError, match=message):
         dataset.image(1)
+    with pytest.raises(DataError, match=message):
+        dataset.subset(2)
     (copy / "val.jsonl").unlink()
     with pytest.raises(DataError, match="index val.jsonl is missing. Build it again with `raev2 data build synthetic"):
         FolderDataset(copy, "val", SIZE)
+
+
+def test_a_pass_over_the_index_reads_what_is_read_by_number(dataset):
+    numbers = range(len(dataset))
+    assert list(dataset.index) == [dataset.index[number] for number in numbers]
+    assert list(dataset.keys_and_groups()) == [(dataset.key(number), dataset.group(number)) for number in numbers]
 
 
 OPEN = """

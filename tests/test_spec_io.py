@@ -96,7 +96,7 @@ def test_an_unknown_field_names_the_closest_one(tiny_spec):
 
 def test_an_unknown_field_that_is_like_none_lists_those_that_are_there(tiny_spec):
     refuse(tiny_spec, "data.zzz=3", "spec.data.zzz: unknown field. Known: cache, dir,")
-    refuse(tiny_spec, "zzz.width=3", "spec.zzz: unknown field. Known: cost, data, evaluation, flow,")
+    refuse(tiny_spec, "zzz.width=3", "spec.zzz: unknown field. Known: cost, data, decoder_from, evaluation,")
 
 
 def test_a_wrong_type_says_what_came_and_what_was_expected(tiny_spec):

@@ -123,7 +123,7 @@ def source_of(options: Namespace, task: str | None = None) -> Source:
     """The model that the options of `cli.source_options` name; `task` where the command belongs to one."""
     from raev2.model.opened import find_source
 
-    names = ("run", "task", "generator", "tokenizer", "recipe", "settings", "data")
+    names = ("run", "task", "generator", "tokenizer", "recipe", "settings", "data", "ema")
     return find_source(**{"task": task, **{name: vars(options)[name] for name in names if name in options}})
 
 

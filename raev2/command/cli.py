@@ -146,6 +146,7 @@ def source_options(command: argparse.ArgumentParser, own: Collection[str] = ()) 
     if "--set" not in own:
         add("--set", dest="settings", action="append", default=[], metavar="FIELD=VALUE", help="of that recipe")
     add("--data", metavar="DIR", help="dataset folder in place of the one that the model names")
+    add("--ema", type=float, metavar="DECAY", help="averaged weights of the run: kept ones, or mixed from those")
 
 
 def _add_conditions(sample: argparse.ArgumentParser, task: Task) -> None:

@@ -6,7 +6,8 @@ number, and a covariance of deficient rank (fewer images than features) is an or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -20,7 +21,8 @@ from torch import Tensor
 from raev2.errors import DataError
 from raev2.training import dist
 
-GROUPS = 10  # of the jackknife
+FEWEST = 40  # images with which there is a standard error
+ERROR_NOTE = "± by leaving out one image at a time"  # for results with the error of `FrechetTo.stderr`
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,29 @@ class FrechetTo:
         offset = (moments.mean.double() - self.mean).square().sum()
         return max(float(offset + cov.trace() + self.trace - 2 * cross), 0.0)
 
-    def stderr(self, features: Float[Tensor, "S D"]) -> float | None:
-        """Standard error from drawing these images: jackknife that leaves out one of ten groups at a time.
+    def stderr(self, features: Float[Tensor, "S D"], partners: Float[Tensor, "S D"] | None = None) -> float | None:
+        """Standard error from drawing these images: the jackknife that leaves out one image at a time.
 
-        It says nothing about the spread over training seeds. None with fewer than four images a group.
+        All S distances come from one decomposition, see `_root_trace_changes`. It says nothing about the spread over
+        training seeds. None with fewer than 40 images.
+
+        partners   the reference, where it is drawn with the images in pairs: both images of a pair are left out
         """
-        return _jackknife([self(rest) for rest in _leave_out(features)[1]]) if len(features) >= 4 * GROUPS else None
+        num = len(features)
+        if num < FEWEST:
+            return None
+        mean = features.double().mean(0)
+        own, scale = features.double() - mean, num / (num - 1) ** 2
+        values, projected = _axes(own @ self.factor)
+        offset, squares, partner, power = mean - self.mean - own / (num - 1), own.square().sum(1), None, 0.5
+        if partners is not None:
+            their = partners.double() - self.mean
+            partner, power = their @ (own.T @ projected) / ((num - 1) * values), 1
+            offset, squares = offset + their / (num - 1), squares + their.square().sum(1)
+        cross = values.sqrt().sum() + _root_trace_changes(values, projected, partner, scale)
+        rest = (num - 1) / (num - 2)  # a covariance without image i: rest * (cov - scale own_i own_i^T)
+        left_out = offset.square().sum(1) - rest * scale * squares - 2 * rest**power * cross  # and a constant
+        return float(((num - 1) * left_out.var(correction=0)).sqrt())
 
 
 def moments_distance(moments: Moments | Gaussian, reference: Moments | Gaussian) -> float:
@@ -124,14 +143,9 @@ def moments_distance(moments: Moments | Gaussian, reference: Moments | Gaussian)
 
 
 def paired_frechet(features: Float[Tensor, "S D"], reference: Float[Tensor, "S D"]) -> tuple[float, float | None]:
-    """Fréchet distance of paired sets and its jackknife error: both lose the same group."""
-    (own, own_rests), (their, their_rests) = _leave_out(features), _leave_out(reference)
-    distance = FrechetTo(their, reference)(own)
-    if len(features) < 4 * GROUPS:
-        return distance, None
-    kept = [reference[torch.arange(len(reference)) % GROUPS != group] for group in range(GROUPS)]
-    rests = zip(own_rests, their_rests, kept, strict=True)
-    return distance, _jackknife([FrechetTo(other, rows)(rest) for rest, other, rows in rests])
+    """Fréchet distance of paired sets and its standard error: both lose the same image."""
+    distance = FrechetTo(Moments.of(reference), reference)
+    return distance(Moments.of(features)), distance.stderr(features, reference)
 
 
 def inception_score(logits: Float[Tensor, "S D"], num_splits: int = 10, seed: int = 2020) -> tuple[float, float]:
@@ -227,16 +241,39 @@ def _rank(moments: Moments | Gaussian, most: int) -> int:
     return most if moments.count is None else min(most, moments.count - 1)
 
 
-def _leave_out(features: Tensor) -> tuple[Moments, list[Moments]]:
-    """Moments of all, and of all but each group in turn."""
-    parts = [Moments.of(features[group::GROUPS]) for group in range(GROUPS)]
-    total = reduce(Moments.merge, parts)
-    return total, [total.merge(part, sign=-1) for part in parts]
+def _axes(rows: Float[Tensor, "S R"]) -> tuple[Float[Tensor, " E"], Float[Tensor, "S E"]]:
+    """Eigenvalues of the covariance of centred rows, all that are not rounding, and the rows in its axes."""
+    num = len(rows) - 1
+    few = num < rows.shape[1]
+    products = rows @ rows.T if few else rows.T @ rows
+    with one_thread():
+        values, vectors = torch.linalg.eigh(products / num)
+    kept = values > 1e-13 * values[-1]
+    values, vectors = values[kept], vectors[:, kept]
+    return values, vectors * (num * values).sqrt() if few else rows @ vectors
 
 
-def _jackknife(values: Sequence[float]) -> float:
-    spread = torch.tensor(values, dtype=torch.float64).var(correction=0)
-    return float(((len(values) - 1) * spread).sqrt())
+def _root_trace_changes(
+    values: Float[Tensor, " E"], a: Float[Tensor, "S E"], b: Float[Tensor, "S E"] | None, scale: float
+) -> Float[Tensor, " S"]:
+    """tr(M_i^(1/2)) - tr(M^(1/2)) for matrices M_i that are M = diag(values) but for one vector or two, for each row i.
+
+    pi tr(M_i^(1/2)) - pi tr(M^(1/2)) = integral over u > 0 of log(det(M_i + u^2) / det(M + u^2))
+
+    where the determinants' ratio is a number (matrix determinant lemma) and the trapezoid rule in log u converges
+    exponentially: 65 points have an error of 1e-6 at most.
+
+    a   M_i = M - scale a a^T: F^T cov F where cov loses an image
+    b   M_i = (cov - scale x x^T) (cov_ref - scale y y^T) has the eigenvalues that count, a = F^T x and b = F^-1 y
+    """
+    if not len(values):
+        return a.new_zeros(len(a))
+    u = values[-1].sqrt() * torch.arange(-32, 33, dtype=torch.float64).div(2).exp()
+    inverse = 1 / (values[:, None] + u.square())
+    ratio = 1 - scale * a.square() @ inverse
+    if b is not None:
+        ratio = ratio * (1 - scale * b.square() @ (values[:, None] * inverse)) + (scale * u * ((a * b) @ inverse)) ** 2
+    return ratio.clamp(min=1e-300).log() @ u / (2 * math.pi)
 
 
 def _neighbour_radii(points: Tensor, k: int, chunk_size: int) -> Tensor:

@@ -103,7 +103,7 @@ def open_pictures(path: Path, name: str = "the pictures") -> tuple[PictureSet, l
         names = [file.relative_to(path).with_suffix("").as_posix() for file in files]
         size, keys = _common_size(path, files), [file_sha256(file) for file in files]
         content, read = json_sha256(keys), partial(_read_file, files)
-    order = random_subset(keys, [None] * len(keys), len(keys))
+    order = random_subset([(key, None) for key in keys], len(keys))
     identity = {
         "num_images": len(order), "image_size": list(size), "sha256": content,
         "preparation": "as stored, Pillow's conversion to RGB, no resizing",

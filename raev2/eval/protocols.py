@@ -24,7 +24,7 @@ from torch import Tensor
 from raev2.batch import Better, Cond, MetricResult, Role
 from raev2.data import ImageDataset
 from raev2.errors import CheckpointError, DataError, RaeError, TaskError
-from raev2.eval.distances import paired_frechet
+from raev2.eval.distances import ERROR_NOTE, paired_frechet
 from raev2.eval.features import (
     FeatureExtractor,
     build_extractor,
@@ -152,8 +152,8 @@ class ReconstructionEvaluator(Evaluator):
             check_finite(extractor.name, "reconstructions and originals", bad)
             value, stderr = dist.on_main(partial(paired_frechet, images, originals))
             yield MetricResult(
-                f"r{frechet_name(extractor.name)}", value, len(images), stderr, better="lower", role="headline",
-                warning=too_few(extractor.dim, len(images)),
+                f"r{frechet_name(extractor.name)}", value, len(images), stderr, ERROR_NOTE if stderr else "",
+                better="lower", role="headline", warning=too_few(extractor.dim, len(images)),
                 about=frechet_about(extractor.name, "reconstructions and originals, a score of the tokenizer alone,"),
             )  # fmt: skip
 

@@ -23,7 +23,15 @@ from torch.utils.data import DataLoader
 from raev2.batch import MetricResult
 from raev2.data import ImageDataset, ignore_signals
 from raev2.errors import DataError
-from raev2.eval.distances import FrechetTo, Gaussian, Moments, inception_score, kernel_distance, precision_recall
+from raev2.eval.distances import (
+    ERROR_NOTE,
+    FrechetTo,
+    Gaussian,
+    Moments,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from raev2.eval.features import (
     INCEPTION,
     LOGITS,
@@ -278,9 +286,10 @@ def _distances(net: str, pictures: SetFeatures, reference: SetFeatures, scale: S
     floor = distance(scale.floor.moments) if scale else 0.0
     if value < floor:
         warning = f"no headroom at this size: as many real pictures of '{reference.name}' have {floor:.4g}"
+    stderr = None if pictures.rows is None else distance.stderr(pictures.rows)
+    note = f"against {known:,} pictures" if known else "against stored statistics"
     yield MetricResult(
-        name, value, num, None if pictures.rows is None else distance.stderr(pictures.rows),
-        f"against {known:,} pictures" if known else "against stored statistics", warning=warning,
+        name, value, num, stderr, note if stderr is None else f"{note}; {ERROR_NOTE}", warning=warning,
         better="lower", role="headline", levels=PUBLISHED_LEVELS.get(net, ()),
         about=frechet_about(net, f"{pictures.name} and those of '{reference.name}'"),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Latents on disk in place of pictures: a folder that `raev2 latents build` writes and training reads.
 
     latents.json              what they are: identity, dtype, shape, number of samples, samples a file, mirrored or not
-    000000.safetensors, ...   'latents' (S, C, H, W) in the order of the split, and 'mirrored' of the mirrored pictures
+    000000.safetensors, ...   'latents' (S, C, H, W) in the order of the split, and 'mirrored' of the mirrored pictures;
+                              of int8, also '..._scale' (S, C, 1, 1) in float32, by which they are multiplied
 
 A file is whole or not there, so an interrupted build goes on. Files are mapped into memory: processes share the pages.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from raev2.errors import CheckpointError
 from raev2.files.damage import damaged, read_json
 
-ABOUT = "latents.json"
+ABOUT, SCALE = "latents.json", "_scale"
 
 
 class LatentFolder:
@@ -51,7 +52,7 @@ class LatentFolder:
             raise CheckpointError(f"latents {self.dir}", "without mirrored pictures, which this run shows", hint=hint)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Latents (C, H, W) of sample `index`, in the dtype on disk."""
+        """Latents (C, H, W) of sample `index`, in the dtype on disk; int8 in float32."""
         return self._at(index, "latents")
 
     def mirrored(self, index: int) -> Tensor:
@@ -59,7 +60,9 @@ class LatentFolder:
         return self._at(index, "mirrored")
 
     def _at(self, index: int, name: str) -> Tensor:
-        return self.files[index // self.size][name][index % self.size]
+        tensors, row = self.files[index // self.size], index % self.size
+        latents = tensors[name][row]
+        return latents * tensors[name + SCALE][row] if name + SCALE in tensors else latents
 
 
 BUILD = "Build them: raev2 latents build --run RUN --out DIR."

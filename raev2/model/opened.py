@@ -19,7 +19,7 @@ from raev2.batch import Cond
 from raev2.data import ImageDataset, NamesOnly, to_uint8
 from raev2.errors import CheckpointError, DataError, SpecError
 from raev2.eval.pictures import cache_dir
-from raev2.files.artefact import PIPELINE, check_version, local_folder, read_artefact
+from raev2.files.artefact import PIPELINE, check_version, load_strict, local_folder, read_artefact
 from raev2.files.damage import damaged, read_json
 from raev2.files.hashes import folder_sha256
 from raev2.guidance import build_guidance
@@ -30,7 +30,7 @@ from raev2.spec_io import apply_overrides, load_spec, spec_from_dict
 from raev2.task import EvalContext, Task, get_recipe, get_task, usable_tasks
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import load_tokenizer, tokenizer_spec
-from raev2.training.checkpoint import latest_checkpoint
+from raev2.training.checkpoint import averaged_weights, latest_checkpoint
 from raev2.training.preflight import GENERATOR, TOKENIZER
 from raev2.training.run import Run, make_accelerator, memory_field, newest_run
 
@@ -51,6 +51,7 @@ class Source:
     classes   names by label, where they come with the model; None: the data has them
     licence   identifier that the hub knows, if the author of a pipeline chose one
     sha256    of the parts, where they are known
+    ema       decay of the averaged weights that are wanted; None: the first of the run, which an artefact has
     """
 
     spec: RunSpec
@@ -59,6 +60,7 @@ class Source:
     classes: Sequence[str] | None = None
     licence: str = ""
     sha256: Mapping[str, str] = field(default_factory=dict)
+    ema: float | None = None
 
     @classmethod
     def of(cls, run: str | Path, path: Path | None = None) -> Source:
@@ -96,10 +98,12 @@ class Source:
 def find_source(
     run: str | Path | None = None, task: str | None = None, *, generator: str | None = None,
     tokenizer: str | None = None, recipe: str | None = None, settings: Sequence[str] = (), data: str | None = None,
+    ema: float | None = None,
 ) -> Source:  # fmt: skip
     """What a command was pointed at: `run`, the newest run of `task`, or two artefacts with the settings of a recipe.
 
     data   dataset folder in place of that of the spec
+    ema    see `Source`
     """
     if generator or tokenizer:
         if run or not (generator and tokenizer and task and recipe):
@@ -113,6 +117,7 @@ def find_source(
         raise SpecError("--run", "which run?", expected="--run DIR, or --task T for its newest run")
     else:
         source = Source.of(newest_run(get_task(str(task)).name) if run is None else run)
+    source = replace(source, ema=ema)
     if data is None:
         return source
     return replace(source, spec=source.spec.replace(data=source.spec.data.replace(dir=data, recipe=None, options={})))
@@ -217,7 +222,18 @@ def open_trained(source: Source | str | Path, device: str | None = None) -> Trai
         generator.extra = {"images_seen": checkpoint.state["images"], TOKENIZER: rae.identity()}
         generator.eval()
         logger.info("using averaged weights of %s", checkpoint.path)
-    return TrainedRun(run, task, rae, generator, source.classes)
+    trained = TrainedRun(run, task, rae, generator, source.classes)
+    if source.ema is not None:
+        use_average(trained, source.ema)
+    return trained
+
+
+def use_average(trained: TrainedRun, decay: float) -> None:
+    """Give the generator the averages of this decay, from the checkpoints of its run."""
+    generator, loop = trained.need_generator(), trained.run.spec.generator_training
+    averages = averaged_weights(trained.run.dir / "checkpoints" / GENERATOR, decay, loop.batch_size)
+    load_strict(generator, {**generator.state_dict(), **averages}, f"ema-{decay}")
+    generator.extra = {**generator.extra, "ema_decay": decay}
 
 
 def _check_pair(rae: Tokenizer, generator: Generator, where: str) -> None:

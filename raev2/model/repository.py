@@ -45,15 +45,17 @@ class Pipeline:
     def from_pretrained(
         cls, path_or_hub_id: str | Path, *, revision: str | None = None, subfolder: str = "", token: str | None = None,
         local_files_only: bool = False, device: str | None = None, dtype: torch.dtype | None = None,
+        ema: float | None = None,
     ) -> Pipeline:  # fmt: skip
         """Open a run folder, a pipeline folder or a hub repository.
 
         device   such as 'cpu' or 'cuda:1'; by default an accelerator if there is one
         dtype    of the generator's matrix products: torch.float32 or torch.bfloat16; by default that of its training.
                  Weights and tokenizer are float32
+        ema      decay of the averaged weights, of a run folder; by default the first that the run kept
         """
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        source = Source.of(path_or_hub_id, local_folder(path_or_hub_id, subfolder, **hub))
+        source = replace(Source.of(path_or_hub_id, local_folder(path_or_hub_id, subfolder, **hub)), ema=ema)
         if dtype is not None:
             check_known("dtype", "not usable", str(dtype), PRECISIONS)
             source = replace(source, spec=source.spec.replace(precision=PRECISIONS[str(dtype)]))
@@ -115,7 +117,7 @@ class Pipeline:
     def _copy_results(self, folder: Path) -> list[dict[str, Any]]:
         """Result files of these very weights, without names of folders of this machine."""
         folder.mkdir()
-        now, kept = weights_of(self.trained.context()), []
+        now, kept = weights_of(self.trained), []
         for file in sorted((self.source.dir / EVAL).glob("*.json")):
             result = read_json(file)
             if not (said := result.get("weights")) or not said.items() <= now.items():
@@ -135,4 +137,4 @@ def _portable(spec: RunSpec) -> RunSpec:
         logger.warning("the second generator of guidance %s stays here; saved as unguided", sampling.guidance.kind)
         sampling = sampling.replace(guidance=NoGuidance())
     data = spec.data.replace(dir=Path(spec.data.dir).name)
-    return spec.replace(tokenizer_from=None, generator_from=None, data=data, sampling=sampling)
+    return spec.replace(tokenizer_from=None, decoder_from=None, generator_from=None, data=data, sampling=sampling)

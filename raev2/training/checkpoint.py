@@ -27,10 +27,12 @@ from raev2.files.artefact import write_json
 from raev2.files.damage import read_json
 from raev2.files.hashes import file_sha256
 from raev2.files.replace import CHECKPOINT, new_folder
+from raev2.training.ema import mix
 from raev2.training.parallel import local, shard_like
 
 logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
+MAX_MISSED = 0.1  # of an average that is mixed from others
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,29 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not all_finite(value for part in tensors.values() for value in part.values()):
         raise CheckpointError(str(path), "holds values that are not finite", hint="Use an earlier checkpoint.")
     return Checkpoint(tensors, state=read_json(path / "state.json"), path=path)
+
+
+def averaged_weights(folder: Path, decay: float, batch_size: int) -> dict[str, Tensor]:
+    """Average of this decay at the newest checkpoint; where none was kept, mixed from those of all checkpoints.
+
+    Raises CheckpointError where mixing misses more than `MAX_MISSED` of it.
+    """
+    files = [file for path in list_checkpoints(folder) for file in sorted(path.glob("ema-*.safetensors"))]
+    kept = {file: (float(file.stem.removeprefix("ema-")), int(file.parent.name) // batch_size) for file in files}
+    newest = max((updates for _, updates in kept.values()), default=0)
+    kept = {file: one for file, one in kept.items() if one == (decay, newest)} or kept
+    shares, missed = mix(decay, newest, [*kept.values()]) if kept else ((), 1.0)
+    if not (0 <= decay < 1 and missed <= MAX_MISSED):
+        raise CheckpointError(
+            str(folder), "no averaged weights of this decay, and none to mix it from", got=decay,
+            expected=f"near {', '.join(sorted({file.stem.removeprefix('ema-') for file in kept})) or 'none'}",
+            hint="generator_training.ema_decays says which ones a run keeps.",
+        )  # fmt: skip
+    total: dict[str, Tensor] = {}
+    for file, share in zip(kept, shares, strict=True):
+        for name, tensor in load_checkpoint(file.parent).tensors[file.stem].items():
+            total[name] = total.get(name, 0) + float(share) * tensor
+    return total
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,8 +15,35 @@ import torch.distributed as torch_dist
 from accelerate import PartialState
 from torch import Tensor
 
+from raev2.errors import SpecError
+
 Value = TypeVar("Value")
 PATIENCE = timedelta(days=2)  # with the main process while it builds data, samples or evaluates
+
+
+def read_environment() -> None:
+    """What torch has to know of this process: torchrun said it, or Slurm does to what `srun` starts without torchrun.
+
+    Variables that are set stay. Raises SpecError for more processes than GPUs.
+
+    Source: slurm.schedmd.com/srun.html, output environment variables
+    """
+    here, num = os.environ, int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" not in here and num > 1:
+        first = re.match(r"([^,[]|\[[^]]*\])+", here["SLURM_STEP_NODELIST"])  # up to the first comma outside brackets
+        found = {
+            "RANK": here["SLURM_PROCID"], "WORLD_SIZE": str(num), "LOCAL_RANK": here["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(num // int(here["SLURM_STEP_NUM_NODES"])),
+            "MASTER_ADDR": re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0] if first else ""),
+            "MASTER_PORT": str(61440 + int(here["SLURM_JOB_ID"]) % 4096),
+        }  # fmt: skip
+        here.update({name: value for name, value in found.items() if name not in here})
+    each, gpus = int(here.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    own_gpu = gpus == 1 and "TORCHELASTIC_RUN_ID" not in here  # Slurm may show each process one; torchrun does not
+    if each > gpus > 0 and not own_gpu:
+        raise SpecError("processes", "more than GPUs on this machine", got=each, expected=f"at most {gpus}")
+    if "RANK" in here and not torch.accelerator.is_available():
+        here.setdefault("ACCELERATE_USE_CPU", "true")  # accelerate would take each process for one that is alone
 
 
 def is_distributed() -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raev2.training.parallel import local, shard_like, whole
@@ -69,3 +71,29 @@ class EMA:
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def profile(decay: float, updates: int, length: int) -> NDArray[np.float64]:
+    """Shares of the initial weights and of those after each of `length` updates in an average after `updates` of them.
+
+    A decay of 0 is the weights themselves.
+    """
+    number = np.arange(updates)
+    decays = np.concatenate([[0.0], np.minimum(decay, (1 + number) / (10 + number))])
+    later = np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)
+    return np.pad((1 - decays) * later, (0, length - updates))
+
+
+def mix(decay: float, updates: int, kept: Sequence[tuple[float, int]]) -> tuple[NDArray[np.float64], float]:
+    """Coefficients of kept averages (decay, updates), sum 1, whose sum is closest to another one; the share it misses.
+
+    Closest: least squares over the shares that `profile` gives, relative to those of the wanted average.
+
+    Source: EDM2, Karras et al. 2024, section 3.2, there for averages with shares that are powers of time
+    """
+    wanted = profile(decay, updates, updates)
+    first, *others = (profile(*one, updates) for one in kept)
+    rest = np.linalg.lstsq(np.reshape([other - first for other in others], (-1, updates + 1)).T, wanted - first)[0]
+    coefficients = np.array([1 - rest.sum(), *rest])
+    missed = wanted - sum(share * profile(*one, updates) for share, one in zip(coefficients, kept, strict=True))
+    return coefficients, float(np.linalg.norm(missed) / np.linalg.norm(wanted))

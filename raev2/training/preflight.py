@@ -64,7 +64,8 @@ class Plan:
     def encoders(self) -> list[tuple[str, Sequence[int]]]:
         """Encoders that no artefact brings, with the layers that are named."""
         spec, loop, repa = self.spec, self.spec.tokenizer_training, self.spec.generator_training.repa
-        folder = Asset(TOKENIZER, spec.tokenizer_from).folder() if spec.tokenizer_from else None
+        source = spec.tokenizer_from or spec.decoder_from
+        folder = Asset(TOKENIZER, source).folder() if source else None
         brought = folder is not None and (folder / ENCODER).is_dir()
         parts: list[Any] = [None if brought else getattr(spec.tokenizer, "encoder", None), repa and repa.encoder]
         parts += [loop.perceptual, loop.adversarial] if TOKENIZER in self.stages else []
@@ -73,7 +74,7 @@ class Plan:
     def assets(self) -> list[Asset]:
         """Weights that the training reads and no package brings, each once."""
         spec, evaluation, perceptual = self.spec, self.spec.evaluation, self.spec.tokenizer_training.perceptual
-        named = {"tokenizer_from": spec.tokenizer_from, "generator_from": spec.generator_from}
+        named = {name: getattr(spec, name) for name in ("tokenizer_from", "decoder_from", "generator_from")}
         for guidance in (spec.sampling.guidance, *evaluation.compare_guidance):
             named[f"guidance {guidance.kind}.weak"] = getattr(guidance, "weak", None)
         found = [Asset(field, source, HUB_FILES) for field, source in named.items() if source]
@@ -117,12 +118,14 @@ def make_ready(plan: Plan) -> None:
 
 
 def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
-    """The spec with the tokenizer of the artefact that `tokenizer_from` names, if it is here or may be downloaded."""
-    source = spec.tokenizer_from
+    """The spec with the tokenizer that `tokenizer_from` or `decoder_from` names, if it is here or may be downloaded."""
+    source = spec.tokenizer_from or spec.decoder_from
     here = Asset("tokenizer_from", source).folder() if source else None
     if source is None or not (here or download):
         return spec
-    return spec.replace(tokenizer=tokenizer_spec(read_artefact(here or source, kind=TOKENIZER)[0]))
+    found = tokenizer_spec(read_artefact(here or source, kind=TOKENIZER)[0])
+    noise = {name: value for name, value in spec.tokenizer if name.startswith("noise_")} if spec.decoder_from else {}
+    return spec.replace(tokenizer=found.replace(**noise))
 
 
 def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:

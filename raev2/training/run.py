@@ -159,6 +159,7 @@ def newest_run(task_name: str, root: Path = Path("runs")) -> Path:
 def make_accelerator(precision: str) -> Accelerator:
     """Device and processes; 'fp32' also switches TF32 off. Autocast is `Run.autocast`."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    dist.read_environment()
     return Accelerator(mixed_precision="no")
 
 

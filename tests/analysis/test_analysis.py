@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from raev2.command.cli import main
-from raev2.report.chart import Series
-from raev2.report.published import published, published_encoders, published_results
 from raev2_tasks.analyses.blocks import block_tokens, linear_cka, spatial_similarity
 from raev2_tasks.analyses.correlation import fisher_interval, pearson
 from raev2_tasks.analyses.probe import far_distance, linear_probe, local_similarity
 from raev2_tasks.analyses.table import Table
 from raev2_tasks.analyses.width import overfit, width_bound
+from raev2_tasks.report.chart import Series
+from raev2_tasks.report.published import published, published_encoders, published_results
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Definitions

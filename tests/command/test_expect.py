@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from raev2.command.cli import main
-from raev2.report.published import published, published_results
 from raev2.spec import ExpectedSpec, RunSpec
 from raev2.spec_io import fingerprint, load_spec, save_spec
 from raev2.task import get_evaluators, get_recipe, get_task, installed_tasks
+from raev2_tasks.report.published import published, published_results
 
 METRICS = {"fid": "gFID", "rfid": "rFID", "psnr": "PSNR", "inception_score": "IS"}
 

@@ -140,19 +140,31 @@ def test_a_feature_that_is_always_zero_changes_nothing():
     assert moments_distance(*map(Moments.of, padded)) == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.parametrize("num", [60, 200])
-def test_the_error_is_the_jackknife_over_ten_groups_that_are_left_out(num):
-    features, reference = spectrum(num, 64, 0), spectrum(num, 64, 1)
-    rest = [torch.arange(num) % 10 != group for group in range(10)]
+@pytest.mark.parametrize(("num", "dim"), [(44, 64), (64, 64), (65, 64), (200, 64), (60, 3)])
+def test_the_error_is_the_jackknife_that_leaves_out_each_image_in_turn(num, dim):
+    """Against a distance of its own for every image that is left out; alone, and with its partner."""
+    features, reference = spectrum(num, dim, 0), spectrum(num, dim, 1) + 0.1
+    rest = [torch.arange(num) != image for image in range(num)]
     for found, left_out in (
-        (FrechetTo(Moments.of(reference)).stderr(features), [reference] * 10),
+        (FrechetTo(Moments.of(reference), reference).stderr(features), [reference] * num),
+        (FrechetTo(Moments.of(reference)).stderr(features), [reference] * num),
         (paired_frechet(features, reference)[1], [reference[keep] for keep in rest]),
     ):
         values = [by_singular_values(features[keep], other) for keep, other in zip(rest, left_out, strict=True)]
         spread = torch.tensor(values, dtype=torch.float64)
-        assert found == pytest.approx(float((9 / 10 * (spread - spread.mean()).square().sum()).sqrt()), rel=1e-6)
-    assert paired_frechet(features, reference)[0] == pytest.approx(by_singular_values(features, reference), rel=1e-9)
+        expected = float(((num - 1) / num * (spread - spread.mean()).square().sum()).sqrt())
+        assert found == pytest.approx(expected, rel=1e-6)
+    assert paired_frechet(features, reference)[0] == pytest.approx(by_singular_values(features, reference), rel=1e-8)
     assert paired_frechet(features[:39], reference[:39])[1] is None
+
+
+def test_equal_images_and_constant_features_have_an_error_too():
+    features, reference = spectrum(60, 20, 0), spectrum(50, 20, 1)
+    padded = [torch.cat([rows, torch.zeros(len(rows), 9).double()], 1) for rows in (features, reference)]
+    expected = FrechetTo(Moments.of(reference)).stderr(features)
+    assert FrechetTo(Moments.of(padded[1])).stderr(padded[0]) == pytest.approx(expected, rel=1e-6)
+    assert FrechetTo(Moments.of(reference)).stderr(features[:1].repeat(50, 1)) == pytest.approx(0, abs=1e-12)
+    assert paired_frechet(features, features)[1] == pytest.approx(0, abs=1e-6)
 
 
 # Inception Score and kernel distance against closed forms; torch-fidelity is the oracle of test_fidelity.py.

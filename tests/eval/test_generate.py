@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 
 import pytest
 import torch
@@ -49,8 +48,8 @@ def test_long_work_says_how_far_it_is(monkeypatch, caplog):
     assert "evaluation: 4 of 6 toys" in caplog.text
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch_dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+def worker(rank: int, folder: str) -> None:
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     found = collect(10, 2, rows)
     moments = Moments.of(rows(sum(local_chunks(10, 1), []))["features"]).over_processes()
     torch.save((found, moments.cov), f"{folder}/{rank}.pt")
@@ -58,10 +57,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_three_processes_give_ids_zero_to_nine_once_and_the_numbers_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, args=(port, str(tmp_path)), nprocs=3)
+    multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=3)
     expected = collect(10, 2, rows)
     cov = Moments.of(expected["features"]).cov
     for rank in range(3):

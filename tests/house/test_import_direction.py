@@ -37,7 +37,6 @@ ORDER = """
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
     eval.pictures
     model.opened train_tokenizer train_generator
-    report.chart report.published
     pipeline model.repository
     command.actions command.cli __main__
 """.split()  # noqa: SIM905

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,35 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from built_wheel import HIDDEN, SOURCES
 
 ROOT = Path(__file__).parents[2]
-SOURCES = {"raev2": ROOT, "raev2_tasks": ROOT / "tasks", "raev2_data_recipes": ROOT / "data_recipes"}
-HIDDEN = {"__pycache__", ".mypy_cache", ".ruff_cache"}
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist, and that from a copy: setuptools would pack old files from a build folder it left."""
-    folder, copy = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("copy")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, copy)
-    for package, root in SOURCES.items():
-        ignore = shutil.ignore_patterns(*HIDDEN)
-        shutil.copytree(root / package, copy / (root / package).relative_to(ROOT), ignore=ignore)
-    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True, text=True)
-    (sdist,) = folder.glob("raev2-*.tar.gz")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(sdist)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return next(folder.glob("raev2-*.whl"))
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel unpacked, as pip would; it comes before everything else on the path."""
-    folder = tmp_path_factory.mktemp("site")
-    zipfile.ZipFile(wheel).extractall(folder)
-    return folder
 
 
 def test_every_file_of_the_packages_is_in_the_wheel(wheel):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import random
@@ -15,7 +17,7 @@ from PIL import Image
 from raev2.batch import MetricResult
 from raev2.command.cli import main
 from raev2.errors import CheckpointError, SpecError
-from raev2.report.chart import Series, line_chart, number, smooth
+from raev2_tasks.report.chart import Series, line_chart, number, smooth
 from raev2_tasks.report.page import write_report
 
 
@@ -151,6 +153,22 @@ def run(tmp_path_factory) -> Path:
     run = make_run(tmp_path_factory.mktemp("runs") / "quickstart")
     assert write_report(run) == run / "report.html"
     return run
+
+
+def test_a_small_page_has_the_same_pictures_at_half_size(run, tmp_path):
+    def pictures(html: str, kind: str) -> list[Image.Image]:
+        found = re.findall(f'data:image/{kind};base64,([^"]+)', html)
+        return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
+
+    assert main(["report", str(run), "--out", str(tmp_path / "small.html"), "--small"]) == 0
+    full, small = (run / "report.html").read_text(), (tmp_path / "small.html").read_text()
+    before, after = pictures(full, "png"), pictures(small, "webp")
+    assert len(before) == len(after) == full.count("data:image") == small.count("data:image")
+    assert [one.reduce(2).size for one in before] == [one.size for one in after]
+    away = [np.abs(np.asarray(a.convert("RGB").reduce(2), float) - np.asarray(b, float)).mean()
+            for a, b in zip(before, after, strict=True)]  # fmt: skip
+    assert max(away) < 32, "the same picture, lossy"
+    assert len(small) < len(full) / 3
 
 
 def test_the_page_is_self_contained(run):

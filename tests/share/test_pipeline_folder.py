@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -51,29 +46,6 @@ def drawn(images: list[Image.Image]) -> list[bytes]:
     return [np.asarray(image).tobytes() for image in images]
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    """The hub of this process, with a login and an empty cache."""
-    with LoopbackHub() as running:
-        for name, value in {"ENDPOINT": running.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
-                            "HUGGINGFACE_CO_URL_TEMPLATE": running.url + "/{repo_id}/resolve/{revision}/{filename}",
-                            "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_HUB_DISABLE_XET": True}.items():  # fmt: skip
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield running
-
-
-def elsewhere(hub: LoopbackHub, cwd: Path, code: str) -> str:
-    """What code prints in a new process in an empty folder, for which this hub is the hub."""
-    cwd.mkdir()
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cwd / "hf"),
-           "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
-    head = "from raev2 import Pipeline\nfrom raev2.command.cli import main\n"
-    done = subprocess.run([sys.executable, "-c", head + code], cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 # The same model everywhere.
 
 
@@ -90,13 +62,13 @@ def test_a_pipeline_draws_what_the_command_draws(trained_run, saved, tmp_path):
     assert len(pipe(label=["square", "disc"])) == 2
 
 
-def test_a_pipeline_goes_through_a_hub(trained_run, saved, hub, tmp_path, synthetic_data):
-    """Pushed in one process; loaded by id, sampled, scored and used as a tokenizer in another one."""
+def test_a_pipeline_goes_through_a_hub(trained_run, saved, hub, elsewhere, tmp_path, synthetic_data):
+    """Pushed in one process; loaded by id from the wheel, sampled, scored and used as a tokenizer in another one."""
     commit = Pipeline.from_pretrained(saved).push_to_hub("lab/tiny", licence="mit")
     assert commit.endswith(hub.commit("lab/tiny"))
     assert set(hub.files["lab/tiny"]) == {file.relative_to(saved).as_posix() for file in saved.rglob("*.*")}
     there = tmp_path / "there"
-    printed = elsewhere(hub, there, f"""
+    printed = elsewhere(f"""
 pipe = Pipeline.from_pretrained('lab/tiny', revision='main', device='cpu')
 for number, image in enumerate(pipe(label=['disc', 'square'], n=4, seed=3)):
     image.save(f'python-{{number}}.png')

@@ -1,4 +1,8 @@
-"""1, 2 and 3 processes, replicated or sharded, train the same: losses and norms to rounding, in both stages."""
+"""1, 2 and 3 processes, replicated or sharded, train the same, in both stages.
+
+In float64, where no rounding error can hide what depends on the number of processes: losses and norms agree to 1e-12.
+In float32, as runs are, the sums of a step are rounded in another order; docs/how_to/scale.md says what remains.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,15 @@ from raev2 import pipeline
 from raev2.spec_io import load_spec
 from raev2.training import optim
 
-optim.fast_dtype = lambda device: torch.float32  # bfloat16 would make a rounding error of one step visible in the next
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+optim.fast_dtype = lambda device: torch.float64
+pipeline._save_samples = lambda *_: None  # noise of samples is float32; and they take time
 
 for name in sys.argv[2:]:
     pipeline.train(load_spec(f"{sys.argv[1]}/{name}.yaml"), f"{sys.argv[1]}/{name}")
 """
+TOLERANCE = {"rel": 1e-12, "abs": 1e-15}
 NUMBERS = ("loss", "l1", "perceptual", "gan", "disc", "adaptive_weight", "full", "base", "grad_norm")
 
 
@@ -51,12 +59,9 @@ def losses(run: Path) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def specs(tiny_spec: RunSpec) -> dict[str, RunSpec]:
-    """Two optimizers; token noise, adversary, dropped conditions and parts of a batch are all in use.
-
-    A large eps: AdamW divides a gradient that is all rounding error by its own size, which makes it a full step.
-    """
+    """Two optimizers; token noise, adversary, dropped conditions and parts of a batch are all in use."""
     shared = {"batch_size": 12, "images": 36, "sample_every_images": 24, "save_every_images": 24}
-    adamw = AdamWSpec(eps=0.01)
+    adamw = AdamWSpec()
     spec = tiny_spec.replace(
         tokenizer_training=tiny_spec.tokenizer_training.replace(**shared, optimizer=adamw),
         generator_training=tiny_spec.generator_training.replace(
@@ -100,9 +105,7 @@ def test_losses_and_norms_are_those_of_one_process(runs, processes, name):
     assert {line[5] != 0 for line in expected if line[0] == "tokenizer"} == {True, False}, "with and without adversary"
     for ours, theirs in zip(losses(runs[processes] / name), expected, strict=True):
         assert ours[:2] == theirs[:2]
-        # The gradient of L1 is a sign: a pixel that rounds to the other side moves what follows in stage 1.
-        after_updates = ours[:2] == ("tokenizer", 36)
-        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-3 if after_updates else 1e-5, abs=1e-6)
+        assert ours[2:] == pytest.approx(theirs[2:], **TOLERANCE)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -110,11 +113,11 @@ def test_losses_and_norms_are_those_of_one_process(runs, processes, name):
 def test_sharded_training_is_replicated_training(runs, processes, name):
     replicated = [line for line in losses(runs[processes] / name) if line[0] == "generator"]
     for ours, theirs in zip(losses(runs[processes] / f"{name}-fsdp"), replicated, strict=True):
-        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-5, abs=1e-6)
+        assert ours[2:] == pytest.approx(theirs[2:], **TOLERANCE)
     found, expected = (load_file(runs[processes] / n / "generator/model.safetensors") for n in (f"{name}-fsdp", name))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        assert float((found[key] - value).abs().max()) < 1e-4, key
+        assert float((found[key] - value).abs().max()) < 1e-12, key
 
 
 def test_a_run_goes_on_with_other_processes_and_shards(runs, specs, tmp_path):
@@ -132,4 +135,4 @@ def test_a_run_goes_on_with_other_processes_and_shards(runs, specs, tmp_path):
         if images < 36:
             shutil.rmtree(tmp_path / "run/generator")
     for ours, theirs in zip(losses(tmp_path / "run"), expected, strict=True):
-        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-5, abs=1e-6)
+        assert ours[2:] == pytest.approx(theirs[2:], **TOLERANCE)

@@ -19,7 +19,7 @@ from raev2.command.cli import main
 from raev2.data import FolderDataset, to_float
 from raev2.errors import CheckpointError, SpecError
 from raev2.files.latent_folder import LatentFolder
-from raev2.spec_io import apply_overrides
+from raev2.spec_io import apply_overrides, save_spec
 from raev2_tasks.latents import files
 
 
@@ -37,32 +37,47 @@ def build(trained_run, tmp_path, monkeypatch, capsys):
     return run
 
 
+BARE = ("evaluation.protocols=[]", "evaluation.in_training=[]", "data.cache=false")
+
+
 def trained(spec, trained_run, run: Path, *settings: str) -> list[dict]:
-    settings = (
-        f"tokenizer_from={trained_run / 'tokenizer'}", "evaluation.protocols=[]", "evaluation.in_training=[]",
-        "data.cache=false", *settings,
-    )  # fmt: skip
-    pipeline.train(apply_overrides(spec, settings), run)
+    pipeline.train(apply_overrides(spec, [f"tokenizer_from={trained_run / 'tokenizer'}", *BARE, *settings]), run)
+    return log(run)
+
+
+def log(run: Path) -> list[dict]:
+    """Steps of stage 2."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["stage"] == "generator" and line["kind"] == "train"]
 
 
-@pytest.mark.parametrize(("dtype", "flip", "near"), [("fp32", True, 1e-6), ("fp16", False, 1e-3)])
-def test_training_from_disk_is_training_that_encodes(
-    build, tiny_spec, trained_run, tmp_path, monkeypatch, dtype, flip, near
-):
-    code, folder, err = build("--dtype", dtype, *(["--mirrored"] if flip else []))
-    assert code == 0, err
-    settings = [f"data.horizontal_flip={flip}", "generator_training.micro_batch_size=3"]
-    expected = trained(tiny_spec, trained_run, tmp_path / "online", *settings)
-    monkeypatch.setattr("raev2.data.read_rgb", lambda *_: pytest.fail("a picture was decoded"))
-    monkeypatch.setattr(pipeline, "_save_samples", lambda *_: None)
-    found = trained(tiny_spec, trained_run, tmp_path / "disk", *settings, f"generator_training.latents={folder}")
+SETTINGS = ("data.horizontal_flip=true", "generator_training.micro_batch_size=3")
+
+
+@pytest.fixture(scope="module")
+def online(tiny_spec, trained_run, tmp_path_factory) -> list[dict]:
+    """The log of a training that encodes."""
+    return trained(tiny_spec, trained_run, tmp_path_factory.mktemp("online") / "run", *SETTINGS)
+
+
+def assert_near(found: list[dict], expected: list[dict], near: float) -> None:
     assert len(found) == 8
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours["loss"], ours["base"], ours["grad_norm"]) == pytest.approx(
             (theirs["loss"], theirs["base"], theirs["grad_norm"]), rel=near
         )
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("fp32", 1e-6), ("fp16", 1e-3), ("int8", 2e-3)])
+def test_training_from_disk_is_training_that_encodes(
+    build, online, tiny_spec, trained_run, tmp_path, monkeypatch, dtype, near
+):
+    code, folder, err = build("--dtype", dtype, "--mirrored")
+    assert code == 0, err
+    monkeypatch.setattr("raev2.data.read_rgb", lambda *_: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(pipeline, "_save_samples", lambda *_: None)
+    found = trained(tiny_spec, trained_run, tmp_path / "disk", *SETTINGS, f"generator_training.latents={folder}")
+    assert_near(found, online, near)
 
 
 def test_latents_on_disk_are_those_of_the_tokenizer_by_number(build, trained_run, synthetic_data, caplog):
@@ -75,6 +90,16 @@ def test_latents_on_disk_are_those_of_the_tokenizer_by_number(build, trained_run
         image = to_float(FolderDataset(synthetic_data, "val", (64, 64)).image(number))[None]
         for latents, picture in ((found[number], image), (found.mirrored(number), image.flip(3))):
             torch.testing.assert_close(latents.float(), rae.encode(picture)[0], atol=0.02, rtol=0.01)
+
+
+def test_int8_keeps_every_channel_to_half_a_step_of_its_own(build, trained_run, synthetic_data):
+    _, folder, _ = build("--dtype", "int8", "--split", "val")
+    found, rae = LatentFolder(folder), RAE.from_pretrained(trained_run / "tokenizer")
+    image = to_float(FolderDataset(synthetic_data, "val", (64, 64)).image(12))[None]
+    exact = rae.encode(image)[0]
+    steps = exact.abs().amax((1, 2), keepdim=True) / 127
+    assert ((found[12] - exact).abs() <= 0.501 * steps).all()
+    assert steps.max() > 2 * steps.min(), "channels differ"
 
 
 def test_an_interrupted_build_goes_on_with_the_files_that_are_missing(build, monkeypatch):
@@ -101,19 +126,35 @@ def test_an_interrupted_build_goes_on_with_the_files_that_are_missing(build, mon
     assert sorted(file.name for file in folder.iterdir()) == sorted(file.name for file in whole.iterdir())
 
 
-def test_two_processes_write_the_same_folder(build, trained_run, tmp_path):
-    """Each writes its files; started as the docs say."""
-    _, expected, _ = build("--dtype", "fp32", out="expected")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "--", "raev2"]
-    options = ["latents", "build", "--run", trained_run, "--out", tmp_path / "two", "--dtype", "fp32", "--workers=1"]
+TWO = """
+import sys
+from raev2 import pipeline
+from raev2.command.cli import main
+from raev2.spec_io import load_spec
+
+run, out, spec, train = sys.argv[1:]
+assert main(["latents", "build", "--run", run, "--out", out, "--dtype", "fp32", "--mirrored", "--workers", "1"]) == 0
+pipeline.train(load_spec(spec), train)
+"""
+
+
+def test_two_processes_write_the_same_folder_and_train_from_it(build, online, tiny_spec, trained_run, tmp_path):
+    """Each writes its files, and reads its samples of those of both."""
+    _, expected, _ = build("--dtype", "fp32", "--mirrored", out="expected")
+    (tmp_path / "two.py").write_text(TWO)
+    settings = [*BARE, *SETTINGS, f"generator_training.latents={tmp_path / 'two'}"]
+    save_spec(apply_overrides(tiny_spec, [f"tokenizer_from={trained_run / 'tokenizer'}", *settings]), tmp_path / "spec")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    names = [tmp_path / "two.py", trained_run, tmp_path / "two", tmp_path / "spec", tmp_path / "run"]
     result = subprocess.run(
-        [*command, *map(str, options)], capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
+        [*command, *map(str, names)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     ours, theirs = LatentFolder(tmp_path / "two"), LatentFolder(expected)
     assert ours.identity == theirs.identity
     assert all(torch.equal(ours[number], theirs[number]) for number in range(32))
+    assert_near(log(tmp_path / "run"), online, 1e-5)
 
 
 def test_latents_of_something_else_are_refused_with_both_values(build, tiny_spec, trained_run, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -16,15 +17,7 @@ import torch
 from raev2 import RAE, pipeline, train_generator, train_tokenizer
 from raev2.data import FolderDataset
 from raev2.spec import RunSpec
-from raev2.spec_io import apply_overrides, save_spec
-
-SCRIPT = """
-import sys
-from raev2 import pipeline
-from raev2.spec_io import load_spec
-
-pipeline.train(load_spec(sys.argv[1]), sys.argv[2])
-"""
+from raev2.spec_io import apply_overrides
 
 
 def history(run: Path, **match) -> list[dict]:
@@ -46,14 +39,14 @@ def spec(tiny_spec, tmp_path_factory) -> RunSpec:
 
 @pytest.fixture(scope="module")
 def run(spec, tmp_path_factory) -> Path:
-    """The run of two processes, finished."""
+    """The run of two processes, finished; started as the docs say."""
     folder = tmp_path_factory.mktemp("runs")
-    save_spec(spec, folder / "spec.yaml")
-    (folder / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    settings = [f"{name}={json.dumps(value)}" for name, value in spec.model_dump(mode="json").items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "--", "raev2", "train"]
+    options = ["--task", "imagenet", "--run", str(folder / "run"), *(f"--set={setting}" for setting in settings)]
     result = subprocess.run(
-        [*command, str(folder / "train.py"), str(folder / "spec.yaml"), str(folder / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
+        [*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-5000:]
@@ -160,6 +153,13 @@ def test_a_batch_in_parts_has_the_gradient_of_the_batch(tiny_spec, trained_run, 
     scale = max(float(gradient.abs().max()) for gradient in expected)
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).abs().max()) <= 1e-6 * scale
+
+
+def test_stage_1_says_that_it_is_not_sharded(tiny_spec, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    spec = apply_overrides(tiny_spec, ["parallel.strategy=fsdp", "tokenizer_training.adversarial=null"])
+    first_gradients(monkeypatch, train_tokenizer, spec, tmp_path, "tokenizer")
+    assert "tokenizer: spec.parallel is for the generator; this stage is replicated, and runs as" in caplog.text
 
 
 @pytest.mark.parametrize("option", ["--npz", "--out"])

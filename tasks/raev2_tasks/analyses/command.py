@@ -11,7 +11,6 @@ import torch
 from raev2.data import to_float
 from raev2.errors import DataError, SpecError
 from raev2.model.opened import GENERATOR, STAGES, find_source, open_trained
-from raev2.report.published import published_encoders
 from raev2.spec import RunSpec
 from raev2.spec_io import apply_overrides
 from raev2.task import Command, check_known, get_data_recipe, get_recipe, get_task
@@ -27,6 +26,7 @@ from raev2_tasks.analyses.plans import PLANS
 from raev2_tasks.analyses.probe import probe_encoders
 from raev2_tasks.analyses.table import Table
 from raev2_tasks.analyses.width import width_table
+from raev2_tasks.report.published import published_encoders
 
 
 def _options(parser: ArgumentParser) -> None:

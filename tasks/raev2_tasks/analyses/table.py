@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from raev2.files.artefact import write_json
-from raev2.report.chart import Series, line_chart, standalone
 from raev2_tasks.analyses.seeds import Claim, Estimate
+from raev2_tasks.report.chart import Series, line_chart, standalone
 
 
 @dataclass(frozen=True)

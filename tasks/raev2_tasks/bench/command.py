@@ -21,6 +21,7 @@ def _options(parser: ArgumentParser) -> None:
         metavar="MODULE:FACTORY",
         help="also time what FACTORY(ours) returns, in turns, on the same tensors",
     )
+    add("--cpu-time", action="store_true", help="CPU seconds of the process: for a machine that is not idle")
     add("--json", metavar="FILE", type=Path, help="also write the numbers here")
 
 
@@ -28,7 +29,7 @@ def _bench(options: Namespace) -> None:
     from raev2_tasks.bench.cases import run_benchmarks
     from raev2_tasks.bench.measure import Setting, table, write_results
 
-    setting = Setting.of(options.size, options.device, options.rounds, options.against)
+    setting = Setting.of(options.size, options.device, options.rounds, options.against, options.cpu_time)
     results = run_benchmarks(options.names, setting)
     print(table(results, setting))
     if options.json:

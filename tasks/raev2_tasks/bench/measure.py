@@ -14,6 +14,7 @@ import platform
 import re
 import resource
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, asdict, dataclass, field
@@ -75,15 +76,16 @@ class Timing(Measurement):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how often; `other` makes the other subject of one of ours."""
+    """Where, how often and by which clock; `other` makes the other subject of one of ours."""
 
     size: str = "small"
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rounds: int = 7
     other: Callable[[Any], Any] | None = None
+    clock: Callable[[], float] = time.perf_counter
 
     @classmethod
-    def of(cls, size: str, device: str | None, rounds: int, against: str | None) -> Setting:
+    def of(cls, size: str, device: str | None, rounds: int, against: str | None, cpu_time: bool = False) -> Setting:
         """From the options of the command."""
         if rounds < 1:
             raise SpecError("--rounds", "nothing to time", got=rounds, expected="at least 1")
@@ -91,14 +93,15 @@ class Setting:
             where = cls().device if device is None else torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
             raise SpecError("--device", "not usable here", got=device, expected="cpu, cuda, ...") from error
-        return cls(size, where, rounds, load_factory(against) if against else None)
+        clock = time.process_time if cpu_time else time.perf_counter
+        return cls(size, where, rounds, load_factory(against) if against else None, clock)
 
     def gemm(self, dtype: torch.dtype) -> float:
         """GFLOP/s of a large square matrix product, the best of five: what arithmetic can reach here."""
         if dtype not in self._gemm:
             n = 8192 if self.device.type == "cuda" else 2048
             a, b = torch.ones(2, n, n, device=self.device, dtype=dtype).unbind()
-            seconds = timed({"gemm": lambda: a @ b}, 5)["gemm"]
+            seconds = timed({"gemm": lambda: a @ b}, 5, self.clock)["gemm"]
             self._gemm[dtype] = 2e-9 * n**3 / min(seconds)
         return self._gemm[dtype]
 
@@ -127,7 +130,7 @@ def measure(work: Work, setting: Setting) -> Timing:
         functions["ours"]()
     gflop = counter.get_total_flops() / 1e9
     _forget_peak(setting.device)
-    seconds = timed(functions, setting.rounds)
+    seconds = timed(functions, setting.rounds, setting.clock)
     ours = seconds["ours"]
     ratios = sorted(other / own for own, other in zip(ours, seconds.get("other", []), strict=False))
     timing = Timing(
@@ -156,6 +159,7 @@ def machine(setting: Setting) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": setting.clock.__name__,
         "load": round(os.getloadavg()[0], 2),
         "gemm": {str(dtype).removeprefix("torch."): round(rate) for dtype, rate in setting._gemm.items()},
         "python": platform.python_version(),

@@ -17,15 +17,13 @@ from raev2.nn import autocast
 from raev2.spec import AdamWSpec, DDTSpec, FlowSpec, MuonSpec, TokenizerSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.losses import (
-    adaptive_weight,
     augmentation,
     build_perceptual_loss,
     diffaug,
-    generator_loss,
     hinge_loss,
-    l1_loss,
 )
 from raev2.tokenizer.rae import RAE
+from raev2.train_tokenizer import DecoderBackward
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, fast_dtype
 from raev2.training.run import attention_kernels
@@ -157,6 +155,7 @@ def stage1_step(setting: Setting) -> Iterator[Work]:
 
     def make(parts: Any, precision: str, gan: bool) -> Callable[[], Outputs]:
         rae, perceptual, disc = parts
+        backward = DecoderBackward(loop, perceptual, rae.decoder.last_layer, partial(autocast, precision, device), disc)
 
         def step() -> Outputs:
             rae.zero_grad(set_to_none=True)
@@ -164,15 +163,7 @@ def stage1_step(setting: Setting) -> Iterator[Work]:
             with attention_kernels(device, num_tokens):
                 with autocast(precision, device):
                     decoded = rae.decode_tokens(rae.tokens(images)).float()
-                    leaf = decoded.detach().requires_grad_()
-                    loss = l1_loss(leaf, images) + loop.perceptual.weight * perceptual(leaf, images)
-                (gradient,) = torch.autograd.grad(loss, leaf)
-                if gan:
-                    with autocast(precision, device):
-                        judged = generator_loss(disc.eval()(diffaug(leaf, draws)))
-                    (pull,) = torch.autograd.grad(judged, leaf)
-                    gradient = gradient + pull * adaptive_weight(decoded, gradient, pull, rae.decoder.last_layer)
-                decoded.backward(gradient)
+                backward(decoded, images, draws if gan else None)
                 if gan:
                     with autocast(precision, device):
                         both = torch.cat([diffaug(images, draws), diffaug(decoded.detach(), draws)])

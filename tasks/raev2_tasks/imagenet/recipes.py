@@ -11,6 +11,7 @@ from functools import partial
 from raev2.spec import (
     CFG,
     AdamWSpec,
+    AutoGuidance,
     DataSpec,
     DDTSpec,
     DiTSpec,
@@ -137,6 +138,63 @@ def laptop() -> RunSpec:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Your own photographs: one recipe for each size of machine, lengths for some thousands of pictures.
+# `raev2 imagenet own-photos` adapts the lengths to a dataset.
+
+
+def photos(size: int) -> DataSpec:
+    """`data/photos`; set `data.options.src` to your folder, or give another dataset folder with --data."""
+    return DataSpec(dir="data/photos", recipe="image-folder", options={"size": str(size)})
+
+
+def own_photos_cpu() -> RunSpec:
+    """The quickstart on your own pictures."""
+    base = quickstart()
+    return base.replace(
+        recipe="own-photos-cpu",
+        summary="your own pictures at 64 px with the embedded encoder, which knows emoji alone",
+        cost="2 CPU cores, 8 min: measured on the emoji",
+        data=photos(64).replace(cache=True),
+        evaluation=base.evaluation.replace(num_samples=512),
+    )
+
+
+OWN_PHOTOS = {  # GPU memory in GB: encoder, decoder, trunk; images at once in stage 1 and in stage 2
+    12: ("dinov2-s", "B", "s", 16, 32),
+    24: ("dinov2-b", "L", "b", 16, 64),
+    80: ("dinov2-b", "XL", "l", 64, 128),
+}
+
+
+def own_photos(memory: int) -> RunSpec:
+    """Your own photographs at 256 px on one GPU with so many GB: DINOv2, DiT^DH with the choices of RAEv2."""
+    encoder, decoder, trunk, *at_once = OWN_PHOTOS[memory]
+    base, images = raev2_dinov3l("k1"), (1_024_000, 4_096_000)
+    tokenizer, generator = base.tokenizer_training, base.generator_training
+    every = [{"sample_every_images": total // 10, "save_every_images": total // 10} for total in images]
+    return base.replace(
+        recipe=f"own-photos-{memory}gb",
+        summary=f"your own photographs at 256 px on one GPU with {memory} GB",
+        cost=NOT_RUN,
+        task=ClassToImageSpec(),
+        data=photos(256).replace(horizontal_flip=True, num_workers=8),
+        tokenizer=published_tokenizer(EncoderSpec(name=encoder)).replace(decoder=decoder_size(decoder)),
+        tokenizer_training=tokenizer.replace(
+            images=images[0], batch_size=256, micro_batch_size=at_once[0],
+            schedule=tokenizer.schedule.replace(warmup_images=images[0] // 16), **every[0],
+        ),
+        generator=DDTSpec(**trunk_size(trunk), base_head_depth=4),
+        generator_training=generator.replace(
+            images=images[1], batch_size=256, micro_batch_size=at_once[1], eval_every_images=images[1] // 4,
+            schedule=ScheduleSpec(lr=2e-4, final_lr=2e-5, decay="linear", decay_start_images=images[1] // 2),
+            **every[1],
+        ),
+        sampling=SamplingSpec(steps=50, guidance=InternalGuidance(scale=1.5)),
+        evaluation=base.evaluation.replace(num_samples=5_000),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Published systems
 
 
@@ -226,6 +284,71 @@ def rae_lightningdit(size: str) -> RunSpec:
     )
 
 
+# What the paper of RAE (v1) states; the recipes above are the released configurations.
+
+WEAK = {256: 14, 512: 20}  # epochs of the DiT^DH-S that guides, by resolution
+PAPER = {256: (800, 1.42), 512: (400, 1.5)}  # epochs of the DiT^DH-XL, scale of its guidance
+
+
+def rae_weak(resolution: int) -> RunSpec:
+    """The small generator, trained for a few epochs, that guides DiT^DH-XL."""
+    base, epochs = rae_ditdh("s", resolution), WEAK[resolution]
+    schedule = base.generator_training.schedule  # it decays later than this training ends
+    constant = schedule.replace(final_lr=schedule.lr, decay_start_images=0, decay_end_images=None)
+    return base.replace(
+        recipe=f"{base.recipe}-{epochs}ep",
+        summary=f"RAE v1: the weak generator of AutoGuidance, DiT^DH-S after {epochs} epochs, {resolution} px",
+        generator_training=base.generator_training.replace(images=epochs * IMAGENET_TRAIN, schedule=constant),
+    )
+
+
+def rae_paper(resolution: int) -> RunSpec:
+    """DiT^DH-XL as the paper reports it, guided by `rae_weak`, which is trained first on the same tokenizer."""
+    base, weak, (epochs, scale) = rae_ditdh("xl", resolution), rae_weak(resolution), PAPER[resolution]
+    source = "RAE, arXiv 2510.11690, table of ImageNet generation"
+    return base.replace(
+        recipe=f"{base.recipe}-{epochs}ep",
+        summary=f"RAE v1 as its paper reports it: {epochs} epochs, {resolution} px, AutoGuidance by {weak.recipe}",
+        tokenizer_from=f"runs/imagenet/{weak.recipe}/tokenizer",
+        generator_training=base.generator_training.replace(images=epochs * IMAGENET_TRAIN),
+        sampling=SamplingSpec(
+            steps=50, guidance=AutoGuidance(scale=scale, weak=f"runs/imagenet/{weak.recipe}/generator")
+        ),
+        evaluation=base.evaluation.replace(
+            protocols=(*base.evaluation.protocols, "generation-inception-balanced"),
+            expected=(
+                ExpectedSpec(
+                    protocol="generation-inception-balanced", metric="fid", value=1.13, tolerance=TOLERANCE["fid"],
+                    source=f"{source}: AutoGuidance {scale}, labels equally often",
+                ),
+            ),
+        ),
+    )  # fmt: skip
+
+
+def rae_lightningdit_paper(size: str) -> RunSpec:
+    """LightningDiT as the paper trains it: a constant rate, averages over 10,000 steps, DINOv2-S."""
+    base = rae_lightningdit(size)
+    return base.replace(
+        recipe=f"rae-lightningdit-{size}-800ep",
+        summary=f"RAE v1 as its paper reports it: LightningDiT-{size.upper()} on DINOv2-S, 800 epochs, constant rate",
+        tokenizer=published_tokenizer(EncoderSpec(name="dinov2-s")),
+        generator_training=base.generator_training.replace(
+            images=800 * IMAGENET_TRAIN, schedule=ScheduleSpec(lr=2e-4, final_lr=2e-4),
+            ema_decays=(0.9999,),
+        ),
+        evaluation=base.evaluation.replace(
+            protocols=(*base.evaluation.protocols, "generation-inception-balanced"),
+            expected=(
+                ExpectedSpec(
+                    protocol="generation-inception-balanced", metric="fid", value=1.87, tolerance=TOLERANCE["fid"],
+                    source="RAE, arXiv 2510.11690, table of ImageNet generation: DiT-XL on DINOv2-S, no guidance",
+                ),
+            ),
+        ),
+    )  # fmt: skip
+
+
 def decoder_upsampling(size: str) -> RunSpec:
     """RAE (v1) at 512 px from 256 tokens: the decoder draws patches of 32 pixels."""
     base = rae_ditdh(size, 256)
@@ -291,6 +414,8 @@ RECIPES: dict[str, Callable[[], RunSpec]] = {
     "quickstart": quickstart,
     "laptop": laptop,
     "selftest": selftest,
+    "own-photos-cpu": own_photos_cpu,
+    **{f"own-photos-{memory}gb": partial(own_photos, memory) for memory in OWN_PHOTOS},
     "raev2-dinov3l-k1": partial(raev2_dinov3l, "k1", "RAEv2, last layer only (arXiv 2605.18324)"),
     "raev2-dinov3l-k7": partial(raev2_dinov3l, "k7", "RAEv2, 7 layers, the headline system (arXiv 2605.18324)"),
     "raev2-dinov3l-k23": partial(raev2_dinov3l, "k23", "RAEv2, 23 layers, best reconstruction (arXiv 2605.18324)"),
@@ -300,7 +425,12 @@ RECIPES: dict[str, Callable[[], RunSpec]] = {
         for size in ("s", "b", "l", "xl")
     },
     "rae-ditdh-xl-512-up": partial(decoder_upsampling, "xl"),
+    "rae-ditdh-s-14ep": partial(rae_weak, 256),
+    "rae-ditdh-s-512-20ep": partial(rae_weak, 512),
+    "rae-ditdh-xl-800ep": partial(rae_paper, 256),
+    "rae-ditdh-xl-512-400ep": partial(rae_paper, 512),
     "rae-lightningdit-xl": partial(rae_lightningdit, "xl"),
+    "rae-lightningdit-xl-800ep": partial(rae_lightningdit_paper, "xl"),
     "raev2-lightningdit-xl": partial(lightningdit, "xl"),
     "raev2-dinov3l-k7-unconditional": unconditional,
     **{f"vae-{name}": partial(vae_baseline, name, factor) for name, factor in VAE_DOWNSAMPLE.items()},

@@ -98,10 +98,11 @@ class ClassToImage(Task):
         return RECIPES
 
     def commands(self) -> dict[str, Callable[[Sequence[str]], None]]:
-        """Other classes for a trained generator."""
+        """Lengths for your own photographs, other classes for a trained generator."""
+        from raev2_tasks.imagenet.own_photos import own_photos
         from raev2_tasks.imagenet.reclass import reclass
 
-        return {"reclass": reclass}
+        return {"own-photos": own_photos, "reclass": reclass}
 
     def benchmarks(self) -> dict[str, Callable[[], list[Measurement]]]:
         """A training step of a whole recipe's generator."""

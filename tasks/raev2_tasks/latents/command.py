@@ -16,7 +16,12 @@ def _options(parser: ArgumentParser) -> None:
     add("--data", metavar="DIR", help="dataset folder (default: the data of the run)")
     add("--split", default="train")
     add("--out", required=True, metavar="PATH", help="file of statistics; folder of latents, which is continued")
-    add("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="build: of the latents (default: fp16)")
+    add(
+        "--dtype",
+        choices=("fp16", "bf16", "fp32", "int8"),
+        default="fp16",
+        help="build: of the latents (default: fp16)",
+    )
     add("--mirrored", action="store_true", help="build: also those of mirrored pictures, for data.horizontal_flip")
     add("--workers", type=int, help="build: processes that read pictures (default: up to 8)")
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from raev2.errors import CheckpointError, FileError, SpecError
 from raev2.files.artefact import write_json
 from raev2.files.damage import read_json
-from raev2.files.latent_folder import ABOUT, latent_file
+from raev2.files.latent_folder import ABOUT, SCALE, latent_file
 from raev2.tokenizer.rae import RAE
 from raev2.train_tokenizer import measure_stats
 from raev2.training import dist
 from raev2_tasks.latents.pictures import Source
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 FILE_BYTES = 2**29
 
 
@@ -71,17 +71,26 @@ def build(source: Source, out: Path, format: Format, workers: int) -> None:
 
 def _encode(source: Source, numbers: range, format: Format, workers: int) -> dict[str, Tensor]:
     names = {"latents": False, "mirrored": True} if format.mirrored else {"latents": False}
-    dtype = DTYPES[format.dtype]
-    return {
-        name: torch.cat([part.to(dtype) for part in source.latents(numbers, workers, mirrored)])
-        for name, mirrored in names.items()
-    }
+    stored: dict[str, Tensor] = {}
+    for name, mirrored in names.items():
+        parts = [_stored(name, part, format.dtype) for part in source.latents(numbers, workers, mirrored)]
+        stored |= {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return stored
+
+
+def _stored(name: str, latents: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Latents in a number format; int8 has one scale a sample and channel, so that its largest value is 127."""
+    if dtype != "int8":
+        return {name: latents.to(DTYPES[dtype])}
+    scale = (latents.abs().amax((2, 3), keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return {name: (latents / scale).round().to(torch.int8), f"{name}{SCALE}": scale}
 
 
 def _prepare(source: Source, out: Path, format: Format) -> int:
     """Say what will be written and see that it can be; the samples in each file."""
     shape, num_samples = source.tokenizer.latent_shape, len(source.dataset)
-    sample_bytes = math.prod(shape) * DTYPES[format.dtype].itemsize * (2 if format.mirrored else 1)
+    sample_bytes = math.prod(shape) * DTYPES[format.dtype].itemsize + (4 * shape[0] if format.dtype == "int8" else 0)
+    sample_bytes *= 2 if format.mirrored else 1
     samples_a_file, identity = max(1, FILE_BYTES // sample_bytes), source.tokenizer.identity()
     about = {
         "format_version": 1, "identity": source.dataset.latent_identity(identity), "dtype": format.dtype,

@@ -15,6 +15,7 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="a single run folder")
     parser.add_argument("--task", help="the newest run of this task")
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html, of several runs comparison.html here")
+    parser.add_argument("--small", action="store_true", help="pictures at half size and lossy: a page to send around")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out, or a comparison")
 
 
@@ -31,7 +32,7 @@ def _report(options: Namespace) -> int:
     if taken and out != own and not options.overwrite:
         raise SpecError("--out", "exists already", got=str(taken[0]), hint="Choose another file, or add --overwrite.")
     with damaged(", ".join(map(str, runs))):
-        print(write_report(*runs, out=out))
+        print(write_report(*runs, out=out, small=options.small))
     return 0
 
 

@@ -6,6 +6,8 @@ sentence, and no number is computed here except the point where a metric reached
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -18,13 +20,14 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment
+from PIL import Image
 
 from raev2 import __version__
 from raev2.eval.protocols import direction, ep_fid, glossary
 from raev2.files.artefact import write_json
 from raev2.files.replace import write_text
-from raev2.report.chart import Series, line_chart, number, smooth
-from raev2.report.published import published, published_results
+from raev2_tasks.report.chart import Series, line_chart, number, smooth
+from raev2_tasks.report.published import published, published_results
 from raev2_tasks.report.read import NO_MEANING, RunFiles, flat, picture, read_runs
 
 REPORT_FORMAT_VERSION = 2
@@ -39,12 +42,16 @@ CURVES = {  # charts of a training: names of their values, and what these are
     "Adaptive weight": (".*weight", ""),
     IMAGES_PER_S: ("images_per_s", ""),
 }
+PNG = re.compile(r"data:image/png;base64,([\w+/=]+)")
 NO_LOSS = {"stage", "kind", "images", "step", "time", "data_wait", "skipped_images"}  # of a log line
 Runs = Sequence[RunFiles]
 
 
-def write_report(*run_dirs: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page about some runs, `report.html` in the folder of a single one, and its JSON; the page's path."""
+def write_report(*run_dirs: str | Path, out: str | Path | None = None, small: bool = False) -> Path:
+    """Write the page about some runs, `report.html` in the folder of a single one, and its JSON; the page's path.
+
+    small   pictures at half size and lossy
+    """
     runs = read_runs([Path(run_dir) for run_dir in run_dirs])
     file, date = Path(out or runs[0].dir / "report.html"), time.strftime("%Y-%m-%d %H:%M")
     views = [_view(run) for run in runs]
@@ -63,10 +70,20 @@ def write_report(*run_dirs: str | Path, out: str | Path | None = None) -> Path:
         "number": number, "direction": direction, "guidance": _guidance, "sampler": _sampler, "in_yaml": _in_yaml,
         "count_of": "{:,}".format,
     }  # fmt: skip
-    write_text(file, environment.from_string(template).render(page))
+    html = environment.from_string(template).render(page)
+    write_text(file, PNG.sub(_smaller, html) if small else html)
     told = {"format_version": REPORT_FORMAT_VERSION, "date": date, "differences": page["differences"]}
     write_json(file.with_suffix(".json"), _plain({**told, "runs": list(map(_numbers, runs, views))}))
     return file
+
+
+def _smaller(png: re.Match[str]) -> str:
+    """A picture of the page as a WebP of half its size."""
+    with Image.open(io.BytesIO(base64.b64decode(png[1]))) as image:
+        half = image.convert("RGB").reduce(2)
+    encoded = io.BytesIO()
+    half.save(encoded, "WEBP", quality=50)
+    return f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
 def _numbers(run: RunFiles, view: Mapping) -> dict[str, Any]:

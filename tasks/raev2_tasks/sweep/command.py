@@ -13,16 +13,14 @@ from typing import Any
 
 from raev2.command.actions import source_of
 from raev2.command.cli import source_options
-from raev2.errors import CheckpointError, SpecError
+from raev2.errors import SpecError
 from raev2.eval.protocols import run_protocol
-from raev2.files.artefact import load_strict
-from raev2.model.opened import GENERATOR, TrainedRun, open_trained
+from raev2.model.opened import TrainedRun, open_trained, use_average
 from raev2.spec import Guidance, SamplingSpec
 from raev2.spec_io import spec_to_dict, validated
 from raev2.task import Command, check_known, get_evaluators
 from raev2.tokenizer.encoders import hash_weights
 from raev2.training import dist
-from raev2.training.checkpoint import latest_checkpoint
 from raev2_tasks.sweep.table import Sweep
 
 GUIDANCE = ("1", "1.25", "1.5", "2", "2.5", "3", "4")
@@ -92,17 +90,8 @@ def _steps(trained: TrainedRun, sampling: SamplingSpec, value: str) -> tuple[Tra
 
 
 def _average(trained: TrainedRun, sampling: SamplingSpec, value: str) -> tuple[TrainedRun, SamplingSpec]:
-    """With the averages of one decay, from the newest checkpoint."""
-    checkpoint = latest_checkpoint(trained.run.dir / "checkpoints" / GENERATOR)
-    kept = {} if checkpoint is None else {name: t for name, t in checkpoint.tensors.items() if name.startswith("ema-")}
-    if (name := f"ema-{value}") not in kept:
-        raise CheckpointError(
-            f"{trained.run.dir}/checkpoints/{GENERATOR}", "no averaged weights of this decay", got=value,
-            expected=f"one of {', '.join(name.removeprefix('ema-') for name in kept) or 'none'}",
-            hint="generator_training.ema_decays says which ones a run keeps.",
-        )  # fmt: skip
-    generator = trained.need_generator()
-    load_strict(generator, {**generator.state_dict(), **kept[name]}, name)
+    """With the averages of one decay, kept or mixed."""
+    use_average(trained, _numbers(value, 1)[0])
     return trained, sampling
 
 

@@ -15,9 +15,9 @@ from raev2.errors import SpecError
 from raev2.files.artefact import write_json
 from raev2.files.damage import read_json
 from raev2.files.replace import write_text
-from raev2.report.chart import Series, line_chart, number, standalone
 from raev2.task import check_known
 from raev2.training import dist
+from raev2_tasks.report.chart import Series, line_chart, number, standalone
 
 SWEEP_FORMAT_VERSION = 1
 TWO_SIDED_95 = 1.96  # standard errors

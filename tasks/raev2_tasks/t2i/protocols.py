@@ -114,7 +114,7 @@ class BenchmarkEvaluator(Evaluator):
         passes = min(track.IMAGES_PER_PROMPT, self.num_samples // len(prompts))
         if passes:
             return prompts * passes
-        chosen = random_subset([row.prompt for row in prompts], [row.tag for row in prompts], self.num_samples)
+        chosen = random_subset([(row.prompt, row.tag) for row in prompts], self.num_samples)
         return [prompts[number] for number in chosen]
 
     def describe(self, context: EvalContext) -> dict[str, Any]:

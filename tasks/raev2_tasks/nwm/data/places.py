@@ -56,7 +56,7 @@ class Places:
         groups = [self.dataset.group(index) for index in indices]
         chosen = list(range(len(indices)))
         if num is not None:
-            chosen = random_subset([self.dataset.key(index) for index in indices], groups, num)
+            chosen = random_subset(zip(map(self.dataset.key, indices), groups, strict=True), num)
         asked = {groups[number] for number in chosen}
         self.coverage = {"what": self.dataset.group_kind, "asked": len(asked), "of": len(set(groups))}
         return chosen

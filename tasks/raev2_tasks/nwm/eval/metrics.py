@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from raev2.errors import DataError
-from raev2.eval.distances import FrechetTo, Moments, paired_frechet
+from raev2.eval.distances import ERROR_NOTE, FrechetTo, Moments, paired_frechet
 
 BOOTSTRAP_DRAWS = 1000
 Numbers = tuple[str, float, int, float | None, str]  # what a `MetricResult` begins with; what it means is added
@@ -57,7 +57,7 @@ def frechet(name: str, features: Tensor, reference: Tensor) -> Numbers:
     else:
         to = FrechetTo(Moments.of(reference), reference)
         value, stderr = to(Moments.of(features)), to.stderr(features)
-    return name, value, len(features), stderr, "compare at equal n only"
+    return name, value, len(features), stderr, f"compare at equal n only; {ERROR_NOTE}"
 
 
 def latent_distance(latents: Tensor, reference: Tensor) -> Tensor:

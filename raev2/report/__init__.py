@@ -1,1 +1,0 @@
-"""Charts, and numbers that were published."""
