@@ -62,30 +62,33 @@ def test_a_pipeline_draws_what_the_command_draws(trained_run, saved, tmp_path):
     assert len(pipe(label=["square", "disc"])) == 2
 
 
-def test_a_pipeline_goes_through_a_hub(trained_run, saved, hub, elsewhere, tmp_path, synthetic_data):
-    """Pushed in one process; loaded by id from the wheel, sampled, scored and used as a tokenizer in another one."""
-    commit = Pipeline.from_pretrained(saved).push_to_hub("lab/tiny", licence="mit")
-    assert commit.endswith(hub.commit("lab/tiny"))
-    assert set(hub.files["lab/tiny"]) == {file.relative_to(saved).as_posix() for file in saved.rglob("*.*")}
-    there = tmp_path / "there"
+def test_a_model_goes_from_the_wheel_through_a_hub(hub, elsewhere, tmp_path):
+    """Trained, saved, pushed with the wheel; in another process loaded by id, sampled, scored, used as a tokenizer."""
+    there, drawn_by = tmp_path / "there", "'--label', 'disc', 'square', '--n', '4', '--seed', '3'"
+    printed = elsewhere(f"""
+codes = [main(['train', '--task', 'imagenet', '--recipe', 'selftest', '--run', 'run']),
+         main(['sample', '--run', 'run', {drawn_by}, '--out', 'expected'])]
+Pipeline.from_pretrained('run', device='cpu').save_pretrained('saved', licence='cc-by-4.0')
+print('exit codes', codes, Pipeline.from_pretrained('saved').push_to_hub('lab/tiny', licence='mit'))
+""")
+    assert "exit codes [0, 0]" in printed and hub.commit("lab/tiny") in printed
+    files = {file.relative_to(there / "saved").as_posix() for file in (there / "saved").rglob("*.*")}
+    assert set(hub.files["lab/tiny"]) == files
     printed = elsewhere(f"""
 pipe = Pipeline.from_pretrained('lab/tiny', revision='main', device='cpu')
 for number, image in enumerate(pipe(label=['disc', 'square'], n=4, seed=3)):
     image.save(f'python-{{number}}.png')
-data = {str(synthetic_data)!r}
-codes = [main(['sample', '--run', 'lab/tiny', '--label', 'disc', 'square', '--n', '4', '--seed', '3']),
-         main(['eval', '--run', 'lab/tiny', '--data', data, '--protocol', 'generation-micro']),
-         main(['reconstruct', f'{{data}}/val', '--run', 'lab/tiny'])]
+codes = [main(['sample', '--run', 'lab/tiny', {drawn_by}]),
+         main(['eval', '--run', 'lab/tiny', '--data', 'data/selftest', '--protocol', 'generation-micro']),
+         main(['reconstruct', 'data/selftest/val', '--run', 'lab/tiny'])]
 print('exit codes', codes)
-""")  # fmt: skip
+""")
     assert "exit codes [0, 0, 0]" in printed
-    assert main(["sample", "--run", str(trained_run), "--label", "disc", "square", "--n", "4", "--seed", "3", "--out",
-                 str(tmp_path / "sampled")]) == 0  # fmt: skip
-    expected = pngs(tmp_path / "sampled")
-    assert pngs(there / "results/lab--tiny/samples/seed-3") == expected
+    expected = pngs(there / "expected")
+    assert len(expected) == 4 and pngs(there / "results/lab--tiny/samples/seed-3") == expected
     assert [np.asarray(Image.open(there / f"python-{i}.png")).tobytes() for i in range(4)] == expected
-    now, then = (json.loads((folder / "eval/generation-micro.json").read_text())["results"]
-                 for folder in (there / "results/lab--tiny", trained_run))  # fmt: skip
+    now, then = (json.loads((there / folder / "eval/generation-micro.json").read_text())["results"]
+                 for folder in ("results/lab--tiny", "run"))  # fmt: skip
     assert [row["value"] for row in now] == pytest.approx([row["value"] for row in then], rel=1e-6)
     assert (there / "reconstructions/grid.png").is_file()
 
