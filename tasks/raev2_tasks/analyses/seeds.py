@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+from raev2.batch import Better
 from raev2_tasks.report.chart import Series, number
 
 # Two-sided 95 % quantiles of Student's t for 2 to 10 values; more values use the last one, which is a little wider.
