@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment
-from PIL import Image
 
 from raev2 import __version__
 from raev2.eval.protocols import direction, ep_fid, glossary
 from raev2.files.artefact import write_json
+from raev2.files.images import read_rgb
 from raev2.files.replace import write_text
 from raev2_tasks.report.chart import Series, line_chart, number, smooth
 from raev2_tasks.report.published import published, published_results
@@ -79,8 +79,7 @@ def write_report(*run_dirs: str | Path, out: str | Path | None = None, small: bo
 
 def _smaller(png: re.Match[str]) -> str:
     """A picture of the page as a WebP of half its size."""
-    with Image.open(io.BytesIO(base64.b64decode(png[1]))) as image:
-        half = image.convert("RGB").reduce(2)
+    half = read_rgb(base64.b64decode(png[1]), "a picture of the report").reduce(2)
     encoded = io.BytesIO()
     half.save(encoded, "WEBP", quality=50)
     return f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}"
