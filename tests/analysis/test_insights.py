@@ -1,13 +1,16 @@
 """Insights as commands: what numbers over seeds say, and every grid at tiny size, from command to table and plot."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
 from raev2.command.cli import main
+from raev2.model.opened import open_trained
 from raev2.spec import RunSpec
+from raev2.training.checkpoint import list_checkpoints
 from raev2_tasks.analyses import grid, guidance, plans
 from raev2_tasks.analyses.compare import table_of
 from raev2_tasks.analyses.grid import Outcome
@@ -210,12 +213,18 @@ def test_insight_3_takes_trained_runs_from_the_command_line(trained_run, tmp_pat
 
 
 def test_a_run_without_an_earlier_checkpoint_has_no_weak_generator(trained_run, tmp_path, capsys) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(trained_run, run, ignore=shutil.ignore_patterns("checkpoints"))
     assert main(["analyse", "insight-3", "--runs", str(run), "--out", str(tmp_path / "out")]) == 4
     assert "no earlier checkpoint for auto guidance; got 0; expected 2 checkpoints" in capsys.readouterr().err
+
+
+def test_the_weak_generator_is_the_oldest_whole_checkpoint(trained_run, tmp_path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    checkpoints = run / "checkpoints" / "generator"
+    oldest = list_checkpoints(checkpoints)[0]
+    (checkpoints / f".{oldest.name}.partial").mkdir()  # what a killed process left
+    assert guidance.earlier(open_trained(run), tmp_path / "out").name.endswith(f"-{oldest.name}")
 
 
 def test_plans_need_an_encoder_to_vary(tiny_spec: RunSpec, tmp_path, monkeypatch, capsys) -> None:

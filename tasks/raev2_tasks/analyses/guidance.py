@@ -17,7 +17,7 @@ from raev2.files.artefact import load_strict
 from raev2.model.opened import GENERATOR, TrainedRun, load_generator, open_trained
 from raev2.spec import CFG, AutoGuidance, Guidance, InternalCFG, InternalGuidance, NoGuidance
 from raev2.spec_io import fingerprint
-from raev2.training.checkpoint import load_checkpoint
+from raev2.training.checkpoint import list_checkpoints, load_checkpoint
 from raev2_tasks.analyses.grid import EVALUATIONS, headline, measure
 from raev2_tasks.analyses.seeds import Claim, Estimate, whiskers
 from raev2_tasks.analyses.table import Table
@@ -89,7 +89,7 @@ def choose(trained: TrainedRun, kind: str, budget: Budget, out: Path) -> tuple[f
 def earlier(trained: TrainedRun, out: Path) -> Path:
     """The generator of the run's oldest checkpoint as an artefact: the weak one of auto guidance."""
     run, folder = trained.run, trained.run.dir / "checkpoints" / GENERATOR
-    checkpoints = sorted(folder.iterdir()) if folder.is_dir() else []
+    checkpoints = list_checkpoints(folder)
     if len(checkpoints) < 2:
         raise CheckpointError(
             str(folder), "no earlier checkpoint for auto guidance", got=len(checkpoints), expected="2 checkpoints",
