@@ -302,10 +302,18 @@ def rae_weak(resolution: int) -> RunSpec:
     )
 
 
+def expecting(evaluation: EvaluationSpec, fid: float, setting: str) -> EvaluationSpec:
+    """With the gFID that the paper states, of labels equally often."""
+    protocol, source = "generation-inception-balanced", "RAE, arXiv 2510.11690, table of ImageNet generation"
+    expected = ExpectedSpec(
+        protocol=protocol, metric="fid", value=fid, tolerance=TOLERANCE["fid"], source=f"{source}: {setting}"
+    )
+    return evaluation.replace(protocols=(*evaluation.protocols, protocol), expected=(expected,))
+
+
 def rae_paper(resolution: int) -> RunSpec:
     """DiT^DH-XL as the paper reports it, guided by `rae_weak`, which is trained first on the same tokenizer."""
     base, weak, (epochs, scale) = rae_ditdh("xl", resolution), rae_weak(resolution), PAPER[resolution]
-    source = "RAE, arXiv 2510.11690, table of ImageNet generation"
     return base.replace(
         recipe=f"{base.recipe}-{epochs}ep",
         summary=f"RAE v1 as its paper reports it: {epochs} epochs, {resolution} px, AutoGuidance by {weak.recipe}",
@@ -314,15 +322,7 @@ def rae_paper(resolution: int) -> RunSpec:
         sampling=SamplingSpec(
             steps=50, guidance=AutoGuidance(scale=scale, weak=f"runs/imagenet/{weak.recipe}/generator")
         ),
-        evaluation=base.evaluation.replace(
-            protocols=(*base.evaluation.protocols, "generation-inception-balanced"),
-            expected=(
-                ExpectedSpec(
-                    protocol="generation-inception-balanced", metric="fid", value=1.13, tolerance=TOLERANCE["fid"],
-                    source=f"{source}: AutoGuidance {scale}, labels equally often",
-                ),
-            ),
-        ),
+        evaluation=expecting(base.evaluation, 1.13, f"AutoGuidance {scale}, labels equally often"),
     )  # fmt: skip
 
 
@@ -337,15 +337,7 @@ def rae_lightningdit_paper(size: str) -> RunSpec:
             images=800 * IMAGENET_TRAIN, schedule=ScheduleSpec(lr=2e-4, final_lr=2e-4),
             ema_decays=(0.9999,),
         ),
-        evaluation=base.evaluation.replace(
-            protocols=(*base.evaluation.protocols, "generation-inception-balanced"),
-            expected=(
-                ExpectedSpec(
-                    protocol="generation-inception-balanced", metric="fid", value=1.87, tolerance=TOLERANCE["fid"],
-                    source="RAE, arXiv 2510.11690, table of ImageNet generation: DiT-XL on DINOv2-S, no guidance",
-                ),
-            ),
-        ),
+        evaluation=expecting(base.evaluation, 1.87, "DiT-XL on DINOv2-S, no guidance"),
     )  # fmt: skip
 
 
