@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -261,10 +262,9 @@ def print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> N
         table.add_column(Text(str(name)), overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 10_000, color_system=None)
-    with console.capture() as text:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in text.get().splitlines()))
+    text = io.StringIO()  # rich itself leaves the process, without a word, where nobody takes its output
+    Console(file=text, width=None if sys.stdout.isatty() else 10_000, color_system=None).print(table)
+    print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
 def refuse_existing(options: Namespace, out: Path, kind: Kind) -> None:

@@ -327,12 +327,13 @@ def nobody(request: pytest.FixtureRequest) -> Iterator[tuple[int, str]]:
     os.close(place)
 
 
-@pytest.mark.parametrize("argv", ["--version", "show quickstart --task imagenet"])
-def test_output_that_nobody_takes_is_one_line(nobody, argv):
-    """The interpreter's own complaint at its end would be exit code 120."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argv", ["--version", "show quickstart --task imagenet", "tasks"])
+def test_output_that_nobody_takes_is_one_line(nobody, argv, unbuffered):
+    """The interpreter's own complaint at its end would be exit code 120; rich would leave with 1 and say nothing."""
     place, reason = nobody
-    command = [sys.executable, "-m", "raev2", *argv.split()]
-    result = subprocess.run(command, stdout=place, stderr=subprocess.PIPE, text=True, check=False)
+    command, env = [sys.executable, "-m", "raev2", *argv.split()], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(command, stdout=place, stderr=subprocess.PIPE, text=True, check=False, env=env)
     message = f"error: a file or standard output: cannot be read or written; got {reason}"
     assert (result.stderr.splitlines(), result.returncode) == ([message], 6)
 
