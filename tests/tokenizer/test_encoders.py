@@ -18,6 +18,7 @@ from raev2.tokenizer.encoder_table import ENCODERS, encoder_info, nearest_open_e
 from raev2.tokenizer.encoders import aggregate_layers, build_encoder, projection_matrix
 from raev2_tasks.listings.check import check_encoder
 
+WEIGHTS = os.environ.get("RAEV2_TEST_WEIGHTS")
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
 
 
@@ -370,9 +371,9 @@ def test_packaged_micro_encoder_agrees_with_the_table():
 
 
 @pytest.mark.weights
-@pytest.mark.skipif("RAEV2_TEST_WEIGHTS" not in os.environ, reason="RAEV2_TEST_WEIGHTS is not set")
+@pytest.mark.skipif(WEIGHTS is None, reason="RAEV2_TEST_WEIGHTS is not set")
 def test_real_dinov2_separates_images_and_equals_timm(tmp_path):
-    source = Path(os.environ["RAEV2_TEST_WEIGHTS"]) / "dinov2_small_patch14_timm_fp16.safetensors"
+    source = Path(WEIGHTS) / "dinov2_small_patch14_timm_fp16.safetensors"
     (tmp_path / "model.safetensors").symlink_to(source)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_small_patch14_dinov2"}))
     encoder = build_encoder(EncoderSpec(name="dinov2-s-woreg", norm="affine"), (16, 16), source=tmp_path)
