@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from raev2.batch import ModelOutput, PathPoint
 from raev2.errors import SpecError
@@ -152,10 +153,12 @@ def training_loss(
     base_weight: float = 1.0,
     repa_target: Tokens | None = None,
     repa_weight: float = 0.5,
+    repa_cosine: bool = False,
 ) -> Losses:
     """full + base_weight * base + repa_weight * repa, each a mean over samples.
 
     repa_target   tokens of the target encoder for the clean image, or None when the run has no alignment
+    repa_cosine   minus the mean cosine of a token and its target (arXiv 2410.06940), not their squared distance
     """
     full = flow_error(output.pred, point, latents, flow).flatten(1).mean(1)
     total = full.mean()
@@ -168,7 +171,11 @@ def training_loss(
             raise SpecError(
                 "generator.repa_depth", "the network has no REPA projector", hint="Set repa_depth and repa_dim."
             )
-        repa = (output.hidden.float() - repa_target).square().flatten(1).mean(1)  # neither side is normalised
+        hidden = output.hidden.float()
+        if repa_cosine:
+            repa = -cosine_similarity(hidden, repa_target, dim=-1).mean(1)
+        else:  # neither side is normalised
+            repa = (hidden - repa_target).square().flatten(1).mean(1)
         total = total + repa_weight * repa.mean()
     return Losses(total, full, base, repa)
 

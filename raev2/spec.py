@@ -91,20 +91,6 @@ class DecoderSpec(Spec):
         return self
 
 
-DECODER_SIZES = {  # width, depth, heads, mlp_dim. B, L, XL as published; micro is ours, for the embedded data.
-    "micro": (256, 6, 4, 1024),
-    "B": (768, 12, 12, 3072),
-    "L": (1024, 24, 16, 4096),
-    "XL": (1152, 28, 16, 4096),
-}
-
-
-def decoder_size(size: str, patch_size: int = 16) -> DecoderSpec:
-    """The decoder of a published size ('B', 'L', 'XL') or 'micro'."""
-    width, depth, num_heads, mlp_dim = DECODER_SIZES[size]
-    return DecoderSpec(width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, patch_size=patch_size)
-
-
 class TokenizerSpec(Spec):
     """Representation autoencoder: frozen encoder, trained decoder, latent statistics."""
 
@@ -265,6 +251,8 @@ class TokenizerTrainingSpec(LoopSpec):
 class TrunkSpec(Spec):
     """The transformer that sees noisy latent tokens and the condition."""
 
+    added: ClassVar = {"repa_hidden": None}
+
     width: int = Field(gt=0)
     depth: int = Field(gt=0, le=1000)
     num_heads: int = Field(gt=0)
@@ -279,6 +267,9 @@ class TrunkSpec(Spec):
     base_head_depth: int | None = Field(None, ge=1, description="block count after which the base head reads")
     repa_depth: int | None = Field(None, ge=1, description="block count after which the REPA projector reads")
     repa_dim: int | None = Field(None, gt=0, description="width of the REPA target tokens")
+    repa_hidden: int | None = Field(
+        None, gt=0, description="width inside a projector of three layers (REPA's own is 2048); null: one linear map"
+    )
 
     @model_validator(mode="after")
     def _trunk(self) -> TrunkSpec:
@@ -341,8 +332,11 @@ class FlowSpec(Spec):
 class RepaSpec(Spec):
     """Alignment of hidden tokens with clean encoder tokens."""
 
+    added: ClassVar = {"loss": "mse"}
+
     encoder: EncoderSpec
     weight: float = Field(0.5, ge=0)
+    loss: Literal["mse", "cosine"] = Field("mse", description="squared error (RAEv2), or minus the cosine (REPA)")
 
 
 class GeneratorTrainingSpec(LoopSpec):

@@ -111,6 +111,7 @@ def train_generator(
                         output, point, latents, spec.flow, base_weight=loop.base_weight,
                         repa_target=repa_target(part.images) if repa_target else None,
                         repa_weight=loop.repa.weight if loop.repa else 0.0,
+                        repa_cosine=loop.repa is not None and loop.repa.loss == "cosine",
                     )  # fmt: skip
                     (share * losses.total).backward()
                 terms = {"loss": losses.total, "full": losses.full, "base": losses.base, "repa": losses.repa}

@@ -100,6 +100,18 @@ def test_total_is_the_weighted_sum_of_the_terms():
     torch.testing.assert_close(losses.total, expected)
 
 
+def test_repa_by_cosine_is_one_minus_half_the_squared_distance_of_unit_tokens():
+    """Closed form: |a - b|^2 = 2 - 2 cos for unit vectors; lengths do not count."""
+    latents, _, point = random_point([0.3, 0.6], torch.float32)
+    hidden, target = torch.randn(2, 2, 9, 4)
+    output = ModelOutput(latents, None, 3 * hidden)
+    losses = training_loss(output, point, latents, X, repa_target=target, repa_cosine=True)
+    unit, unit_target = (tokens / tokens.norm(dim=-1, keepdim=True) for tokens in (hidden, target))
+    distance = (unit - unit_target).square().sum(-1).mean(1)
+    torch.testing.assert_close(losses.repa, distance / 2 - 1)
+    torch.testing.assert_close(losses.total, losses.full.mean() + 0.5 * (distance / 2 - 1).mean())
+
+
 def test_terms_that_the_network_lacks_are_absent():
     latents, _, point = random_point([0.3], torch.float32)
     losses = training_loss(ModelOutput(latents), point, latents, X)

@@ -13,8 +13,8 @@ from raev2.spec import (
     LoopSpec,
     RunSpec,
     TokenizerSpec,
-    decoder_size,
 )
+from raev2.tokenizer.decoder_table import decoder_size
 
 
 def loop(**fields) -> LoopSpec:

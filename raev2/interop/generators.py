@@ -221,6 +221,8 @@ def generator_config(generator: Generator) -> dict[str, Any]:
         raise _config_error("has no place for this grid", got=f"{rows} x {cols}", expected="square")
     if (prediction := generator.flow.prediction) not in PREDICTIONS:
         raise _config_error("has no word for this prediction", got=prediction)
+    if spec.repa_hidden is not None:
+        raise _config_error("has no place for a REPA projector of three layers", got=f"repa_hidden={spec.repa_hidden}")
     is_v1, is_ddt = spec.conditioning == "adaln", isinstance(spec, DDTSpec)
     config: dict[str, Any] = {
         "model": ("DiTwDDTHead" if is_ddt else "LightningDiT") + ("IG" if spec.base_head_depth else ""),

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from raev2.errors import CheckpointError
 from raev2.interop.convert import Change, Conversion, Names, describe, export, place, rename, sizes, unchanged, unwrap
-from raev2.spec import DECODER_SIZES, DecoderSpec
+from raev2.spec import DecoderSpec
 from raev2.spec_io import validated
 from raev2.tokenizer.base import part
 from raev2.tokenizer.decoder import ViTDecoder
+from raev2.tokenizer.decoder_table import DECODER_SIZES
 from raev2.tokenizer.discriminator import Discriminator
 from raev2.tokenizer.latent_stats import LatentStats
 

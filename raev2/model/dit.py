@@ -77,7 +77,7 @@ class Trunk(nn.Module):
             self.modulation = FusedLinear(
                 spec.width, [6 * spec.width] * spec.depth + [2 * spec.width] * final_modulation
             )
-        self.repa_proj = None if spec.repa_dim is None else nn.Linear(spec.width, spec.repa_dim)
+        self.repa_proj = None if spec.repa_dim is None else _repa_projector(spec.width, spec.repa_dim, spec.repa_hidden)
 
     def forward(
         self, patches: Patches, t: Times, cond_tokens: CondTokens | None, cond_vector: Vectors | None
@@ -164,6 +164,14 @@ def _mask(cond: CondTokens, num_before: int) -> Bool[Tensor, "B 1 1 NM"] | None:
     own = cond.tokens.new_ones(cond.tokens.shape[:2], dtype=torch.bool) if cond.mask is None else cond.mask
     mask = F.pad(own, (num_before, 0), value=True)
     return (mask if cond.past is None else torch.cat([mask, cond.past.mask], dim=1))[:, None, None]
+
+
+def _repa_projector(width: int, target_width: int, hidden: int | None) -> nn.Module:
+    """One linear map, or the three layers of REPA (arXiv 2410.06940, appendix)."""
+    if hidden is None:
+        return nn.Linear(width, target_width)
+    layers = (nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+    return nn.Sequential(*layers, nn.Linear(hidden, target_width))
 
 
 def zero_init(*layers: nn.Linear) -> None:

@@ -22,8 +22,8 @@ from raev2.spec import (
     ScheduleSpec,
     TokenizerSpec,
     TokenizerTrainingSpec,
-    decoder_size,
 )
+from raev2.tokenizer.decoder_table import decoder_size
 
 # Embedded: two CPU cores, minutes.
 

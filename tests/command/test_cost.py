@@ -9,10 +9,11 @@ import torch
 
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
-from raev2.spec import DDTSpec, FlowSpec, ParallelSpec, decoder_size
+from raev2.spec import DDTSpec, FlowSpec, ParallelSpec
 from raev2.spec_io import apply_overrides
 from raev2.task import get_recipe, get_task
 from raev2.tokenizer.decoder import ViTDecoder
+from raev2.tokenizer.decoder_table import decoder_size
 from raev2_tasks.listings import cost
 from raev2_tasks.listings.cost import Activations, activations, arithmetic, cost_rows
 

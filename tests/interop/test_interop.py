@@ -133,6 +133,13 @@ def test_a_condition_that_the_reference_does_not_have_is_not_exported():
             generator_config(generator), export_generator(generator)
 
 
+def test_a_repa_projector_that_the_reference_does_not_have_is_not_exported():
+    spec = DiTSpec(width=16, depth=1, num_heads=2, repa_depth=1, repa_dim=5, repa_hidden=7)
+    generator = Generator(spec, LabelCondition(num_classes=2), FlowSpec(), (3, 4, 4))
+    with pytest.raises(CheckpointError, match="no place for a REPA projector of three layers; got repa_hidden=7"):
+        generator_config(generator)
+
+
 def test_a_grid_that_the_reference_does_not_have_is_not_exported():
     generator = Generator(DiTSpec(width=16, depth=1, num_heads=2), LabelCondition(num_classes=2), FlowSpec(), (3, 2, 4))
     with pytest.raises(CheckpointError, match="no place for this grid; got 2 x 4"):

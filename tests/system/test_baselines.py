@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from PIL import Image
 
 from raev2.pipeline import sample_run, train
@@ -31,15 +32,19 @@ def test_pixels_with_repa_and_base_head_on_a_non_square_grid(tiny_spec, tmp_path
         assert image.size == (48, 64)
 
 
-def test_repa_alone_and_lightningdit(tiny_spec, tmp_path):
+@pytest.mark.parametrize(("hidden", "loss"), [(None, "mse"), (8, "cosine")])
+def test_repa_alone_and_lightningdit(hidden, loss, tiny_spec, tmp_path):
+    """As RAEv2 aligns, and as REPA does."""
     spec = tiny_spec.replace(
         tokenizer=PixelSpec(image_size=(64, 64)),
-        generator=DiTSpec(**SMALL, repa_depth=2, repa_dim=192),
+        generator=DiTSpec(**SMALL, repa_depth=2, repa_dim=192, repa_hidden=hidden),
         generator_training=tiny_spec.generator_training.replace(
-            images=16, repa=RepaSpec(encoder=EncoderSpec(name="micro")), eval_every_images=None
+            images=16, repa=RepaSpec(encoder=EncoderSpec(name="micro"), loss=loss), eval_every_images=None
         ),
         sampling=SamplingSpec(steps=2),
     )
     run = train(spec, tmp_path / "run")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert all("repa" in row and "base" not in row for row in rows if row["kind"] == "train")
+    rows = [row for row in rows if row["kind"] == "train"]
+    assert all("repa" in row and "base" not in row for row in rows)
+    assert all((row["repa"] < 0.5) == (loss == "cosine") for row in rows)  # squares of unit variance are larger

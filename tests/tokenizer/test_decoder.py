@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from raev2.errors import SpecError
-from raev2.spec import DecoderSpec, decoder_size
+from raev2.spec import DecoderSpec
 from raev2.tokenizer.decoder import ViTDecoder
+from raev2.tokenizer.decoder_table import decoder_size
 
 SPEC = DecoderSpec(width=16, depth=2, num_heads=2, mlp_dim=24, patch_size=4)
 
