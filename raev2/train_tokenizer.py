@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.files.artefact import load_strict
 from raev2.files.grid import save_pairs
+from raev2.nn import autocast
 from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec, TokenizerTrainingSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
@@ -37,6 +39,7 @@ from raev2.tokenizer.rae import RAE
 from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.health import spread
+from raev2.training.memory import StepMemory, device_memory, fitted, step_memory
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from raev2.training.parallel import gradient_sync, parallelise
 from raev2.training.run import Run, TrainingState, attention_kernels, crossed, micro_batches, training_steps, update
@@ -79,6 +82,9 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
     state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
     backward = DecoderBackward(loop, perceptual, rae.decoder.last_layer, run.autocast, disc if adversarial else None)
+    trained = [parameter for module in modules.values() for parameter in module.parameters()]
+    count = partial(decoder_memory, rae, perceptual, disc if adversarial else None, spec.precision)
+    loop = fitted(run, STAGE, loop, trained, count, device_memory(device))
 
     def look(images: int) -> None:
         """Reconstructions, where they are due after so many images."""
@@ -180,6 +186,24 @@ class DecoderBackward:
             terms["loss"] = terms["loss"] + weight * terms["gan"]
         decoded.backward(share * gradient)
         return terms
+
+
+def decoder_memory(rae: RAE, perceptual: nn.Module, disc: nn.Module | None, precision: str) -> StepMemory:
+    """A step of stage 1: forward and backward of the decoder, with those of one loss at a time in between."""
+    cpu, losses = torch.device("cpu"), nn.ModuleDict({"perceptual": perceptual} | ({"disc": disc} if disc else {}))
+
+    def step(parts: nn.ModuleDict, num: int) -> None:
+        with autocast(precision, cpu):
+            decoded = parts["decoder"](torch.zeros(num, math.prod(rae.spec.grid), rae.latent_shape[0])).float()
+        leaf = decoded.detach().requires_grad_()
+        with autocast(precision, cpu):
+            torch.autograd.grad(parts["perceptual"](leaf, leaf.detach()), leaf)
+            if disc:
+                fakes = diffaug(leaf, torch.zeros(num, 5))
+                torch.autograd.grad(generator_loss(parts["disc"](fakes)), leaf)
+        decoded.backward(leaf)
+
+    return step_memory(nn.ModuleDict({"decoder": rae.decoder, **losses}), step)
 
 
 @torch.no_grad()

@@ -160,9 +160,13 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
 
 
 def state_bytes(parameters: int, loop: Any) -> int:
-    """Weights, gradients, averages and moments in float32; Muon has one moment, AdamW two."""
-    moments = 1 if isinstance(getattr(loop, "optimizer", None), MuonSpec) else 2
-    return (2 + len(getattr(loop, "ema_decays", (0,))) + moments) * 4 * parameters
+    """Weights, gradients, averages and moments in float32."""
+    return (2 + len(getattr(loop, "ema_decays", (0,))) + num_moments(loop)) * 4 * parameters
+
+
+def num_moments(loop: Any) -> int:
+    """Muon has one moment of each weight, AdamW two."""
+    return 1 if isinstance(getattr(loop, "optimizer", None), MuonSpec) else 2
 
 
 def network_of(task: Task, spec: RunSpec, stage: str) -> ViTDecoder | Generator:

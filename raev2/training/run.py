@@ -250,9 +250,11 @@ def memory_field(field: str, value: int) -> Iterator[None]:
         full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not full:
             raise
+        less = value // 2
         raise SpecError(
-            f"spec.{field}", "out of memory", got=value, expected=f"at most {max(value // 2, 1)}",
-            hint=f"Add --set {field}={max(value // 2, 1)}; it changes speed, not results.",
+            f"spec.{field}", "out of memory", got=value, expected=f"at most {less}" if less else "room for one image",
+            hint=f"Add --set {field}={less}; it changes speed, not results."
+            if less else "See what else takes less memory in docs/how_to/scale.md.",
         ) from error  # fmt: skip
 
 

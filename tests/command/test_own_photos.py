@@ -12,6 +12,7 @@ from raev2.command.cli import main, parse
 from raev2.errors import SpecError
 from raev2.spec_io import apply_overrides
 from raev2.task import get_recipe, get_task
+from raev2.training.memory import generator_memory
 from raev2.training.optim import learning_rate
 from raev2.training.preflight import GENERATOR, network_of, state_bytes
 from raev2_tasks.imagenet.recipes import OWN_PHOTOS
@@ -25,10 +26,9 @@ def test_what_is_computed_at_once_fits_the_memory(memory):
     spec = get_recipe(task, f"own-photos-{memory}gb")
     _, frozen = cost._tokenizer_rows(task, spec)
     generator = network_of(task, spec, GENERATOR)
-    kept = cost.activations(generator, lambda num: cost._generate(generator, num, "cpu"), spec.precision)
     loop = spec.generator_training
     state = state_bytes(sum(value.numel() for value in generator.parameters()), loop)
-    needed = frozen + state + kept.fixed + loop.micro_batch_size * kept.sample
+    needed = frozen + state + generator_memory(generator, spec).needs(loop.micro_batch_size)
     assert 0.45 * memory < needed / 1e9 < 0.9 * memory
 
 

@@ -1,6 +1,6 @@
-"""What a training costs, counted on networks without memory: arithmetic by torch's counter, activations by autograd.
+"""What a training costs, counted on networks without memory: arithmetic by torch's counter, memory as training does.
 
-Nothing here is a formula of ours but the sum of memory: a forward is run on tensors that have a shape and no values.
+Nothing here is a formula of ours but the sum of memory: a step is run on tensors that have a shape and no values.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from raev2.model.generator import Generator
@@ -20,14 +19,13 @@ from raev2.task import Task
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoder_table import ENCODERS
 from raev2.tokenizer.encoders import ASSETS, ROUTES, Trunk
-from raev2.training.preflight import GENERATOR, TOKENIZER, network_of, state_bytes
+from raev2.training.memory import USABLE, StepMemory, generator_memory
+from raev2.training.preflight import GENERATOR, GIB, TOKENIZER, network_of, state_bytes
 
-GIB = 2**30
-GPU_GIB, USABLE = 80, 0.9  # the card that `raev2 show` plans for, and the share of it that is planned
+GPU_GIB = 80  # of the card that `raev2 show` plans for
 NUM_GPUS = (1, 8, 64)
 PROJECTIONS = ("mm", "addmm", "convolution")  # operations with weights; the rest is attention
 Rows = list[tuple[str, str]]
-Forward = Callable[[int], Tensor]  # number of samples -> output
 
 
 @dataclass(frozen=True)
@@ -42,20 +40,12 @@ class Arithmetic:
         return f"{self.macs / 1e9:.2f} GMAC = {2 * self.macs / 1e9:.2f} GFLOPs an image{attention}"
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Bytes that a training forward keeps for its backward: for each sample, and beside (weights in bfloat16)."""
-
-    sample: int
-    fixed: int
-
-
 def cost_rows(task: Task, spec: RunSpec) -> Rows:
     """(what, how much) of compute and memory of a recipe. Takes seconds."""
     rows, frozen = _tokenizer_rows(task, spec)
     generator = network_of(task, spec, GENERATOR)
     assert isinstance(generator, Generator)
-    forward = arithmetic(lambda: _generate(generator, 1, "meta"))
+    forward = arithmetic(lambda: _generate(generator))
     return [*rows, ("generator forward", str(forward)), _sampling(spec, forward), *_memory(spec, generator, frozen)]
 
 
@@ -70,45 +60,9 @@ def arithmetic(forward: Callable[[], object]) -> Arithmetic:
     return Arithmetic(total // 2, (total - sum(counts.get(name, 0) for name in PROJECTIONS)) // 2)
 
 
-def activations(module: nn.Module, forward: Forward, precision: str) -> Activations:
-    """What autograd saves in a forward of one sample and of two, in a precision, for a module on the meta device."""
-    mode = FakeTensorMode()
-    _make_fake(module, mode)
-    with mode, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        one, two = (_saved_bytes(module, forward, num) for num in (1, 2))
-    return Activations(two - one, 2 * one - two)
-
-
-def _saved_bytes(module: nn.Module, forward: Forward, num: int) -> int:
-    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    saved = {}
-
-    def keep(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = storage  # kept, so that no other one takes its place
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        output = forward(num)
-    del output
-    return sum(storage.nbytes() for storage in saved.values())
-
-
-def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Parameters and buffers on the meta device as tensors that say they are on the CPU, where autocast sees them."""
-    for part in module.modules():
-        for name, value in part._parameters.items():
-            if value is not None:
-                part._parameters[name] = nn.Parameter(FakeTensor(mode, value.detach(), torch.device("cpu")))
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = FakeTensor(mode, buffer, torch.device("cpu"))
-
-
-def _generate(generator: Generator, num: int, device: str) -> Tensor:
-    latents, times = torch.zeros(num, *generator.latent_shape, device=device), torch.zeros(num, device=device)
-    return generator(latents, times, generator.conditioner.example_cond(num, device))
+def _generate(generator: Generator) -> object:
+    latents, times = torch.zeros(1, *generator.latent_shape, device="meta"), torch.zeros(1, device="meta")
+    return generator(latents, times, generator.conditioner.example_cond(1, "meta"))
 
 
 def _tokenizer_rows(task: Task, spec: RunSpec) -> tuple[Rows, int]:
@@ -150,24 +104,21 @@ def _sampling(spec: RunSpec, forward: Arithmetic) -> tuple[str, str]:
 
 
 def _memory(spec: RunSpec, generator: Generator, frozen: int) -> Iterator[tuple[str, str]]:
-    """Activations of stage 2, and what a GPU of several would hold."""
-    state = state_bytes(sum(value.numel() for value in generator.parameters()), spec.generator_training)
-    if spec.parallel.activation_checkpointing:
-        yield "activations", "not counted with activation checkpointing"
-        return
-    kept = activations(generator, lambda num: _generate(generator, num, "cpu"), spec.precision)
-    yield "activations", f"{kept.sample / 2**20:.0f} MiB an image in {spec.precision}, not compiled"
+    """A step of stage 2, and what a GPU of several would hold."""
+    step = generator_memory(generator, spec)
+    yield "activations", f"{step.sample / 2**20:.0f} MiB an image in {spec.precision}, not compiled"
+    parameters = sum(value.numel() for value in generator.parameters())
     for num in NUM_GPUS:
-        yield f"{num} GPU{'s' * (num > 1)} of {GPU_GIB} GiB", _plan(spec, num, frozen, state, kept)
+        yield f"{num} GPU{'s' * (num > 1)} of {GPU_GIB} GiB", _plan(spec, num, frozen, parameters, step)
 
 
-def _plan(spec: RunSpec, num: int, frozen: int, state: int, kept: Activations) -> str:
-    """The micro batch that fits, and its memory."""
+def _plan(spec: RunSpec, num: int, frozen: int, parameters: int, step: StepMemory) -> str:
+    """The micro batch that training would choose, and its memory."""
     shards = {"ddp": 1, "fsdp": num, "hsdp": min(num, 8)}[spec.parallel.strategy]
-    rest, micro = frozen + state / shards + kept.fixed, math.ceil(spec.generator_training.batch_size / num)
-    while micro > 1 and rest + micro * kept.sample > USABLE * GPU_GIB * GIB:
-        micro = math.ceil(micro / 2)
-    needed = (rest + micro * kept.sample) / GIB
+    state = state_bytes(parameters, spec.generator_training) / shards
+    share = math.ceil(spec.generator_training.batch_size / num)
+    micro = spec.generator_training.micro_batch_size or step.fit(share, USABLE * GPU_GIB * GIB - frozen - state)
+    needed = (frozen + state + step.needs(micro)) / GIB
     if needed > USABLE * GPU_GIB:
-        return f"does not fit: {needed:.1f} GiB for one image; set parallel.strategy=fsdp"
-    return f"micro batch {micro}: about {needed:.1f} GiB each ({state / shards / GIB:.1f} of it training state)"
+        return f"does not fit: {needed:.1f} GiB for {micro} at once; set parallel.strategy=fsdp"
+    return f"micro batch {micro}: about {needed:.1f} GiB each ({state / GIB:.1f} of it training state)"
