@@ -7,6 +7,7 @@ The order of a set is random (`ImageDataset.subset`), so that any first so many 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,8 @@ from raev2.files.hashes import json_sha256
 from raev2.shapes import ImagesU8
 from raev2.training import dist
 
+logger = logging.getLogger(__name__)
+NEIGHBOURS = 3  # of a picture, to the last of which its ball in a manifold reaches
 MANIFOLD_IMAGES = 10_000  # rows that are kept of a set, the references of precision and recall in the ADM evaluation
 SHUFFLE_BLOCKS = 4  # blocks a side of the block-shuffled pictures
 PUBLISHED_LEVELS = {INCEPTION: (2.0,)}  # papers state how much training reaches an FID of 2
@@ -266,6 +269,9 @@ def _from_rows(net: str, pictures: SetFeatures, reference: SetFeatures) -> Itera
     if net == INCEPTION:
         yield from _of_inception(pictures, reference)
     if pictures.rows is not None and reference.rows is not None:
+        if (num := min(len(pictures.rows), len(reference.rows))) <= NEIGHBOURS:
+            logger.warning("no precision and recall of %s: %d are too few", pictures.name, num)
+            return
         yield from _manifolds(net, pictures.name, pictures.rows, reference.rows)
 
 
@@ -335,12 +341,12 @@ def _of_inception(pictures: SetFeatures, reference: SetFeatures) -> Iterator[Met
 
 def _manifolds(net: str, what: str, rows: Tensor, reference: Tensor) -> Iterator[MetricResult]:
     """Precision and recall."""
-    near = f"in the space of '{net}' (manifolds of 3 nearest neighbours)"
+    near = f"in the space of '{net}' (manifolds of {NEIGHBOURS} nearest neighbours)"
     abouts = {
         "precision": f"Share of {what} near a reference picture {near}: do they look right?",
         "recall": f"Share of reference pictures near {what} {near}: is the variety covered? Grows with n.",
     }
-    shares = precision_recall(reference, rows)
+    shares = precision_recall(reference, rows, NEIGHBOURS)
     for (kind, about), share, num in zip(abouts.items(), shares, (len(rows), len(reference)), strict=True):
         stderr = (share * (1 - share) / num) ** 0.5
         yield MetricResult(f"{kind}_{net}", share, num, stderr, better="higher", role="headline", about=about)

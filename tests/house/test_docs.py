@@ -223,19 +223,26 @@ def test_questions_quote_what_the_code_says() -> None:
 # Command lines
 
 
-def command_lines(page: Path) -> Iterator[list[str]]:
-    """Arguments of every `raev2 ...` in the page's bash blocks."""
+def numbered_lines(page: Path) -> Iterator[tuple[int, list[str]]]:
+    """Every `raev2 ...` in the page's bash blocks, also behind torchrun, srun and variables: its line and arguments."""
     for block in blocks(page):
         if block.language != "bash":
             continue
-        for line in block.text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+        number = block.line
+        for line in re.split(r"(?<!\\)\n", block.text):
+            number, first = number + line.count("\n") + 1, number + 1
+            words = shlex.split(line.replace("\\\n", " "), comments=True)
             while words:
                 end = next((i for i, word in enumerate(words) if word in ("&&", "||")), len(words))
                 command, words = words[:end], words[end + 1 :]
                 starts = [i for i, word in enumerate(command) if word == "raev2" or word.endswith("/raev2")]
-                if starts and (starts[0] == 0 or command[starts[0] - 1] in ("-m", "--")):
-                    yield command[starts[0] + 1 :]
+                if starts and all(word in ("-m", "--", "srun") or "=" in word for word in command[: starts[0]][-1:]):
+                    yield first, command[starts[0] + 1 :]
+
+
+def command_lines(page: Path) -> Iterator[list[str]]:
+    """Arguments of these lines."""
+    return (arguments for _, arguments in numbered_lines(page))
 
 
 def sampled_task(arguments: list[str]) -> Task | None:

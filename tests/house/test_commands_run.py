@@ -1,0 +1,182 @@
+"""Every command of README and docs runs as it is typed, page by page, on small data and with small recipes.
+
+`NOT_RUN` is the whole list of those that do not. What the recipes really say, and whether a line fits them, is tested in
+test_docs.py, and what the commands do in the folders of their parts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from test_docs import MANUAL, name, numbered_lines, run_blocks
+
+pytest.importorskip("av", reason="the extra nwm is not installed (av)")
+pytest.importorskip("rosbags", reason="the extra nwm is not installed (rosbags)")
+gradio = pytest.importorskip("gradio", reason="the extra demo is not installed (gradio)")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra nwm is not installed (uvicorn)")
+import workplace  # noqa: E402
+from starlette.testclient import TestClient  # noqa: E402
+
+from raev2 import Pipeline  # noqa: E402
+from raev2.command.cli import main  # noqa: E402
+from raev2.task import get_task  # noqa: E402
+from raev2_tasks.t2i.benchmark.g60 import geneval_rows  # noqa: E402
+
+PAGES = {name(page): page for page in MANUAL if any(numbered_lines(page))}
+LINES = [(page, number, arguments) for page, file in PAGES.items() for number, arguments in numbered_lines(file)]
+K7 = "runs/imagenet/raev2-dinov3l-k7"
+
+# What does not run here, by reason. A line that no page shows any more has to go.
+WEIGHTS = "needs published weights"
+GPU = "is for a GPU"
+LONG = "takes minutes even when small; the tests of its folder run it smaller"
+OTHERS = "needs a server or a checkout of others"
+NOT_RUN = {
+    "eval --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz --protocol generation-inception": WEIGHTS,
+    "eval --images samples.npz --reference data/imagenet-256 --protocol generation-fdr6": WEIGHTS,
+    "eval --images samples.npz --reference data/imagenet-256 --protocol generation-mind6": WEIGHTS,
+    "eval --images reconstructions --reference data/imagenet-256/val --protocol reconstruction-inception": WEIGHTS,
+    f"eval --run {K7} --expect": WEIGHTS,
+    "eval --images samples.npz --reference imagenet_256_fid_stats.npz --protocol generation-inception --expect "
+    "raev2-dinov3l-k7 --task imagenet": WEIGHTS,
+    "train --task imagenet --run runs/imagenet/photos-256 --data data/photos-256 --set tokenizer.encoder.name=dinov2-s "
+    "--set 'tokenizer.encoder.layers=[8,9,10,11]' --set 'tokenizer.grid=[16,16]' "
+    "--set tokenizer.decoder.patch_size=16": WEIGHTS,
+    "encoders check dinov3-l16": WEIGHTS,
+    "train --task t2i --run runs/t2i/t5 --set task.text_encoder.name=google/t5-v1_1-base": WEIGHTS,
+    "bench imagenet": GPU,
+    "bench sample --cpu-time": LONG,
+    "bench train-step --size base": LONG,
+    "analyse insight-1 --task imagenet --seeds 3": LONG,
+    "train --task t2i --recipe raev2-siglip2b --set tokenizer_from=runs/t2i/own-data/tokenizer "
+    "--set data.dir=data/val --set data.recipe=null "
+    """--set 'task.stream.urls=['"'"'https://example.org/pairs-{000000..000127}.tar'"'"']' """
+    "--set task.stream.num_samples=1280000": OTHERS,
+    "bench optimizer --against raev2_tasks.bench.older:same": OTHERS,
+}
+# Added to a command so that it ends in a second: to those that begin with these words, or hold what follows a star.
+SHORTER = {
+    "*--n 50000": "--n 4",
+    "sweep steps": "--n 4 --values 1 2",
+    "nwm plan": "--goals 1 --set sampler.population=4 --set sampler.elites=2 --set sampler.iterations=1",
+    "*sampler.kind=mppi": "--goals 1 --set sampler.population=4 --set sampler.iterations=1",
+    "*--image here.jpg": "--set sampler.population=4 --set sampler.elites=2 --set sampler.iterations=1",
+    "*generator_training.images=44800": "--set generator_training.images=24",
+    "*generator_training.images=8000": "--set tokenizer_training.images=8 --set generator_training.images=16",
+    "*tokenizer_training.images=3200": "--set tokenizer_training.images=8",
+    "data build vizdoom": "--set num_train=2 --set num_val=2 --set drives_per_maze=1 --set num_frames=80",
+    "data build t2i-embedded": "--set num_g60=4 --set num_s12=4 --set num_txt=4 --set per_emoji=0 --set num_val=2",
+    "nwm index build": "--num 2",
+    "bench": "optimizer --rounds 1",
+    "analyse insight-3": "--n 4 --choice 1 4",
+    "analyse blocks": "--n 4",
+    "analyse width": "--steps 1",
+    "import decoder.pt --stats stats.pt --from": "--set heads=2",
+    "import model.pt": "--set heads=2",
+}
+# Copies of what is in every place, under further names.
+THERE = {
+    "README.md": {"data/imagenet": "data/emoji"},
+    "docs/how_to/evaluate.md": {K7: "runs/imagenet/a", "data/imagenet-256": "data/emoji", "data/synthetic": "data/emoji"},
+    "docs/how_to/follow.md": {"runs/imagenet/longer": "runs/imagenet/a"},
+    "docs/how_to/import_export.md": {"data/imagenet": "data/emoji"},
+    "docs/how_to/reproduce.md": {"data/imagenet": "classes"},
+    "docs/tasks/imagenet.md": {"data/imagenet": "classes"},
+}  # fmt: skip
+
+
+def shared() -> None:
+    """What `hf upload` and others have put on the hub."""
+    Pipeline.from_pretrained("runs/imagenet/quickstart").push_to_hub("OWNER/NAME")
+    Pipeline.from_pretrained("runs/nwm/quickstart").push_to_hub("OWNER/DRIVES")
+
+
+def scored() -> None:
+    """What GenEval's program writes."""
+    row = {"filename": "x", "correct": True, "reason": ""}
+    rows = [row | {"tag": one.tag, "prompt": one.prompt} for one in geneval_rows()[::80] for _ in range(4)]
+    Path("geneval/results.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+# Done before a line: what the page says is done in between by other means.
+BEFORE: dict[str, Callable[[], object]] = {
+    "sample --run OWNER/NAME@v1.0 --n 16": shared,
+    "t2i import-eval --run runs/t2i/laptop --export geneval --results geneval/results.jsonl": scored,
+    "train --task imagenet --run runs/imagenet/my-encoder --set tokenizer.encoder.name=my_encoder "
+    "--set 'tokenizer.encoder.layers=[2]'": lambda: run_blocks(PAGES["docs/how_to/new_encoder.md"], Path()),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What every page begins with. All recipes are small ones."""
+    root = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for make in (workplace.make_pictures, workplace.make_shards, workplace.make_drives, workplace.make_weights):
+            make()
+        for task in workplace.DATA:
+            recipes = get_task(task).recipes()
+            for recipe, spec in {recipe: workplace.small(task, recipe, root) for recipe in recipes}.items():
+                patch.setitem(recipes, recipe, lambda spec=spec: spec)
+        workplace.make_runs()
+        yield root
+
+
+@pytest.fixture
+def place(world: Path, hub: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, with a hub; a server answers one request for its page and ends, as at Ctrl-C."""
+    shutil.copytree(world, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+
+    def ask(server: object) -> None:
+        answer = TestClient(server.config.app, base_url="http://127.0.0.1").get("/")
+        assert answer.status_code == 200 and "<html" in answer.text
+
+    def launch(page: object, *, server_port: int, real=gradio.Blocks.launch, **options: object) -> None:
+        real(page, **options, prevent_thread_lock=True)
+        with urlopen(page.local_url) as answer:
+            assert "<html" in answer.read().decode()
+        page.close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: ask(server))
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    return tmp_path / "place"
+
+
+def shorter(line: str) -> list[str]:
+    """What is added to a line."""
+    found = [more for where, more in SHORTER.items() if is_meant(where, line)]
+    return shlex.split(found[-1]) if found else []
+
+
+def is_meant(where: str, line: str) -> bool:
+    return where[1:] in line if where.startswith("*") else line.startswith(where)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
+    for there, source in THERE.get(page, {}).items():
+        shutil.copytree(source, there)
+    for number, arguments in numbered_lines(PAGES[page]):
+        line = shlex.join(arguments)
+        if line in NOT_RUN:
+            continue
+        BEFORE.get(line, lambda: None)()
+        here = [re.sub(r"(^|=)/(?=data/|mnt/|models/)", r"\1", word) for word in arguments]  # not from the root
+        assert main([*here, *shorter(line)]) == 0, f"{page}:{number}: raev2 {line}"
+
+
+def test_every_exception_is_one_of_a_line_that_is_shown() -> None:
+    lines = [shlex.join(arguments) for _, _, arguments in LINES]
+    assert [line for line in [*NOT_RUN, *BEFORE] if line not in lines] == []
+    assert [where for where in SHORTER if not any(is_meant(where, line) for line in lines)] == []
+    assert THERE.keys() <= PAGES.keys()
