@@ -27,8 +27,8 @@ ORDER = """
     files.card files.artefact files.grid files.picture_array files.latent_folder files.lines
     flow guidance sampler nn data
     training.dist
-    tokenizer.base tokenizer.encoder_table tokenizer.decoder_table tokenizer.encoders tokenizer.decoder tokenizer.latent_stats tokenizer.rae
-    tokenizer.baselines tokenizer.losses tokenizer.discriminator
+    tokenizer.base tokenizer.encoder_table tokenizer.decoder_table tokenizer.encoders tokenizer.decoder
+    tokenizer.latent_stats tokenizer.rae tokenizer.baselines tokenizer.losses tokenizer.discriminator
     model.dit model.condition model.frames model.generator
     task spec_io testing
     interop.convert interop.generators interop.tokenizers
