@@ -128,14 +128,30 @@ def test_correlation_of_the_published_encoders(tmp_path):
     assert found["gFID RAE", "LP"]["low"] < found["gFID RAE", "LP"]["r"] < found["gFID RAE", "LP"]["high"]
 
 
+def test_correlation_of_points_of_a_file(tmp_path, capsys):
+    points = [{"name": str(i), "LP": lp, "LDS": 0.1 * i, "fd": 3 - lp} for i, lp in enumerate((0.5, 0.2, 0.9, 0.4))]
+    (tmp_path / "points.json").write_text(json.dumps({"points": points}))
+    command = ["analyse", "correlation", "--out", str(tmp_path), "--points"]
+    assert main([*command, str(tmp_path / "points.json")]) == 0
+    rows = json.loads((tmp_path / "correlation.json").read_text())["rows"]
+    assert {row["outcome"] for row in rows} == {"fd"} and rows[0]["n"] == 4
+    assert [row["r"] for row in rows if row["property"] == "LP"] == [pytest.approx(-1)]
+    (tmp_path / "other.json").write_text("{}")
+    assert main([*command, str(tmp_path / "other.json")]) == 3
+    assert "damaged, or of another kind; got KeyError: 'points'" in capsys.readouterr().err
+
+
 def test_blocks_and_width_of_a_trained_run(trained_run, tmp_path):
     assert main(["analyse", "blocks", "--run", str(trained_run), "--n", "4", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "blocks.json").read_text())["rows"]
     assert [(row["t"], row["block"]) for row in rows] == [(t, block) for t in (0.2, 0.5, 0.8) for block in (1, 2)]
     command = ["analyse", "width", "--run", str(trained_run), "--widths", "48", "192", "--steps", "2"]
-    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert main([*command, "--seeds", "2", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "width.json").read_text())["rows"]
     assert rows[0]["bound"] > 0 == rows[1]["bound"]
+    assert len({*rows[0]["loss"]["seeds"].values()}) == 2, "a seed has weights and noises of its own"
+    assert rows[0]["loss"]["low"] < rows[0]["loss"]["mean"] < rows[0]["loss"]["high"]
+    assert all(row["seeds below the bound"] == 0 for row in rows)
 
 
 def test_errors_name_what_is_there(capsys):

@@ -142,6 +142,26 @@ def test_insight_1_varies_the_encoders_map_alone_and_insight_2_target_and_latent
     assert all(spec.generator.base_head_depth is None for spec in (*one.variants.values(), *two.variants.values()))
 
 
+def test_insight_1_over_numbers_of_layers_takes_sums_alone(tiny_spec: RunSpec) -> None:
+    plan = plans.layers(tiny_spec, [4, 1, 4])
+    assert [*plan.variants] == ["K = 1", "K = 4"] and plan.pairs == [("K = 4", "K = 1")]
+    encoder = plan.variants["K = 4"].tokenizer.encoder
+    assert (encoder.layers, encoder.aggregate) == ((2, 3, 4, 5), "sum")
+    found = {label: Outcome({"psnr": {0: 20 + k, 1: 21 + k}}, {}, {"psnr": "higher"}, {"psnr": 9})
+             for k, label in enumerate(plan.variants)}  # fmt: skip
+    table = table_of("insight-1", plan, found)
+    assert table.x_label == "K (upwards: psnr)" and [min(table.series[0].xs), max(table.series[0].xs)] == [1, 4]
+
+
+def test_insight_1_knows_how_many_layers_there_are(small, tmp_path, monkeypatch, capsys) -> None:
+    from raev2.task import get_task
+
+    monkeypatch.setitem(get_task("imagenet").recipes(), "small", lambda: small)
+    command = ["analyse", "insight-1", "--task", "imagenet", "--recipe", "small", "--out", str(tmp_path)]
+    assert main([*command, "--layers", "1", "7"]) == 2
+    assert "--layers: no such numbers of last layers; got [1, 7]; expected 1 to 6" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands, at tiny size
 
@@ -194,13 +214,30 @@ def test_insight_3_chooses_on_other_samples_and_counts_evaluations(trained_run, 
     table = guidance_table([trained_run], budget, tmp_path, n=8)
     cost = {row["guidance"]: row["evaluations a picture"] for row in table.rows}
     assert cost["none"] == cost["internal"] == 2
-    whole = [row["guidance"] for row in table.rows if row["interval"] == [0.0, 1.0]]
+    whole = [row["guidance"] for row in table.rows if row["scale, by run"] == "1.5 on [0, 1]"]
     assert all(cost[kind] == (4 if kind in whole else 3) for kind in ("cfg", "auto", "internal+cfg"))
     seeds = [json.loads(file.read_text())["seed"] for file in (tmp_path / "points").glob("*/*.json")]
     assert sorted(seeds) == [guidance.SEED] * 5 + [guidance.SEED_OF_CHOICE] * 8
-    assert [len(tried) for tried in table.settings["chosen"].values()] == [2] * 4
+    assert [[len(tried) for tried in runs] for runs in table.settings["chosen"].values()] == [[2]] * 4
     never()
     assert guidance_table([trained_run], budget, tmp_path, n=8).rows == table.rows
+
+
+def test_insight_3_chooses_for_each_run_by_itself(trained_run, tmp_path, monkeypatch) -> None:
+    runs = {tmp_path / "a": 1.1, tmp_path / "b": 2.0}  # the scale that is best for it
+    for run in runs:
+        shutil.copytree(trained_run, run)
+
+    def measured(trained, sampling, _seed, _out) -> dict:
+        scale, low = getattr(sampling.guidance, "scale", 9), getattr(sampling.guidance, "interval", (0,))[0]
+        away = abs(scale - runs[trained.run.dir]) + low
+        row = {"name": "fd", "value": away, "better": "lower", "role": "headline", "num_samples": 4}
+        return {"results": [row], grid.EVALUATIONS: 4}
+
+    monkeypatch.setattr(guidance, "measure", measured)
+    table = guidance_table([*runs], Budget((2,), 1, 4, scales=(1.1, 2.0)), tmp_path / "out", n=4)
+    assert {row["scale, by run"] for row in table.rows[1:]} == {"1.1 on [0, 1]; 2 on [0, 1]"}
+    assert table.rows[1]["fd"].values == {0: 0.0, 1: 0.0}
 
 
 def test_insight_3_takes_trained_runs_from_the_command_line(trained_run, tmp_path, monkeypatch) -> None:

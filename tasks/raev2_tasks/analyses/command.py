@@ -10,6 +10,7 @@ import torch
 
 from raev2.data import to_float
 from raev2.errors import DataError, SpecError
+from raev2.files.damage import damaged, read_json
 from raev2.model.opened import GENERATOR, STAGES, find_source, open_trained
 from raev2.spec import RunSpec
 from raev2.spec_io import apply_overrides
@@ -19,7 +20,7 @@ from raev2.train_generator import latent_encoder
 from raev2.training.run import make_accelerator
 from raev2_tasks.analyses.blocks import block_table
 from raev2_tasks.analyses.compare import plan_table
-from raev2_tasks.analyses.correlation import correlation_table
+from raev2_tasks.analyses.correlation import PROPERTIES, correlation_table
 from raev2_tasks.analyses.grid import finished_run
 from raev2_tasks.analyses.guidance import Budget, guidance_table
 from raev2_tasks.analyses.plans import PLANS
@@ -38,7 +39,7 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--data", default="emoji", metavar="DIR", help="labelled dataset folder or data recipe")
     parser.add_argument("--encoder", nargs="+", metavar="NAME", help="probe: encoders (default: micro)")
     parser.add_argument("--grid", type=int, nargs=2, default=(8, 8), metavar=("ROWS", "COLS"), help="probe: tokens")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="K", help="probe: numbers of last layers")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="K", help="probe, insight-1: numbers of last layers")
     parser.add_argument("--widths", type=int, nargs="+", metavar="D", help="width: widths of the network")
     parser.add_argument("--steps", type=int, default=300, help="width: training steps")
     parser.add_argument("--n", type=int, help="pictures; blocks: default 64; insight-3: those of the runs' evaluations")
@@ -57,6 +58,11 @@ def _options(parser: ArgumentParser) -> None:
         default=(10, 354),
         metavar=("STEPS", "N"),
         help="insight-3: sampler steps and pictures that scale and interval are chosen with",
+    )
+    parser.add_argument(
+        "--points",
+        metavar="FILE",
+        help='correlation: JSON {"points": [{name, LP, LDS, outcome, ...}]} (default: published)',
     )
     parser.add_argument("--out", metavar="DIR", default="analysis")
 
@@ -77,7 +83,12 @@ def _probe(options: Namespace) -> Table:
 
 
 def _correlation(options: Namespace) -> Table:
-    """Pearson correlations over the published encoders: LP, LDS and gFID of RAE and RAEv2."""
+    """Pearson correlations of LP and LDS with generation, over the published encoders or those of --points."""
+    if options.points:
+        with damaged(options.points, DataError):
+            points = read_json(Path(options.points), DataError)["points"]
+            outcomes = [name for name in points[0] if name not in ("name", *PROPERTIES)]
+            return correlation_table(points, outcomes, f"Points: {options.points}.")
     return correlation_table(
         published_encoders(), ("gFID RAE", "gFID RAEv2"), "Published values of the RAEv2 study, quoted."
     )
@@ -98,7 +109,7 @@ def _blocks(options: Namespace) -> Table:
 
 
 def _width(options: Namespace) -> Table:
-    """Over-fit one image at several widths; --run (a run with an RAE tokenizer), --data, --widths, --steps."""
+    """Over-fit one image at several widths; --run (a run with an RAE tokenizer), --widths, --steps, --seeds."""
     trained = open_trained(find_source(options.run, options.task))
     if not isinstance(trained.rae, RAE):
         raise SpecError("raev2 analyse width", "needs a run with an RAE tokenizer", got=str(trained.run.dir))
@@ -106,12 +117,14 @@ def _width(options: Namespace) -> Table:
     latents = trained.rae.encode(to_float(val.image(0)[None].to(trained.run.device)))[0]
     channels = latents.shape[0]
     widths = options.widths or [channels // 4, channels // 2, channels, 2 * channels]
-    return width_table(latents, widths, steps=options.steps, depth=4, batch_size=16, lr=1e-3)
+    return width_table(latents, widths, options.seeds, steps=options.steps, depth=4, batch_size=16, lr=1e-3)
 
 
 def _plan(options: Namespace) -> Table:
-    """Variants of a recipe, trained with several seeds; --task, --recipe, --set, --seeds."""
-    return plan_table(options.name, _recipe(options), options.seeds, Path(options.out), options.stage)
+    """Variants of a recipe, trained with several seeds; --task, --recipe, --set, --seeds; insight-1: --layers."""
+    more = [options.layers] if options.layers and options.name == "insight-1" else []
+    plan = PLANS[options.name](_recipe(options), *more)
+    return plan_table(options.name, plan, options.seeds, Path(options.out), options.stage)
 
 
 def _recipe(options: Namespace) -> RunSpec:

@@ -8,17 +8,15 @@ from typing import Any
 
 from raev2.eval.protocols import ep_fid
 from raev2.model.opened import GENERATOR
-from raev2.spec import RunSpec
 from raev2_tasks.analyses.grid import Outcome, outcomes
-from raev2_tasks.analyses.plans import PLANS, Plan
+from raev2_tasks.analyses.plans import Plan
 from raev2_tasks.analyses.seeds import Claim, Estimate, whiskers
 from raev2_tasks.analyses.table import Table
 from raev2_tasks.report.chart import Series, number
 
 
-def plan_table(name: str, spec: RunSpec, seeds: int, out: Path, stage: str = GENERATOR) -> Table:
+def plan_table(name: str, plan: Plan, seeds: int, out: Path, stage: str = GENERATOR) -> Table:
     """Train and measure the variants of a plan up to a stage, and what comes out."""
-    plan = PLANS[name](spec)
     return table_of(name, plan, outcomes(plan, seeds, out, stage))
 
 

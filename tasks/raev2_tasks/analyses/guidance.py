@@ -1,7 +1,7 @@
 """Insight 3: guidance by the generator's own shallow head, beside what needs a second forward, at equal cost.
 
-Each kind of guidance gets the scale and the interval that serve it best: chosen on the first run, with a seed of
-samples that is not evaluated. Then every run is sampled with several numbers of steps. Each measured point is a result
+Each kind of guidance gets the scale and the interval that serve it best, for each run by itself: chosen with a seed of
+samples that is not evaluated. Then the run is sampled with several numbers of steps. Each measured point is a result
 file of its own, named by all that it depends on, so a stopped analysis goes on where it was.
 """
 
@@ -23,6 +23,7 @@ from raev2_tasks.analyses.seeds import Claim, Estimate, whiskers
 from raev2_tasks.analyses.table import Table
 
 Interval = tuple[float, float]
+Choice = tuple[float, Interval, list[dict[str, Any]]]  # scale, interval, all that was tried
 SCALES = (1.1, 1.25, 1.5, 2.0)
 INTERVALS: tuple[Interval, ...] = ((0.0, 0.7), (0.3, 1.0))  # besides the whole of [0, 1]
 SEED, SEED_OF_CHOICE = 0, 1  # of samples
@@ -52,21 +53,23 @@ def guidance_table(runs: Sequence[Path], budget: Budget, out: Path, n: int | Non
 
     n   pictures of each evaluation; None: those of the run's own
     """
-    first = with_pictures(open_trained(runs[0]), budget.choice_pictures)
-    chosen = {kind: choose(first, kind, budget, out) for kind in KINDS}
+    chosen: dict[str, list[Choice]] = {kind: [] for kind in KINDS}
     points: dict[tuple[str, int], dict[int, Mapping[str, Any]]] = {}
     for seed, run in enumerate(runs):
         trained = with_pictures(open_trained(run), n)
         weak = str(earlier(trained, out))
         for kind in ("none", *KINDS):
-            guidance = NoGuidance() if kind == "none" else KINDS[kind](*chosen[kind][:2], weak)
+            guidance: Guidance = NoGuidance()
+            if kind != "none":
+                chosen[kind].append(choose(with_pictures(trained, budget.choice_pictures), kind, budget, out))
+                guidance = KINDS[kind](*chosen[kind][-1][:2], weak)
             for steps in budget.steps:
                 sampling = trained.run.spec.sampling.replace(guidance=guidance, steps=steps)
                 points.setdefault((kind, steps), {})[seed] = measure(trained, sampling, SEED, out)
     return _table(points, chosen, budget, runs)
 
 
-def choose(trained: TrainedRun, kind: str, budget: Budget, out: Path) -> tuple[float, Interval, list[dict[str, Any]]]:
+def choose(trained: TrainedRun, kind: str, budget: Budget, out: Path) -> Choice:
     """The scale that is best on the whole interval, the interval that is best with it, and all that was tried."""
     weak = str(earlier(trained, out))
     tried = list[dict[str, Any]]()
@@ -115,13 +118,13 @@ def with_pictures(trained: TrainedRun, n: int | None) -> TrainedRun:
 
 def _table(
     points: Mapping[tuple[str, int], Mapping[int, Mapping[str, Any]]],
-    chosen: Mapping[str, tuple[float, Interval, list[dict[str, Any]]]],
+    chosen: Mapping[str, Sequence[Choice]],
     budget: Budget,
     runs: Sequence[Path],
 ) -> Table:
     rows, lines = list[dict[str, Any]](), dict[str, list[tuple[float, Estimate]]]()
     for (kind, steps), results in points.items():
-        scale, interval = chosen[kind][:2] if kind in chosen else (None, None)
+        choices = [f"{scale:g} on [{low:g}, {high:g}]" for scale, (low, high), _ in chosen.get(kind, ())]
         scores = {row["name"]: row["better"] for row in headline(results[0])}
         estimates = {
             name: Estimate({seed: row["value"] for seed, result in results.items()
@@ -132,7 +135,7 @@ def _table(
         cost = sum(result[EVALUATIONS] for result in results.values()) / len(results) / n
         metric = next(iter(scores))
         rows.append(
-            {"guidance": kind, "scale": scale, "interval": interval and list(interval), "steps": steps,
+            {"guidance": kind, "scale, by run": "; ".join(choices) or None, "steps": steps,
              "evaluations a picture": cost, "n": n, "runs": len(results), **estimates}
         )  # fmt: skip
         lines.setdefault(kind, []).append((cost, estimates[metric]))
@@ -141,13 +144,17 @@ def _table(
         "Guidance against the number of network evaluations",
         rows,
         f"{len(runs)} training runs, the same noise and conditions for every kind. Scale and interval are the best of "
-        f"{len(budget.scales)} scales on [0, 1] and then of {len(INTERVALS) + 1} intervals, by {metric} of the first "
-        f"run with {budget.choice_pictures} pictures, {budget.choice_steps} steps and another seed of samples. "
+        f"{len(budget.scales)} scales on [0, 1] and then of {len(INTERVALS) + 1} intervals, by {metric}, for "
+        f"each run by itself with {budget.choice_pictures} pictures, {budget.choice_steps} steps and another seed of "
+        "samples. "
         "internal+cfg: one scale for both. auto: the weak generator is the run's oldest checkpoint. In brackets: 95 % "
         "intervals over the runs.",
         whiskers(lines),
         x_label=f"network evaluations a picture (upwards: {metric})",
-        settings={"runs": list(map(str, runs)), "chosen": {kind: tried for kind, (*_, tried) in chosen.items()}},
+        settings={
+            "runs": list(map(str, runs)),
+            "chosen": {kind: [choice[2] for choice in choices] for kind, choices in chosen.items()},
+        },
         claims=_claims(rows, metric, scores[metric]),
     )
 

@@ -46,25 +46,35 @@ class Plan:
     x_label: str = "images seen"
 
 
-def layers(spec: RunSpec) -> Plan:
-    """Insight 1."""
+def layers(spec: RunSpec, counts: Sequence[int] = ()) -> Plan:
+    """Insight 1; with `counts`: these numbers of layers by sum alone, and a plot over them."""
     spec, tokenizer = unguided(spec), rae_of("insight-1", spec)
     depth = encoder_facts(tokenizer.encoder.name).depth
-    counts = sorted({1, 2, depth // 2, depth})
+    if counts and not 0 < min(counts) <= max(counts) <= depth:
+        raise SpecError("--layers", "no such numbers of last layers", got=[*counts], expected=f"1 to {depth}")
 
     def last(count: int, join: str = "sum") -> RunSpec:
         encoder = tokenizer.encoder.replace(layers=tuple(range(depth - count, depth)), aggregate=join)
         return spec.replace(tokenizer=tokenizer.replace(encoder=encoder))
 
+    title, metrics = "Insight 1: the last K layers as one map", ("psnr", "rfd_micro", "fd_micro")
+    if counts:
+        x = {f"K = {count}": float(count) for count in sorted({*counts})}
+        variants = {name: last(int(count)) for name, count in x.items()}
+        first, *others = variants
+        return Plan(
+            title, spec, variants, [(other, first) for other in others], metrics,
+            lines={"sum": [*variants]}, x=x, x_label="K",
+        )  # fmt: skip
+    counts = sorted({1, 2, depth // 2, depth})
     names = {join: f"K = {depth}, {join.replace('_', ' ')}" for join in JOINS}
     variants = {f"K = {count}": last(count) for count in counts[:-1]}
     variants |= {name: last(depth, join) for join, name in names.items()}
     best = names["sum"]
     lines = {"sum": [*variants][: len(counts)], **{join.replace("_", " "): [names[join]] for join in JOINS[1:]}}
     return Plan(
-        "Insight 1: the last K layers as one map",
-        spec, variants, [(best, "K = 1"), *((best, names[join]) for join in JOINS[1:])],
-        ("psnr", "rfd_micro", "fd_micro"), lines=lines, x="psnr", x_label="psnr, dB",
+        title, spec, variants, [(best, "K = 1"), *((best, names[join]) for join in JOINS[1:])],
+        metrics, lines=lines, x="psnr", x_label="psnr, dB",
     )  # fmt: skip
 
 
@@ -119,7 +129,7 @@ def decoder_noise(spec: RunSpec) -> Plan:
     )  # fmt: skip
 
 
-PLANS: dict[str, Callable[[RunSpec], Plan]] = {
+PLANS: dict[str, Callable[..., Plan]] = {
     "insight-1": layers,
     "insight-2": latents_or_alignment,
     "time-shift": time_shift,

@@ -22,6 +22,7 @@ from raev2.flow import interpolate, sample_t
 from raev2.model.condition import NoCondition
 from raev2.model.generator import Generator
 from raev2.spec import DiTSpec, FlowSpec
+from raev2_tasks.analyses.seeds import Estimate, whiskers
 from raev2_tasks.analyses.table import Table, lines
 
 
@@ -34,27 +35,32 @@ def width_bound(latents: Tensor, width: int) -> float:
 
 
 def width_table(
-    latents: Tensor, widths: Sequence[int], *, steps: int, depth: int, batch_size: int, lr: float, seed: int = 0
+    latents: Tensor, widths: Sequence[int], seeds: int, *, steps: int, depth: int, batch_size: int, lr: float
 ) -> Table:
-    """Final loss of LightningDiT of each width on one image, beside the bound.
+    """Final loss of LightningDiT of each width on one image over seeds, beside the bound.
 
     latents   normalised latents of one image (C, H, W)
     """
-    rows = []
+    channels, rows = latents.shape[0], list[dict[str, Any]]()
     for width in widths:
-        loss = overfit(latents, width, steps=steps, depth=depth, batch_size=batch_size, lr=lr, seed=seed)
-        rows.append({"width": width, "loss": loss, "bound": width_bound(latents, width)})
-    channels = latents.shape[0]
+        losses = {
+            seed: overfit(latents, width, steps=steps, depth=depth, batch_size=batch_size, lr=lr, seed=seed)
+            for seed in range(seeds)
+        }
+        bound = width_bound(latents, width)
+        row = {"width": width, "seeds": seeds, "loss": Estimate(losses), "bound": bound}
+        rows.append({**row, "seeds below the bound": sum(loss < bound for loss in losses.values())})
     return Table(
         "width",
         "Over-fitting one image: final loss by width",
         rows,
         f"Latent tokens of {channels} channels. loss: mean squared error of the velocity over the last tenth of "
-        f"{steps} steps (LightningDiT, depth {depth}, batch {batch_size} noises of one image, velocity prediction). "
-        f"bound: Theorem 1, zero from a width of {channels} on. The loss also holds what {steps} steps did not learn.",
-        lines(rows, "width", ("loss", "bound")),
+        f"{steps} steps (LightningDiT, depth {depth}, batch {batch_size} noises of one image, velocity prediction); in "
+        f"brackets 95 % intervals over the seeds, of weights and noises. bound: Theorem 1, zero from a width of "
+        f"{channels} on. The loss also holds what {steps} steps did not learn.",
+        [*whiskers({"loss": [(row["width"], row["loss"]) for row in rows]}), *lines(rows, "width", ("bound",))],
         x_label="width of the network",
-        settings={"steps": steps, "depth": depth, "batch_size": batch_size, "lr": lr, "seed": seed},
+        settings={"steps": steps, "depth": depth, "batch_size": batch_size, "lr": lr, "seeds": seeds},
     )
 
 
