@@ -188,7 +188,7 @@ class LoopSpec(Spec):
 
     images: int = Field(gt=0, description="training images to see in total")
     batch_size: int = Field(gt=0, description="global batch; kept by accumulation on any number of processes")
-    micro_batch_size: int | None = Field(None, gt=0, description="images a process and forward; null: what fits a GPU")
+    micro_batch_size: int | None = Field(None, gt=0, description="images per process at once; null: what fits a GPU")
     schedule: ScheduleSpec = ScheduleSpec()
     clip_grad_norm: float | None = Field(1.0, gt=0)
     log_every_steps: int = Field(10, gt=0)

@@ -19,9 +19,9 @@ from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.encoders import build_encoder
 from raev2.training import dist
 from raev2.training.ema import EMA
-from raev2.training.memory import device_memory, fitted, generator_memory
 from raev2.training.optim import build_optimizer, set_learning_rate
 from raev2.training.parallel import gradient_sync, is_plain, parallelise, whole
+from raev2.training.preflight import fitted, generator_memory
 from raev2.training.resume import check_identity
 from raev2.training.run import Run, TrainingState, crossed, micro_batches, training_steps, update
 
@@ -71,8 +71,7 @@ def train_generator(
     best = partial(run.best_images, STAGE, loop.keep_best)
     best_every = loop.eval_every_images if loop.keep_best is not None else None
     state = TrainingState(run.dir, STAGE, modules, ema, optimizers, best, best_every)
-    count = partial(generator_memory, generator, spec)
-    loop = fitted(run, STAGE, loop, generator.parameters(), count, device_memory(device))
+    loop = fitted(run, STAGE, loop, generator.parameters(), partial(generator_memory, task, spec))
 
     def look_and_evaluate(images: int) -> None:
         """What is due after so many images: pictures, and numbers unless the log has them."""

@@ -39,9 +39,9 @@ from raev2.tokenizer.rae import RAE
 from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.health import spread
-from raev2.training.memory import StepMemory, device_memory, fitted, step_memory
 from raev2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from raev2.training.parallel import gradient_sync, parallelise
+from raev2.training.preflight import CPU, StepMemory, fitted, step_memory
 from raev2.training.run import Run, TrainingState, attention_kernels, crossed, micro_batches, training_steps, update
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,9 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
     state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
     backward = DecoderBackward(loop, perceptual, rae.decoder.last_layer, run.autocast, disc if adversarial else None)
-    trained = [parameter for module in modules.values() for parameter in module.parameters()]
+    trained = (parameter for module in modules.values() for parameter in module.parameters())
     count = partial(decoder_memory, rae, perceptual, disc if adversarial else None, spec.precision)
-    loop = fitted(run, STAGE, loop, trained, count, device_memory(device))
+    loop = fitted(run, STAGE, loop, trained, count)
 
     def look(images: int) -> None:
         """Reconstructions, where they are due after so many images."""
@@ -190,20 +190,17 @@ class DecoderBackward:
 
 def decoder_memory(rae: RAE, perceptual: nn.Module, disc: nn.Module | None, precision: str) -> StepMemory:
     """A step of stage 1: forward and backward of the decoder, with those of one loss at a time in between."""
-    cpu, losses = torch.device("cpu"), nn.ModuleDict({"perceptual": perceptual} | ({"disc": disc} if disc else {}))
 
-    def step(parts: nn.ModuleDict, num: int) -> None:
-        with autocast(precision, cpu):
-            decoded = parts["decoder"](torch.zeros(num, math.prod(rae.spec.grid), rae.latent_shape[0])).float()
-        leaf = decoded.detach().requires_grad_()
-        with autocast(precision, cpu):
-            torch.autograd.grad(parts["perceptual"](leaf, leaf.detach()), leaf)
-            if disc:
-                fakes = diffaug(leaf, torch.zeros(num, 5))
-                torch.autograd.grad(generator_loss(parts["disc"](fakes)), leaf)
+    def step(parts: nn.ModuleList, num: int) -> None:
+        with autocast(precision, CPU):
+            decoded = parts[0](torch.zeros(num, math.prod(rae.spec.grid), rae.latent_shape[0])).float()
+            leaf = decoded.detach().requires_grad_()
+            torch.autograd.grad(parts[1](leaf, leaf.detach()), leaf)
+            for part in parts[2:]:
+                torch.autograd.grad(generator_loss(part(diffaug(leaf, torch.zeros(num, 5)))), leaf)
         decoded.backward(leaf)
 
-    return step_memory(nn.ModuleDict({"decoder": rae.decoder, **losses}), step)
+    return step_memory(nn.ModuleList([rae.decoder, perceptual, *([disc] if disc else [])]), step)
 
 
 @torch.no_grad()

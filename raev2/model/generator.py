@@ -9,7 +9,6 @@ generator = Generator.from_pretrained("my_generator")
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from raev2.batch import Cond, FrameCache, ModelOutput
 from raev2.errors import SpecError
@@ -136,25 +134,6 @@ class Generator(nn.Module):
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload as a model repository of the Hugging Face hub; returns its address."""
         return push_to_hub(self.save_pretrained, repo_id, "generator", private=private)
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Parameters (trained ones) and multiply-accumulates of one forward of one sample; FLOPs are twice that."""
-
-    num_parameters: int
-    macs: int
-
-
-def model_size(network: DDTSpec | DiTSpec, condition: ConditionSpec, latent_shape: LatentShape) -> ModelSize:
-    """Count without building: the model is laid out on the meta device. Attention products are included."""
-    with torch.device("meta"):
-        generator = Generator(network, condition, FlowSpec(), latent_shape).eval()
-        cond = generator.conditioner.example_cond(1, "meta")
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            generator(torch.zeros(1, *latent_shape), torch.zeros(1), cond)
-    return ModelSize(sum(p.numel() for p in generator.parameters()), counter.get_total_flops() // 2)
 
 
 CONDITION_TYPES: tuple[type[ConditionSpec], ...] = (NoCondition, LabelCondition, TextCondition, FramesCondition)

@@ -1,26 +1,38 @@
-"""What a training will need, looked at before it starts: read `preflight`. Also the numbers that a spec stands for."""
+"""What a training will need, looked at before it starts: read `preflight`, and of micro batches `fitted`.
+
+Also the numbers that a spec stands for.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._composable import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from raev2.errors import FileError, RaeError, SpecError
 from raev2.files.artefact import ENCODER, HUB_FILES, read_artefact
 from raev2.files.assets import Asset, need_package
 from raev2.files.manifest import read_manifest
-from raev2.flow import prediction
+from raev2.flow import interpolate, prediction, training_loss
 from raev2.guidance import build_guidance
-from raev2.model.generator import Generator, model_size
-from raev2.spec import AnyTokenizerSpec, EncoderSpec, LPIPSLoss, MuonSpec, RunSpec, TokenizerSpec, VAESpec
+from raev2.model.generator import Generator
+from raev2.nn import autocast
+from raev2.spec import AnyTokenizerSpec, EncoderSpec, LoopSpec, LPIPSLoss, MuonSpec, RunSpec, TokenizerSpec, VAESpec
 from raev2.task import Task, get_data_recipe, get_evaluators
 from raev2.tokenizer.baselines import VAES, build_tokenizer, tokenizer_spec, vae_asset
 from raev2.tokenizer.decoder import ViTDecoder
@@ -28,10 +40,15 @@ from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, check_layers, e
 from raev2.tokenizer.encoders import build_encoder
 from raev2.tokenizer.losses import LPIPS_LOSS
 from raev2.training import dist
+from raev2.training.parallel import local
+from raev2.training.run import Run, add_provenance
 
 logger = logging.getLogger(__name__)
+Loop = TypeVar("Loop", bound=LoopSpec)
 TOKENIZER, GENERATOR = "tokenizer", "generator"
-GIB = 2**30
+GIB, CPU = 2**30, torch.device("cpu")
+USABLE = 0.9  # the share of a GPU that is planned
+COUNTED = 1, 128  # samples; memory bends upwards, so the line through both lies above what is between
 
 
 @dataclass(frozen=True)
@@ -129,9 +146,10 @@ def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
 
 
 def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
-    """Parameters, compute and memory of a run by name."""
+    """Parameters, shapes and lengths of a run by name."""
     tokenizer, shape, loop = spec.tokenizer, latent_shape_of(spec.tokenizer), spec.generator_training
-    size, (height, width) = model_size(spec.generator, task.condition(spec, None), shape), tokenizer.image_size
+    height, width = tokenizer.image_size
+    parameters = sum(value.numel() for value in network_of(task, spec, GENERATOR).parameters())
     rows = [("tokenizer", "none, pixels in [-1, 1]")]
     if isinstance(tokenizer, VAESpec):
         vae = VAES.get(tokenizer.name)
@@ -150,23 +168,18 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
         ("latents", f"{shape[0]} x {shape[1]} x {shape[2]}"),
         ("image tokens", str(shape[1] * shape[2] // spec.generator.patch_size**2)),
         ("time shift", f"{spec.flow.shift_for(shape):.4g}"),
-        ("generator parameters", f"{size.num_parameters / 1e6:.2f} M"),
-        ("generator forward", f"{size.macs / 1e9:.2f} GMAC = {2 * size.macs / 1e9:.2f} GFLOPs an image"),
+        ("generator parameters", f"{parameters / 1e6:.2f} M"),
         ("sampling", f"{spec.sampling.steps} steps, {spec.sampling.guidance.kind}"),
-        ("training state", f"{state_bytes(size.num_parameters, loop) / GIB:.2f} GiB a process (weights, gradients, "
+        ("training state", f"{state_bytes(parameters, loop) / GIB:.2f} GiB a process (weights, gradients, "
          "averages, optimizer)"),
         ("generator steps", f"{loop.num_steps:,} of {loop.batch_size} images"),
     ]  # fmt: skip
 
 
 def state_bytes(parameters: int, loop: Any) -> int:
-    """Weights, gradients, averages and moments in float32."""
-    return (2 + len(getattr(loop, "ema_decays", (0,))) + num_moments(loop)) * 4 * parameters
-
-
-def num_moments(loop: Any) -> int:
-    """Muon has one moment of each weight, AdamW two."""
-    return 1 if isinstance(getattr(loop, "optimizer", None), MuonSpec) else 2
+    """Weights, gradients, averages and moments in float32; Muon has one moment, AdamW two."""
+    moments = 1 if isinstance(getattr(loop, "optimizer", None), MuonSpec) else 2
+    return (2 + len(getattr(loop, "ema_decays", (0,))) + moments) * 4 * parameters
 
 
 def network_of(task: Task, spec: RunSpec, stage: str) -> ViTDecoder | Generator:
@@ -274,3 +287,112 @@ def _memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default micro batch
+
+
+def fitted(run: Run, stage: str, loop: Loop, trained: Iterable[Tensor], count: Callable[[], StepMemory]) -> Loop:
+    """The settings of a stage with a micro batch for which its GPU has room, where none is set.
+
+    trained   parameters whose gradients and moments, at most two, are still to come
+    """
+    share, field = max(loop.batch_size // dist.world_size(), 1), f"{stage}_training.micro_batch_size"
+    if loop.micro_batch_size is not None or (memory := device_memory(run.device)) is None:
+        return loop
+    try:
+        step = count()
+    except (RuntimeError, AssertionError) as error:  # an encoder of others whose forward needs values
+        logger.warning("%s: %s images at once, their memory cannot be counted (%s); see %s", stage, share, error, field)
+        return loop
+    free, total = memory
+    left = free - 3 * 4 * sum(local(value).numel() for value in trained if value.requires_grad)
+    num = min(dist.gather_objects(step.fit(share, left - (1 - USABLE) * total)))  # shards need equal steps
+    chosen = f"{num} of {share} at once, about {(total - left + step.needs(num)) / GIB:.1f} GiB of {total / GIB:.1f}"
+    add_provenance(run, field, chosen)
+    if dist.is_main():
+        logger.info("%s: micro batch %s: chosen; set %s to change it", stage, chosen, field)
+    return loop.replace(micro_batch_size=num)
+
+
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a GPU that this process may still take, and all; None for a CPU, whose memory it does not have alone."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of forward and backward at their peak: for each sample, and beside (weights in bfloat16)."""
+
+    sample: int
+    fixed: int
+
+    def needs(self, num: int) -> int:
+        """Bytes of so many samples at once."""
+        return self.fixed + num * self.sample
+
+    def fit(self, share: int, room: float) -> int:
+        """The largest of share, share / 2, share / 4, ... that fits into so many bytes; 1 where none does."""
+        while share > 1 and self.needs(share) > room:
+            share = math.ceil(share / 2)
+        return share
+
+
+def generator_memory(task: Task, spec: RunSpec) -> StepMemory:
+    """A step of stage 2, not compiled."""
+    network: Any = network_of(task, spec, GENERATOR)
+    for block in network.blocks() if spec.parallel.activation_checkpointing else ():
+        checkpoint(block)
+
+    def step(generator: Generator, num: int) -> None:
+        latents, t = torch.zeros(num, *generator.latent_shape), torch.full((num,), 0.5)
+        point = interpolate(latents, latents, t)
+        with autocast(spec.precision, CPU):
+            output = generator(point.z_t, t, generator.conditioner.example_cond(num))
+        training_loss(output, point, latents, generator.flow).total.backward()
+
+    return step_memory(network, step)
+
+
+def step_memory(network: nn.Module, step: Callable[[Any, int], None]) -> StepMemory:
+    """Count `step(network, number of samples)`, forward and backward on the CPU, for a network on any device."""
+    hidden = [part for module in network.modules() for part in vars(module).values() if isinstance(part, nn.Module)]
+    held = [value for part in (network, *hidden) for value in (*part.parameters(), *part.buffers())]
+    with FakeTensorMode() as mode:
+        made = {id(v): torch.empty(v.shape, dtype=v.dtype, requires_grad=v.requires_grad) for v in held}
+    copied = copy.deepcopy(network, {**made})
+    for value in filter(lambda value: value.requires_grad, made.values()):
+        value.register_post_accumulate_grad_hook(lambda value: setattr(value, "grad", None))  # `state_bytes` has it
+    peaks = []
+    for num in COUNTED:
+        with mode, _Living(made.values()) as living:
+            step(copied, num)
+        peaks.append(living.peak)
+    sample = (peaks[1] - peaks[0]) // (COUNTED[1] - COUNTED[0])
+    return StepMemory(sample, peaks[0] - COUNTED[0] * sample)
+
+
+class _Living(TorchDispatchMode):
+    """Adds up the storages that operations inside make, as long as each one lives."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {value.untyped_storage()._cdata for value in weights}
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for storage in (value.untyped_storage() for value in tree_leaves(output) if isinstance(value, Tensor)):
+            if storage._cdata not in self.known:
+                self._change(self.known.add, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._change, self.known.remove, storage._cdata, -storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return output
+
+    def _change(self, act: Callable[[int], None], key: int, size: int) -> None:
+        act(key)
+        self.bytes += size

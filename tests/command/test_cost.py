@@ -12,8 +12,7 @@ from raev2.spec_io import apply_overrides
 from raev2.task import get_recipe, get_task
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.decoder_table import decoder_size
-from raev2.training.memory import StepMemory
-from raev2.training.preflight import state_bytes
+from raev2.training.preflight import StepMemory, state_bytes
 from raev2_tasks.listings import cost
 from raev2_tasks.listings.cost import arithmetic, cost_rows
 

@@ -12,9 +12,8 @@ from raev2.command.cli import main, parse
 from raev2.errors import SpecError
 from raev2.spec_io import apply_overrides
 from raev2.task import get_recipe, get_task
-from raev2.training.memory import generator_memory
 from raev2.training.optim import learning_rate
-from raev2.training.preflight import GENERATOR, network_of, state_bytes
+from raev2.training.preflight import GENERATOR, generator_memory, network_of, state_bytes
 from raev2_tasks.imagenet.recipes import OWN_PHOTOS
 from raev2_tasks.listings import cost
 
@@ -28,7 +27,7 @@ def test_what_is_computed_at_once_fits_the_memory(memory):
     generator = network_of(task, spec, GENERATOR)
     loop = spec.generator_training
     state = state_bytes(sum(value.numel() for value in generator.parameters()), loop)
-    needed = frozen + state + generator_memory(generator, spec).needs(loop.micro_batch_size)
+    needed = frozen + state + generator_memory(task, spec).needs(loop.micro_batch_size)
     assert 0.45 * memory < needed / 1e9 < 0.9 * memory
 
 

@@ -134,13 +134,12 @@ def test_a_recipe_fits_together(run):
 
 
 def test_a_recipe_can_be_laid_out(run):
-    """Decoder and generator are built on the meta device: sizes fit, and the numbers of `raev2 show` are there."""
+    """Decoder and generator are built on the meta device: their sizes fit."""
     task, _, spec = run
     sizes = dict(run_sizes(task, spec))
     trained = isinstance(spec.tokenizer, TokenizerSpec)
     for name in ("decoder parameters",) * trained + ("generator parameters",):
         assert float(sizes[name].split()[0]) >= 0.1
-    assert "GFLOPs" in sizes["generator forward"]
 
 
 @pytest.mark.parametrize("name", ["quickstart", "laptop"])

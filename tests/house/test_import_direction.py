@@ -33,7 +33,7 @@ ORDER = """
     task spec_io testing
     interop.convert interop.generators interop.tokenizers
     training.parallel training.ema training.optim training.checkpoint training.lock training.health
-    training.tracker training.run training.resume training.preflight training.memory
+    training.tracker training.run training.resume training.preflight
     eval.features eval.distances eval.references eval.image_pairs eval.generate eval.sets eval.protocols
     eval.pictures
     model.opened train_tokenizer train_generator

@@ -19,8 +19,16 @@ from raev2.task import Task
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoder_table import ENCODERS
 from raev2.tokenizer.encoders import ASSETS, ROUTES, Trunk
-from raev2.training.memory import USABLE, StepMemory, generator_memory
-from raev2.training.preflight import GENERATOR, GIB, TOKENIZER, network_of, state_bytes
+from raev2.training.preflight import (
+    GENERATOR,
+    GIB,
+    TOKENIZER,
+    USABLE,
+    StepMemory,
+    generator_memory,
+    network_of,
+    state_bytes,
+)
 
 GPU_GIB = 80  # of the card that `raev2 show` plans for
 NUM_GPUS = (1, 8, 64)
@@ -45,8 +53,19 @@ def cost_rows(task: Task, spec: RunSpec) -> Rows:
     rows, frozen = _tokenizer_rows(task, spec)
     generator = network_of(task, spec, GENERATOR)
     assert isinstance(generator, Generator)
-    forward = arithmetic(lambda: _generate(generator))
-    return [*rows, ("generator forward", str(forward)), _sampling(spec, forward), *_memory(spec, generator, frozen)]
+    forward, parameters = generator_arithmetic(generator), sum(value.numel() for value in generator.parameters())
+    return [
+        *rows,
+        ("generator forward", str(forward)),
+        _sampling(spec, forward),
+        *_memory(task, spec, parameters, frozen),
+    ]
+
+
+def generator_arithmetic(generator: Generator) -> Arithmetic:
+    """Of a generator on the meta device."""
+    latents, times = torch.zeros(1, *generator.latent_shape, device="meta"), torch.zeros(1, device="meta")
+    return arithmetic(lambda: generator(latents, times, generator.conditioner.example_cond(1, "meta")))
 
 
 def arithmetic(forward: Callable[[], object]) -> Arithmetic:
@@ -58,11 +77,6 @@ def arithmetic(forward: Callable[[], object]) -> Arithmetic:
     }
     total = sum(counts.values())
     return Arithmetic(total // 2, (total - sum(counts.get(name, 0) for name in PROJECTIONS)) // 2)
-
-
-def _generate(generator: Generator) -> object:
-    latents, times = torch.zeros(1, *generator.latent_shape, device="meta"), torch.zeros(1, device="meta")
-    return generator(latents, times, generator.conditioner.example_cond(1, "meta"))
 
 
 def _tokenizer_rows(task: Task, spec: RunSpec) -> tuple[Rows, int]:
@@ -103,11 +117,10 @@ def _sampling(spec: RunSpec, forward: Arithmetic) -> tuple[str, str]:
     return "sampling an image", f"at most {tflops:.2f} TFLOPs: {steps} evaluations of {forwards} forward(s)"
 
 
-def _memory(spec: RunSpec, generator: Generator, frozen: int) -> Iterator[tuple[str, str]]:
+def _memory(task: Task, spec: RunSpec, parameters: int, frozen: int) -> Iterator[tuple[str, str]]:
     """A step of stage 2, and what a GPU of several would hold."""
-    step = generator_memory(generator, spec)
+    step = generator_memory(task, spec)
     yield "activations", f"{step.sample / 2**20:.0f} MiB an image in {spec.precision}, not compiled"
-    parameters = sum(value.numel() for value in generator.parameters())
     for num in NUM_GPUS:
         yield f"{num} GPU{'s' * (num > 1)} of {GPU_GIB} GiB", _plan(spec, num, frozen, parameters, step)
 
