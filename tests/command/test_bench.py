@@ -8,7 +8,8 @@ import raev2
 from raev2.batch import Measurement
 from raev2.command.cli import main
 from raev2.errors import SpecError
-from raev2.spec import DDTSpec
+from raev2.files.spec_base import Spec
+from raev2.spec import DDTSpec, DecoderSpec, EncoderSpec, TokenizerSpec
 from raev2.testing import timed
 from raev2_tasks.bench import cases, measure, older, reading, sampling, training
 from raev2_tasks.bench.measure import Setting, Work, load_factory
@@ -55,6 +56,21 @@ def test_an_untouched_copy_of_this_code_computes_the_same(case, tiny, monkeypatc
     for row in cases.run_case(case, setting):
         assert row.value > 0 and row.faster[0] > 0
         assert row.difference < 1e-3, row.name
+
+
+def test_an_older_spec_is_made_without_the_fields_that_came_later(monkeypatch):
+    class OlderDecoder(Spec):
+        width: int
+
+    class OlderTokenizer(Spec):
+        grid: tuple[int, int]
+        decoder: OlderDecoder
+
+    kinds = {DecoderSpec: OlderDecoder, TokenizerSpec: OlderTokenizer}
+    monkeypatch.setattr(older, "_older", kinds.__getitem__)
+    decoder = DecoderSpec(width=32, depth=2, num_heads=2, mlp_dim=64, patch_size=8)
+    ours = TokenizerSpec(encoder=EncoderSpec(name="micro"), decoder=decoder, grid=(4, 6))
+    assert older.same(ours) == OlderTokenizer(grid=(4, 6), decoder=OlderDecoder(width=32))
 
 
 def test_every_case_of_the_networks_runs_at_a_tiny_size(tiny):

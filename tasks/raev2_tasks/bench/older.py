@@ -36,7 +36,7 @@ def same(ours: Any) -> Any:
         parts = tuple(map(same, ours))
         return None if None in parts else parts
     if isinstance(ours, Spec):
-        return _older(type(ours)).model_validate(ours.model_dump())
+        return _spec(ours)
     if isinstance(ours, nn.Module):
         return _network(ours)
     if isinstance(ours, type):
@@ -45,6 +45,13 @@ def same(ours: Any) -> Any:
         function = _older(ours)
         return function and (lambda *args: function(*(same(arg) if isinstance(arg, Spec) else arg for arg in args)))
     raise TypeError(type(ours))
+
+
+def _spec(ours: Spec) -> Any:
+    """Without fields that came later, whose values were the only ones then or change no amount of work."""
+    older = _older(type(ours))
+    given = {name: getattr(ours, name) for name in type(ours).model_fields if name in older.model_fields}
+    return older(**{name: _spec(value) if isinstance(value, Spec) else value for name, value in given.items()})
 
 
 def _network(ours: nn.Module) -> nn.Module:
