@@ -39,6 +39,7 @@ from raev2_tasks.recipe_parts import (
 
 Shape = tuple[int, int, int]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+IMAGES = 16  # of a step of stage 1
 BASE = DDTSpec(width=384, depth=12, num_heads=6, head_width=768, head_depth=2, head_num_heads=12, base_head_depth=6)
 PUBLISHED = DDTSpec(**trunk_size("xl1440"), base_head_depth=8)  # RAEv2
 # Network, latents and batch size of each `--size`; small is that of the embedded recipes.
@@ -142,7 +143,7 @@ def tokenizer_of(setting: Setting) -> TokenizerSpec:
 
 def stage1_step(setting: Setting) -> Iterator[Work]:
     """Gradients of decoder and discriminator, without and with the adversary."""
-    published, batch_size, device = setting.size == "published", 16, setting.device
+    published, batch_size, device = setting.size == "published", IMAGES, setting.device
     spec, loop = tokenizer_of(setting), published_tokenizer_training(1) if published else SHORT_TOKENIZER_TRAINING
     torch.manual_seed(0)
     rae = RAE.from_spec(spec).to(device)
