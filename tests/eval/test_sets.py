@@ -283,6 +283,17 @@ def test_pictures_without_rows_or_scale_have_a_distance_alone():
     assert few.stderr is None and few.note == "against 60 pictures"
 
 
+def test_three_held_out_pictures_have_no_manifold(caplog):
+    """Four have one; the rest of the scale is there for three too."""
+    reference, pictures = torch.randn(60, 4), SetFeatures.of("generated pictures", torch.randn(50, 4))
+    for num, named in ((3, False), (4, True)):
+        scale = sets.Scale(*(SetFeatures.of("val", torch.randn(num, 4)) for _ in range(3)))
+        found = by_name(compare(Means(), pictures, SetFeatures.of("train", reference), scale))
+        assert ("precision_means_val" in found) == ("recall_means_val" in found) == named
+        assert {"precision_means", "fd_means_val", "fd_ratio_means"} <= found.keys()
+    assert caplog.messages == ["no precision and recall of real pictures of 'val': 3 are too few"]
+
+
 def worker(rank: int, folder: str) -> None:
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     calls = []

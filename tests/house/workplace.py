@@ -35,13 +35,13 @@ SHORT: Mapping[str, Any] = {
 }  # fmt: skip
 DATA = {"imagenet": "data/emoji", "t2i": "data/scenes", "nwm": "data/mazes"}
 PROTOCOLS = {"imagenet": "generation-micro", "t2i": "reconstruction-micro", "nwm": "rollout-4fps-micro"}
-MINILM = "models/all-MiniLM-L6-v2"
+MINILM = "here/models/all-MiniLM-L6-v2"
 
 
 def small(task: str, recipe: str, root: Path) -> RunSpec:
     """The quickstart of a task with tiny networks and one or two steps a stage, on data that is made below.
 
-    Recipes of t2i after a published system get a frozen text encoder, as they have one.
+    Recipes after a published system get what those have: data of 1,000 classes, a frozen text encoder.
     """
     base = get_recipe(get_task(task), "quickstart")
     sizes: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2, "base_head_depth": 1}
@@ -51,14 +51,18 @@ def small(task: str, recipe: str, root: Path) -> RunSpec:
         encoder = {"name": "scratch", "max_tokens": 64, "scratch": {"width": 32, "depth": 1, "num_heads": 1}}
         frozen = {"name": str(root / MINILM), "max_tokens": 16}
         own = {"weights": {}, "text_encoder": frozen if recipe.startswith("raev2") else encoder}
+    data = "data/imagenet" if task == "imagenet" and recipe.startswith("rae") else DATA[task]
     return base.replace(
         recipe=recipe,
         task=base.task.replace(**own),
-        data=DataSpec(dir=str(root / DATA[task]), recipe="vizdoom" if task == "nwm" else None, options=DRIVES[task]),
-        tokenizer=base.tokenizer.replace(decoder=DecoderSpec(width=32, depth=1, num_heads=1, mlp_dim=32, patch_size=8)),
+        data=DataSpec(dir=str(root / data)),
+        tokenizer=base.tokenizer.replace(
+            encoder=base.tokenizer.encoder.replace(layers=(0,)), noise_tau=0.0,
+            decoder=DecoderSpec(width=32, depth=1, num_heads=1, mlp_dim=32, patch_size=8),
+        ),
         tokenizer_training=base.tokenizer_training.replace(
-            **SHORT, images=8, save_every_images=8, adversarial=None, perceptual=FeatureLoss(layers=(1,)),
-            stats_images=16, ema_decay=0.5,
+            **SHORT, images=8, save_every_images=8, adversarial=None, perceptual=FeatureLoss(layers=(0,)),
+            stats_images=8, ema_decay=0.5,
         ),
         generator=DiTSpec(**sizes) if task == "nwm" else DDTSpec(**sizes, **head),
         generator_training=base.generator_training.replace(
@@ -70,12 +74,6 @@ def small(task: str, recipe: str, root: Path) -> RunSpec:
         ),
         precision="fp32",
     )  # fmt: skip
-
-
-DRIVES: Mapping[str, Mapping[str, str]] = {
-    "imagenet": {}, "t2i": {},
-    "nwm": {"num_train": "2", "num_val": "2", "drives_per_maze": "1", "num_frames": "40"},
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,19 +89,22 @@ def draw(file: Path, number: int, side: int = 64) -> Path:
 
 
 def make_pictures() -> None:
-    """`classes`: pictures of 70 classes; `photos`: of two, with captions beside them and in a table; `scans`: of none."""
+    """`photos` of two classes, with captions beside them and in a table; `scans` of none; ImageNet has 70 here."""
     for number, name in enumerate(["heart", "face-smiling", *(f"group-{n:02d}" for n in range(68))]):
         for split in ("train", "val"):
-            draw(Path("classes", split, name, "0.png"), number)
+            draw(Path("here/data/imagenet", split, name, "0.png"), number)
     rows = []
-    for number in range(60):
+    for number in range(40):
         file = draw(Path("photos", "cat" if number % 2 else "dog", f"{number}.jpg"), number, 80)
         draw(Path("scans", f"{number}.jpg"), number)
         file.with_suffix(".txt").write_text(f"a picture of blocks, number {number}", encoding="utf-8")
         rows.append([str(file.relative_to("photos")), f"a picture of blocks, number {number}", "blocks"])
     with open("photos/metadata.csv", "w", encoding="utf-8", newline="") as table:
         csv.writer(table).writerows([["file", "caption", "title"], *rows])
-    assert main(["data", "build", "image-folder", "--set", "src=classes", "--out", "data/emoji"]) == 0
+    assert main(["data", "build", "image-folder", "--set", "src=here/data/imagenet", "--out", "data/emoji"]) == 0
+    manifest = json.loads(Path(shutil.copytree("data/emoji", "data/imagenet"), "manifest.json").read_text())
+    manifest["classes"] += [f"class {number}" for number in range(len(manifest["classes"]), 1000)]
+    Path("data/imagenet/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     for file in ("street.jpg", "here.jpg", "there.jpg"):
         draw(Path(file), 1)
 
@@ -114,8 +115,8 @@ def make_shards() -> None:
     tar("downloads/journeydb/00000.tar", range(30))
     tar("downloads/rendered-text/00000.tar", range(20), json=WRITING)
     tar("downloads/scale-rae/00000.tar", range(20), json=REQUEST)
-    tar("mnt/shards/train-0000.tar", range(40))
-    tar("mnt/shards/validation-0000.tar", range(50, 62))
+    tar("here/mnt/shards/train-0000.tar", range(40))
+    tar("here/mnt/shards/validation-0000.tar", range(50, 62))
     tar("data/downloaded/00000.tar", range(30))
     build = ["data", "build", "captioned-folder", "--set", "src=photos", "--set", "size=64"]
     assert main([*build, "--out", "data/scenes"]) == 0
@@ -148,6 +149,8 @@ def make_drives() -> None:
         Path("dataset/poses", f"{sequence}.txt").write_text("\n".join(rows), encoding="utf-8")
     build = ["data", "build", "frames-poses", "--set", "src=recordings", "--out"]
     assert main([*build, "data/drives"]) == main([*build, "data/recon"]) == 0
+    sizes = [f"--set={size}" for size in ("num_train=2", "num_val=2", "drives_per_maze=1", "num_frames=40")]
+    assert main(["data", "build", "vizdoom", *sizes, "--out", "data/mazes"]) == 0
     Path("data_splits/recon/test").mkdir(parents=True)
     name = json.loads(Path("data/recon/val.jsonl").read_text(encoding="utf-8").splitlines()[0])["id"]
     Path("data_splits/recon/test/time.pkl").write_bytes(pickle.dumps([(name, 3, 8, 8)]))
@@ -161,15 +164,15 @@ def make_weights() -> None:
     """Files of others with random weights: RAEv2 and RAE in their layouts, an autoencoder of diffusers, a BERT."""
     torch.manual_seed(0)
     spec = DDTSpec(width=16, depth=9, num_heads=2, head_width=32, head_depth=1, head_num_heads=2, base_head_depth=8)
-    generator = Generator(spec, LabelCondition(num_classes=1000), FlowSpec(), (1024, 16, 16))
+    generator = Generator(spec, LabelCondition(num_classes=1000), FlowSpec(), (192, 8, 8))
     torch.save({"ema": export_generator(generator)}, "checkpoint.pt")
     stage_1 = {"encoder_name": "dinov3mls-vit-l16[layers=11.13.15.17.19.21.23]", "decoder_num_attention_heads": 2}
     config = {"stage_1": stage_1, "stage_2": generator_config(generator)}
     Path("config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    for channels, decoder, stats in ((1024, "decoder.pt", "stats.pt"), (768, "model.pt", "stat.pt")):
-        sizes = DecoderSpec(width=16, depth=1, num_heads=2, mlp_dim=32, patch_size=16)
-        torch.save(export_decoder(ViTDecoder(channels, sizes, (16, 16))), decoder)
-        torch.save({"mean": torch.randn(channels, 16, 16), "var": torch.rand(channels, 16, 16) + 0.1}, stats)
+    sizes = DecoderSpec(width=16, depth=1, num_heads=2, mlp_dim=32, patch_size=8)
+    for decoder, stats in (("decoder.pt", "stats.pt"), ("model.pt", "stat.pt")):
+        torch.save(export_decoder(ViTDecoder(192, sizes, (8, 8))), decoder)
+        torch.save({"mean": torch.randn(192, 8, 8), "var": torch.rand(192, 8, 8) + 0.1}, stats)
     autoencoder("dinov2", 4).save_pretrained("path/to/autoencoder")
     words = ["[PAD]", "[UNK]", "a", "picture", "of", "blocks"]
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -191,4 +194,4 @@ def make_runs() -> None:
     shutil.copytree(checkpoints / "000000008", checkpoints / "000011200")
 
 
-RUNS = {"imagenet": ("a", "b", "c"), "t2i": ("laptop",), "nwm": ()}
+RUNS = {"imagenet": ("a",), "t2i": (), "nwm": ()}
