@@ -72,16 +72,11 @@ def own_rows(values: Tensor) -> Tensor:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """Average of a tensor over all processes."""
-    return sum_over_processes(value) / world_size()
-
-
-def sum_over_processes(value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes; the input is not changed."""
+    """Average of a tensor over all processes; the input is not changed."""
     if is_distributed():
         value = value.clone()
         torch_dist.all_reduce(value)
-    return value
+    return value / world_size()
 
 
 def gather_rows(own: Tensor, count: int) -> Tensor:
@@ -136,8 +131,7 @@ def device() -> torch.device:
 
 def barrier() -> None:
     """Wait for all processes."""
-    if is_distributed():
-        torch_dist.barrier(group=_messages())
+    gather_objects(None)
 
 
 def any_process(flag: bool) -> bool:
