@@ -145,8 +145,7 @@ def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
 def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
     """Parameters, shapes and lengths of a run by name."""
     tokenizer, shape, loop = spec.tokenizer, latent_shape_of(spec.tokenizer), spec.generator_training
-    height, width = tokenizer.image_size
-    parameters = sum(value.numel() for value in network_of(task, spec, GENERATOR).parameters())
+    (height, width), generator = tokenizer.image_size, network_of(task, spec, GENERATOR)
     rows = [("tokenizer", "none, pixels in [-1, 1]")]
     if isinstance(tokenizer, VAESpec):
         vae = VAES.get(tokenizer.name)
@@ -165,7 +164,7 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
         ("latents", f"{shape[0]} x {shape[1]} x {shape[2]}"),
         ("image tokens", str(shape[1] * shape[2] // spec.generator.patch_size**2)),
         ("time shift", f"{spec.flow.shift_for(shape):.4g}"),
-        ("generator parameters", f"{parameters / 1e6:.2f} M"),
+        ("generator parameters", f"{sum(value.numel() for value in generator.parameters()) / 1e6:.2f} M"),
         ("sampling", f"{spec.sampling.steps} steps, {spec.sampling.guidance.kind}"),
         ("generator steps", f"{loop.num_steps:,} of {loop.batch_size} images"),
     ]  # fmt: skip
@@ -279,9 +278,8 @@ def _fits(what: str, needed: int, there: int, error: type[RaeError], hint: str) 
 
 def _memory() -> int:
     """Memory that the device that trains has left, in bytes; of a CPU all."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpu = torch.cuda.is_available()
+    return torch.cuda.mem_get_info()[0] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def fitted(run: Run, stage: str, loop: Loop, trained: Iterable[Tensor], count: Callable[[], StepMemory]) -> Loop:
