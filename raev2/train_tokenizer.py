@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +81,8 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
     state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
     backward = DecoderBackward(loop, perceptual, rae.decoder.last_layer, run.autocast, disc if adversarial else None)
-    trained = (parameter for module in modules.values() for parameter in module.parameters())
-    count = partial(decoder_memory, rae, perceptual, disc if adversarial else None, spec.precision)
-    loop = fitted(run, STAGE, loop, trained, count)
+    trained, parts = nn.ModuleList(modules.values()), [rae.decoder, perceptual, *([disc] if adversarial else [])]
+    loop = fitted(run, STAGE, loop, trained.parameters(), lambda: decoder_memory(rae, parts, spec.precision))
 
     def look(images: int) -> None:
         """Reconstructions, where they are due after so many images."""
@@ -188,19 +186,19 @@ class DecoderBackward:
         return terms
 
 
-def decoder_memory(rae: RAE, perceptual: nn.Module, disc: nn.Module | None, precision: str) -> StepMemory:
-    """A step of stage 1: forward and backward of the decoder, with those of one loss at a time in between."""
+def decoder_memory(rae: RAE, parts: Sequence[nn.Module], precision: str) -> StepMemory:
+    """A step of decoder, perceptual loss and discriminator if any: one loss at a time, between the two ways."""
 
     def step(parts: nn.ModuleList, num: int) -> None:
         with autocast(precision, CPU):
             decoded = parts[0](torch.zeros(num, math.prod(rae.spec.grid), rae.latent_shape[0])).float()
             leaf = decoded.detach().requires_grad_()
             torch.autograd.grad(parts[1](leaf, leaf.detach()), leaf)
-            for part in parts[2:]:
-                torch.autograd.grad(generator_loss(part(diffaug(leaf, torch.zeros(num, 5)))), leaf)
+            for disc in parts[2:]:
+                torch.autograd.grad(generator_loss(disc(diffaug(leaf, torch.zeros(num, 5)))), leaf)
         decoded.backward(leaf)
 
-    return step_memory(nn.ModuleList([rae.decoder, perceptual, *([disc] if disc else [])]), step)
+    return step_memory(nn.ModuleList(parts), step)
 
 
 @torch.no_grad()

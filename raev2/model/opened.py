@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from raev2.task import EvalContext, Task, get_recipe, get_task, usable_tasks
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import load_tokenizer, tokenizer_spec
 from raev2.training.checkpoint import averaged_weights, latest_checkpoint
+from raev2.training.dist import usable_device
 from raev2.training.preflight import GENERATOR, TOKENIZER
 from raev2.training.run import Run, make_accelerator, memory_field, newest_run
 
@@ -207,7 +207,8 @@ def open_trained(source: Source | str | Path, device: str | None = None) -> Trai
     source = source if isinstance(source, Source) else Source.of(source)
     source.check()
     spec = source.spec
-    run = Run(source.dir, spec, make_accelerator(spec.precision), other_device=torch.device(device) if device else None)
+    chosen = usable_device("device", device) if device else None
+    run = Run(source.dir, spec, make_accelerator(spec.precision), other_device=chosen)
     task = get_task(spec.task.name)
     rae = load_tokenizer(source.parts[TOKENIZER]).to(run.device)
     generator = None

@@ -74,8 +74,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no value is nan or infinite: one fused reduction and one synchronisation a device."""
-    floats = [local(tensor.detach()) for tensor in tensors if tensor.is_floating_point()]
-    floats = [tensor for tensor in floats if tensor.numel()]
+    floats = [own for value in tensors if value.is_floating_point() and (own := local(value.detach())).numel()]
     for device in {tensor.device for tensor in floats}:
         largest = torch._foreach_norm([tensor for tensor in floats if tensor.device == device], math.inf)
         if not torch.stack([value.float() for value in largest]).isfinite().all():

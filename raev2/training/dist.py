@@ -24,7 +24,7 @@ PATIENCE = timedelta(days=2)  # with the main process while it builds data, samp
 def read_environment() -> None:
     """What torch has to know of this process: torchrun said it, or Slurm does to what `srun` starts without torchrun.
 
-    Variables that are set stay. Raises SpecError for more processes than GPUs.
+    Variables that are set stay. Raises SpecError for more processes than GPUs, and for a device that is not there.
 
     Source: slurm.schedmd.com/srun.html, output environment variables
     """
@@ -42,8 +42,18 @@ def read_environment() -> None:
     own_gpu = gpus == 1 and "TORCHELASTIC_RUN_ID" not in here  # Slurm may show each process one; torchrun does not
     if each > gpus > 0 and not own_gpu:
         raise SpecError("processes", "more than GPUs on this machine", got=each, expected=f"at most {gpus}")
+    if name := here.get("ACCELERATE_TORCH_DEVICE"):
+        usable_device("ACCELERATE_TORCH_DEVICE", name)
     if "RANK" in here and not torch.accelerator.is_available():
         here.setdefault("ACCELERATE_USE_CPU", "true")  # accelerate would take each process for one that is alone
+
+
+def usable_device(where: str, name: str) -> torch.device:
+    """The device of this name; SpecError where this machine has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(where, "not usable here", got=name, expected="cpu, cuda, cuda:1, ...") from error
 
 
 def is_distributed() -> bool:
@@ -72,16 +82,11 @@ def own_rows(values: Tensor) -> Tensor:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """Average of a tensor over all processes."""
-    return sum_over_processes(value) / world_size()
-
-
-def sum_over_processes(value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes; the input is not changed."""
+    """Average of a tensor over all processes; the input is not changed."""
     if is_distributed():
         value = value.clone()
         torch_dist.all_reduce(value)
-    return value
+    return value / world_size()
 
 
 def gather_rows(own: Tensor, count: int) -> Tensor:
@@ -136,8 +141,7 @@ def device() -> torch.device:
 
 def barrier() -> None:
     """Wait for all processes."""
-    if is_distributed():
-        torch_dist.barrier(group=_messages())
+    gather_objects(None)
 
 
 def any_process(flag: bool) -> bool:

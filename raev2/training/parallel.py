@@ -80,11 +80,6 @@ def shard_like(value: Tensor, reference: Tensor) -> Tensor:
     )
 
 
-def shards_like(tensors: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`shard_like` by name; names without a reference stay as they are."""
-    return {n: shard_like(value, references[n]) if n in references else value for n, value in tensors.items()}
-
-
 def is_plain(model: nn.Module) -> bool:
     """Whether the model computes as written: neither sharded nor compiled."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())

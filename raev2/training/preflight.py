@@ -1,7 +1,4 @@
-"""What a training will need, looked at before it starts: read `preflight`, and of micro batches `fitted`.
-
-Also the numbers that a spec stands for.
-"""
+"""What a training will need, looked at before it starts: read `preflight`; of the default micro batch, `fitted`."""
 
 from __future__ import annotations
 
@@ -148,8 +145,7 @@ def with_tokenizer(spec: RunSpec, download: bool = True) -> RunSpec:
 def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
     """Parameters, shapes and lengths of a run by name."""
     tokenizer, shape, loop = spec.tokenizer, latent_shape_of(spec.tokenizer), spec.generator_training
-    height, width = tokenizer.image_size
-    parameters = sum(value.numel() for value in network_of(task, spec, GENERATOR).parameters())
+    (height, width), generator = tokenizer.image_size, network_of(task, spec, GENERATOR)
     rows = [("tokenizer", "none, pixels in [-1, 1]")]
     if isinstance(tokenizer, VAESpec):
         vae = VAES.get(tokenizer.name)
@@ -168,10 +164,8 @@ def run_sizes(task: Task, spec: RunSpec) -> list[tuple[str, str]]:
         ("latents", f"{shape[0]} x {shape[1]} x {shape[2]}"),
         ("image tokens", str(shape[1] * shape[2] // spec.generator.patch_size**2)),
         ("time shift", f"{spec.flow.shift_for(shape):.4g}"),
-        ("generator parameters", f"{parameters / 1e6:.2f} M"),
+        ("generator parameters", f"{sum(value.numel() for value in generator.parameters()) / 1e6:.2f} M"),
         ("sampling", f"{spec.sampling.steps} steps, {spec.sampling.guidance.kind}"),
-        ("training state", f"{state_bytes(parameters, loop) / GIB:.2f} GiB a process (weights, gradients, "
-         "averages, optimizer)"),
         ("generator steps", f"{loop.num_steps:,} of {loop.batch_size} images"),
     ]  # fmt: skip
 
@@ -283,21 +277,13 @@ def _fits(what: str, needed: int, there: int, error: type[RaeError], hint: str) 
 
 
 def _memory() -> int:
-    """Memory of the device that trains, in bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The default micro batch
+    """Memory that the device that trains has left, in bytes; of a CPU all."""
+    gpu = torch.cuda.is_available()
+    return torch.cuda.mem_get_info()[0] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def fitted(run: Run, stage: str, loop: Loop, trained: Iterable[Tensor], count: Callable[[], StepMemory]) -> Loop:
-    """The settings of a stage with a micro batch for which its GPU has room, where none is set.
-
-    trained   parameters whose gradients and moments, at most two, are still to come
-    """
+    """The settings of a stage with a micro batch for which its GPU has room, where none is set."""
     share, field = max(loop.batch_size // dist.world_size(), 1), f"{stage}_training.micro_batch_size"
     if loop.micro_batch_size is not None or (memory := device_memory(run.device)) is None:
         return loop
@@ -307,7 +293,7 @@ def fitted(run: Run, stage: str, loop: Loop, trained: Iterable[Tensor], count: C
         logger.warning("%s: %s images at once, their memory cannot be counted (%s); see %s", stage, share, error, field)
         return loop
     free, total = memory
-    left = free - 3 * 4 * sum(local(value).numel() for value in trained if value.requires_grad)
+    left = free - 12 * sum(local(p).numel() for p in trained if p.requires_grad)  # a gradient, at most two moments
     num = min(dist.gather_objects(step.fit(share, left - (1 - USABLE) * total)))  # shards need equal steps
     chosen = f"{num} of {share} at once, about {(total - left + step.needs(num)) / GIB:.1f} GiB of {total / GIB:.1f}"
     add_provenance(run, field, chosen)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from raev2.training.checkpoint import (
 from raev2.training.ema import EMA
 from raev2.training.health import Health, distance
 from raev2.training.optim import learning_rate
-from raev2.training.parallel import for_main, shards_like, whole
+from raev2.training.parallel import for_main, shard_like, whole
 from raev2.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -351,7 +352,8 @@ class TrainingState:
             return 0
         checkpoint = checkpoint or load_checkpoint(path)
         for stem, module in self.modules.items():
-            load_strict(module, shards_like(checkpoint.tensors[stem], module.state_dict()), f"{path}/{stem}")
+            own, read = module.state_dict(), checkpoint.tensors[stem]
+            load_strict(module, {n: shard_like(v, own.get(n, v)) for n, v in read.items()}, f"{path}/{stem}")
         for decay in self.ema.decays:
             self.ema.load_state_dict(decay, checkpoint.tensors[f"ema-{decay}"])
         for stem, optimizer in self.optimizers.items():
@@ -435,7 +437,7 @@ class Progress:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             line = (
                 f"{self.stage}  {images:,}/{self.loop.images:,} images  {numbers}  "
-                f"{rate:,.0f} images/s  wait {wait:.0%}  left {_clock(left)}"
+                f"{rate:,.0f} images/s  wait {wait:.0%}  left {timedelta(seconds=int(left))}"
             )
             end = "\r" if self.on_terminal and images < self.loop.images else "\n"
             print(f"\x1b[2K{line}" if self.on_terminal else line, end=end, file=sys.stderr, flush=True)
@@ -568,11 +570,6 @@ def _check_continues(dir: Path, old: RunSpec, new: RunSpec, resume: bool) -> Non
             got=f"{fingerprint(new)} ({differences[0]}{more})", expected="the same spec to continue",
             hint="Choose another --run, or --overwrite to delete this one.",
         )  # fmt: skip
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 def _git_revision() -> str | None:

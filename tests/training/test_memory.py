@@ -72,7 +72,7 @@ def test_a_step_of_the_decoder_takes_what_is_counted(tiny_spec, adversary):
     loop = tiny_spec.tokenizer_training
     rae, disc = RAE.from_spec(tiny_spec.tokenizer), build_discriminator(loop.adversarial) if adversary else None
     perceptual = build_perceptual_loss(loop.perceptual, tiny_spec.tokenizer.image_size)
-    counted = decoder_memory(rae, perceptual, disc, "bf16")
+    counted = decoder_memory(rae, [rae.decoder, perceptual, *([disc] if disc else [])], "bf16")
     backward = DecoderBackward(loop, perceptual, rae.decoder.last_layer, partial(autocast, "bf16", CPU), disc)
 
     def step(num: int) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from raev2 import Pipeline
+from raev2.command.cli import main
 from raev2.errors import SpecError
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
@@ -108,3 +110,15 @@ def test_compiling_without_a_compiler_says_what_is_missing(monkeypatch):
     generator = tiny()
     with pytest.raises(SpecError, match=r"torch.compile needs a C\+\+ compiler; got none on PATH"):
         parallelise(generator, ParallelSpec(compile=True), generator.blocks())
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "toaster"])
+def test_a_device_that_is_not_here_is_one_line_wherever_it_is_named(trained_run, monkeypatch, capsys, name):
+    expected = f"not usable here; got {name}; expected cpu, cuda, cuda:1, ..."
+    with pytest.raises(SpecError) as error:
+        Pipeline.from_pretrained(trained_run, device=name)
+    assert str(error.value) == f"device: {expected}"
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", name)
+    for command in (["eval"], ["sample"], ["train", "--task", "imagenet"]):
+        assert main([*command, "--run", str(trained_run)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: ACCELERATE_TORCH_DEVICE: {expected}"
