@@ -153,10 +153,8 @@ def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
         if entry(NOT_RUN, line, ""):
             continue
         entry(BEFORE, line, lambda: None)()
-        import time; t = time.process_time()
         here = [re.sub(r"(^|=)/(?=data/|mnt/|models/)", r"\1here/", word) for word in arguments]  # not from the root
         assert main([*here, *shlex.split(entry(SHORTER, line, ""))]) == 0, f"{page}:{number}: raev2 {line}"
-        with open("/tmp/lines.txt", "a") as debug: debug.write(f"{time.process_time() - t:.1f} {page}:{number} {line}\n")
 
 
 def test_every_exception_is_one_of_a_line_that_is_shown() -> None:
