@@ -38,7 +38,7 @@ WEIGHTS = "needs published weights"
 GPU = "is for a GPU"
 LONG = "takes minutes even when small; the tests of its folder run it smaller"
 OTHERS = "needs a server or a checkout of others"
-APART = "is started in a process of its own by tests/demo: gradio leaves event loops open"
+APART = "leaves threads behind; tests/demo and tests/training/test_tracker.py start it in a process of its own"
 NOT_RUN = {
     "eval --images": WEIGHTS,
     f"eval --run {K7} --expect": WEIGHTS,
@@ -46,6 +46,7 @@ NOT_RUN = {
     "encoders check dinov3-l16": WEIGHTS,
     "*task.text_encoder.name=google/t5-v1_1-base": WEIGHTS,
     "demo --run": APART,
+    "*--tracker trackio": APART,
     "bench imagenet": GPU,
     "bench sample --cpu-time": LONG,
     "bench train-step --size base": LONG,
@@ -125,7 +126,6 @@ def place(world: Path, hub: object, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A copy of it, with a hub; a server answers one request for its page and ends, as at Ctrl-C."""
     shutil.copytree(world, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
 
     def ask(app: Any) -> None:
         answer = TestClient(app, base_url="http://127.0.0.1").get("/")
@@ -153,10 +153,8 @@ def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
         if entry(NOT_RUN, line, ""):
             continue
         entry(BEFORE, line, lambda: None)()
-        import time; t = time.process_time()
         here = [re.sub(r"(^|=)/(?=data/|mnt/|models/)", r"\1here/", word) for word in arguments]  # not from the root
         assert main([*here, *shlex.split(entry(SHORTER, line, ""))]) == 0, f"{page}:{number}: raev2 {line}"
-        with open("/tmp/lines.txt", "a") as debug: debug.write(f"{time.process_time() - t:.1f} {page}:{number} {line}\n")
 
 
 def test_every_exception_is_one_of_a_line_that_is_shown() -> None:

@@ -102,9 +102,11 @@ def make_pictures() -> None:
     with open("photos/metadata.csv", "w", encoding="utf-8", newline="") as table:
         csv.writer(table).writerows([["file", "caption", "title"], *rows])
     assert main(["data", "build", "image-folder", "--set", "src=here/data/imagenet", "--out", "data/emoji"]) == 0
-    manifest = json.loads(Path(shutil.copytree("data/emoji", "data/imagenet"), "manifest.json").read_text())
-    manifest["classes"] += [f"class {number}" for number in range(len(manifest["classes"]), 1000)]
-    Path("data/imagenet/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shutil.copytree("data/emoji", "data/imagenet")
+    manifest = Path("data/imagenet/manifest.json")
+    values = json.loads(manifest.read_text(encoding="utf-8"))
+    values["classes"] += [f"class {number}" for number in range(len(values["classes"]), 1000)]
+    manifest.write_text(json.dumps(values), encoding="utf-8")
     for file in ("street.jpg", "here.jpg", "there.jpg"):
         draw(Path(file), 1)
 
