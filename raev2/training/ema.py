@@ -93,7 +93,8 @@ def mix(decay: float, updates: int, kept: Sequence[tuple[float, int]]) -> tuple[
     """
     wanted = profile(decay, updates, updates)
     first, *others = (profile(*one, updates) for one in kept)
-    rest = np.linalg.lstsq(np.reshape([other - first for other in others], (-1, updates + 1)).T, wanted - first)[0]
+    away = np.reshape([other - first for other in others], (-1, updates + 1))
+    rest = np.linalg.lstsq(away.T, wanted - first, rcond=None)[0]
     coefficients = np.array([1 - rest.sum(), *rest])
     missed = wanted - sum(share * profile(*one, updates) for share, one in zip(coefficients, kept, strict=True))
     return coefficients, float(np.linalg.norm(missed) / np.linalg.norm(wanted))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_docs import MANUAL, name, numbered_lines, run_blocks
+from test_docs import MANUAL, ROOT, name, numbered_lines, run_blocks
 
 pytest.importorskip("av", reason="the extra nwm is not installed (av)")
 pytest.importorskip("rosbags", reason="the extra nwm is not installed (rosbags)")
@@ -75,12 +75,13 @@ SHORTER = {
     "import decoder.pt": "--encoder micro --set heads=2",
     "import model.pt": "--encoder micro --set heads=2",
 }
-# Copies of what is in every place, under further names.
+# Copies of what is in every place, under further names, and of what the repository has.
 THERE = {
     "docs/how_to/evaluate.md": {
         K7: "runs/imagenet/a", "data/imagenet-256": "data/emoji", "data/synthetic": "data/emoji"
     },
     "docs/how_to/follow.md": {"runs/imagenet/longer": "runs/imagenet/a"},
+    "docs/results.md": {"docs/reports": str(ROOT / "docs/reports")},
 }  # fmt: skip
 
 

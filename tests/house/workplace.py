@@ -16,6 +16,7 @@ import transformers
 import yaml
 from clips import Clip, write_clip
 from PIL import Image
+from safetensors.torch import save_file
 from test_autoencoders import autoencoder
 from test_bags import Messages, drive, write_ros2
 from test_plans import REQUEST, WRITING, poses, tar
@@ -25,9 +26,20 @@ from raev2.command.cli import main
 from raev2.interop import export_decoder, export_generator, generator_config
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
-from raev2.spec import DataSpec, DDTSpec, DecoderSpec, DiTSpec, FeatureLoss, FlowSpec, RunSpec, ScheduleSpec
+from raev2.spec import (
+    DataSpec,
+    DDTSpec,
+    DecoderSpec,
+    DiTSpec,
+    EncoderSpec,
+    FeatureLoss,
+    FlowSpec,
+    RunSpec,
+    ScheduleSpec,
+)
 from raev2.task import get_recipe, get_task
 from raev2.tokenizer.decoder import ViTDecoder
+from raev2.tokenizer.encoders import ASSETS, build_encoder
 from raev2_tasks.t2i.benchmark.g60 import geneval_rows
 
 SHORT: Mapping[str, Any] = {
@@ -175,6 +187,11 @@ def make_weights() -> None:
     for decoder, stats in (("decoder.pt", "stats.pt"), ("model.pt", "stat.pt")):
         torch.save(export_decoder(ViTDecoder(192, sizes, (8, 8))), decoder)
         torch.save({"mean": torch.randn(192, 8, 8), "var": torch.rand(192, 8, 8) + 0.1}, stats)
+    encoder = build_encoder(EncoderSpec(name="micro"), (8, 8), pretrained=False)
+    for folder in (Path("encoders/micro-random"), Path("encoders/dinov2-s")):
+        folder.mkdir(parents=True)
+        shutil.copy(ASSETS / "micro_encoder/config.json", folder)
+        save_file(encoder.trunk.model.state_dict(), folder / "model.safetensors")
     autoencoder("dinov2", 4).save_pretrained("path/to/autoencoder")
     words = ["[PAD]", "[UNK]", "a", "picture", "of", "blocks"]
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
