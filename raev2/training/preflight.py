@@ -21,7 +21,7 @@ from torch.distributed._composable import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from raev2.errors import FileError, RaeError, SpecError
+from raev2.errors import DataError, FileError, RaeError, SpecError
 from raev2.files.artefact import ENCODER, HUB_FILES, read_artefact
 from raev2.files.assets import Asset, need_package
 from raev2.files.manifest import read_manifest
@@ -228,8 +228,12 @@ def _data(plan: Plan) -> Iterator[Finding]:
         yield Finding(what, "missing", f"will be built by {recipe.name}: {recipe.size}")
         return
     manifest, (height, width) = read_manifest(spec.data.dir), spec.tokenizer.image_size
-    counts = [f"{split} {len(plan.task.dataset(spec, split)):,}" for split in ("train", "val")]
-    yield Finding(what, "ok", ", ".join([*counts, f"{len(manifest.get('classes', ()))} classes"]))
+    counts = {split: len(plan.task.dataset(spec, split)) for split in ("train", "val")}
+    if counts["val"] == 1 and spec.evaluation.protocols:
+        hint = "Hold out more, or evaluate nothing: --set evaluation.protocols=[]."
+        raise DataError(what, "too few held-out samples to evaluate", got=1, expected="at least 2", hint=hint)
+    sizes = [f"{split} {count:,}" for split, count in counts.items()]
+    yield Finding(what, "ok", ", ".join([*sizes, f"{len(manifest.get('classes', ()))} classes"]))
     size = manifest.get("image_size_px") or (width, height)
     if size[0] < width or size[1] < height:
         yield Finding(what, "too small", f"{size[1]} x {size[0]} px are enlarged to {height} x {width} px")

@@ -190,6 +190,15 @@ def test_names_that_are_no_utf8_are_read_and_written(tmp_path: Path) -> None:
     assert manifest["classes"] == ["caf\ufffd", "tea", "x"] and manifest["splits"]["train"]["num_samples"] == 3
 
 
+@pytest.mark.parametrize(
+    ("tree", "num_val"), [("*10", 2), ("*4", 2), ("*3", 1), ("*60", 3), ("cat/*10", 2), ("cat/*10 dog/*2 owl/*1", 2)]
+)
+def test_two_pictures_are_held_out_where_there_are_four(tree: str, num_val: int, tmp_path: Path) -> None:
+    """A Fréchet distance needs two. Of several classes each gives one, where it has two."""
+    make(tmp_path, *tree.split())
+    assert sum(file.split == "val" for file in layout(tmp_path, 0.05).files) == num_val
+
+
 def test_one_class_is_one_class_and_a_flat_folder_has_none(tmp_path: Path) -> None:
     make(tmp_path / "one", "cat/*3")
     assert counts(tmp_path / "one") == {"train": {"cat": 3}}

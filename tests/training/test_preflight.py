@@ -176,6 +176,23 @@ def test_a_split_that_is_missing_or_empty(find, tiny_spec, synthetic_data, tmp_p
     assert finding.detail == f"data {folder}: unknown split; got val; expected one of train"
 
 
+def test_one_held_out_picture_is_told_before_the_training_and_not_after_it(find, tiny_spec, synthetic_data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(synthetic_data, folder)
+    (folder / "val.jsonl").write_text((folder / "val.jsonl").read_text().splitlines(keepends=True)[0])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["val"]["num_samples"] = 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    data = tiny_spec.data.replace(dir=str(folder))
+    (finding,) = of(find(data=data), "data")
+    assert finding.detail == (
+        f"data {folder}: too few held-out samples to evaluate; got 1; expected at least 2. "
+        "Hold out more, or evaluate nothing: --set evaluation.protocols=[]."
+    )
+    (finding,) = of(find(data=data, evaluation=tiny_spec.evaluation.replace(protocols=())), "data")
+    assert finding.detail == "train 32, val 1, 4 classes"
+
+
 def test_pictures_smaller_than_those_of_the_model_are_said_and_no_error(find, tiny_spec):
     found = find(tokenizer=tiny_spec.tokenizer.replace(grid=(16, 16)))
     finding = of(found, "data")[1]

@@ -238,10 +238,9 @@ def _divided(src: Path, labelled: Labelled, val_fraction: float) -> dict[str, La
     for name, path in labelled:
         by_class[name].append(path)
     in_val: set[Path] = set()
+    least = 0 if val_fraction == 0 else 1 if len(by_class) > 1 else 2  # a Fréchet distance needs two pictures
     for paths in by_class.values():
-        num_val = min(len(paths) - 1, round(len(paths) * val_fraction))
-        if val_fraction > 0 and len(paths) > 1:
-            num_val = max(1, num_val)
+        num_val = min(len(paths) - 1, max(min(least, len(paths) // 2), round(len(paths) * val_fraction)))
         in_val |= set(
             sorted(paths, key=lambda path: hashlib.sha256(source_name(src, path).encode()).hexdigest())[:num_val]
         )
