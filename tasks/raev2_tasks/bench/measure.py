@@ -31,6 +31,7 @@ from raev2.batch import Measurement
 from raev2.errors import SpecError
 from raev2.files.artefact import write_json
 from raev2.testing import timed
+from raev2.training.dist import usable_device
 from raev2.training.run import cpu_name, package_versions
 
 Outputs = Sequence[Tensor]
@@ -103,10 +104,7 @@ class Setting:
         """From the options of the command."""
         if rounds < 1:
             raise SpecError("--rounds", "nothing to time", got=rounds, expected="at least 1")
-        try:
-            where = cls().device if device is None else torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            raise SpecError("--device", "not usable here", got=device, expected="cpu, cuda, ...") from error
+        where = cls().device if device is None else usable_device("--device", device)
         clock = time.process_time if cpu_time else time.perf_counter
         return cls(size, where, rounds, load_factory(against) if against else None, clock)
 
