@@ -276,7 +276,7 @@ def test_a_training_that_is_asked_to_stop_is_exit_code_75(cli, tiny_recipe, monk
 
 
 def test_a_training_stops_after_its_time_and_goes_on(cli, tiny_recipe, trained_run):
-    """The clock may strike while accelerate has emptied the environment for a moment; it is put back for other tests."""
+    """The clock may strike while accelerate has emptied the environment for a moment; other tests get it back."""
     command = [*TRAIN, "--recipe", "tiny", "--run", "run", "--stage", "tokenizer"]
     command += ["--set", f"tokenizer_from={trained_run / 'tokenizer'}"]
     with mock.patch.dict(os.environ):
