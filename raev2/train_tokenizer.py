@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +81,13 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
         modules["discriminator"], optimizers["discriminator_optimizer"] = disc, disc_optimizer
 
     state = TrainingState(run.dir, STAGE, modules, ema, optimizers)
-    backward = DecoderBackward(loop, perceptual, rae.decoder.last_layer, run.autocast, disc if adversarial else None)
+    losses = DecoderLosses(loop, perceptual, rae.decoder.last_layer, run.autocast, disc if adversarial else None)
     trained, parts = nn.ModuleList(modules.values()), [rae.decoder, perceptual, *([disc] if adversarial else [])]
     loop = fitted(run, STAGE, loop, trained.parameters(), lambda: decoder_memory(rae, parts, spec.precision))
+
+    def decode(network: nn.Module, tokens: Tensor) -> Tensor:
+        with run.autocast():
+            return network(tokens).float()
 
     def look(images: int) -> None:
         """Reconstructions, where they are due after so many images."""
@@ -105,27 +110,36 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                 dist.own_rows(augmentation(loop.batch_size, rng)).split(size) for _ in range(3)
             )
 
-            # Decoder.
-            for i, (part, share, last) in enumerate(micro_batches(step.batch, size)):
+            # Decoder. The adversary has one weight for the whole batch, so that its parts are decoded once before.
+            batches, shares, lasts = zip(*micro_batches(step.batch, size), strict=True)
+            draws = before_gan if use_gan else [None] * len(shares)
+            with attention_kernels(device, num_tokens), run.autocast():
+                pixels = [to_float(part.images.to(device)) for part in batches]
+                tokens = [rae.tokens(images) + noise for images, noise in zip(pixels, all_noise, strict=True)]
+            known: list[tuple[dict[str, Tensor], Tensor]] = []
+            if use_gan and len(shares) > 1:
+                with attention_kernels(device, num_tokens):
+                    each = zip(tokens, pixels, draws, strict=True)
+                    known = losses.together([losses.apart(decode(rae.decoder, x), *rest) for x, *rest in each], shares)
+            for i, (share, last) in enumerate(zip(shares, lasts, strict=True)):
                 with gradient_sync(decoder, last), attention_kernels(device, num_tokens):
-                    pixels = to_float(part.images.to(device))
-                    with run.autocast():
-                        decoded = decoder(rae.tokens(pixels) + all_noise[i]).float()
-                    terms = backward(decoded, pixels, before_gan[i] if use_gan else None, share)
+                    decoded = decode(decoder, tokens[i])
+                    terms, gradient = known[i] if known else losses(decoded, pixels[i], draws[i])
+                    decoded.backward(share * gradient)
                 fakes.append(decoded.detach())
                 step.add(share, terms)
             if step.logged:
-                step.seen = {"spread": spread(decoded.detach(), pixels)}
+                step.seen = {"spread": spread(decoded.detach(), pixels[-1])}
             set_learning_rate(optimizer, step.lr)
             step.grad_norm = update(optimizer, list(rae.decoder.parameters()), step.values["loss"], loop.clip_grad_norm)
 
             # Discriminator, on the images that were just decoded.
             if train_disc:
-                disc.train()
-                for i, (part, share, last) in enumerate(micro_batches(step.batch, size)):
+                for i, (share, last) in enumerate(zip(shares, lasts, strict=True)):
+                    disc.train(i == 0)  # one power iteration of the spectral norm a step, not one a part
                     with gradient_sync(distributed_disc, last), attention_kernels(device, num_tokens), run.autocast():
-                        real, fake = to_float(part.images.to(device)), quantise_8bit(fakes[i])
-                        both = torch.cat([diffaug(real, before_real[i]), diffaug(fake, before_fake[i])])
+                        fake = quantise_8bit(fakes[i])
+                        both = torch.cat([diffaug(pixels[i], before_real[i]), diffaug(fake, before_fake[i])])
                         disc_loss = hinge_loss(*distributed_disc(both).chunk(2))
                         (share * disc_loss).backward()
                     step.add(share, {"disc": disc_loss})
@@ -154,9 +168,17 @@ def _untrained(spec: TokenizerSpec, decoder_from: str | None) -> RAE:
     return rae
 
 
+class Pull(NamedTuple):
+    """What decoded images are drawn to by the losses apart: without the adversary one, with it two."""
+
+    terms: dict[str, Tensor]
+    images: list[Tensor]  # the gradient of each at the images
+    layer: list[Tensor]  # and at the last layer of the decoder
+
+
 @dataclass(frozen=True)
-class DecoderBackward:
-    """The losses of decoded images and their backward: from each loss to the images, then once through the decoder."""
+class DecoderLosses:
+    """The losses of decoded images, and their gradient at the images: the one way to the decoder is its caller's."""
 
     loop: TokenizerTrainingSpec
     perceptual: nn.Module
@@ -164,26 +186,42 @@ class DecoderBackward:
     autocast: Callable[[], torch.autocast]  # the precision of losses and discriminator
     disc: nn.Module | None = None
 
-    def __call__(self, decoded: Tensor, pixels: Tensor, draws: Tensor | None, share: float = 1) -> dict[str, Tensor]:
-        """Named loss terms, 'loss' their weighted sum; `draws` of the augmentation: None without the adversary."""
-        leaf, adversarial = decoded.detach().requires_grad_(), self.loop.adversarial
+    def __call__(self, decoded: Tensor, pixels: Tensor, draws: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Named terms, 'loss' their weighted sum, and its gradient; `draws` as in `apart`."""
+        return self.together([self.apart(decoded, pixels, draws)], [1.0])[0]
+
+    def apart(self, decoded: Tensor, pixels: Tensor, draws: Tensor | None) -> Pull:
+        """The losses one by one; `draws` of the augmentation: None without the adversary."""
+        leaf = decoded.detach().requires_grad_()
         with self.autocast():
             terms = {"l1": l1_loss(leaf, pixels), "perceptual": self.perceptual(leaf, pixels)}
         terms["loss"] = terms["l1"] + self.loop.perceptual.weight * terms["perceptual"]
-        (gradient,) = torch.autograd.grad(terms["loss"], leaf)
-        if draws is not None and adversarial and self.disc:
-            with self.autocast():
-                # Heads in eval mode: no power iteration of the spectral norm for the decoder's sake.
-                terms["gan"] = generator_loss(self.disc.eval()(diffaug(leaf, draws)))
-            (gan_gradient,) = torch.autograd.grad(terms["gan"], leaf)
-            terms["adaptive_weight"] = adaptive_weight(
-                decoded, gradient, gan_gradient, self.last_layer, adversarial.max_adaptive_weight
-            )
-            weight = adversarial.weight * terms["adaptive_weight"]
-            gradient = gradient + weight * gan_gradient
-            terms["loss"] = terms["loss"] + weight * terms["gan"]
-        decoded.backward(share * gradient)
-        return terms
+        at_images = [*torch.autograd.grad(terms["loss"], leaf)]
+        if draws is None or self.disc is None:
+            return Pull(terms, at_images, [])
+        with self.autocast():
+            # Heads in eval mode: no power iteration of the spectral norm for the decoder's sake.
+            terms["gan"] = generator_loss(self.disc.eval()(diffaug(leaf, draws)))
+        at_images += torch.autograd.grad(terms["gan"], leaf)
+        at_layer = [torch.autograd.grad(decoded, self.last_layer, one, retain_graph=True)[0] for one in at_images]
+        return Pull(terms, at_images, at_layer)
+
+    def together(self, pulls: Sequence[Pull], shares: Sequence[float]) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """Terms and gradient of each part of a batch; the adversary's weight is one for all of them."""
+        adversarial = self.loop.adversarial
+        if adversarial is None or not pulls[0].layer:
+            return [(pull.terms, pull.images[0]) for pull in pulls]
+        rec, gan = (
+            sum(share * one.float() for share, one in zip(shares, parts, strict=True))
+            for parts in zip(*(pull.layer for pull in pulls), strict=True)
+        )
+        balance = adaptive_weight(rec, gan, adversarial.max_adaptive_weight)
+        weight = adversarial.weight * balance
+        total = [terms["loss"] + weight * terms["gan"] for terms, _, _ in pulls]
+        return [
+            ({**terms, "adaptive_weight": balance, "loss": loss}, images[0] + weight * images[1])
+            for loss, (terms, images, _) in zip(total, pulls, strict=True)
+        ]
 
 
 def decoder_memory(rae: RAE, parts: Sequence[nn.Module], precision: str) -> StepMemory:

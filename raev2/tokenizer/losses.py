@@ -103,28 +103,19 @@ def hinge_loss(real_logits: Logits, fake_logits: Logits) -> Scalar:
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 
-def adaptive_weight(
-    images_pred: Images, rec_grad: Images, gan_grad: Images, last_layer: Tensor, max_weight: float = 1e4
-) -> Scalar:
+def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor, max_weight: float = 1e4) -> Scalar:
     """Weight that makes both losses pull equally hard on the last layer W of the decoder; detached.
 
     clamp(||d rec_loss / dW|| / (||d gan_loss / dW|| + 1e-6), 0, max_weight)
 
-    rec_grad, gan_grad   gradients of the two losses with respect to `images_pred`, the output of the decoder
+    rec_grad, gan_grad   gradients of the two losses with respect to W, over the images of this process
 
-    The chain rule ends at the images for both losses, so each perceptual or discriminator network is passed backwards
-    once a step, here and for the update together. The gradients are those of all processes, so the weight is the same
-    everywhere and for any number of them (in RAEv2 each process has its own). Call it outside autocast and before
-    `backward`.
+    The gradients are those of all processes, so the weight is the same everywhere and for any number of them (in RAEv2
+    each process has its own).
 
     Source: VQGAN, equation 7, on the last layer
     """
-    rec_norm, gan_norm = (
-        dist.mean_over_processes(
-            torch.autograd.grad(images_pred, last_layer, gradient, retain_graph=True)[0].float()
-        ).norm()
-        for gradient in (rec_grad, gan_grad)
-    )
+    rec_norm, gan_norm = (dist.mean_over_processes(gradient).norm() for gradient in (rec_grad, gan_grad))
     return (rec_norm / (gan_norm + 1e-6)).clamp(0, max_weight)
 
 

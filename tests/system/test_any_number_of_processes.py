@@ -78,7 +78,10 @@ def copy_without_last_step(run: Path, copy: Path) -> None:
 
 @pytest.fixture(scope="module")
 def specs(tiny_spec: RunSpec) -> dict[str, RunSpec]:
-    """Two optimizers; token noise, adversary, dropped conditions and parts of a batch are all in use."""
+    """Two optimizers; token noise, adversary, dropped conditions and parts of a batch are all in use.
+
+    The adversary meets whole shares ('adamw') and parts of 4, of 4 and 2 and of a whole share of 12, 6 and 4 ('muon').
+    """
     shared = {"batch_size": 12, "images": 36, "sample_every_images": 24, "save_every_images": 24}
     adamw = AdamWSpec()
     spec = tiny_spec.replace(
@@ -92,7 +95,7 @@ def specs(tiny_spec: RunSpec) -> dict[str, RunSpec]:
     return {
         "adamw": spec,
         "muon": spec.replace(
-            tokenizer_training=spec.tokenizer_training.replace(optimizer=muon),
+            tokenizer_training=spec.tokenizer_training.replace(micro_batch_size=4, optimizer=muon),
             generator_training=spec.generator_training.replace(optimizer=muon),
         ),
     }

@@ -23,7 +23,7 @@ from raev2.task import get_task
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.losses import build_perceptual_loss
 from raev2.tokenizer.rae import RAE
-from raev2.train_tokenizer import DecoderBackward, decoder_memory
+from raev2.train_tokenizer import DecoderLosses, decoder_memory
 from raev2.training import dist, preflight
 from raev2.training.parallel import parallelise
 from raev2.training.preflight import CPU, StepMemory, device_memory, fitted, generator_memory
@@ -73,12 +73,12 @@ def test_a_step_of_the_decoder_takes_what_is_counted(tiny_spec, adversary):
     rae, disc = RAE.from_spec(tiny_spec.tokenizer), build_discriminator(loop.adversarial) if adversary else None
     perceptual = build_perceptual_loss(loop.perceptual, tiny_spec.tokenizer.image_size)
     counted = decoder_memory(rae, [rae.decoder, perceptual, *([disc] if disc else [])], "bf16")
-    backward = DecoderBackward(loop, perceptual, rae.decoder.last_layer, partial(autocast, "bf16", CPU), disc)
+    losses = DecoderLosses(loop, perceptual, rae.decoder.last_layer, partial(autocast, "bf16", CPU), disc)
 
     def step(num: int) -> None:
         with autocast("bf16", CPU):
             decoded = rae.decoder(torch.randn(num, 64, 192)).float()
-        backward(decoded, torch.rand_like(decoded), torch.rand(num, 5) if adversary else None)
+        decoded.backward(losses(decoded, torch.rand_like(decoded), torch.rand(num, 5) if adversary else None)[1])
 
     for num in (16, 64):
         assert counted.needs(num) == pytest.approx(allocated(partial(step, num)), rel=0.1)

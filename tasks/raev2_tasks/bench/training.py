@@ -23,7 +23,7 @@ from raev2.tokenizer.losses import (
     hinge_loss,
 )
 from raev2.tokenizer.rae import RAE
-from raev2.train_tokenizer import DecoderBackward
+from raev2.train_tokenizer import DecoderLosses
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, fast_dtype
 from raev2.training.run import attention_kernels
@@ -156,7 +156,7 @@ def stage1_step(setting: Setting) -> Iterator[Work]:
 
     def make(parts: Any, precision: str, gan: bool) -> Callable[[], Outputs]:
         rae, perceptual, disc = parts
-        backward = DecoderBackward(loop, perceptual, rae.decoder.last_layer, partial(autocast, precision, device), disc)
+        losses = DecoderLosses(loop, perceptual, rae.decoder.last_layer, partial(autocast, precision, device), disc)
 
         def step() -> Outputs:
             rae.zero_grad(set_to_none=True)
@@ -164,7 +164,7 @@ def stage1_step(setting: Setting) -> Iterator[Work]:
             with attention_kernels(device, num_tokens):
                 with autocast(precision, device):
                     decoded = rae.decode_tokens(rae.tokens(images)).float()
-                backward(decoded, images, draws if gan else None)
+                decoded.backward(losses(decoded, images, draws if gan else None)[1])
                 if gan:
                     with autocast(precision, device):
                         both = torch.cat([diffaug(images, draws), diffaug(decoded.detach(), draws)])
