@@ -113,23 +113,28 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
             # Decoder. The adversary has one weight for the whole batch, so that its parts are decoded once before.
             batches, shares, lasts = zip(*micro_batches(step.batch, size), strict=True)
             draws = before_gan if use_gan else [None] * len(shares)
+            images = [part.images.to(device) for part in batches]
             with attention_kernels(device, num_tokens), run.autocast():
-                pixels = [to_float(part.images.to(device)) for part in batches]
-                tokens = [rae.tokens(images) + noise for images, noise in zip(pixels, all_noise, strict=True)]
+                tokens = [rae.tokens(to_float(part)) + noise for part, noise in zip(images, all_noise, strict=True)]
+            del all_noise
             known: list[tuple[dict[str, Tensor], Tensor]] = []
             if use_gan and len(shares) > 1:
                 with attention_kernels(device, num_tokens):
-                    each = zip(tokens, pixels, draws, strict=True)
-                    known = losses.together([losses.apart(decode(rae.decoder, x), *rest) for x, *rest in each], shares)
+                    pulls = [
+                        losses.apart(decode(rae.decoder, noisy), to_float(part), draw)
+                        for noisy, part, draw in zip(tokens, images, draws, strict=True)
+                    ]
+                    known = losses.together(pulls, shares)
+                    del pulls
             for i, (share, last) in enumerate(zip(shares, lasts, strict=True)):
                 with gradient_sync(decoder, last), attention_kernels(device, num_tokens):
                     decoded = decode(decoder, tokens[i])
-                    terms, gradient = known[i] if known else losses(decoded, pixels[i], draws[i])
+                    terms, gradient = known[i] if known else losses(decoded, to_float(images[i]), draws[i])
                     decoded.backward(share * gradient)
                 fakes.append(decoded.detach())
                 step.add(share, terms)
             if step.logged:
-                step.seen = {"spread": spread(decoded.detach(), pixels[-1])}
+                step.seen = {"spread": spread(decoded.detach(), to_float(images[-1]))}
             set_learning_rate(optimizer, step.lr)
             step.grad_norm = update(optimizer, list(rae.decoder.parameters()), step.values["loss"], loop.clip_grad_norm)
 
@@ -138,8 +143,8 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
                 for i, (share, last) in enumerate(zip(shares, lasts, strict=True)):
                     disc.train(i == 0)  # one power iteration of the spectral norm a step, not one a part
                     with gradient_sync(distributed_disc, last), attention_kernels(device, num_tokens), run.autocast():
-                        fake = quantise_8bit(fakes[i])
-                        both = torch.cat([diffaug(pixels[i], before_real[i]), diffaug(fake, before_fake[i])])
+                        real, fake = to_float(images[i]), quantise_8bit(fakes[i])
+                        both = torch.cat([diffaug(real, before_real[i]), diffaug(fake, before_fake[i])])
                         disc_loss = hinge_loss(*distributed_disc(both).chunk(2))
                         (share * disc_loss).backward()
                     step.add(share, {"disc": disc_loss})
