@@ -157,8 +157,7 @@ def scene(row: PromptRow, rng: np.random.Generator) -> Scene:
     while centres is None:
         radii = rng.integers(smallest, largest + 1, size=len(wanted))
         centres = place(rng, np.stack([radii, radii], axis=1), GAP_PX, discs=True, relation=relation)
-    choose = training().colors_of
-    same = {entry["class"]: str(rng.choice(choose(entry["class"]))) for entry in row.include}
+    same = _open_colors(row, rng)
     shapes = tuple(
         Shape(name, color or same[name], (int(x), int(y)), int(radius), float(rng.uniform(-MAX_ROTATION, MAX_ROTATION)))
         for (name, color), (x, y), radius in zip(wanted, centres, radii, strict=True)
@@ -166,6 +165,15 @@ def scene(row: PromptRow, rng: np.random.Generator) -> Scene:
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     sizes = (radii - smallest) / (largest - smallest)
     return Scene(row, background, shapes, captions(row, background, sizes, rng))
+
+
+def _open_colors(row: PromptRow, rng: np.random.Generator) -> dict[str, str]:
+    """A colour for each shape, whether or not the row names one; no binding of a test prompt by chance."""
+    seen = training()
+    while True:
+        colors = {entry["class"]: str(rng.choice(seen.colors_of(entry["class"]))) for entry in row.include}
+        if frozenset(colors.items()) not in seen.held_bindings:
+            return colors
 
 
 def draw_mask(name: str, radius: float, rotation: float) -> Image.Image:
