@@ -80,6 +80,12 @@ def test_options_are_checked_before_anything_is_read(tmp_path):
         gnm.RECIPE.build(tmp_path / "out", {"src": "nowhere"})
 
 
+def test_training_mazes_end_where_validation_mazes_begin(tmp_path):
+    message = "seed: not usable; got 999999; expected a whole number from 0 to 999998"
+    with pytest.raises(SpecError, match=message):
+        vizdoom_maze.RECIPE.build(tmp_path / "out", {"seed": "999999", "num_train": "8", "drives_per_maze": "4"})
+
+
 # GNM folders.
 
 

@@ -197,9 +197,12 @@ class VizdoomMaze(TrajectoryRecipe):
 
     def _mazes(self, options: Mapping[str, str]) -> dict[str, list[int]]:
         """Seeds of the mazes by split."""
-        first, per_maze = self._whole(options, "seed", 0), self._whole(options, "drives_per_maze", 1)
+        per_maze = self._whole(options, "drives_per_maze", 1)
+        num = {split: math.ceil(total / per_maze) for split, total in self._totals(options).items()}
+        # A training maze beyond would be one of validation.
+        first = int(self.number(options, "seed", 0, FIRST_VAL_SEED - num["train"], whole=True))
         return {
-            split: [first + number + offset for number in range(math.ceil(self._totals(options)[split] / per_maze))]
+            split: [first + number + offset for number in range(num[split])]
             for split, offset in (("train", 0), ("val", FIRST_VAL_SEED))
         }
 
