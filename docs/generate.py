@@ -1,7 +1,7 @@
 """Write the reference pages from the code: `python docs/generate.py`, or `--check` to compare only.
 
 Nothing depends on the terminal or on the version of argparse or pydantic: pages are built from option lists and field
-definitions, not from their help texts. No torch is imported.
+definitions, not from their help texts. No torch is imported, but to count a recipe for the first time.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import os
 import re
 import sys
 import types
@@ -29,6 +30,8 @@ from raev2.spec_io import apply_overrides, load_spec
 from raev2.task import get_command, get_recipe, get_task, installed_tasks
 from raev2.tokenizer.encoder_table import ENCODERS
 from raev2_data_recipes.base import verify_dataset
+from raev2_tasks.listings.counts import FILE as COUNTS
+from raev2_tasks.listings.counts import counts_page
 from raev2_tasks.report.published import published, published_encoders
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -432,13 +435,15 @@ PAGES: dict[str, Callable[[], str]] = {
     "errors.md": errors_page,
     "encoders.md": encoders_page,
     "published.md": published_page,
+    os.path.relpath(COUNTS, REFERENCE): lambda: counts_page([get_task(name) for name in _own_tasks()]),
 }
 
 
-def stale_pages() -> list[str]:
-    """Names of the pages whose file differs from what the code says now."""
+def stale_pages() -> dict[str, str]:
+    """The pages whose file differs from what the code says now, as they should be."""
     files = {name: REFERENCE / name for name in PAGES}
-    return [name for name, page in PAGES.items() if not files[name].is_file() or files[name].read_text() != page()]
+    texts = {name: page() for name, page in PAGES.items()}
+    return {name: text for name, text in texts.items() if not files[name].is_file() or files[name].read_text() != text}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -451,9 +456,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"stale: {', '.join(stale)}. Run `python docs/generate.py`.", file=sys.stderr)
         return 1 if stale else 0
     REFERENCE.mkdir(exist_ok=True)
-    for name in stale:
-        (REFERENCE / name).write_text(PAGES[name]())
-        print(f"wrote docs/reference/{name}")
+    for name, text in stale.items():
+        (REFERENCE / name).write_text(text)
+        print(f"wrote {(REFERENCE / name).resolve().relative_to(REFERENCE.parents[1])}")
     return 0
 
 

@@ -207,9 +207,9 @@ def find_recipe(name: str, task_name: str | None, where: str) -> tuple[Task, Run
 
 def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
     """`raev2 train --dry-run`: sizes and findings; raises the first error after them."""
-    from raev2.training.preflight import Plan, preflight
+    from raev2.training.preflight import Plan, preflight, run_sizes
 
-    print_sizes(task, spec)
+    print_sizes(task, spec, run_sizes(task, spec))
     print(f"arithmetic, activations, memory of 1 to 64 GPUs: raev2 show {spec.recipe} --task {task.name}")
     findings = list(preflight(Plan(task, spec, run_dir, stage)))
     print()
@@ -220,12 +220,10 @@ def dry_run(task: Task, spec: RunSpec, run_dir: Path, stage: str) -> int:
     return OK
 
 
-def print_sizes(task: Task, spec: RunSpec) -> None:
+def print_sizes(task: Task, spec: RunSpec, sizes: Iterable[tuple[str, str]]) -> None:
     """What a run will need."""
-    from raev2.training.preflight import run_sizes
-
     print(f"{task.name} / {spec.recipe}   fingerprint {fingerprint(spec)}")
-    print_table(("size", "value"), run_sizes(task, spec))
+    print_table(("size", "value"), sizes)
 
 
 def _print_results(run_dir: Path) -> None:

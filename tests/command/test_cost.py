@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from raev2.spec_io import apply_overrides
 from raev2.task import get_recipe, get_task
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.decoder_table import decoder_size
-from raev2.training.preflight import StepMemory, state_bytes
-from raev2_tasks.listings import cost
+from raev2.training.preflight import StepMemory, run_sizes, state_bytes
+from raev2_tasks.listings import cost, counts
 from raev2_tasks.listings.cost import arithmetic, cost_rows
 
 IMAGENET = get_task("imagenet")
@@ -41,13 +43,38 @@ def test_show_plans_a_published_system_for_one_gpu_and_many():
     for name in ("1 GPU of 80 GiB", "8 GPUs of 80 GiB", "64 GPUs of 80 GiB"):
         micro, needed = (float(rows[name].split(sep)[1].split()[0].rstrip(":")) for sep in ("batch ", "about "))
         assert needed < 0.9 * 80 and math.log2(micro).is_integer()
+    assert counts.counts(IMAGENET, spec) == {"size": dict(run_sizes(IMAGENET, spec)), "cost": rows}, (
+        "what is remembered"
+    )
 
 
 @pytest.mark.parametrize("task", ["t2i", "nwm"])
 def test_every_task_is_counted(task):
     task = get_task(task)
-    rows = dict(cost_rows(task, get_recipe(task, "quickstart")))
+    spec = get_recipe(task, "quickstart")
+    rows = dict(cost_rows(task, spec))
     assert {"encoder forward", "decoder forward", "generator forward", "activations", "8 GPUs of 80 GiB"} <= rows.keys()
+    assert counts.counts(task, spec) == {"size": dict(run_sizes(task, spec)), "cost": rows}, "what is remembered"
+
+
+def test_a_recipe_as_it_is_is_shown_without_torch():
+    show = "from raev2.command.cli import main; main(['show', 'quickstart', '--task', 'imagenet'])"
+    code = f"import sys; {show}; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "activations" in shown and shown.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("change", "counted"),
+    [
+        ("cost=cheap", False), ("evaluation.protocols=[]", False), ("sampling.steps=3", True), ("precision=fp32", True),
+        ("parallel.activation_checkpointing=true", True), ("generator_training.micro_batch_size=2", True),
+    ],
+)  # fmt: skip
+def test_a_change_of_what_is_counted_is_counted_anew(monkeypatch, change, counted):
+    monkeypatch.setattr(counts, "count", lambda *_: {"size": {}, "cost": {}})
+    spec = apply_overrides(get_recipe(IMAGENET, "quickstart"), [change])
+    assert (not counts.counts(IMAGENET, spec)["cost"]) == counted
 
 
 def test_a_micro_batch_is_halved_until_it_fits(tiny_spec):

@@ -112,7 +112,7 @@ def test_reference_pages_are_fresh() -> None:
     assert location is not None and location.loader is not None
     generate = importlib.util.module_from_spec(location)
     location.loader.exec_module(generate)
-    assert generate.stale_pages() == [], "run `python docs/generate.py`"
+    assert list(generate.stale_pages()) == [], "run `python docs/generate.py`"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

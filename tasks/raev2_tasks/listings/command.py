@@ -106,20 +106,19 @@ def _show(options: Namespace) -> None:
 
     from raev2.command.actions import print_sizes
     from raev2.spec_io import apply_overrides, fingerprint, spec_to_dict
-    from raev2.training.preflight import run_sizes
-    from raev2_tasks.listings.cost import cost_rows
+    from raev2_tasks.listings.counts import counts
 
     task, spec = find_recipe(options.recipe, options.task, "raev2 show")
     spec = apply_overrides(spec, options.overrides)
+    sizes, cost = counts(task, spec).values()
     if options.json:
-        sizes = dict([*run_sizes(task, spec), *cost_rows(task, spec)])
-        about = {"spec": spec_to_dict(spec), "fingerprint": fingerprint(spec), "sizes": sizes}
+        about = {"spec": spec_to_dict(spec), "fingerprint": fingerprint(spec), "sizes": sizes | cost}
         print(json.dumps(about, indent=2, ensure_ascii=False))
     else:
         print(yaml.safe_dump(spec_to_dict(spec), sort_keys=False, allow_unicode=True))
-        print_sizes(task, spec)
+        print_sizes(task, spec, sizes.items())
         print()
-        print_table(("cost", "value"), cost_rows(task, spec))
+        print_table(("cost", "value"), cost.items())
 
 
 def _doctor(options: Namespace) -> None:
