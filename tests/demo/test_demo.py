@@ -1,4 +1,4 @@
-"""`raev2 demo` as the pages show it, in a process of its own: its pictures are those of `raev2 sample`, and its page works in a browser."""
+"""`raev2 demo` as the pages show it, in a process of its own: pictures are those of `raev2 sample`, and it works."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from raev2_tasks.imagenet import spaces
 
 WIDTH = 32
 ENCODER_NAMES = ("dinov2-s", "dinov3-l16")
+DINOV2 = "vit_small_patch14_dinov2.lvd142m"  # without registers, a folder on the results page
 T5 = "google/t5-v1_1-base"
 SHARDS, ADDRESS = "OWNER/SHARDS", "https://example.org"
 WORDS = ["[PAD]", "[UNK]", "a", "picture", "of", "blocks"]
@@ -36,8 +37,7 @@ WORDS = ["[PAD]", "[UNK]", "a", "picture", "of", "blocks"]
 
 def narrow_networks(patch: pytest.MonkeyPatch) -> None:
     """From here on timm builds the published networks `WIDTH` wide, and the tables say so."""
-    names = [space.model for space in spaces.SPACES.values()] + [ENCODERS[name].model_id for name in ENCODER_NAMES]
-    for name in {name.partition(".")[0] for name in names}:
+    for name in {name.partition(".")[0] for name in [*published_names(), DINOV2]}:
         sizes: dict[str, Any] = {"embed_dim": WIDTH, "num_heads": 2}
         if name.startswith("convnext"):
             sizes = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, WIDTH)}
@@ -59,8 +59,7 @@ def random_inception(patch: pytest.MonkeyPatch, file: Path) -> None:
 def repositories() -> dict[str, dict[str, bytes]]:
     """Files by repository. One of them has the shards of the web address."""
     torch.manual_seed(0)
-    names = [space.model for space in spaces.SPACES.values()] + [ENCODERS[name].model_id for name in ENCODER_NAMES]
-    found = {f"timm/{name}": {"model.safetensors": timm_weights(name)} for name in names}
+    found = {f"timm/{name}": {"model.safetensors": timm_weights(name)} for name in published_names()}
     with TemporaryDirectory() as folder:
         t5 = transformers.T5Config(
             vocab_size=len(WORDS), d_model=768, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
@@ -71,6 +70,11 @@ def repositories() -> dict[str, dict[str, bytes]]:
         tar(f"{folder}/shard.tar", range(4))
         shard = Path(folder, "shard.tar").read_bytes()
     return {**found, SHARDS: {f"pairs-{number:06d}.tar": shard for number in range(128)}}
+
+
+def published_names() -> list[str]:
+    """Networks of timm that the pages need."""
+    return [space.model for space in spaces.SPACES.values()] + [ENCODERS[name].model_id for name in ENCODER_NAMES]
 
 
 def timm_weights(name: str) -> bytes:

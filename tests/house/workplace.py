@@ -16,7 +16,7 @@ import transformers
 import yaml
 from clips import Clip, write_clip
 from PIL import Image
-from published import WORDS, timm_weights, write_tokenizer
+from published import DINOV2, WORDS, timm_weights, write_tokenizer
 from safetensors.torch import save_file
 from test_autoencoders import autoencoder
 from test_bags import Messages, drive, write_ros2
@@ -39,7 +39,6 @@ from raev2.spec import (
 )
 from raev2.task import get_recipe, get_task
 from raev2.tokenizer.decoder import ViTDecoder
-from raev2.tokenizer.encoder_table import ENCODERS
 from raev2.tokenizer.encoders import ASSETS, build_encoder
 from raev2_tasks.t2i.benchmark.g60 import geneval_rows
 
@@ -197,7 +196,7 @@ def make_weights() -> None:
     save_file(encoder.trunk.model.state_dict(), "encoders/micro-random/model.safetensors")
     dinov2 = {"architecture": "vit_small_patch14_dinov2", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     Path("encoders/dinov2-s/config.json").write_text(json.dumps(dinov2), encoding="utf-8")
-    Path("encoders/dinov2-s/model.safetensors").write_bytes(timm_weights(ENCODERS["dinov2-s"].model_id))
+    Path("encoders/dinov2-s/model.safetensors").write_bytes(timm_weights(DINOV2))
     autoencoder("dinov2", 4).save_pretrained("path/to/autoencoder")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     transformers.BertModel(transformers.BertConfig(**shape, vocab_size=len(WORDS))).save_pretrained(MINILM)
