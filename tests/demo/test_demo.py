@@ -1,4 +1,4 @@
-"""`raev2 demo` in a process of its own: its pictures are those of `raev2 sample`, and its page works in a browser."""
+"""`raev2 demo` as the pages show it, in a process of its own: pictures are those of `raev2 sample`, and it works."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_docs import MANUAL, numbered_lines
 
 from raev2.command.cli import main
 from raev2.errors import TaskError
 from raev2.sampler import CPU_CHUNK
 
+(LINE,) = (line.arguments for page in MANUAL for line in numbered_lines(page) if line.arguments[0] == "demo")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -29,9 +31,10 @@ def address(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("demo") / "log"
-    command = [sys.executable, "-m", "raev2", "demo", "--run", str(trained_run), "--port", str(port)]
+    shutil.copytree(trained_run, log.parent / "runs/imagenet/quickstart")
+    command = [sys.executable, "-m", "raev2", *LINE, "--port", str(port)]
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=log.parent)
     try:
         address, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
         while True:

@@ -1,64 +1,60 @@
 """Every command of README and docs runs as it is typed, page by page, on small data and with small recipes.
 
-`NOT_RUN` is the whole list of those that do not. Whether a line fits the real recipes is tested in test_docs.py, and
-what the commands do, in the folders of their parts.
+What is published has random values here (published.py), and `raev2 demo` runs in tests/demo. Whether a line fits the
+real recipes is tested in test_docs.py, and what the commands do, in the folders of their parts.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import test_demo
+from loopback_hub import LoopbackHub
 from test_docs import MANUAL, ROOT, name, numbered_lines, run_blocks
 
 pytest.importorskip("av", reason="the extra nwm is not installed (av)")
 pytest.importorskip("rosbags", reason="the extra nwm is not installed (rosbags)")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra nwm is not installed (uvicorn)")
+import published  # noqa: E402
 import workplace  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from raev2 import Pipeline  # noqa: E402
 from raev2.command.cli import main  # noqa: E402
 from raev2.task import get_task  # noqa: E402
+from raev2_tasks.bench import sampling, training  # noqa: E402
 from raev2_tasks.t2i.benchmark.g60 import geneval_rows  # noqa: E402
 
+Repositories = dict[str, dict[str, bytes]]
 PAGES = {name(page): page for page in MANUAL if any(numbered_lines(page))}
-LINES = [(page, number, arguments) for page, file in PAGES.items() for number, arguments in numbered_lines(file)]
+LINES = [shlex.join(line.arguments) for file in PAGES.values() for line in numbered_lines(file)]
 K7 = "runs/imagenet/raev2-dinov3l-k7"
 
 # A line is named by how it begins, or after a star by what is in it; of several entries the last one counts.
-# What does not run here, by reason.
-WEIGHTS = "needs published weights"
-GPU = "is for a GPU"
-LONG = "takes minutes even when small; the tests of its folder run it smaller"
-OTHERS = "needs a server or a checkout of others"
-APART = "leaves threads behind; tests/demo and tests/training/test_tracker.py start it in a process of its own"
-NOT_RUN = {
-    "eval --images": WEIGHTS,
-    f"eval --run {K7} --expect": WEIGHTS,
-    "*tokenizer.encoder.name=dinov2-s": WEIGHTS,
-    "encoders check dinov3-l16": WEIGHTS,
-    "*task.text_encoder.name=google/t5-v1_1-base": WEIGHTS,
-    "demo --run": APART,
-    "*--tracker trackio": APART,
-    "bench imagenet": GPU,
-    "bench sample --cpu-time": LONG,
-    "bench train-step --size base": LONG,
-    "analyse insight-1": LONG,
-    "analyse insight-3": LONG,
-    "*https://example.org/pairs-{000000..000127}.tar": OTHERS,
-    "bench optimizer --against raev2_tasks.bench.older:same": OTHERS,
-}
+ENDS = {"*--expect": 1}  # published numbers are not those of random weights
+TWO = "--layers 1 2 --seeds 1 --set evaluation.num_samples=4 --set evaluation.protocols=[reconstruction-micro]"
+SHORT = "".join(
+    f" --set tokenizer_training.{field}=8"
+    for field in ("images", "batch_size", "stats_images", "schedule.warmup_images")
+)
 # Added to a command so that it ends in a second.
 SHORTER = {
     "*--n 50000": "--n 4",
     "sweep steps": "--n 4 --values 1 2",
+    "*--tracker trackio": "--run tracked --stage tokenizer --set tokenizer_training.images=32",
     "nwm plan": "--goals 1 --set sampler.population=4 --set sampler.elites=2 --set sampler.iterations=1",
     "*sampler.kind=mppi": "--goals 1 --set sampler.population=4 --set sampler.iterations=1",
     "*--image here.jpg": "--set sampler.population=4 --set sampler.elites=2 --set sampler.iterations=1",
@@ -69,6 +65,12 @@ SHORTER = {
     "data build t2i-embedded": "--set num_g60=4 --set num_s12=4 --set num_txt=4 --set per_emoji=0 --set num_val=2",
     "nwm index build": "--num 2",
     "bench": "optimizer --rounds 1",
+    "bench ": "--rounds 1",
+    "bench imagenet": "",
+    "analyse insight-1": TWO,
+    "*--set tokenizer.decoder.width=192": f"{TWO} --stage tokenizer {SHORT}",
+    "*--out photographs": TWO + SHORT,
+    "analyse insight-3": "--n 4 --sampler-steps 1 2 --choice 1 4",
     "analyse probe": "--layers 1",
     "analyse blocks": "--n 4",
     "analyse width": "--steps 1",
@@ -78,9 +80,13 @@ SHORTER = {
 # Copies of what is in every place, under further names, and of what the repository has.
 THERE = {
     "docs/how_to/evaluate.md": {
-        K7: "runs/imagenet/a", "data/imagenet-256": "data/emoji", "data/synthetic": "data/emoji"
+        K7: "runs/published", "data/imagenet-256": "data/imagenet", "data/synthetic": "data/emoji"
+    },
+    "docs/how_to/analyse.md": {
+        "data/photos": "data/emoji", "runs/imagenet/b": "runs/imagenet/a", "runs/imagenet/c": "runs/imagenet/a"
     },
     "docs/how_to/follow.md": {"runs/imagenet/longer": "runs/imagenet/a"},
+    "docs/how_to/shards.md": {"runs/t2i/own-data": "runs/t2i/quickstart", "data/val": "data/scenes"},
     "docs/results.md": {"docs/reports": str(ROOT / "docs/reports")},
 }  # fmt: skip
 
@@ -98,12 +104,42 @@ def scored() -> None:
     Path("geneval/results.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
+def statistics() -> None:
+    """The files of ADM and JiT."""
+    sizes = {"mu": 2048, "mu_s": 17 * 17 * 7}
+    means = {name: np.zeros(size) for name, size in sizes.items()}
+    covariances = {name.replace("mu", "sigma"): np.eye(size) for name, size in sizes.items()}
+    np.savez("VIRTUAL_imagenet256_labeled.npz", **means, **covariances)
+    np.savez("imagenet_256_fid_stats.npz", mu=means["mu"], sigma=covariances["sigma"])
+
+
+def checkout() -> None:
+    """An older one, which is as old as this one."""
+    shutil.copytree(ROOT / "raev2", "older/raev2")
+
+
 # Done before a line: what the page says is done in between by other means.
 BEFORE: dict[str, Callable[[], object]] = {
     "sample --run OWNER/NAME": shared,
     "t2i import-eval": scored,
+    "eval --images samples.npz --reference VIRTUAL": statistics,
+    "bench optimizer --against": checkout,
     "*tokenizer.encoder.name=my_encoder": lambda: run_blocks(PAGES["docs/how_to/new_encoder.md"], Path()),
 }
+
+
+def tracked(words: Sequence[str]) -> int:
+    """`raev2 WORDS` in a process of its own, as Trackio starts threads there; what it kept is looked at."""
+    command, env = [sys.executable, "-m", "raev2", *words], os.environ | {"TRACKIO_DIR": "trackio"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "tracker" not in done.stderr, done.stderr
+    (file,) = Path("trackio").glob("raev2-imagenet*.db")
+    with closing(sqlite3.connect(file)) as db:
+        assert any("tokenizer/loss" in json.loads(row) for (row,) in db.execute("SELECT metrics FROM metrics"))
+    return done.returncode
+
+
+APART = {"*--tracker trackio": tracked}  # run by another than `main`
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +148,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        published.narrow_networks(patch)
+        published.random_inception(patch, tmp_path_factory.mktemp("inception") / "weights.pth")
+        for size in ("small", "base"):
+            patch.setitem(training.SIZES, size, (workplace.TINY, (4, 4, 4), 2))
+        patch.setattr(sampling, "STEPS", 2)
         for make in (workplace.make_pictures, workplace.make_shards, workplace.make_drives, workplace.make_weights):
             make()
         for task in workplace.DATA:
@@ -122,11 +163,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
+@pytest.fixture(scope="module")
+def repositories(world: Path) -> Repositories:
+    """What is on the hub; the networks are as narrow as `world` makes them."""
+    return published.repositories()
+
+
 @pytest.fixture
-def place(world: Path, hub: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, with a hub; a server answers one request for its page and ends, as at Ctrl-C."""
+def place(
+    world: Path, hub: LoopbackHub, repositories: Repositories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A copy of it, with a hub that has what others publish. A server answers one request and ends, as at Ctrl-C."""
     shutil.copytree(world, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
+    published.publish(hub, repositories, monkeypatch)
 
     def ask(app: Any) -> None:
         answer = TestClient(app, base_url="http://127.0.0.1").get("/")
@@ -146,20 +196,23 @@ def is_meant(where: str, line: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
+def test_the_commands_of_a_page_run(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for there, source in THERE.get(page, {}).items():
         shutil.copytree(source, there)
-    for number, arguments in numbered_lines(PAGES[page]):
+    for number, variables, arguments in numbered_lines(PAGES[page]):
         line = shlex.join(arguments)
-        if entry(NOT_RUN, line, ""):
+        if arguments == test_demo.LINE:
             continue
         entry(BEFORE, line, lambda: None)()
         here = [re.sub(r"(^|=)/(?=data/|mnt/|models/)", r"\1here/", word) for word in arguments]  # not from the root
-        assert main([*here, *shlex.split(entry(SHORTER, line, ""))]) == 0, f"{page}:{number}: raev2 {line}"
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        run = entry(APART, line, main)
+        code = entry(ENDS, line, 0)
+        assert run([*here, *shlex.split(entry(SHORTER, line, ""))]) == code, f"{page}:{number}: raev2 {line}"
 
 
 def test_every_exception_is_one_of_a_line_that_is_shown() -> None:
-    lines = [shlex.join(arguments) for _, _, arguments in LINES]
-    named = [*NOT_RUN, *SHORTER, *BEFORE]
-    assert [where for where in named if not any(is_meant(where, line) for line in lines)] == []
-    assert THERE.keys() <= PAGES.keys()
+    named = [*SHORTER, *BEFORE, *APART, *ENDS]
+    assert [where for where in named if not any(is_meant(where, line) for line in LINES)] == []
+    assert THERE.keys() <= PAGES.keys() and shlex.join(test_demo.LINE) in LINES

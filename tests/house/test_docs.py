@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -223,8 +224,16 @@ def test_questions_quote_what_the_code_says() -> None:
 # Command lines
 
 
-def numbered_lines(page: Path) -> Iterator[tuple[int, list[str]]]:
-    """Every `raev2 ...` in the page's bash blocks, also behind torchrun, srun and variables: its line and arguments."""
+class Line(NamedTuple):
+    """VARIABLE=VALUE raev2 ARGUMENT... on a page; `number` of its line there."""
+
+    number: int
+    variables: dict[str, str]
+    arguments: list[str]
+
+
+def numbered_lines(page: Path) -> Iterator[Line]:
+    """Every `raev2 ...` in the page's bash blocks, also behind torchrun, srun and variables."""
     for block in blocks(page):
         if block.language != "bash":
             continue
@@ -237,12 +246,13 @@ def numbered_lines(page: Path) -> Iterator[tuple[int, list[str]]]:
                 command, words = words[:end], words[end + 1 :]
                 starts = [i for i, word in enumerate(command) if word == "raev2" or word.endswith("/raev2")]
                 if starts and all(word in ("-m", "--", "srun") or "=" in word for word in command[: starts[0]][-1:]):
-                    yield first, command[starts[0] + 1 :]
+                    pairs = (word.split("=", 1) for word in command[: starts[0]] if re.match("[A-Z0-9_]+=", word))
+                    yield Line(first, dict(pairs), command[starts[0] + 1 :])
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:
     """Arguments of these lines."""
-    return (arguments for _, arguments in numbered_lines(page))
+    return (line.arguments for line in numbered_lines(page))
 
 
 def sampled_task(arguments: list[str]) -> Task | None:

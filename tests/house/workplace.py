@@ -16,11 +16,11 @@ import transformers
 import yaml
 from clips import Clip, write_clip
 from PIL import Image
+from published import DINOV2, WORDS, timm_weights, write_tokenizer
 from safetensors.torch import save_file
 from test_autoencoders import autoencoder
 from test_bags import Messages, drive, write_ros2
 from test_plans import REQUEST, WRITING, poses, tar
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from raev2.command.cli import main
 from raev2.interop import export_decoder, export_generator, generator_config
@@ -82,7 +82,8 @@ def small(task: str, recipe: str, root: Path) -> RunSpec:
         ),
         sampling=base.sampling.replace(steps=2, batch_size=16),
         evaluation=base.evaluation.replace(
-            protocols=(PROTOCOLS[task],), in_training=(), num_samples=4, compare_guidance=()
+            protocols=(PROTOCOLS[task],), in_training=(), num_samples=4, compare_guidance=(),
+            expected=get_recipe(get_task(task), recipe).evaluation.expected,
         ),
         precision="fp32",
     )  # fmt: skip
@@ -101,10 +102,11 @@ def draw(file: Path, number: int, side: int = 64) -> Path:
 
 
 def make_pictures() -> None:
-    """`photos` of two classes, with captions beside them and in a table; `scans` of none; ImageNet has 70 here."""
+    """`photos` of two classes, with captions beside them and in a table; `scans` of none; ImageNet: pictures of 8."""
     for number, name in enumerate(["heart", "face-smiling", *(f"group-{n:02d}" for n in range(68))]):
-        for split in ("train", "val"):
-            draw(Path("here/data/imagenet", split, name, "0.png"), number)
+        for folder in ("here/data/imagenet", "here/few")[: 1 + (number < 8)]:
+            for split in ("train", "val"):
+                draw(Path(folder, split, name, "0.png"), number)
     rows = []
     for number in range(40):
         file = draw(Path("photos", "cat" if number % 2 else "dog", f"{number}.jpg"), number, 80)
@@ -113,8 +115,8 @@ def make_pictures() -> None:
         rows.append([str(file.relative_to("photos")), f"a picture of blocks, number {number}", "blocks"])
     with open("photos/metadata.csv", "w", encoding="utf-8", newline="") as table:
         csv.writer(table).writerows([["file", "caption", "title"], *rows])
-    assert main(["data", "build", "image-folder", "--set", "src=here/data/imagenet", "--out", "data/emoji"]) == 0
-    shutil.copytree("data/emoji", "data/imagenet")
+    for source, out in (("here/data/imagenet", "data/emoji"), ("here/few", "data/imagenet")):
+        assert main(["data", "build", "image-folder", "--set", f"src={source}", "--out", out]) == 0
     manifest = Path("data/imagenet/manifest.json")
     values = json.loads(manifest.read_text(encoding="utf-8"))
     values["classes"] += [f"class {number}" for number in range(len(values["classes"]), 1000)]
@@ -190,17 +192,15 @@ def make_weights() -> None:
     encoder = build_encoder(EncoderSpec(name="micro"), (8, 8), pretrained=False)
     for folder in (Path("encoders/micro-random"), Path("encoders/dinov2-s")):
         folder.mkdir(parents=True)
-        shutil.copy(ASSETS / "micro_encoder/config.json", folder)
-        save_file(encoder.trunk.model.state_dict(), folder / "model.safetensors")
+    shutil.copy(ASSETS / "micro_encoder/config.json", "encoders/micro-random")
+    save_file(encoder.trunk.model.state_dict(), "encoders/micro-random/model.safetensors")
+    dinov2 = {"architecture": "vit_small_patch14_dinov2", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    Path("encoders/dinov2-s/config.json").write_text(json.dumps(dinov2), encoding="utf-8")
+    Path("encoders/dinov2-s/model.safetensors").write_bytes(timm_weights(DINOV2))
     autoencoder("dinov2", 4).save_pretrained("path/to/autoencoder")
-    words = ["[PAD]", "[UNK]", "a", "picture", "of", "blocks"]
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    transformers.BertModel(transformers.BertConfig(**shape, vocab_size=len(words))).save_pretrained(MINILM)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(MINILM)
+    transformers.BertModel(transformers.BertConfig(**shape, vocab_size=len(WORDS))).save_pretrained(MINILM)
+    write_tokenizer(MINILM)
 
 
 def make_runs() -> None:
@@ -209,8 +209,10 @@ def make_runs() -> None:
         assert main(["train", "--task", task]) == 0
         for name in more:
             shutil.copytree(f"runs/{task}/quickstart", f"runs/{task}/{name}")
+    assert main(["train", "--task", "imagenet", "--recipe", "raev2-dinov3l-k7", "--run", "runs/published"]) == 0
     checkpoints = Path("runs/imagenet/quickstart/checkpoints/generator")
     shutil.copytree(checkpoints / "000000008", checkpoints / "000011200")
 
 
+TINY = DDTSpec(width=32, depth=2, num_heads=2, head_width=32, head_depth=1, head_num_heads=2, base_head_depth=1)
 RUNS = {"imagenet": ("a",), "t2i": (), "nwm": ()}

@@ -68,7 +68,7 @@ def _network(ours: nn.Module) -> nn.Module:
 
 def _older(ours: Any) -> Any:
     """The class or function of this name in the older code, where it was then; None: there is none."""
-    _copy()
+    _copy(NAME, os.environ.get("RAEV2_OLDER"))
     rooms = ours.__module__.split(".")[1:]
     for module in (".".join([NAME, *rooms]), ".".join([NAME, *rooms[1:]])):
         try:
@@ -79,9 +79,8 @@ def _older(ours: Any) -> Any:
 
 
 @cache
-def _copy() -> None:
+def _copy(name: str, checkout: str | None) -> None:
     """The older core in a folder of its own, under its other name."""
-    checkout = os.environ.get("RAEV2_OLDER")
     source = Path(checkout or "nowhere") / "raev2"
     if not source.is_dir():
         raise SpecError(
@@ -89,9 +88,9 @@ def _copy() -> None:
         )
     target = Path(tempfile.mkdtemp())
     for file in source.rglob("*"):
-        to = target / NAME / file.relative_to(source)
+        to = target / name / file.relative_to(source)
         if file.suffix == ".py":
             to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_text(re.sub(r"\b(from|import) raev2\b", rf"\1 {NAME}", file.read_text()))
-    (target / NAME / "assets").symlink_to((source / "assets").absolute())
+            to.write_text(re.sub(r"\b(from|import) raev2\b", rf"\1 {name}", file.read_text()))
+    (target / name / "assets").symlink_to((source / "assets").absolute())
     sys.path.append(str(target))
