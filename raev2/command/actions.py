@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from raev2.errors import FileError, SpecError, did_you_mean
-from raev2.files.picture_array import PLAN, holds_plan
 from raev2.files.replace import SAMPLES, Kind, check_replaceable
 from raev2.spec import ExpectedSpec, Guidance, RunSpec, SamplingSpec
 from raev2.spec_io import fingerprint
@@ -274,6 +273,8 @@ def refuse_existing(options: Namespace, out: Path, kind: Kind) -> None:
 
 def _refuse_existing_array(options: Namespace) -> None:
     """The same for the file of --npz."""
+    from raev2.files.picture_array import PLAN, holds_plan
+
     file = Path(options.npz)
     if file.suffix != ".npz":
         raise SpecError("--npz", "not usable", got=str(file), expected="a name that ends in .npz")

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from raev2.spec import RunSpec, TaskSpec
-from raev2_tasks.nwm.data.frames import Fit
+
+Fit = Literal["squeeze", "crop", "letterbox", "none"]  # see data/frames.py
 
 
 class NavigationSpec(TaskSpec):

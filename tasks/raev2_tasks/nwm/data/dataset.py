@@ -20,9 +20,10 @@ from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError, SpecError
 from raev2.files.images import read_rgb
 from raev2.files.manifest import read_manifest
-from raev2_tasks.nwm.data.frames import FITS, Fit, fit_image
+from raev2_tasks.nwm.data.frames import FITS, fit_image
 from raev2_tasks.nwm.data.trajectories import StoredTrajectory, read_trajectories
 from raev2_tasks.nwm.pose import Array, relative, steps
+from raev2_tasks.nwm.spec import Fit
 
 OffsetDistribution = Literal["uniform", "log-uniform", "mixture"]
 NEAR_FRAMES = 8  # `mixture`: half of the draws are within so many frames

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +10,8 @@ from PIL import Image
 
 from raev2.errors import DataError
 from raev2.files.images import CENTRE_CROP, centre_crop
+from raev2_tasks.nwm.spec import Fit
 
-Fit = Literal["squeeze", "crop", "letterbox", "none"]
 FITS: dict[Fit, str] = {
     "squeeze": "largest centred 4:3 part, resized without keeping its aspect (bicubic, antialiased)",
     "crop": CENTRE_CROP,

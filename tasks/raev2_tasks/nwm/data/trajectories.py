@@ -32,9 +32,10 @@ from PIL import Image
 from raev2.errors import DataError
 from raev2.files.images import PictureFile, read_picture
 from raev2.files.manifest import FORMAT_VERSION, checked_bytes, fingerprint, read_manifest
-from raev2_tasks.nwm.data.frames import Fit, encode_frame, fit_image
+from raev2_tasks.nwm.data.frames import encode_frame, fit_image
 from raev2_tasks.nwm.data.validate import BLACK, check_frames, check_trajectory, frame_warnings, warnings
 from raev2_tasks.nwm.pose import Array, steps
+from raev2_tasks.nwm.spec import Fit
 
 logger = logging.getLogger(__name__)
 Frame = bytes | NDArray[np.uint8]

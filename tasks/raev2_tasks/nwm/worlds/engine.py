@@ -19,8 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from raev2.errors import DataError
-from raev2_tasks.nwm.data.frames import Fit, fit_image
+from raev2_tasks.nwm.data.frames import fit_image
 from raev2_tasks.nwm.pose import Array, compose, exp, log, wrap
+from raev2_tasks.nwm.spec import Fit
 from raev2_tasks.nwm.worlds.maze import UNITS_PER_M, Maze, make_maze, map_name, write_pwad
 
 TICS_PER_S = 35
