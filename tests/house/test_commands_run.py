@@ -45,7 +45,8 @@ K7 = "runs/imagenet/raev2-dinov3l-k7"
 
 # A line is named by how it begins, or after a star by what is in it; of several entries the last one counts.
 ENDS = {"*--expect": 1}  # published numbers are not those of random weights
-TWO = "--layers 1 2 --seeds 1 --set evaluation.num_samples=4 --set evaluation.protocols=[reconstruction-micro]"
+TWO = "--layers 1 2 --seeds 1 --stage tokenizer --set evaluation.num_samples=4 "
+TWO += "--set evaluation.protocols=[reconstruction-micro]"
 SHORT = "".join(
     f" --set tokenizer_training.{field}=8"
     for field in ("images", "batch_size", "stats_images", "schedule.warmup_images")
@@ -53,6 +54,7 @@ SHORT = "".join(
 # Added to a command so that it ends in a second.
 SHORTER = {
     "*--n 50000": "--n 4",
+    "*-k7 --expect": "--protocol reconstruction-inception",
     "sweep steps": "--n 4 --values 1 2",
     "*--tracker trackio": "--run tracked --stage tokenizer --set tokenizer_training.images=32",
     "nwm plan": "--goals 1 --set sampler.population=4 --set sampler.elites=2 --set sampler.iterations=1",
@@ -68,9 +70,9 @@ SHORTER = {
     "bench ": "--rounds 1",
     "bench imagenet": "",
     "analyse insight-1": TWO,
-    "*--set tokenizer.decoder.width=192": f"{TWO} --stage tokenizer {SHORT}",
+    "*--set tokenizer.decoder.width=192": TWO + SHORT,
     "*--out photographs": TWO + SHORT,
-    "analyse insight-3": "--n 4 --sampler-steps 1 2 --choice 1 4",
+    "analyse insight-3": "--runs runs/imagenet/a --n 4 --sampler-steps 1 2 --choice 1 4",
     "analyse probe": "--layers 1",
     "analyse blocks": "--n 4",
     "analyse width": "--steps 1",
@@ -82,9 +84,7 @@ THERE = {
     "docs/how_to/evaluate.md": {
         K7: "runs/published", "data/imagenet-256": "data/imagenet", "data/synthetic": "data/emoji"
     },
-    "docs/how_to/analyse.md": {
-        "data/photos": "data/emoji", "runs/imagenet/b": "runs/imagenet/a", "runs/imagenet/c": "runs/imagenet/a"
-    },
+    "docs/how_to/analyse.md": {"data/photos": "data/emoji"},
     "docs/how_to/follow.md": {"runs/imagenet/longer": "runs/imagenet/a"},
     "docs/how_to/shards.md": {"runs/t2i/own-data": "runs/t2i/quickstart", "data/val": "data/scenes"},
     "docs/results.md": {"docs/reports": str(ROOT / "docs/reports")},
