@@ -73,7 +73,7 @@ SHORTER = {
     "*--layers 1 2 4 8 12": LAYERS,
     "*--set tokenizer.decoder.width=192": f"{LAYERS} --set data.dir=data/imagenet {SHORT}",
     "*--out photographs": LAYERS + SHORT,
-    "analyse insight-3": "--runs runs/imagenet/a --n 4 --sampler-steps 1 2 --choice 1 4",
+    "analyse insight-3": "--runs runs/imagenet/a --n 4 --sampler-steps 1 --choice 1 4",
     "analyse probe": "--layers 1",
     "analyse blocks": "--n 4",
     "analyse width": "--steps 1",
