@@ -1,4 +1,4 @@
-"""Every command of README and docs runs as it is typed, page by page, on small data and with small recipes.
+"""Every `raev2` and `hf` line of README and docs runs as it is typed, page by page, on small data with small recipes.
 
 What is published has random values here (published.py), and `raev2 demo` runs in tests/demo. Whether a line fits the
 real recipes is tested in test_docs.py, and what the commands do, in the folders of their parts.
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_demo
+from huggingface_hub.cli.hf import app
 from loopback_hub import LoopbackHub
 from test_docs import MANUAL, ROOT, name, numbered_lines, run_blocks
 
@@ -45,7 +46,7 @@ K7 = "runs/imagenet/raev2-dinov3l-k7"
 
 # A line is named by how it begins, or after a star by what is in it; of several entries the last one counts.
 ENDS = {"*--expect": 1}  # published numbers are not those of random weights
-TWO = "--layers 1 2 --seeds 1 --set evaluation.num_samples=4 --set evaluation.protocols=[reconstruction-micro]"
+LAYERS = "--layers 1 2 --seeds 1 --stage tokenizer --set evaluation.protocols=[reconstruction-micro]"
 SHORT = "".join(
     f" --set tokenizer_training.{field}=8"
     for field in ("images", "batch_size", "stats_images", "schedule.warmup_images")
@@ -53,6 +54,7 @@ SHORT = "".join(
 # Added to a command so that it ends in a second.
 SHORTER = {
     "*--n 50000": "--n 4",
+    "*-k7 --expect": "--protocol reconstruction-inception",
     "sweep steps": "--n 4 --values 1 2",
     "*--tracker trackio": "--run tracked --stage tokenizer --set tokenizer_training.images=32",
     "nwm plan": "--goals 1 --set sampler.population=4 --set sampler.elites=2 --set sampler.iterations=1",
@@ -67,10 +69,11 @@ SHORTER = {
     "bench": "optimizer --rounds 1",
     "bench ": "--rounds 1",
     "bench imagenet": "",
-    "analyse insight-1": TWO,
-    "*--set tokenizer.decoder.width=192": f"{TWO} --stage tokenizer {SHORT}",
-    "*--out photographs": TWO + SHORT,
-    "analyse insight-3": "--n 4 --sampler-steps 1 2 --choice 1 4",
+    "analyse insight-1": f"{LAYERS} --set data.dir=data/imagenet",
+    "*--layers 1 2 4 8 12": LAYERS,
+    "*--set tokenizer.decoder.width=192": f"{LAYERS} --set data.dir=data/imagenet {SHORT}",
+    "*--out photographs": LAYERS + SHORT,
+    "analyse insight-3": "--runs runs/imagenet/a --n 4 --sampler-steps 1 --choice 1 4",
     "analyse probe": "--layers 1",
     "analyse blocks": "--n 4",
     "analyse width": "--steps 1",
@@ -82,9 +85,7 @@ THERE = {
     "docs/how_to/evaluate.md": {
         K7: "runs/published", "data/imagenet-256": "data/imagenet", "data/synthetic": "data/emoji"
     },
-    "docs/how_to/analyse.md": {
-        "data/photos": "data/emoji", "runs/imagenet/b": "runs/imagenet/a", "runs/imagenet/c": "runs/imagenet/a"
-    },
+    "docs/how_to/analyse.md": {"data/photos": "data/imagenet"},
     "docs/how_to/follow.md": {"runs/imagenet/longer": "runs/imagenet/a"},
     "docs/how_to/shards.md": {"runs/t2i/own-data": "runs/t2i/quickstart", "data/val": "data/scenes"},
     "docs/results.md": {"docs/reports": str(ROOT / "docs/reports")},
@@ -92,8 +93,7 @@ THERE = {
 
 
 def shared() -> None:
-    """What `hf upload` and others have put on the hub."""
-    Pipeline.from_pretrained("runs/imagenet/quickstart").push_to_hub("OWNER/NAME")
+    """What others have put on the hub."""
     Pipeline.from_pretrained("runs/nwm/quickstart").push_to_hub("OWNER/DRIVES")
 
 
@@ -120,7 +120,7 @@ def checkout() -> None:
 
 # Done before a line: what the page says is done in between by other means.
 BEFORE: dict[str, Callable[[], object]] = {
-    "sample --run OWNER/NAME": shared,
+    "nwm rollout --run OWNER/DRIVES": shared,
     "t2i import-eval": scored,
     "eval --images samples.npz --reference VIRTUAL": statistics,
     "bench optimizer --against": checkout,
@@ -137,6 +137,12 @@ def tracked(words: Sequence[str]) -> int:
     with closing(sqlite3.connect(file)) as db:
         assert any("tokenizer/loss" in json.loads(row) for (row,) in db.execute("SELECT metrics FROM metrics"))
     return done.returncode
+
+
+def hf(words: Sequence[str]) -> int:
+    """The command of huggingface_hub."""
+    app(list(words), standalone_mode=False)
+    return 0
 
 
 APART = {"*--tracker trackio": tracked}  # run by another than `main`
@@ -199,7 +205,7 @@ def is_meant(where: str, line: str) -> bool:
 def test_the_commands_of_a_page_run(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for there, source in THERE.get(page, {}).items():
         shutil.copytree(source, there)
-    for number, variables, arguments in numbered_lines(PAGES[page]):
+    for number, variables, arguments, program in numbered_lines(PAGES[page]):
         line = shlex.join(arguments)
         if arguments == test_demo.LINE:
             continue
@@ -207,9 +213,9 @@ def test_the_commands_of_a_page_run(page: str, place: Path, monkeypatch: pytest.
         here = [re.sub(r"(^|=)/(?=data/|mnt/|models/)", r"\1here/", word) for word in arguments]  # not from the root
         for variable, value in variables.items():
             monkeypatch.setenv(variable, value)
-        run = entry(APART, line, main)
+        run = hf if program == "hf" else entry(APART, line, main)
         code = entry(ENDS, line, 0)
-        assert run([*here, *shlex.split(entry(SHORTER, line, ""))]) == code, f"{page}:{number}: raev2 {line}"
+        assert run([*here, *shlex.split(entry(SHORTER, line, ""))]) == code, f"{page}:{number}: {program} {line}"
 
 
 def test_every_exception_is_one_of_a_line_that_is_shown() -> None:

@@ -225,15 +225,16 @@ def test_questions_quote_what_the_code_says() -> None:
 
 
 class Line(NamedTuple):
-    """VARIABLE=VALUE raev2 ARGUMENT... on a page; `number` of its line there."""
+    """VARIABLE=VALUE PROGRAM ARGUMENT... on a page; `number` of its line there."""
 
     number: int
     variables: dict[str, str]
     arguments: list[str]
+    program: str
 
 
 def numbered_lines(page: Path) -> Iterator[Line]:
-    """Every `raev2 ...` in the page's bash blocks, also behind torchrun, srun and variables."""
+    """Every `raev2 ...` and `hf ...` in the page's bash blocks, also behind torchrun, srun and variables."""
     for block in blocks(page):
         if block.language != "bash":
             continue
@@ -244,15 +245,15 @@ def numbered_lines(page: Path) -> Iterator[Line]:
             while words:
                 end = next((i for i, word in enumerate(words) if word in ("&&", "||")), len(words))
                 command, words = words[:end], words[end + 1 :]
-                starts = [i for i, word in enumerate(command) if word == "raev2" or word.endswith("/raev2")]
+                starts = [i for i, word in enumerate(command) if Path(word).name in ("raev2", "hf")]
                 if starts and all(word in ("-m", "--", "srun") or "=" in word for word in command[: starts[0]][-1:]):
                     pairs = (word.split("=", 1) for word in command[: starts[0]] if re.match("[A-Z0-9_]+=", word))
-                    yield Line(first, dict(pairs), command[starts[0] + 1 :])
+                    yield Line(first, dict(pairs), command[starts[0] + 1 :], Path(command[starts[0]]).name)
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:
-    """Arguments of these lines."""
-    return (line.arguments for line in numbered_lines(page))
+    """Arguments of those of raev2."""
+    return (line.arguments for line in numbered_lines(page) if line.program == "raev2")
 
 
 def sampled_task(arguments: list[str]) -> Task | None:
