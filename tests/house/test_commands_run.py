@@ -24,7 +24,7 @@ import pytest
 import test_demo
 from huggingface_hub.cli.hf import app
 from loopback_hub import LoopbackHub
-from test_docs import MANUAL, ROOT, name, numbered_lines, run_blocks
+from test_docs import MANUAL, ROOT, blocks, modules_from, name, numbered_lines, run_blocks, write_file
 
 pytest.importorskip("av", reason="the extra nwm is not installed (av)")
 pytest.importorskip("rosbags", reason="the extra nwm is not installed (rosbags)")
@@ -205,6 +205,13 @@ def is_meant(where: str, line: str) -> bool:
 def test_the_commands_of_a_page_run(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for there, source in THERE.get(page, {}).items():
         shutil.copytree(source, there)
+    for block in blocks(PAGES[page]):
+        write_file(block, place)
+    with modules_from(place):
+        run_lines(page, monkeypatch)
+
+
+def run_lines(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, variables, arguments, program in numbered_lines(PAGES[page]):
         line = shlex.join(arguments)
         if arguments == test_demo.LINE:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -140,11 +141,19 @@ def workplace(small_run: Path, synthetic_data: Path, tmp_path: Path, monkeypatch
     shutil.copytree(small_run, tmp_path / "runs" / "imagenet" / "quickstart")
     shutil.copytree(synthetic_data, tmp_path / "data" / "synthetic")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    with modules_from(tmp_path):
+        yield tmp_path
+
+
+@contextmanager
+def modules_from(folder: Path) -> Iterator[None]:
+    """Inside, Python finds modules in a folder."""
     modules = set(sys.modules)
-    yield tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield
     for module in set(sys.modules) - modules:
-        if str(tmp_path) in (getattr(sys.modules[module], "__file__", None) or ""):
+        if str(folder) in (getattr(sys.modules[module], "__file__", None) or ""):
             del sys.modules[module]
 
 
@@ -152,7 +161,7 @@ def install(project_file: Path) -> None:
     """What `pip install -e .` would do for the entry points of a project."""
     project = tomllib.loads(project_file.read_text(encoding="utf-8"))["project"]
     info = project_file.parent / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    info.mkdir()
+    info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     lines = []
     for group, points in project["entry-points"].items():
@@ -168,15 +177,22 @@ def test_python_blocks_run(page: Path, workplace: Path) -> None:
     run_blocks(page, workplace)
 
 
+def write_file(block: Block, folder: Path) -> bool:
+    """The file that a block shows, if it shows one; a project is installed."""
+    files = [word.removeprefix("file=") for word in block.words if word.startswith("file=")]
+    for file in files:
+        (folder / file).write_text(block.text)
+        if file == "pyproject.toml":
+            install(folder / file)
+    return bool(files)
+
+
 def run_blocks(page: Path, workplace: Path) -> None:
     namespace: dict[str, object] = {"__name__": "docs"}
     for block in blocks(page):
-        files = [word.removeprefix("file=") for word in block.words if word.startswith("file=")]
-        if files:
-            (workplace / files[0]).write_text(block.text)
-            if files[0] == "pyproject.toml":
-                install(workplace / files[0])
-        elif block.language == "python" and "no-run" not in block.words:
+        if write_file(block, workplace):
+            continue
+        if block.language == "python" and "no-run" not in block.words:
             exec(compile("\n" * block.line + block.text, name(page), "exec"), namespace)
         elif block.language == "python":
             compile(block.text, name(page), "exec")
@@ -278,7 +294,14 @@ def parse_only(command: Callable[[list[str]], None], arguments: list[str]) -> No
 
 
 @pytest.mark.parametrize("page", [page for page in MANUAL if any(b.language == "bash" for b in blocks(page))], ids=name)
-def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_lines_are_valid(page: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for block in blocks(page):
+        write_file(block, tmp_path)
+    with modules_from(tmp_path):
+        check_command_lines(page, capsys)
+
+
+def check_command_lines(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     added = {name: get_command(name) for name in installed(COMMANDS)}
     for arguments in command_lines(page):
         if arguments[0] in installed_tasks():  # raev2 TASK COMMAND ...
