@@ -9,7 +9,6 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from raev2.errors import CheckpointError, DataError
@@ -69,7 +68,7 @@ class Asset:
             return self.place if self.place.exists() else None
         try:
             return self._snapshot(local_files_only=True)
-        except (LocalEntryNotFoundError, ValueError):  # the latter for a name that cannot be
+        except (FileNotFoundError, ValueError):  # the latter for a name that cannot be
             return None
 
     @property

@@ -33,15 +33,14 @@ class EMA:
         self._weights = {
             decay: {name: parameter.detach().clone() for name, parameter in _trained(model)} for decay in self.decays
         }
+        self._own = {decay: [local(one) for one in averages.values()] for decay, averages in self._weights.items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move every average towards the current weights, after step number `step` (from 0)."""
-        weights = [local(parameter.detach()) for _, parameter in _trained(model)]
-        for decay, averages in self._weights.items():
-            torch._foreach_lerp_(
-                [local(average) for average in averages.values()], weights, 1 - min(decay, (1 + step) / (10 + step))
-            )
+        weights = [local(parameter) for _, parameter in _trained(model)]
+        for decay, averages in self._own.items():
+            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
 
     def state_dict(self, decay: float) -> dict[str, Tensor]:
         """The averaged weights by parameter name (the tensors themselves, not copies)."""

@@ -150,7 +150,12 @@ def test_missing_data_without_a_recipe(find, tiny_spec):
 def test_missing_data_that_a_recipe_builds(find, tiny_spec):
     (finding,) = of(find(data=tiny_spec.data.replace(dir="nowhere")), "data")
     assert (finding.state, finding.error) == ("missing", None)
-    assert finding.detail.startswith("will be built by synthetic: ")
+    assert finding.detail.startswith("will be built by synthetic: ") and "options" not in finding.detail
+
+
+def test_the_size_of_missing_data_is_that_of_the_recipe_without_its_options(find, tiny_spec):
+    (finding,) = of(find(data=tiny_spec.data.replace(dir="nowhere", options={"num_train": "5000"})), "data")
+    assert finding.detail.endswith(" without its options")
 
 
 def test_a_recipe_that_cannot_build(find, tiny_spec, monkeypatch):
