@@ -207,6 +207,21 @@ def test_long_captions_name_background_and_sizes():
     assert text == "a cat and a dog on a plain mint background, the cat is small and the dog is large"
 
 
+def test_long_captions_of_s12_name_every_colour_and_the_place_of_two_shapes():
+    """By the scorer's rules: a picture shows what its long caption says."""
+    placed = 0
+    for scene in s12.scenes("train", 60):
+        said = s12.told(scene.objects)
+        assert all("color" in entry for entry in said.include)
+        assert scene.captions[2][0].startswith(rows.phrase(said, naive_plural=False))
+        assert s12.judge(s12.look(np.asarray(scene.render()), said.tag), said).exact
+        placed += said.tag == "position"
+        if said.tag == "position":
+            reference, subject = said.include
+            assert not s12.held_position(subject["class"], subject["position"][0], reference["class"])
+    assert placed > 10
+
+
 def test_area_average_and_size_limits():
     scene = next(s12.scenes("train", 1))
     small, large = (np.asarray(scene.render(size), dtype=float) for size in (64, 256))

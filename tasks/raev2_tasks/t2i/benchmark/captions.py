@@ -20,17 +20,22 @@ OTHER_RELATIONS = {
 
 
 def captions(
-    row: PromptRow, background: str, sizes: Sequence[float] | NDArray[np.float64], rng: np.random.Generator
+    row: PromptRow,
+    background: str,
+    sizes: Sequence[float] | NDArray[np.float64],
+    rng: np.random.Generator,
+    told: PromptRow | None = None,
 ) -> list[tuple[str, str]]:
     """Three captions as (text, kind) with the kinds ``template``, ``short`` and ``long``.
 
     sizes  of the objects in the order of ``row.include``, each between 0 (smallest possible) and 1 (largest)
+    told   what the long caption says, where that is more than the row
     """
     template = row.prompt
     if row.tag == "counting" and row.include[0]["count"] == 1 and rng.random() >= 0.2:
         template = f"a photo of {noun(row.include[0])}"
     short = paraphrase(row, int(rng.integers(8)))
-    return [(template, "template"), (short, "short"), (long(row, background, sizes), "long")]
+    return [(template, "template"), (short, "short"), (long(told or row, background, sizes), "long")]
 
 
 def paraphrase(row: PromptRow, family: int) -> str:

@@ -53,9 +53,10 @@ def two_object(first: str, second: str) -> PromptRow:
     return _row("two_object", {"class": first, "count": 1}, {"class": second, "count": 1})
 
 
-def counting(name: str, num: int) -> PromptRow:
-    """Exactly ``num`` objects of a class."""
-    return _row("counting", {"class": name, "count": num}, exclude=({"class": name, "count": num + 1},))
+def counting(name: str, num: int, color: str | None = None) -> PromptRow:
+    """Exactly ``num`` objects of a class; in training captions of one colour, too."""
+    entry = {"class": name, "count": num} | ({"color": color} if color else {})
+    return _row("counting", entry, exclude=({"class": name, "count": num + 1},))
 
 
 def colors(name: str, color: str) -> PromptRow:
@@ -63,9 +64,13 @@ def colors(name: str, color: str) -> PromptRow:
     return _row("colors", {"class": name, "count": 1, "color": color})
 
 
-def position(subject: str, relation: str, reference: str) -> PromptRow:
-    """``subject`` is ``relation`` (one of RELATIONS) ``reference``."""
-    return _row("position", {"class": reference, "count": 1}, {"class": subject, "count": 1, "position": (relation, 0)})
+def position(subject: str, relation: str, reference: str, colors: tuple[str, str] | None = None) -> PromptRow:
+    """``subject`` is ``relation`` (one of RELATIONS) ``reference``; in training captions with both colours, too."""
+    first, second = ({"color": color} for color in colors) if colors else ({}, {})
+    return _row(
+        "position",
+        {"class": reference, "count": 1, **second}, {"class": subject, "count": 1, **first, "position": (relation, 0)},
+    )  # fmt: skip
 
 
 def color_attr(first: tuple[str, str], second: tuple[str, str], tier: str | None = None) -> PromptRow:
@@ -81,7 +86,8 @@ def phrase(row: PromptRow, naive_plural: bool = True, relation: str | None = Non
     relation      other words for the relation of a position row
     """
     if row.tag == "counting":
-        name, num = row.include[0]["class"], row.include[0]["count"]
+        entry = row.include[0]
+        num, name = entry["count"], " ".join(word for word in (entry.get("color"), entry["class"]) if word)
         plural = (name + ("es" if name.endswith("s") else "s")) if naive_plural else english_plural(name)
         return f"{NUMBERS[num]} {plural if num > 1 else name}"
     if row.tag == "position":

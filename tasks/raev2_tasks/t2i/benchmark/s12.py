@@ -23,7 +23,7 @@ from raev2_tasks.t2i.benchmark.foreground import Component, components
 from raev2_tasks.t2i.benchmark.palette import BACKGROUNDS, COLORS, flat, name_color
 from raev2_tasks.t2i.benchmark.rows import RELATIONS, PromptRow
 from raev2_tasks.t2i.benchmark.rules import Detection
-from raev2_tasks.t2i.benchmark.scene import Box, Scene, place
+from raev2_tasks.t2i.benchmark.scene import MAX_ASIDE, MIN_APART_PX, Box, Scene, place
 
 SHAPES = (
     "circle", "square", "triangle", "diamond", "pentagon", "star",
@@ -164,7 +164,32 @@ def scene(row: PromptRow, rng: np.random.Generator) -> Scene:
     )
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     sizes = (radii - smallest) / (largest - smallest)
-    return Scene(row, background, shapes, captions(row, background, sizes, rng))
+    return Scene(row, background, shapes, captions(row, background, sizes, rng, told(shapes)))
+
+
+def told(shapes: Sequence[Shape]) -> PromptRow:
+    """All that a picture shows of its shapes: their colours, and the place of two where that is plain.
+
+    A place that is held out is not told.
+    """
+    first, last = shapes[0], shapes[-1]
+    if len(shapes) == 1:
+        return rows.colors(first.name, first.color)
+    if first.name == last.name:
+        return rows.counting(first.name, len(shapes), first.color)
+    relation = relation_of(last, first)
+    if relation is None or held_position(last.name, relation, first.name):
+        return rows.color_attr((first.name, first.color), (last.name, last.color))
+    return rows.position(last.name, relation, first.name, (last.color, first.color))
+
+
+def relation_of(subject: Shape, reference: Shape) -> str | None:
+    """Where a shape lies from another, if it is plain: as `place` puts them."""
+    offset = np.subtract(subject.centre, reference.centre)
+    axis = int(np.abs(offset).argmax())
+    if abs(offset[axis]) < MIN_APART_PX or abs(offset[1 - axis]) > MAX_ASIDE * abs(offset[axis]):
+        return None
+    return (("left of", "right of"), ("above", "below"))[axis][int(offset[axis] > 0)]
 
 
 def _open_colors(row: PromptRow, rng: np.random.Generator) -> dict[str, str]:

@@ -15,6 +15,7 @@ from raev2_tasks.t2i.benchmark.rows import PromptRow
 
 SIZE_PX = 256  # scenes are drawn and scored at this size
 BORDER_PX = 8
+MIN_APART_PX, MAX_ASIDE = 64, 0.4  # of two objects in a relation: along its axis; across it, as a share of that
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the 256 px picture
 
 
@@ -71,7 +72,7 @@ def place(
 
     half      half width and half height of each object, (n, 2)
     gap_px    free space between two objects: between discs of radius half[:, 0], else between boxes, in x or in y
-    relation  of object 1 to object 0: at least 64 px apart along its axis, and at most 0.4 of that across it
+    relation  of object 1 to object 0: at least MIN_APART_PX along its axis, and at most MAX_ASIDE of that across it
     """
     num = len(half)
     low, high = BORDER_PX + half, SIZE_PX - BORDER_PX - half
@@ -89,7 +90,7 @@ def place(
             offset = centres[:, 1] - centres[:, 0]
             axis = 0 if relation in ("left of", "right of") else 1
             along = offset[:, axis] * (-1 if relation in ("left of", "above") else 1)
-            fine &= (along >= 64) & (np.abs(offset[:, 1 - axis]) <= 0.4 * along)
+            fine &= (along >= MIN_APART_PX) & (np.abs(offset[:, 1 - axis]) <= MAX_ASIDE * along)
         if fine.any():
             return centres[fine.argmax()]
     return None
