@@ -94,6 +94,7 @@ def _train(run: Run, task: Task, stage: str, origin: Origin | None) -> Path:
     # Stage 1.
     tokenizer_dir = spec.tokenizer_from or run.dir / TOKENIZER
     rae: Tokenizer
+    latents = None
     if spec.tokenizer_from or (run.dir / TOKENIZER / "config.json").is_file():
         rae = load_tokenizer(tokenizer_dir).to(run.device)
     elif not isinstance(spec.tokenizer, TokenizerSpec):
@@ -103,7 +104,7 @@ def _train(run: Run, task: Task, stage: str, origin: Origin | None) -> Path:
                 rae.save_pretrained(run.dir / TOKENIZER)
     else:
         logger.info("no tokenizer in %s yet: training it first", run.dir / TOKENIZER)
-        rae = train_tokenizer(run, train_set, val_set)
+        rae, latents = train_tokenizer(run, train_set, val_set)
     if spec.tokenizer_from is None:
         check_identity(run, {TOKENIZER: folder_sha256(run.dir / TOKENIZER)})
     for evaluator in protocols:
@@ -130,7 +131,7 @@ def _train(run: Run, task: Task, stage: str, origin: Origin | None) -> Path:
                 file = run.dir / "samples" / f"{GENERATOR}-{images:09d}.png"
                 _save_samples(TrainedRun(run, task, rae, generator), train_set, spec.sampling, file)
 
-            generator = train_generator(run, task, rae, train_set, look, evaluate_now)
+            generator = train_generator(run, task, rae, train_set, look, evaluate_now, latents)
         final = [evaluator.protocol for evaluator in protocols if evaluator.needs_generator]
         trained, images = TrainedRun(run, task, rae, generator), spec.generator_training.final_images
         _evaluate(trained, final, images)

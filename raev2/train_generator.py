@@ -17,6 +17,7 @@ from raev2.model.generator import Generator
 from raev2.task import EncodeImages, Task
 from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.encoders import build_encoder
+from raev2.train_tokenizer import STATS_BATCH
 from raev2.training import dist
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, set_learning_rate
@@ -27,7 +28,6 @@ from raev2.training.run import Run, TrainingState, crossed, micro_batches, train
 
 STAGE = "generator"
 TERMS = ("loss", "full", "base", "repa")
-CACHE_BATCH = 64
 
 
 def train_generator(
@@ -37,11 +37,13 @@ def train_generator(
     dataset: ImageDataset,
     look: Callable[[Generator, int], None],
     evaluate: Callable[[Generator, int], None],
+    known_latents: Tensor | None = None,
 ) -> Generator:
     """Train the generator of `run.spec` and save it, with averaged weights, as the artefact `run.dir/generator`.
 
     look, evaluate   called with the averaged generator and the images seen, every `sample_every_images` and
                      `eval_every_images`
+    known_latents    of `dataset`, as `train_tokenizer` returns them
 
     Continues from the newest checkpoint of the run. Raises Stopped after a signal to stop, with a checkpoint saved.
     """
@@ -61,8 +63,10 @@ def train_generator(
         stored = LatentFolder(loop.latents)
         stored.check(dataset.latent_identity(rae.identity()), mirrored=spec.data.horizontal_flip)
         dataset, encode = dataset.with_latents(stored), _stored_latents(device)
+    elif loop.latent_cache:
+        encode = _cached_encoder(rae, dataset, device, known_latents)
     else:
-        encode = _cached_encoder(rae, dataset, device) if loop.latent_cache else latent_encoder(rae, device)
+        encode = latent_encoder(rae, device)
     encode_cond = task.cond_encoder(spec, encode, device)
     if hasattr(encode_cond, "fingerprint"):
         check_identity(run, {"condition encoder": encode_cond.fingerprint})
@@ -158,10 +162,13 @@ def _stored_latents(device: torch.device) -> EncodeImages:
     return lambda latents, keys: latents.to(device, non_blocking=True).float()
 
 
-def _cached_encoder(rae: Tokenizer, dataset: ImageDataset, device: torch.device) -> EncodeImages:
-    """(8-bit images, keys) -> latents, looked up; every image of the split is encoded once, here."""
-    cache = torch.empty(len(dataset), *rae.latent_shape)
-    for batch in ordered_batches(dataset, CACHE_BATCH, skip_unreadable=True):
+def _cached_encoder(rae: Tokenizer, dataset: ImageDataset, device: torch.device, known: Tensor | None) -> EncodeImages:
+    """(8-bit images, keys) -> latents, looked up; every image of the split is encoded once: here, unless it is known.
+
+    In batches of the size that stage 1 takes, so that both give the same bits.
+    """
+    cache = torch.empty(len(dataset), *rae.latent_shape) if known is None else known
+    for batch in ordered_batches(dataset, STATS_BATCH, skip_unreadable=True) if known is None else ():
         cache[batch.key] = rae.encode(to_float(batch.images.to(device))).cpu()
     return lambda images_u8, keys: cache[keys].to(device)
 

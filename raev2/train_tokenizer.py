@@ -24,7 +24,7 @@ from raev2.files.grid import save_pairs
 from raev2.nn import autocast
 from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec, TokenizerTrainingSpec
 from raev2.tokenizer.discriminator import build_discriminator
-from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
+from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator, normalise
 from raev2.tokenizer.losses import (
     adaptive_weight,
     augmentation,
@@ -51,8 +51,11 @@ STATS_BATCH = 64
 NUM_FOR_STD = 512  # pictures that tell the unit of the noise
 
 
-def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
+def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> tuple[RAE, Tensor | None]:
     """Train the tokenizer of `run.spec` and save it as the artefact `run.dir/tokenizer`.
+
+    Returned with it: the latents (N, C, H, W) of `dataset`, where its generator keeps them in memory and the statistics
+    read them all anyway; else None.
 
     Continues from the newest checkpoint of the run. Raises Stopped after a signal to stop, with a checkpoint saved.
     """
@@ -154,14 +157,21 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> RAE:
 
     # Averaged weights, statistics of the clean latents, artefact.
     load_strict(rae.decoder, {**rae.decoder.state_dict(), **ema.state_dict(loop.ema_decay)}, "averaged decoder")
-    rae.set_stats(known_stats or measure_stats(rae, dataset, device, loop.stats_images))
+    latents = None
+    if known_stats is None:
+        keep = spec.generator_training.latent_cache and loop.stats_images is None and dist.world_size() == 1
+        latents = torch.empty(len(dataset), *rae.latent_shape) if keep else None
+        known_stats = measure_stats(rae, dataset, device, loop.stats_images, latents)
+    rae.set_stats(known_stats)
+    for part in () if latents is None else latents.split(STATS_BATCH):
+        part.copy_(normalise(part.to(device), rae.stats_mean, rae.stats_var))
     save_reconstructions(run, rae, val, state.images)
     with dist.together():
         if dist.is_main():
             begun = {"begun_with": rae.extra} if rae.extra else {}
             rae.extra = {"data": dataset.terms, "commits": dict(run.commits), **begun}
             rae.save_pretrained(run.dir / STAGE)
-    return rae.eval()
+    return rae.eval(), latents
 
 
 def _untrained(spec: TokenizerSpec, decoder_from: str | None) -> RAE:
@@ -245,12 +255,24 @@ def decoder_memory(rae: RAE, parts: Sequence[nn.Module], precision: str) -> Step
 
 
 @torch.no_grad()
-def measure_stats(rae: RAE, dataset: ImageDataset, device: torch.device, max_images: int | None = None) -> LatentStats:
-    """Mean and variance of the latents of a split, in float32 without noise, shared by all processes."""
+def measure_stats(
+    rae: RAE,
+    dataset: ImageDataset,
+    device: torch.device,
+    max_images: int | None = None,
+    kept: Tensor | None = None,
+) -> LatentStats:
+    """Mean and variance of the latents of a split, in float32 without noise, shared by all processes.
+
+    kept   (N, C, H, W), gets the latents that were read, as they are
+    """
     indices = dataset.subset(max_images) if max_images else range(len(dataset))
     own = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
     for batch in ordered_batches(dataset, STATS_BATCH, indices[dist.rank() :: dist.world_size()], skip_unreadable=True):
-        own.update(rae.token_latents(rae.tokens(to_float(batch.images.to(device)))))
+        latents = rae.token_latents(rae.tokens(to_float(batch.images.to(device))))
+        own.update(latents)
+        if kept is not None:
+            kept[batch.key] = latents.cpu()
     total = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
     for part in dist.gather_objects(own):
         total.merge(part)

@@ -225,8 +225,8 @@ def _data(plan: Plan) -> Iterator[Finding]:
         for package in getattr(recipe, "packages", ()):
             need_package(f"data recipe {recipe.name}", package)
         recipe.plan(recipe.resolve(spec.data.options))  # it looks at its source
-        size = f"{recipe.size}{' without its options' * bool(spec.data.options)}"
-        yield Finding(what, "missing", f"will be built by {recipe.name}: {size}")
+        usual = " without its options" * bool(spec.data.options)
+        yield Finding(what, "missing", f"will be built by {recipe.name}: {recipe.size}{usual}")
         return
     manifest, (height, width) = read_manifest(spec.data.dir), spec.tokenizer.image_size
     counts = {split: len(plan.task.dataset(spec, split)) for split in ("train", "val")}

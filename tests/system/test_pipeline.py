@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from raev2 import RAE, Generator, pipeline, sample
+from raev2 import RAE, Generator, pipeline, sample, train_generator
 from raev2.command.cli import main
 from raev2.data import FolderDataset, to_float, to_uint8
 from raev2.errors import CheckpointError
@@ -330,6 +330,20 @@ def test_an_unreadable_picture_does_not_stop_a_training(tiny_spec, synthetic_dat
     for stage in ("tokenizer", "generator"):
         assert history(run, stage=stage, kind="train")[-1]["skipped_images"] == 1
     assert RAE.from_pretrained(run / "tokenizer").latent_stats.num_images == 31
+
+
+def test_the_latents_that_the_statistics_read_are_those_that_the_generator_looks_up(tiny_spec, tmp_path, monkeypatch):
+    spec = apply_overrides(
+        tiny_spec,
+        ["evaluation.protocols=[]", "evaluation.in_training=[]", "tokenizer_training.images=16",
+         "generator_training.images=16", "generator_training.latent_cache=true"],
+    )  # fmt: skip
+    pipeline.train(spec, tmp_path / "two", stage="tokenizer")
+    two = pipeline.train(spec, tmp_path / "two")  # encodes them again
+    monkeypatch.setattr(train_generator, "ordered_batches", None)  # nothing is left to encode
+    one = pipeline.train(spec, tmp_path / "one")
+    weights = [(run / "generator" / "model.safetensors").read_bytes() for run in (one, two)]
+    assert weights[0] == weights[1]
 
 
 def test_images_become_8_bit_in_one_place(trained_run):
