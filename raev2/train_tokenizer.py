@@ -22,7 +22,7 @@ from raev2.data import ImageDataset, ordered_batches, to_float, to_uint8
 from raev2.files.artefact import load_strict
 from raev2.files.grid import save_pairs
 from raev2.nn import autocast
-from raev2.spec import ParallelSpec, ScheduleSpec, TokenizerSpec, TokenizerTrainingSpec
+from raev2.spec import ParallelSpec, RunSpec, ScheduleSpec, TokenizerSpec, TokenizerTrainingSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator, normalise
 from raev2.tokenizer.losses import (
@@ -68,7 +68,6 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> tuple
     assert isinstance(spec.tokenizer, TokenizerSpec), "the other kinds are not trained"
     torch.manual_seed(spec.seed)
     rae = _untrained(spec.tokenizer, spec.decoder_from).to(device)
-    known_stats = rae.latent_stats
     decoder = parallelise(rae.decoder, ParallelSpec())
     perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
     optimizer = build_optimizer(rae.decoder, loop.optimizer, loop.schedule.lr)
@@ -157,14 +156,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> tuple
 
     # Averaged weights, statistics of the clean latents, artefact.
     load_strict(rae.decoder, {**rae.decoder.state_dict(), **ema.state_dict(loop.ema_decay)}, "averaged decoder")
-    latents = None
-    if known_stats is None:
-        keep = spec.generator_training.latent_cache and loop.stats_images is None and dist.world_size() == 1
-        latents = torch.empty(len(dataset), *rae.latent_shape) if keep else None
-        known_stats = measure_stats(rae, dataset, device, loop.stats_images, latents)
-    rae.set_stats(known_stats)
-    for part in () if latents is None else latents.split(STATS_BATCH):
-        part.copy_(normalise(part.to(device), rae.stats_mean, rae.stats_var))
+    latents = _set_stats(rae, dataset, spec, device) if rae.latent_stats is None else None
     save_reconstructions(run, rae, val, state.images)
     with dist.together():
         if dist.is_main():
@@ -277,6 +269,17 @@ def measure_stats(
     for part in dist.gather_objects(own):
         total.merge(part)
     return total.result()
+
+
+def _set_stats(rae: RAE, dataset: ImageDataset, spec: RunSpec, device: torch.device) -> Tensor | None:
+    """Measure and set the statistics of the clean latents. Returned: what `train_tokenizer` returns of them."""
+    num = spec.tokenizer_training.stats_images
+    keep = spec.generator_training.latent_cache and num is None and dist.world_size() == 1
+    latents = torch.empty(len(dataset), *rae.latent_shape) if keep else None
+    rae.set_stats(measure_stats(rae, dataset, device, num, latents))
+    for part in () if latents is None else latents.split(STATS_BATCH):
+        part.copy_(normalise(part.to(device), rae.stats_mean, rae.stats_var))
+    return latents
 
 
 def token_std(rae: RAE, dataset: ImageDataset, device: torch.device) -> float:
