@@ -95,11 +95,12 @@ def laptop() -> RunSpec:
     return base.replace(
         recipe="laptop",
         summary="simulated mazes at 64 px, longer training, within 75 minutes on 2 cores",
-        cost="1 busy CPU core, 71 min and evaluation: measured",
+        cost="2 CPU cores, about 70 min: measured in parts",
+        task=base.task.replace(num_rollouts=96),
         data=DataSpec(
             dir="data/vizdoom-laptop",
             recipe="vizdoom",
-            options={"num_train": "240", "num_val": "24", "drives_per_maze": "2"},
+            options={"num_train": "480", "num_val": "24", "drives_per_maze": "2"},
             cache=True,
         ),
         tokenizer_training=base.tokenizer_training.replace(images=12_800, ema_decay=0.995, save_every_images=6_400),
