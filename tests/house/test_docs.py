@@ -328,7 +328,7 @@ def test_the_two_commands_of_the_readme_are_there() -> None:
     text = (ROOT / "README.md").read_text()
     venv = "python3 -m venv .venv && .venv/bin/pip install -e"
     assert f"{venv} '.[quickstart]' && .venv/bin/raev2 train --task imagenet\n" in text
-    assert f"{venv} '.[dev]' && .venv/bin/python -m pytest\n" in text
+    assert f"{venv} '.[dev]' && .venv/bin/python -m pytest -n 2 --dist loadfile\n" in text
 
 
 def test_no_two_test_files_have_one_name():
