@@ -201,6 +201,16 @@ def test_an_installation_without_entry_points_says_so(monkeypatch):
         SamplingSpec(guidance={"kind": "cfg", "scale": 2.0})
 
 
+def test_what_is_installed_while_a_process_runs_is_found(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "late" not in installed(GUIDANCE)
+    info = tmp_path / "late-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[raev2.guidance]\nlate = late:Late\n")
+    assert installed(GUIDANCE)["late"].value == "late:Late"
+
+
 # Predictions.
 
 

@@ -5,6 +5,8 @@ The core's own tasks, kinds of guidance and kinds of prediction are in the same 
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import cache
 from importlib import metadata
 from importlib.metadata import EntryPoint, EntryPoints
@@ -19,10 +21,22 @@ GROUPS = {
 }  # fmt: skip
 
 
-@cache
 def entry_points(group: str) -> EntryPoints:
-    """Entry points of a group, read once in a process: finding them takes 10 ms, and a command asks several times."""
+    """Entry points of a group. Finding them takes 10 ms and a command asks often: read again after a change."""
+    return _read(group, tuple((folder, _last_change(folder or ".")) for folder in sys.path))
+
+
+@cache
+def _read(group: str, state: object) -> EntryPoints:
     return metadata.entry_points(group=group)
+
+
+def _last_change(folder: str) -> int:
+    """When a package was last installed in a folder, or removed; 0 where there is none."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def installed(group: str) -> dict[str, EntryPoint]:
