@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -34,6 +35,7 @@ from raev2.spec import (  # noqa: E402
 from raev2.task import get_data_recipe, get_recipe, get_task  # noqa: E402
 
 torch.set_num_threads(1)  # also for what a session builds
+signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
