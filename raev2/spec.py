@@ -109,6 +109,10 @@ class TokenizerSpec(Spec):
     noise_distribution: Literal["uniform", "half_normal"] = Field(
         "uniform", description="sigma = tau * U[0, 1) (the released code) or |N(0, tau^2)| (the RAE paper's text)"
     )
+    whiten: float | None = Field(
+        None, ge=0, le=1, description="null: latents of unit variance per element (published); a number: whitened over "
+        "channels, a direction of variance v gets v ** (1 - whiten)",
+    )  # fmt: skip
 
     @property
     def image_size(self) -> tuple[int, int]:

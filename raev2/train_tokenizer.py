@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from raev2.files.grid import save_pairs
 from raev2.nn import autocast
 from raev2.spec import ParallelSpec, RunSpec, ScheduleSpec, TokenizerSpec, TokenizerTrainingSpec
 from raev2.tokenizer.discriminator import build_discriminator
-from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator, normalise
+from raev2.tokenizer.latent_stats import LatentStats, LatentStatsAccumulator
 from raev2.tokenizer.losses import (
     adaptive_weight,
     augmentation,
@@ -259,13 +260,15 @@ def measure_stats(
     kept   (N, C, H, W), gets the latents that were read, as they are
     """
     indices = dataset.subset(max_images) if max_images else range(len(dataset))
-    own = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
+    new = partial(
+        LatentStatsAccumulator, rae.encoder.fingerprint(), dataset.fingerprint, with_cov=rae.spec.whiten is not None
+    )
+    own, total = new(), new()
     for batch in ordered_batches(dataset, STATS_BATCH, indices[dist.rank() :: dist.world_size()], skip_unreadable=True):
         latents = rae.token_latents(rae.tokens(to_float(batch.images.to(device))))
         own.update(latents)
         if kept is not None:
             kept[batch.key] = latents.cpu()
-    total = LatentStatsAccumulator(rae.encoder.fingerprint(), dataset.fingerprint)
     for part in dist.gather_objects(own):
         total.merge(part)
     return total.result()
@@ -278,7 +281,7 @@ def _set_stats(rae: RAE, dataset: ImageDataset, spec: RunSpec, device: torch.dev
     latents = torch.empty(len(dataset), *rae.latent_shape) if keep else None
     rae.set_stats(measure_stats(rae, dataset, device, num, latents))
     for part in () if latents is None else latents.split(STATS_BATCH):
-        part.copy_(normalise(part.to(device), rae.stats_mean, rae.stats_var))
+        part.copy_(rae.normalise(part.to(device)))
     return latents
 
 

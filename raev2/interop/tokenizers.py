@@ -200,7 +200,12 @@ def import_stats(
 
 
 def export_stats(stats: LatentStats) -> dict[str, Tensor]:
-    """The statistics as the reference stores them."""
+    """The statistics as the reference stores them. Raises CheckpointError for whitened latents."""
+    if stats.cov is not None:
+        raise CheckpointError(
+            "--format reference", "the reference has no whitened latents", got="a tokenizer with tokenizer.whiten",
+            hint="Export it with --format pipeline.",
+        )  # fmt: skip
     return {"mean": stats.mean.clone(), "var": stats.var.clone()}
 
 

@@ -28,7 +28,14 @@ from raev2.spec import TokenizerSpec
 from raev2.tokenizer.base import AnyImages, Tokenizer, check_float, part
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.encoders import FrozenEncoder, build_encoder
-from raev2.tokenizer.latent_stats import LatentStats, check_same_encoder, denormalise, normalise
+from raev2.tokenizer.latent_stats import (
+    LatentStats,
+    check_same_encoder,
+    denormalise,
+    mix_channels,
+    normalise,
+    whitening,
+)
 
 
 class RAE(Tokenizer):
@@ -43,6 +50,8 @@ class RAE(Tokenizer):
 
     stats_mean: Tensor
     stats_var: Tensor
+    whitener: Tensor  # (C, C) for centred tokens, with `TokenizerSpec.whiten`
+    colourer: Tensor  # its inverse
 
     def __init__(
         self,
@@ -64,6 +73,8 @@ class RAE(Tokenizer):
         self._stats: LatentStats | None = None
         self.register_buffer("stats_mean", torch.zeros(self.latent_shape), persistent=False)
         self.register_buffer("stats_var", torch.ones(self.latent_shape), persistent=False)
+        for name in () if spec.whiten is None else ("whitener", "colourer"):
+            self.register_buffer(name, torch.eye(encoder.width), persistent=False)
         if stats is not None:
             self.set_stats(stats)
 
@@ -85,9 +96,21 @@ class RAE(Tokenizer):
                 "latent statistics", "wrong shape", got=f"{tuple(stats.mean.shape)} and {tuple(stats.var.shape)}",
                 expected=str(self.latent_shape),
             )  # fmt: skip
+        if self.spec.whiten is not None:
+            self._set_whitening(stats.cov, self.spec.whiten)
         self._stats = stats
         self.stats_mean.copy_(stats.mean)
         self.stats_var.copy_(stats.var)
+
+    def _set_whitening(self, cov: Tensor | None, share: float) -> None:
+        if cov is None:
+            raise CheckpointError(
+                "latent statistics", "no covariance of channels, which tokenizer.whiten needs",
+                hint="Compute them again, or set tokenizer.whiten=null.",
+            )  # fmt: skip
+        whitener, colourer = whitening(cov, share)
+        self.whitener.copy_(whitener)
+        self.colourer.copy_(colourer)
 
     # Images -> latents -> images.
 
@@ -100,13 +123,24 @@ class RAE(Tokenizer):
             raise CheckpointError(
                 "RAE.encode", "the tokenizer has no latent statistics", hint="Compute them and call RAE.set_stats."
             )
-        return normalise(self.token_latents(self.tokens(images)), self.stats_mean, self.stats_var)
+        return self.normalise(self.token_latents(self.tokens(images)))
 
     def decode(self, latents: Latents, clamp: bool = True) -> Images:
         """Normalised latents -> images, clamped to [0, 1] unless `clamp` is False."""
-        latents = denormalise(latents, self.stats_mean, self.stats_var)
-        images = self.decode_tokens(latents.flatten(2).transpose(1, 2))
+        images = self.decode_tokens(self.denormalise(latents).flatten(2).transpose(1, 2))
         return images.clamp(0, 1) if clamp else images
+
+    def normalise(self, latents: Latents) -> Latents:
+        """Tokens as a map -> latents that a generator sees: of unit variance per element, or whitened."""
+        if self.spec.whiten is None:
+            return normalise(latents, self.stats_mean, self.stats_var)
+        return mix_channels(latents.float() - self.stats_mean, self.whitener)
+
+    def denormalise(self, latents: Latents) -> Latents:
+        """The inverse."""
+        if self.spec.whiten is None:
+            return denormalise(latents, self.stats_mean, self.stats_var)
+        return mix_channels(latents, self.colourer) + self.stats_mean
 
     @torch.no_grad()
     def reconstruct(self, images: AnyImages) -> Images:
@@ -119,7 +153,8 @@ class RAE(Tokenizer):
 
     def identity(self) -> str:
         """That of every tokenizer, with the statistics in it."""
-        statistics = [value.cpu().numpy().tobytes().hex() for value in (self.stats_mean, self.stats_var)]
+        parts = [self.stats_mean, self.stats_var, *([] if self.spec.whiten is None else [self.whitener])]
+        statistics = [value.cpu().numpy().tobytes().hex() for value in parts]
         return json_sha256([self.fingerprint(), *statistics])[:16]
 
     # Parts, for training.
@@ -173,6 +208,8 @@ class RAE(Tokenizer):
         stats_config: dict[str, Any] | None = None
         if self._stats is not None:
             tensors |= {"stats.mean": self._stats.mean, "stats.var": self._stats.var}
+            if self._stats.cov is not None:
+                tensors["stats.cov"] = self._stats.cov
             stats_config = {
                 "num_images": self._stats.num_images, "encoder": dict(self._stats.encoder), "data": self._stats.data
             }  # fmt: skip
@@ -201,7 +238,9 @@ def read_parts(
     spec, stats = TokenizerSpec.model_validate(config["tokenizer"], context=FILE), config["stats"]
     build = partial(ViTDecoder, tensors["decoder.embed.weight"].shape[1], spec.decoder, spec.grid)
     decoder = build_strict(build, part(tensors, "decoder."), where)
-    return spec, decoder, stats and LatentStats(tensors["stats.mean"], tensors["stats.var"], **stats)
+    if stats is not None:
+        stats = LatentStats(tensors["stats.mean"], tensors["stats.var"], cov=tensors.get("stats.cov"), **stats)
+    return spec, decoder, stats
 
 
 def token_noise(shape: tuple[int, int, int], tau: float, distribution: str, generator: torch.Generator) -> Tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,21 @@ def test_positions_that_diffusers_does_not_compute_are_not_exported(work, capsys
     assert torch.equal(RAE.from_pretrained("ours").decoder.pos_embed, table)
     assert main(["export", "--run", "ours", "--format", "diffusers", "--out", "back"]) == 4
     assert "its decoder has other positions than diffusers computes" in capsys.readouterr().err
+
+
+def test_whitened_latents_are_not_exported(work, capsys):
+    """diffusers and the released code have a mean and a variance per element, and no place for a matrix."""
+    autoencoder("mae", 4).save_pretrained("theirs")
+    assert main(["import", "theirs", "--out", "ours"]) == 0
+    ours = RAE.from_pretrained("ours")
+    whitened = RAE(ours.spec.replace(whiten=0.5), ours.encoder, decoder=ours.decoder)
+    whitened.encoder_dir = ours.encoder_dir
+    whitened.set_stats(replace(ours.latent_stats, cov=torch.eye(64)))
+    whitened.save_pretrained("whitened")
+    for layout in ("diffusers", "reference"):
+        assert main(["export", "--run", "whitened", "--format", layout, "--out", "back"]) == 4
+        assert "whitened" in (message := capsys.readouterr().err) and "Export it with --format pipeline" in message
+    assert not Path("back").exists()
 
 
 def test_folders_with_the_names_of_older_versions(work):

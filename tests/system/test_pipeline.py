@@ -332,11 +332,14 @@ def test_an_unreadable_picture_does_not_stop_a_training(tiny_spec, synthetic_dat
     assert RAE.from_pretrained(run / "tokenizer").latent_stats.num_images == 31
 
 
-def test_the_latents_that_the_statistics_read_are_those_that_the_generator_looks_up(tiny_spec, tmp_path, monkeypatch):
+@pytest.mark.parametrize("whiten", ["null", "0.5"])
+def test_the_latents_that_the_statistics_read_are_those_that_the_generator_looks_up(
+    whiten, tiny_spec, tmp_path, monkeypatch
+):
     spec = apply_overrides(
         tiny_spec,
-        ["evaluation.protocols=[]", "evaluation.in_training=[]", "tokenizer_training.images=16",
-         "generator_training.images=16", "generator_training.latent_cache=true"],
+        [f"tokenizer.whiten={whiten}", "evaluation.protocols=[]", "evaluation.in_training=[]",
+         "tokenizer_training.images=16", "generator_training.images=16", "generator_training.latent_cache=true"],
     )  # fmt: skip
     pipeline.train(spec, tmp_path / "two", stage="tokenizer")
     two = pipeline.train(spec, tmp_path / "two")  # encodes them again

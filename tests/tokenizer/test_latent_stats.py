@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from raev2.errors import CheckpointError
-from raev2.tokenizer.latent_stats import LatentStatsAccumulator, check_same_encoder, denormalise, normalise
+from raev2.tokenizer.latent_stats import (
+    LatentStatsAccumulator,
+    check_same_encoder,
+    denormalise,
+    mix_channels,
+    normalise,
+    whitening,
+)
 
 ENCODER = {"encoder": "tiny", "weights": "aa", "layers": [3], "grid": [2, 3]}
 
@@ -67,3 +74,64 @@ def test_normalise_and_denormalise():
 def test_no_images_is_an_error():
     with pytest.raises(CheckpointError, match="no images were added"):
         LatentStatsAccumulator(ENCODER).result()
+
+
+# Whitening.
+
+
+def correlated(num=400):
+    """Channels that are mixed, with a mean of their own at each position."""
+    generator = torch.Generator().manual_seed(1)
+    sources = torch.randn(num, 4, 2, 3, generator=generator) * torch.tensor([3.0, 1.0, 0.3, 0.1])[:, None, None]
+    mixing = torch.linalg.qr(torch.randn(4, 4, generator=generator)).Q
+    return mix_channels(sources, mixing) + 10 * torch.randn(4, 2, 3, generator=generator)
+
+
+def covariance(latents):
+    """By torch.cov at each position, then averaged: another way than the product's."""
+    return torch.stack([torch.cov(at.T.double(), correction=0) for at in latents.flatten(2).unbind(2)]).mean(0)
+
+
+def accumulate_with_cov(parts):
+    accumulator = LatentStatsAccumulator(ENCODER, with_cov=True)
+    for part in parts:
+        accumulator.update(part)
+    return accumulator
+
+
+def test_covariance_streamed_and_merged_equals_that_of_torch():
+    expected = covariance(correlated()).float()
+    streamed = accumulate_with_cov(correlated().split([1, 99, 300]))
+    torch.testing.assert_close(streamed.result().cov, expected)
+    first, second = (accumulate_with_cov([part]) for part in correlated().split([250, 150]))
+    first.merge(pickle.loads(pickle.dumps(second)))
+    first.merge(LatentStatsAccumulator(ENCODER, with_cov=True))
+    torch.testing.assert_close(first.result().cov, expected)
+    assert accumulate([correlated()]).result().cov is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_direction_of_variance_v_gets_v_to_the_power_of_what_is_left(share):
+    stats = accumulate_with_cov([correlated()]).result()
+    whitener, colourer = (matrix.float() for matrix in whitening(stats.cov, share))
+    whitened = mix_channels(correlated() - stats.mean, whitener)
+    expected = torch.linalg.eigvalsh(covariance(correlated())) ** (1 - share)
+    found = covariance(whitened)
+    torch.testing.assert_close(torch.linalg.eigvalsh(found), expected / expected.mean(), rtol=1e-3, atol=1e-4)
+    assert found.diag().mean().item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(mix_channels(whitened, colourer) + stats.mean, correlated(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_channel_that_never_varies_is_not_blown_up():
+    latents = torch.cat([correlated(), torch.ones(400, 1, 2, 3)], 1)
+    stats = accumulate_with_cov([latents]).result()
+    whitener, colourer = (matrix.float() for matrix in whitening(stats.cov, 1.0))
+    assert whitener.abs().max() < 1e3
+    whitened = mix_channels(latents - stats.mean, whitener)
+    torch.testing.assert_close(mix_channels(whitened, colourer) + stats.mean, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_are_mixed_in_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = mix_channels(correlated(), torch.eye(4))
+    assert torch.equal(mixed, correlated())

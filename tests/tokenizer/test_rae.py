@@ -35,8 +35,8 @@ def rae(make_encoder):
     return with_stats(RAE.from_spec(spec))
 
 
-def with_stats(rae):
-    accumulator = LatentStatsAccumulator(rae.encoder.fingerprint(), "random")
+def with_stats(rae, with_cov=False):
+    accumulator = LatentStatsAccumulator(rae.encoder.fingerprint(), "random", with_cov=with_cov)
     accumulator.update(rae.token_latents(rae.tokens(images(16))))
     rae.set_stats(accumulator.result())
     return rae
@@ -129,6 +129,28 @@ def test_statistics_of_another_shape_are_refused(rae):
     accumulator.update(torch.randn(3, 24, 2, 2))
     with pytest.raises(CheckpointError, match=r"wrong shape; got \(24, 2, 2\)"):
         rae.set_stats(accumulator.result())
+
+
+def test_whitened_latents_are_the_same_pictures_in_other_numbers(rae, tmp_path):
+    whitened = RAE(rae.spec.replace(whiten=0.5), rae.encoder, decoder=rae.decoder)
+    with_stats(whitened, with_cov=True)
+    plain, latents = rae.encode(images(16)), whitened.encode(images(16))
+    assert latents.std().item() == pytest.approx(1, abs=0.05) and (latents - plain).abs().max() > 0.5
+    torch.testing.assert_close(whitened.decode(latents), rae.decode(plain), rtol=1e-4, atol=1e-4)
+    assert len({rae.identity(), whitened.identity()}) == 2
+
+    loaded = RAE.from_pretrained(whitened.save_pretrained(tmp_path / "artefact"))
+    assert loaded.spec.whiten == 0.5 and loaded.identity() == whitened.identity()
+    assert torch.equal(loaded.encode(images()), whitened.encode(images()))
+    assert torch.equal(loaded.decode(latents), whitened.decode(latents))
+    assert {name.split(".")[0] for name in whitened.state_dict()} == {"decoder"}
+
+
+def test_statistics_without_covariance_are_refused_where_latents_are_whitened(rae):
+    whitened = RAE(rae.spec.replace(whiten=1.0), rae.encoder)
+    with pytest.raises(CheckpointError, match="no covariance of channels.*or set tokenizer.whiten=null"):
+        whitened.set_stats(rae.latent_stats)
+    assert whitened.latent_stats is None
 
 
 def test_push_to_hub_uploads_the_artefact_folder(rae, monkeypatch):

@@ -192,6 +192,8 @@ def export_autoencoder(rae: RAE) -> Any:
             "--format diffusers", "needs diffusers", got="not installed", hint="Run pip install 'raev2[diffusers]'."
         ) from error
     kind, model = _encoder_kind(rae)
+    if rae.spec.whiten is not None:
+        raise _not_possible("its latents are whitened (tokenizer.whiten)", "one mean and variance per element")
     side = rae.spec.grid[0]
     decoder, stats, info = rae.spec.decoder, rae.latent_stats, rae.encoder.info
     difference = (rae.decoder.pos_embed - positions(decoder.width, side).to(rae.decoder.pos_embed)).abs().max().item()

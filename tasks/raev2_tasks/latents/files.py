@@ -40,7 +40,7 @@ class Format:
 
 
 def write_statistics(source: Source, out: Path) -> Path:
-    """Latent statistics of the split as safetensors (mean, var) with their identity."""
+    """Latent statistics of the split as safetensors (mean, var; cov with `tokenizer.whiten`) with their identity."""
     if out.exists():
         raise SpecError("--out", "exists already", got=str(out), hint="Choose another file.")
     if not isinstance(source.tokenizer, RAE):
@@ -49,7 +49,8 @@ def write_statistics(source: Source, out: Path) -> Path:
     stats = measure_stats(source.tokenizer, source.dataset, source.device)
     identity = {"num_images": stats.num_images, "encoder": dict(stats.encoder), "data": stats.data}
     out.parent.mkdir(parents=True, exist_ok=True)
-    _save(out, {"mean": stats.mean, "var": stats.var}, {"stats": json.dumps(identity)})
+    tensors = {"mean": stats.mean, "var": stats.var} | ({} if stats.cov is None else {"cov": stats.cov})
+    _save(out, tensors, {"stats": json.dumps(identity)})
     return out
 
 
