@@ -94,7 +94,7 @@ class DecoderSpec(Spec):
 class TokenizerSpec(Spec):
     """Representation autoencoder: frozen encoder, trained decoder, latent statistics."""
 
-    added: ClassVar = {"noise_unit": "tokens"}
+    added: ClassVar = {"noise_unit": "tokens", "whiten": None}
 
     kind: Literal["rae"] = "rae"
     encoder: EncoderSpec
