@@ -174,7 +174,7 @@ def test_whitened_latents_are_not_exported(work, capsys):
     whitened.save_pretrained("whitened")
     for layout in ("diffusers", "reference"):
         assert main(["export", "--run", "whitened", "--format", layout, "--out", "back"]) == 4
-        assert "whitened" in (message := capsys.readouterr().err) and "Export it with --format pipeline" in message
+        assert "whitened" in (message := capsys.readouterr().err) and "Export it with --format pipeline." in message
     assert not Path("back").exists()
 
 

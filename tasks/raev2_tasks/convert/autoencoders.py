@@ -193,7 +193,9 @@ def export_autoencoder(rae: RAE) -> Any:
         ) from error
     kind, model = _encoder_kind(rae)
     if rae.spec.whiten is not None:
-        raise _not_possible("its latents are whitened (tokenizer.whiten)", "one mean and variance per element")
+        raise _not_possible(
+            "its latents are whitened (tokenizer.whiten)", "one mean and variance per element", "pipeline"
+        )
     side = rae.spec.grid[0]
     decoder, stats, info = rae.spec.decoder, rae.latent_stats, rae.encoder.info
     difference = (rae.decoder.pos_embed - positions(decoder.width, side).to(rae.decoder.pos_embed)).abs().max().item()
@@ -260,8 +262,8 @@ def _encoder_kind(rae: RAE) -> tuple[str, Any]:
     return kinds[model_type], model
 
 
-def _not_possible(reason: str, expected: str) -> CheckpointError:
+def _not_possible(reason: str, expected: str, formats: str = "pipeline or reference") -> CheckpointError:
     return CheckpointError(
         "--format diffusers", "AutoencoderRAE cannot express this tokenizer", got=reason, expected=expected,
-        hint="Export it with --format pipeline or reference.",
+        hint=f"Export it with --format {formats}.",
     )  # fmt: skip
