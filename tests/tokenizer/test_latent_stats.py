@@ -22,8 +22,8 @@ def latents(num=50):
     return 1000 + 0.1 * torch.randn(num, 4, 2, 3, generator=generator)  # a large mean: naive sums would fail
 
 
-def accumulate(parts):
-    accumulator = LatentStatsAccumulator(ENCODER, "data")
+def accumulate(parts, with_cov=False):
+    accumulator = LatentStatsAccumulator(ENCODER, "data", with_cov=with_cov)
     for part in parts:
         accumulator.update(part)
     return accumulator
@@ -92,18 +92,11 @@ def covariance(latents):
     return torch.stack([torch.cov(at.T.double(), correction=0) for at in latents.flatten(2).unbind(2)]).mean(0)
 
 
-def accumulate_with_cov(parts):
-    accumulator = LatentStatsAccumulator(ENCODER, with_cov=True)
-    for part in parts:
-        accumulator.update(part)
-    return accumulator
-
-
 def test_covariance_streamed_and_merged_equals_that_of_torch():
     expected = covariance(correlated()).float()
-    streamed = accumulate_with_cov(correlated().split([1, 99, 300]))
+    streamed = accumulate(correlated().split([1, 99, 300]), with_cov=True)
     torch.testing.assert_close(streamed.result().cov, expected)
-    first, second = (accumulate_with_cov([part]) for part in correlated().split([250, 150]))
+    first, second = (accumulate([part], with_cov=True) for part in correlated().split([250, 150]))
     first.merge(pickle.loads(pickle.dumps(second)))
     first.merge(LatentStatsAccumulator(ENCODER, with_cov=True))
     torch.testing.assert_close(first.result().cov, expected)
@@ -112,7 +105,7 @@ def test_covariance_streamed_and_merged_equals_that_of_torch():
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_direction_of_variance_v_gets_v_to_the_power_of_what_is_left(share):
-    stats = accumulate_with_cov([correlated()]).result()
+    stats = accumulate([correlated()], with_cov=True).result()
     whitener, colourer = (matrix.float() for matrix in whitening(stats.cov, share))
     whitened = mix_channels(correlated() - stats.mean, whitener)
     expected = torch.linalg.eigvalsh(covariance(correlated())) ** (1 - share)
@@ -124,7 +117,7 @@ def test_a_direction_of_variance_v_gets_v_to_the_power_of_what_is_left(share):
 
 def test_a_channel_that_never_varies_is_not_blown_up():
     latents = torch.cat([correlated(), torch.ones(400, 1, 2, 3)], 1)
-    stats = accumulate_with_cov([latents]).result()
+    stats = accumulate([latents], with_cov=True).result()
     whitener, colourer = (matrix.float() for matrix in whitening(stats.cov, 1.0))
     assert whitener.abs().max() < 1e3
     whitened = mix_channels(latents - stats.mean, whitener)
