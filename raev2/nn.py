@@ -301,6 +301,25 @@ def unpatchify(patches: Patches, patch_size: int, rows: int, cols: int) -> Laten
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
+def unpatchify_overlapping(patches: Patches, patch_size: int, rows: int, cols: int) -> Latents:
+    """Put predicted squares of twice the patch back, half over their neighbours: no seams where these disagree.
+
+    patches   (B, rows * cols, C * (2 patch_size)^2); values are ordered (channel, row, column)
+
+    A pixel is the mean of the squares that cover it, with the weights of bilinear interpolation between patch centres.
+    """
+    side, cut = 2 * patch_size, patch_size // 2
+    ramp = 1 - (torch.arange(side, device=patches.device) + 0.5 - cut - patch_size / 2).abs() / patch_size
+    weight = (ramp[:, None] * ramp).flatten()
+
+    def lay(squares: Patches) -> Latents:
+        canvas = F.fold(squares.mT, ((rows + 1) * patch_size, (cols + 1) * patch_size), side, stride=patch_size)
+        return canvas[:, :, cut : cut + rows * patch_size, cut : cut + cols * patch_size]
+
+    painted = lay((patches.unflatten(2, (-1, side**2)) * weight).flatten(2))
+    return painted / lay(weight.expand(1, rows * cols, -1))
+
+
 class PatchEmbed(nn.Module):
     """Linear map of each patch to a token: a convolution with kernel = stride = patch, computed as one product."""
 

@@ -63,9 +63,7 @@ class EncoderSpec(Spec):
     norm: Literal["plain", "affine", "none"] | None = Field(
         None, description="final norm per layer: without gain and bias, with, or none; null: the family's default"
     )
-    antialias: bool = Field(
-        True, description="antialias pictures that shrink to the encoder's input; the reference code never does"
-    )
+    antialias: bool = Field(True, description="antialias pictures shrunk to the encoder's input; the papers' code: no")
 
     @model_validator(mode="after")
     def _ascending(self) -> EncoderSpec:
@@ -77,11 +75,14 @@ class EncoderSpec(Spec):
 class DecoderSpec(Spec):
     """ViT pixel decoder. Sizes by name: `decoder_size`."""
 
+    added: ClassVar = {"overlap": False}
+
     width: int = Field(gt=0)
     depth: int = Field(gt=0, le=1000)
     num_heads: int = Field(gt=0)
     mlp_dim: int = Field(gt=0)
     patch_size: int = Field(gt=0, description="pixels per token side in the output image")
+    overlap: bool = Field(False, description="tokens paint twice the patch, cross-faded: no seams (not in the papers)")
 
     @model_validator(mode="after")
     def _heads(self) -> DecoderSpec:
@@ -278,10 +279,8 @@ class TrunkSpec(Spec):
     @model_validator(mode="after")
     def _trunk(self) -> TrunkSpec:
         _check_heads("generator", self.width, self.num_heads)
-        if (self.width // self.num_heads) % 4:
-            raise ValueError(
-                f"width / num_heads must be a multiple of 4 for 2-D RoPE; got {self.width // self.num_heads}"
-            )
+        if (head := self.width // self.num_heads) % 4:
+            raise ValueError(f"width / num_heads must be a multiple of 4 for 2-D RoPE; got {head}")
         for field in ("base_head_depth", "repa_depth"):
             value = getattr(self, field)
             if value is not None and value > self.depth:
@@ -583,9 +582,8 @@ class RunSpec(Spec):
         guidance = self.sampling.guidance
         if "base head" in guidance.needs and self.generator.base_head_depth is None:
             raise ValueError(
-                "this guidance needs a base head; "
-                f"got sampling.guidance.kind={guidance.kind} and generator.base_head_depth=null. "
-                "Set generator.base_head_depth, or sampling.guidance.kind=none"
+                f"this guidance needs a base head; got sampling.guidance.kind={guidance.kind} and "
+                "generator.base_head_depth=null. Set generator.base_head_depth, or sampling.guidance.kind=none"
             )
         return self
 

@@ -71,8 +71,10 @@ def export_decoder(decoder: ViTDecoder, pixel_mean: Pixels = None, pixel_std: Pi
     """The weights in the reference's layout: the inverse of `import_decoder`.
 
     With pixel_mean and pixel_std as RAE v1 reads it. Taking them out of the last layer again is exact to the last bit
-    but one; everything else is exact.
+    but one; everything else is exact. Raises CheckpointError for patches that overlap.
     """
+    if decoder.spec.overlap:
+        raise _no_place("patches that overlap", "tokenizer.decoder.overlap")
     names = _decoder_names(decoder.state_dict(), decoder.spec.depth)
     return export(decoder, names, _rescale(pixel_mean, pixel_std, inverse=True))
 
@@ -202,11 +204,13 @@ def import_stats(
 def export_stats(stats: LatentStats) -> dict[str, Tensor]:
     """The statistics as the reference stores them. Raises CheckpointError for whitened latents."""
     if stats.cov is not None:
-        raise CheckpointError(
-            "--format reference", "the reference has no whitened latents", got="a tokenizer with tokenizer.whiten",
-            hint="Export it with --format pipeline.",
-        )  # fmt: skip
+        raise _no_place("whitened latents", "tokenizer.whiten")
     return {"mean": stats.mean.clone(), "var": stats.var.clone()}
+
+
+def _no_place(what: str, option: str) -> CheckpointError:
+    hint = "Export it with --format pipeline."
+    return CheckpointError("--format reference", f"the reference has no {what}", got=f"{option} is set", hint=hint)
 
 
 def spread(value: Tensor, name: str, latent_shape: tuple[int, int, int]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raev2.errors import SpecError
-from raev2.nn import attention, sincos_2d, unpatchify
+from raev2.nn import attention, sincos_2d, unpatchify, unpatchify_overlapping
 from raev2.shapes import Images, Tokens
 from raev2.spec import DecoderSpec
 
@@ -19,7 +19,8 @@ NORM_EPS = 1e-12
 class ViTDecoder(nn.Module):
     """Tokens (B, N, D) -> images (B, 3, Hpx, Wpx), nominally in [0, 1] and not clamped.
 
-    embed -> class token + sin-cos positions -> pre-norm blocks -> norm -> one linear map to the pixels of each patch
+    embed -> class token + sin-cos positions -> pre-norm blocks -> norm -> one linear map to the pixels of each patch,
+    with `spec.overlap` to those of a square of twice the patch (`unpatchify_overlapping`)
 
     Initialisation: torch's default for every linear map, ones and zeros for norms, zeros for the class token.
 
@@ -39,7 +40,7 @@ class ViTDecoder(nn.Module):
         self.register_buffer("pos_embed", torch.cat([class_row, sincos_2d(spec.width, *grid)])[None])
         self.blocks = nn.ModuleList([DecoderBlock(spec.width, spec.num_heads, spec.mlp_dim) for _ in range(spec.depth)])
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
-        self.pred = nn.Linear(spec.width, spec.patch_size**2 * 3)
+        self.pred = nn.Linear(spec.width, ((1 + spec.overlap) * spec.patch_size) ** 2 * 3)
 
     def forward(self, tokens: Tokens) -> Images:
         """Decode. Tokens of another grid of the same aspect ratio are interpolated to this one."""
@@ -49,7 +50,8 @@ class ViTDecoder(nn.Module):
         x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return unpatchify(self.pred(self.norm(x[:, 1:])), self.spec.patch_size, *self.grid)
+        lay = unpatchify_overlapping if self.spec.overlap else unpatchify
+        return lay(self.pred(self.norm(x[:, 1:])), self.spec.patch_size, *self.grid)
 
     @property
     def last_layer(self) -> Tensor:

@@ -178,6 +178,21 @@ def test_whitened_latents_are_not_exported(work, capsys):
     assert not Path("back").exists()
 
 
+def test_overlapping_patches_are_not_exported(work, capsys):
+    autoencoder("mae", 4).save_pretrained("theirs")
+    assert main(["import", "theirs", "--out", "ours"]) == 0
+    ours = RAE.from_pretrained("ours")
+    overlapping = RAE(ours.spec.replace(decoder=ours.spec.decoder.replace(overlap=True)), ours.encoder)
+    overlapping.encoder_dir = ours.encoder_dir
+    overlapping.set_stats(ours.latent_stats)
+    overlapping.save_pretrained("overlapping")
+    for layout in ("diffusers", "reference"):
+        assert main(["export", "--run", "overlapping", "--format", layout, "--out", "back"]) == 4
+        message = capsys.readouterr().err
+        assert "tokenizer.decoder.overlap" in message and "Export it with --format pipeline." in message
+    assert not Path("back").exists()
+
+
 def test_folders_with_the_names_of_older_versions(work):
     """transformers renamed the layers of these encoders; published folders have the names of their time."""
     model = autoencoder("mae", 4)

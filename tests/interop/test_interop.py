@@ -283,6 +283,14 @@ def test_heads_of_published_sizes_are_known_and_others_asked_for():
     assert import_decoder(weights, official).spec.num_heads == 3
 
 
+def test_a_decoder_with_overlap_does_not_go_out():
+    spec = DecoderSpec(width=24, depth=1, num_heads=2, mlp_dim=40, patch_size=4, overlap=True)
+    with pytest.raises(
+        CheckpointError, match=r"has no patches that overlap; got tokenizer.decoder.overlap is set\. Exp"
+    ):
+        export_decoder(ViTDecoder(6, spec, (2, 2)))
+
+
 def test_a_partial_decoder_names_what_is_missing():
     weights = export_decoder(
         ViTDecoder(6, DecoderSpec(width=24, depth=2, num_heads=2, mlp_dim=40, patch_size=4), (2, 2))

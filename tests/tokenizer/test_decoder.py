@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from raev2.errors import SpecError
+from raev2.nn import unpatchify_overlapping
 from raev2.spec import DecoderSpec
 from raev2.tokenizer.decoder import ViTDecoder
 from raev2.tokenizer.decoder_table import decoder_size
@@ -53,6 +54,42 @@ def test_forward_equals_attention_written_out():
             patch = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
             expected = patches[:, 4 * row + column].view(2, 4, 4, 3).permute(0, 3, 1, 2)
             torch.testing.assert_close(patch, expected)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 7, 8])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 5)])
+def test_overlapping_squares_of_one_value_are_interpolated_bilinearly(patch, grid):
+    values = torch.randn(2, 3, *grid, generator=torch.Generator().manual_seed(0))
+    squares = values.flatten(2).mT[..., None].expand(-1, -1, -1, (2 * patch) ** 2).flatten(2)
+    expected = F.interpolate(values, scale_factor=patch, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(unpatchify_overlapping(squares, patch, *grid), expected, atol=1e-5, rtol=0)
+
+
+def test_an_overlapping_square_lies_centred_on_its_patch():
+    """One square alone, of three channels: where it is, and in which order its values are."""
+    square = torch.arange(3 * 8 * 8.0).view(3, 8, 8)
+    squares = torch.zeros(1, 15, 192)
+    squares[0, 7] = square.flatten()  # row 1, column 2 of 3 x 5
+    image = unpatchify_overlapping(squares, 4, 3, 5)[0]
+    weight = torch.tensor([1, 3, 5, 7, 7, 5, 3, 1]) / 8
+    inside = image[:, 2:10, 6:14].clone()
+    torch.testing.assert_close(inside, square * weight[:, None] * weight)
+    image[:, 2:10, 6:14] = 0
+    assert not image.any()
+
+
+def test_a_decoder_with_overlap_shows_no_step_where_its_tokens_differ():
+    """Each square of one colour: side by side they step at their borders, overlapping by at most 1/8 of that."""
+    steps = {}
+    for overlap in (False, True):
+        torch.manual_seed(0)
+        model = ViTDecoder(6, SPEC.replace(patch_size=8, overlap=overlap), (3, 4)).eval()
+        model.pred.weight.data[:] = model.pred.weight.data[:1]
+        model.pred.bias.data[:] = 0
+        images = model(tokens())
+        assert images.shape == (2, 3, 24, 32)
+        steps[overlap] = images.diff(dim=3).abs().amax().item()
+    assert 0 < steps[True] < steps[False] / 8 + 1e-6
 
 
 def test_positions_encode_the_column_then_the_row():

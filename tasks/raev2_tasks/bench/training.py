@@ -138,7 +138,9 @@ def optimizers(setting: Setting) -> Iterator[Work]:
 
 def tokenizer_of(setting: Setting) -> TokenizerSpec:
     """The embedded tokenizer, or that of RAEv2, whose weights have to be there."""
-    return dinov3l_tokenizer("k7") if setting.size == "published" else EMBEDDED_TOKENIZER
+    if setting.size == "published":
+        return dinov3l_tokenizer("k7")
+    return EMBEDDED_TOKENIZER.replace(decoder=EMBEDDED_TOKENIZER.decoder.replace(overlap=False))  # as others have it
 
 
 def stage1_step(setting: Setting) -> Iterator[Work]:

@@ -196,6 +196,8 @@ def export_autoencoder(rae: RAE) -> Any:
         raise _not_possible(
             "its latents are whitened (tokenizer.whiten)", "one mean and variance per element", "pipeline"
         )
+    if rae.spec.decoder.overlap:
+        raise _not_possible("its patches overlap (tokenizer.decoder.overlap)", "patches side by side", "pipeline")
     side = rae.spec.grid[0]
     decoder, stats, info = rae.spec.decoder, rae.latent_stats, rae.encoder.info
     difference = (rae.decoder.pos_embed - positions(decoder.width, side).to(rae.decoder.pos_embed)).abs().max().item()
