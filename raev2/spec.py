@@ -63,7 +63,7 @@ class EncoderSpec(Spec):
     norm: Literal["plain", "affine", "none"] | None = Field(
         None, description="final norm per layer: without gain and bias, with, or none; null: the family's default"
     )
-    antialias: bool = Field(True, description="antialias pictures shrunk to the encoder's input; the papers' code: no")
+    antialias: bool = Field(True, description="antialias pictures shrunk to the encoder's input; released code: never")
 
     @model_validator(mode="after")
     def _ascending(self) -> EncoderSpec:

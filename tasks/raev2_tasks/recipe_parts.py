@@ -29,7 +29,7 @@ from raev2.tokenizer.decoder_table import decoder_size
 
 EMBEDDED_TOKENIZER = TokenizerSpec(
     encoder=EncoderSpec(name="micro", layers=(0, 1, 2, 3, 4, 5)),
-    # Published: patches side by side. Trained so shortly, they and their generators leave seams between them.
+    # Published: patches side by side. After minutes of training those show as a grid, see docs/decisions/0010.
     decoder=decoder_size("micro", patch_size=8).replace(overlap=True),
     grid=(8, 8),
 )
