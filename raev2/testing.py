@@ -1,10 +1,6 @@
-"""Test doubles and a stopwatch, for our tests and benchmarks and for those of plugins."""
+"""Test doubles, for our tests and those of plugins."""
 
 from __future__ import annotations
-
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -82,24 +78,3 @@ class GaussianWorld(nn.Module):
 
 
 _double: type[Denoiser] = GaussianWorld  # for mypy
-
-
-def timed(
-    functions: Mapping[str, Callable[[], Any]], rounds: int = 7, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each call of each function, after one warm-up.
-
-    The functions take turns in every round, so that a machine that slows down slows all of them.
-
-    clock   `time.process_time` counts CPU seconds, for a machine that others use too
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        for name, function in functions.items():
-            start = clock()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(clock() - start)
-    return seconds

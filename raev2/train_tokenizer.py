@@ -35,6 +35,7 @@ from raev2.tokenizer.losses import (
     hinge_loss,
     l1_loss,
     quantise_8bit,
+    shared_layers,
 )
 from raev2.tokenizer.rae import RAE
 from raev2.training import dist
@@ -72,6 +73,7 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> tuple
     decoder = parallelise(rae.decoder, ParallelSpec())
     perceptual = build_perceptual_loss(loop.perceptual, spec.tokenizer.image_size).to(device)
     optimizer = build_optimizer(rae.decoder, loop.optimizer, loop.schedule.lr)
+    shared = shared_layers(perceptual, rae.encoder)
     ema = EMA(rae.decoder, (loop.ema_decay,))
     modules: dict[str, nn.Module] = {"decoder": rae.decoder}
     optimizers = {"decoder_optimizer": optimizer}
@@ -117,22 +119,24 @@ def train_tokenizer(run: Run, dataset: ImageDataset, val: ImageDataset) -> tuple
             batches, shares, lasts = zip(*micro_batches(step.batch, size), strict=True)
             draws = before_gan if use_gan else [None] * len(shares)
             images = [part.images.to(device) for part in batches]
-            with attention_kernels(device, num_tokens), run.autocast():
-                tokens = [rae.tokens(to_float(part)) + noise for part, noise in zip(images, all_noise, strict=True)]
-            del all_noise
+            with torch.no_grad(), attention_kernels(device, num_tokens), run.autocast():
+                passes = [rae.encoder.with_layers(to_float(part), shared) for part in images]
+            tokens = [clean.float() + noise for (clean, _), noise in zip(passes, all_noise, strict=True)]
+            features = [seen for _, seen in passes]
+            del all_noise, passes
             known: list[tuple[dict[str, Tensor], Tensor]] = []
             if use_gan and len(shares) > 1:
                 with attention_kernels(device, num_tokens):
                     pulls = [
-                        losses.apart(decode(rae.decoder, noisy), to_float(part), draw)
-                        for noisy, part, draw in zip(tokens, images, draws, strict=True)
+                        losses.apart(decode(rae.decoder, noisy), to_float(part), draw, seen)
+                        for noisy, part, draw, seen in zip(tokens, images, draws, features, strict=True)
                     ]
                     known = losses.together(pulls, shares)
                     del pulls
             for i, (share, last) in enumerate(zip(shares, lasts, strict=True)):
                 with gradient_sync(decoder, last), attention_kernels(device, num_tokens):
                     decoded = decode(decoder, tokens[i])
-                    terms, gradient = known[i] if known else losses(decoded, to_float(images[i]), draws[i])
+                    terms, gradient = known[i] if known else losses(decoded, to_float(images[i]), draws[i], features[i])
                     decoded.backward(share * gradient)
                 fakes.append(decoded.detach())
                 step.add(share, terms)
@@ -194,15 +198,21 @@ class DecoderLosses:
     autocast: Callable[[], torch.autocast]  # the precision of losses and discriminator
     disc: nn.Module | None = None
 
-    def __call__(self, decoded: Tensor, pixels: Tensor, draws: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Named terms, 'loss' their weighted sum, and its gradient; `draws` as in `apart`."""
-        return self.together([self.apart(decoded, pixels, draws)], [1.0])[0]
+    def __call__(
+        self, decoded: Tensor, pixels: Tensor, draws: Tensor | None, features: Sequence[Tensor] = ()
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Named terms, 'loss' their weighted sum, and its gradient; arguments of `apart`."""
+        return self.together([self.apart(decoded, pixels, draws, features)], [1.0])[0]
 
-    def apart(self, decoded: Tensor, pixels: Tensor, draws: Tensor | None) -> Pull:
-        """The losses one by one; `draws` of the augmentation: None without the adversary."""
+    def apart(self, decoded: Tensor, pixels: Tensor, draws: Tensor | None, features: Sequence[Tensor] = ()) -> Pull:
+        """The losses one by one; without `draws` of the augmentation no adversary.
+
+        features   tokens of the pixels, where another pass made them (`shared_layers`)
+        """
         leaf = decoded.detach().requires_grad_()
         with self.autocast():
-            terms = {"l1": l1_loss(leaf, pixels), "perceptual": self.perceptual(leaf, pixels)}
+            known = [features] if features else []
+            terms = {"l1": l1_loss(leaf, pixels), "perceptual": self.perceptual(leaf, pixels, *known)}
         terms["loss"] = terms["l1"] + self.loop.perceptual.weight * terms["perceptual"]
         at_images = [*torch.autograd.grad(terms["loss"], leaf)]
         if draws is None or self.disc is None:

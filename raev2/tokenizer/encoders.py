@@ -88,8 +88,13 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Images) -> Tokens:
         """Tokens of the spec's layers, aggregated; not normalised by latent statistics."""
-        layer_tokens = self.layers_tokens(images, self.layers)
-        return aggregate_layers(layer_tokens, self.spec.aggregate, self.spec.pooled_term, self.projection)
+        return self.with_layers(images, ())[0]
+
+    def with_layers(self, images: Images, layers: Sequence[int]) -> tuple[Tokens, list[Tokens]]:
+        """`forward`, and `layers_tokens` from the same pass."""
+        each, num = self.layers_tokens(images, (*self.layers, *layers)), len(self.layers)
+        tokens = aggregate_layers(each[:num], self.spec.aggregate, self.spec.pooled_term, self.projection)
+        return tokens, each[num:]
 
     def layers_tokens(self, images: Images, layers: Sequence[int], norm: Norm | None = None) -> list[Tokens]:
         """Patch tokens of single blocks in the order asked for; gradient flows to the images.

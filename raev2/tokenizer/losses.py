@@ -53,16 +53,26 @@ class EncoderFeatureLoss(nn.Module):
         super().__init__()
         self.encoder, self.layers = encoder, tuple(layers)
 
-    def forward(self, images_pred: Images, images: Images) -> Scalar:
-        """Gradient flows to `images_pred` only."""
-        with torch.no_grad():
-            targets = self.encoder.layers_tokens(images, self.layers)
+    def forward(self, images_pred: Images, images: Images, targets: Sequence[Tokens] = ()) -> Scalar:
+        """Gradient flows to `images_pred` only; `targets`: the tokens of `images`, where another pass made them."""
+        if not targets:
+            with torch.no_grad():
+                targets = self.encoder.layers_tokens(images, self.layers)
         predictions = self.encoder.layers_tokens(images_pred, self.layers)
         distances = [
             (_unit(prediction) - _unit(target)).square().sum(dim=2).mean()
             for prediction, target in zip(predictions, targets, strict=True)
         ]
         return torch.stack(distances).mean()
+
+
+def shared_layers(perceptual: nn.Module, encoder: FrozenEncoder) -> tuple[int, ...]:
+    """Blocks of this very encoder that the loss compares, so that one pass over the images serves both; or none."""
+    if not isinstance(perceptual, EncoderFeatureLoss):
+        return ()
+    own: dict[str, None] = dict.fromkeys(("layers", "aggregate", "pooled_term"))
+    same = {**perceptual.encoder.fingerprint(), **own} == {**encoder.fingerprint(), **own}
+    return perceptual.layers if same else ()
 
 
 class LPIPS(nn.Module):

@@ -35,7 +35,7 @@ EMBEDDED_TOKENIZER = TokenizerSpec(
 )
 
 SHORT_TOKENIZER_TRAINING = TokenizerTrainingSpec(
-    images=9_600,
+    images=8_000,
     batch_size=32,
     optimizer=MuonSpec(),  # published: AdamW; in so short a training Muon halves the error
     schedule=ScheduleSpec(lr=2e-3, final_lr=1e-4, warmup_images=960),
@@ -44,7 +44,7 @@ SHORT_TOKENIZER_TRAINING = TokenizerTrainingSpec(
     adversarial=AdversarialSpec(weight=0.2, disc_start=0.6, gan_start=0.7),
     ema_decay=0.99,
     sample_every_images=3_200,
-    save_every_images=9_600,
+    save_every_images=8_000,
 )
 
 SMALL_DDT = DDTSpec(  # the head must be at least as wide as a latent token (192), or it cannot fit one picture

@@ -11,9 +11,8 @@ from raev2.command.cli import main
 from raev2.errors import SpecError
 from raev2.files.spec_base import Spec
 from raev2.spec import DDTSpec, DecoderSpec, EncoderSpec, TokenizerSpec
-from raev2.testing import timed
 from raev2_tasks.bench import cases, measure, older, reading, sampling, training
-from raev2_tasks.bench.measure import Setting, Work, load_factory
+from raev2_tasks.bench.measure import Setting, Work, load_factory, timed
 
 TINY = DDTSpec(width=32, depth=2, num_heads=2, head_width=32, head_depth=1, head_num_heads=2, base_head_depth=1)
 

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from raev2 import RAE, Generator, pipeline, sample, train_generator
+from raev2 import RAE, Generator, pipeline, sample, train_generator, train_tokenizer
 from raev2.command.cli import main
 from raev2.data import FolderDataset, to_float, to_uint8
 from raev2.errors import CheckpointError
 from raev2.spec import NoGuidance
 from raev2.spec_io import apply_overrides, fingerprint, load_spec, save_spec
+from raev2.tokenizer.encoders import TimmTrunk
 
 PROTOCOLS = ("reconstruction-micro", "generation-micro")
 
@@ -102,6 +103,31 @@ def test_every_step_is_logged_once(trained_run):
 def test_the_tokenizer_is_evaluated_at_its_end_and_the_generator_on_the_way(trained_run):
     found = [(line["stage"], line["images"]) for line in history(trained_run, kind="eval")]
     assert found == [("tokenizer", 48), ("generator", 32), ("generator", 64)]
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 3])
+def test_stage_1_is_the_same_training_where_one_pass_serves_tokens_and_perceptual_loss(
+    tiny_spec, tmp_path, monkeypatch, micro_batch_size
+):
+    """With the adversary from the second step on; one pass of the encoder less for each picture."""
+    loop = tiny_spec.tokenizer_training.replace(images=24, micro_batch_size=micro_batch_size)
+    spec = tiny_spec.replace(tokenizer_training=loop)
+    block_outputs, seen = TimmTrunk.block_outputs, []
+
+    def counted(trunk, pixels, layers):
+        seen.append(len(pixels))
+        return block_outputs(trunk, pixels, layers)
+
+    monkeypatch.setattr(TimmTrunk, "block_outputs", counted)
+    trained = []
+    for name in ("shared", "apart"):
+        seen.clear()
+        run = pipeline.train(spec, tmp_path / name, stage="tokenizer")
+        trained.append((load_file(run / "tokenizer" / "model.safetensors"), sum(seen)))
+        monkeypatch.setattr(train_tokenizer, "shared_layers", lambda *_: ())
+    (ours, few), (theirs, many) = trained
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items()) and ours.keys() == theirs.keys()
+    assert many - few == loop.images
 
 
 def test_both_stages_learn(trained_run):

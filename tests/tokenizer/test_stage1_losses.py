@@ -18,6 +18,7 @@ from raev2.tokenizer.losses import (
     diffaug,
     hinge_loss,
     quantise_8bit,
+    shared_layers,
 )
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
@@ -56,6 +57,29 @@ def test_feature_loss_gradient_reaches_only_the_prediction(encoder):
     EncoderFeatureLoss(encoder, (1,))(pred, target).backward()
     assert pred.grad.abs().sum() > 0 and target.grad is None
     assert list(EncoderFeatureLoss(encoder, (1,)).parameters()) == []
+
+
+def test_one_pass_over_the_images_serves_tokenizer_and_perceptual_loss_of_the_same_encoder(encoder, monkeypatch):
+    folder, passes = encoder.info.model_id, []
+    tokenizer = build_encoder(EncoderSpec(name=folder, layers=(0, 1, 2), aggregate="mean"), (4, 4))
+    loss = EncoderFeatureLoss(encoder, (0, 2))
+    block_outputs = tokenizer.trunk.block_outputs
+    monkeypatch.setattr(tokenizer.trunk, "block_outputs", lambda *args: passes.append(1) or block_outputs(*args))
+    tokens, features = tokenizer.with_layers(images(seed=1), shared_layers(loss, tokenizer))
+    assert passes == [1]
+    assert torch.equal(tokens, tokenizer(images(seed=1)))
+    assert torch.equal(loss(images(), images(seed=1), features), loss(images(), images(seed=1)))
+    assert loss(images(), images(seed=1), features[::-1]) != loss(images(), images(seed=1)), "they are used"
+
+
+def test_another_encoder_norm_grid_or_loss_shares_no_pass(encoder, tmp_path):
+    folder, loss = encoder.info.model_id, EncoderFeatureLoss(encoder, (0, 2))
+    assert shared_layers(loss, build_encoder(EncoderSpec(name=folder), (4, 4))) == (0, 2)
+    assert shared_layers(loss, build_encoder(EncoderSpec(name=folder, norm="affine"), (4, 4))) == ()
+    assert shared_layers(loss, build_encoder(EncoderSpec(name=folder, antialias=False), (4, 4))) == ()
+    assert shared_layers(loss, build_encoder(EncoderSpec(name=folder), (8, 8))) == ()
+    assert shared_layers(loss, build_encoder(EncoderSpec(name="micro"), (4, 4))) == ()
+    assert shared_layers(nn.Identity(), encoder) == ()
 
 
 def test_lpips_without_weights_says_what_to_do(monkeypatch):

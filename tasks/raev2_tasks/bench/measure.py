@@ -30,12 +30,32 @@ from torch.utils.flop_counter import flop_registry
 from raev2.batch import Measurement
 from raev2.errors import SpecError
 from raev2.files.artefact import write_json
-from raev2.testing import timed
 from raev2.training.dist import usable_device
 from raev2.training.run import cpu_name, package_versions
 
 Outputs = Sequence[Tensor]
 PROCESS = Path("/proc/self")
+
+
+def timed(
+    functions: Mapping[str, Callable[[], Any]], rounds: int = 7, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each call of each function, after one warm-up.
+
+    The functions take turns in every round, so that a machine that slows down slows all of them.
+
+    clock   `time.process_time` counts CPU seconds, for a machine that others use too
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            start = clock()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(clock() - start)
+    return seconds
 
 
 class _Arithmetic(TorchDispatchMode):

@@ -13,10 +13,10 @@ from raev2.flow import interpolate, training_loss
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
 from raev2.spec import RunSpec
-from raev2.testing import timed
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer
 from raev2.training.run import make_accelerator, update
+from raev2_tasks.bench.measure import timed
 from raev2_tasks.imagenet.recipes import RECIPES
 
 # Recipe, latents, and settings: compiled, batch size.

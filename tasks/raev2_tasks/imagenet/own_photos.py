@@ -15,7 +15,7 @@ from raev2_tasks.imagenet.recipes import OWN_PHOTOS, RECIPES
 # Times that each picture is seen, at least and at most in pictures: few pictures are learnt by heart before they are
 # drawn well, and of many an epoch is long. On a CPU the least is what the quickstart needs. Choices, not measured.
 LENGTHS = {
-    "cpu": {"tokenizer": (8, 9_600, 38_400), "generator": (20, 22_400, 102_400)},
+    "cpu": {"tokenizer": (8, 8_000, 38_400), "generator": (20, 17_600, 102_400)},
     "gpu": {"tokenizer": (100, 256_000, 8_192_000), "generator": (400, 512_000, 32_768_000)},
 }
 SIZES = ("cpu", *(f"{memory}gb" for memory in OWN_PHOTOS))

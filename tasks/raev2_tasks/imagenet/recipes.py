@@ -82,14 +82,14 @@ def quickstart() -> RunSpec:
         generator=SMALL_DDT,
         flow=FlowSpec(time_shift=4.0),  # 1.7 by the rule; measured, see docs/log.md
         generator_training=GeneratorTrainingSpec(
-            images=22_400,
+            images=17_600,
             batch_size=32,
             optimizer=MuonSpec(),
-            schedule=ScheduleSpec(lr=2e-3, final_lr=2e-4, decay="linear", decay_start_images=11_200),
+            schedule=ScheduleSpec(lr=2e-3, final_lr=2e-4, decay="linear", decay_start_images=8_800),
             ema_decays=(0.99,),
-            sample_every_images=5_600,
-            eval_every_images=11_200,
-            save_every_images=11_200,
+            sample_every_images=4_400,
+            eval_every_images=17_600,
+            save_every_images=8_800,
             latent_cache=True,
         ),
         sampling=SamplingSpec(steps=20, guidance=InternalGuidance(scale=1.5)),
@@ -156,6 +156,7 @@ def own_photos_cpu() -> RunSpec:
         summary="your own pictures at 64 px with the embedded encoder, which knows emoji alone",
         cost="2 CPU cores, 12 min (8 with AMX): measured on the emoji",
         data=photos(64).replace(cache=True),
+        generator_training=base.generator_training.replace(eval_every_images=8_800),
         evaluation=base.evaluation.replace(num_samples=512),
     )
 

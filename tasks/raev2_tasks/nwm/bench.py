@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from raev2.batch import Measurement
-from raev2.testing import timed
+from raev2_tasks.bench.measure import timed
 
 if TYPE_CHECKING:
     from torch import Tensor

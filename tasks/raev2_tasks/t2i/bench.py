@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from raev2.batch import Measurement
-from raev2.testing import timed
+from raev2_tasks.bench.measure import timed
 
 PADDED = 256  # tokens, the length that reference implementations always pad to
 # Lengths in pieces of the first captions that a quickstart draws.
