@@ -21,6 +21,7 @@ from raev2.tokenizer.losses import (
     build_perceptual_loss,
     diffaug,
     hinge_loss,
+    shared_layers,
 )
 from raev2.tokenizer.rae import RAE
 from raev2.train_tokenizer import DecoderLosses
@@ -159,14 +160,16 @@ def stage1_step(setting: Setting) -> Iterator[Work]:
     def make(parts: Any, precision: str, gan: bool) -> Callable[[], Outputs]:
         rae, perceptual, disc = parts
         losses = DecoderLosses(loop, perceptual, rae.decoder.last_layer, partial(autocast, precision, device), disc)
+        shared = shared_layers(perceptual, rae.encoder)  # none for another module's
 
         def step() -> Outputs:
             rae.zero_grad(set_to_none=True)
             disc.zero_grad(set_to_none=True)
             with attention_kernels(device, num_tokens):
                 with autocast(precision, device):
-                    decoded = rae.decode_tokens(rae.tokens(images)).float()
-                decoded.backward(losses(decoded, images, draws if gan else None)[1])
+                    seen = rae.encoder.with_layers(images, shared) if shared else (rae.tokens(images), [])
+                    decoded = rae.decode_tokens(seen[0].float()).float()
+                decoded.backward(losses(decoded, images, draws if gan else None, seen[1])[1])
                 if gan:
                     with autocast(precision, device):
                         both = torch.cat([diffaug(images, draws), diffaug(decoded.detach(), draws)])

@@ -46,7 +46,7 @@ def quickstart() -> RunSpec:
     return RunSpec(
         recipe="quickstart",
         summary="captioned scenes at 64 px, embedded encoder, small text encoder of its own: everything in minutes",
-        cost="2 CPU cores, 18 min (11 with AMX): measured",
+        cost="2 CPU cores without AMX, 14 min: measured",
         task=TextToImageSpec(
             text_encoder=TextEncoderSpec(max_tokens=64),
             captions=CaptionSpec(mix=EMBEDDED_MIX),
