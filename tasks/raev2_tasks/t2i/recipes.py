@@ -101,7 +101,7 @@ def laptop() -> RunSpec:
     return base.replace(
         recipe="laptop",
         summary="captioned scenes of coloured shapes at 64 px, longer training, within 90 minutes on 2 cores",
-        cost="1 busy CPU core, 71 min and evaluation: measured",
+        cost="2 CPU cores without AMX, 86 min: measured in two parts",
         task=base.task.replace(weights={}),
         data=DataSpec(
             dir="data/t2i-laptop",
