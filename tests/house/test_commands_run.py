@@ -61,6 +61,8 @@ SHORTER = {
     "*sampler.kind=mppi": "--goals 1 --set sampler.population=4 --set sampler.iterations=1",
     "*--image here.jpg": "--set sampler.population=4 --set sampler.elites=2 --set sampler.iterations=1",
     "*generator_training.images=44800": "--set generator_training.images=24",
+    "*generator_training.images=22400": "--set tokenizer_training.images=8 --set generator_training.images=16 "
+    "--set generator_training.schedule.decay_start_images=8",
     "*generator_training.images=8000": "--set tokenizer_training.images=8 --set generator_training.images=16",
     "*tokenizer_training.images=3200": "--set tokenizer_training.images=8",
     "data build vizdoom": "--set num_train=2 --set num_val=2 --set drives_per_maze=1 --set num_frames=80",
