@@ -72,7 +72,7 @@ def test_one_pass_over_the_images_serves_tokenizer_and_perceptual_loss_of_the_sa
     assert loss(images(), images(seed=1), features[::-1]) != loss(images(), images(seed=1)), "they are used"
 
 
-def test_another_encoder_norm_grid_or_loss_shares_no_pass(encoder, tmp_path):
+def test_another_encoder_norm_grid_or_loss_shares_no_pass(encoder):
     folder, loss = encoder.info.model_id, EncoderFeatureLoss(encoder, (0, 2))
     assert shared_layers(loss, build_encoder(EncoderSpec(name=folder), (4, 4))) == (0, 2)
     assert shared_layers(loss, build_encoder(EncoderSpec(name=folder, norm="affine"), (4, 4))) == ()

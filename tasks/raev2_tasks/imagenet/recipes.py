@@ -154,7 +154,7 @@ def own_photos_cpu() -> RunSpec:
     return base.replace(
         recipe="own-photos-cpu",
         summary="your own pictures at 64 px with the embedded encoder, which knows emoji alone",
-        cost="2 CPU cores without AMX, 9 min: measured on the emoji",
+        cost="2 CPU cores without AMX, 9 min measured on the emoji, and one evaluation more",
         data=photos(64).replace(cache=True),
         generator_training=base.generator_training.replace(eval_every_images=8_800),
         evaluation=base.evaluation.replace(num_samples=512),
