@@ -11,6 +11,7 @@ from raev2.command.cli import main
 from raev2.errors import SpecError
 from raev2.files.spec_base import Spec
 from raev2.spec import DDTSpec, DecoderSpec, EncoderSpec, TokenizerSpec
+from raev2.tokenizer.encoders import FrozenEncoder
 from raev2_tasks.bench import cases, measure, older, reading, sampling, training
 from raev2_tasks.bench.measure import Setting, Work, load_factory, timed
 
@@ -56,6 +57,20 @@ def test_an_untouched_copy_of_this_code_computes_the_same(case, tiny, monkeypatc
     for row in cases.run_case(case, setting):
         assert row.value > 0 and row.faster[0] > 0
         assert row.difference < 1e-3, row.name
+
+
+def test_stage1_of_code_without_a_shared_pass_gives_the_same_gradients(monkeypatch):
+    """At 9c3efb4 tokens and perceptual loss each encoded the images; spectral norms advance on each side by itself."""
+    monkeypatch.setattr(older, "NAME", "raev2_copy")
+    monkeypatch.setenv("RAEV2_OLDER", str(Path(raev2.__file__).parents[1]))
+    encoder = older.same(FrozenEncoder)
+    one_pass = encoder.with_layers
+    monkeypatch.setattr(encoder, "forward", lambda self, images: one_pass(self, images, ())[0])
+    monkeypatch.delattr(encoder, "with_layers")
+    monkeypatch.setattr(training, "IMAGES", 2)
+    setting = Setting(rounds=1, device=torch.device("cpu"), other=older.same)
+    for work in islice(training.stage1_step(setting), 2):
+        assert measure.measure(work, setting).difference == 0, work.name
 
 
 def test_an_older_spec_is_made_without_the_fields_that_came_later(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from raev2.model.generator import Generator
 from raev2.nn import autocast
 from raev2.spec import AdamWSpec, DDTSpec, FlowSpec, MuonSpec, TokenizerSpec
 from raev2.tokenizer.discriminator import build_discriminator
+from raev2.tokenizer.encoders import FrozenEncoder
 from raev2.tokenizer.losses import (
     augmentation,
     build_perceptual_loss,
@@ -158,9 +160,9 @@ def stage1_step(setting: Setting) -> Iterator[Work]:
     num_tokens = spec.grid[0] * spec.grid[1]
 
     def make(parts: Any, precision: str, gan: bool) -> Callable[[], Outputs]:
-        rae, perceptual, disc = parts
+        rae, perceptual, disc = *parts[:2], copy.deepcopy(parts[2])  # of its own: spectral norms advance
         losses = DecoderLosses(loop, perceptual, rae.decoder.last_layer, partial(autocast, precision, device), disc)
-        shared = shared_layers(perceptual, rae.encoder)  # none for another module's
+        shared = shared_layers(perceptual, rae.encoder) if isinstance(rae.encoder, FrozenEncoder) else ()  # older code
 
         def step() -> Outputs:
             rae.zero_grad(set_to_none=True)
