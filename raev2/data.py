@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raev2.batch import Batch, Cond
-from raev2.errors import DataError
+from raev2.errors import DataError, RaeError
 from raev2.files.images import CENTRE_CROP, centre_crop, read_rgb
 from raev2.files.latent_folder import LatentFolder
 from raev2.files.lines import Lines
@@ -255,10 +255,10 @@ class _Stream(Dataset[Any]):
     def __init__(self, dataset: ImageDataset, seed: int, flip: bool) -> None:
         self.dataset, self.seed, self.flip = dataset, seed, flip
 
-    def __getitem__(self, numbers: Sequence[int]) -> list[dict[str, Any]] | DataError:
+    def __getitem__(self, numbers: Sequence[int]) -> list[dict[str, Any]] | RaeError:
         try:
             return [self._sample(number) for number in numbers]
-        except DataError as error:
+        except RaeError as error:
             return error
 
     def _sample(self, number: int) -> dict[str, Any]:
@@ -370,9 +370,9 @@ def _stack(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values)
 
 
-def _collate(dataset: ImageDataset, samples: list[dict[str, Any]] | DataError) -> tuple[Batch, int] | DataError:
+def _collate(dataset: ImageDataset, samples: list[dict[str, Any]] | RaeError) -> tuple[Batch, int] | RaeError:
     """A batch and its count of skipped images."""
-    if isinstance(samples, DataError):
+    if isinstance(samples, RaeError):
         return samples
     return _batch(dataset, samples), sum(sample["skipped"] for sample in samples)
 
@@ -391,10 +391,10 @@ def ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _raise_errors(batches: Iterator[tuple[Batch, int] | DataError]) -> Iterator[tuple[Batch, int]]:
-    error: DataError | None = None
+def _raise_errors(batches: Iterator[tuple[Batch, int] | RaeError]) -> Iterator[tuple[Batch, int]]:
+    error: RaeError | None = None
     for batch in batches:
-        if isinstance(batch, DataError):
+        if isinstance(batch, RaeError):
             error = batch
             break
         yield batch

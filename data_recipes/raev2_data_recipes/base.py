@@ -32,8 +32,8 @@ from typing import Any
 from PIL import Image
 
 from raev2.errors import DataError, FileError, SpecError, did_you_mean
-from raev2.files.damage import json_lines
-from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest, verify_dataset
+from raev2.files.damage import json_lines, stop_if_machine
+from raev2.files.manifest import FORMAT_VERSION, PROGRESS, checked_bytes, fingerprint, read_manifest
 from raev2.files.replace import Kind, check_replaceable, replace_folder
 
 SPLITS = ("train", "val")
@@ -310,6 +310,43 @@ def encode_png(image: Image.Image) -> Picture:
     return Picture(buffer.getvalue(), ".png", image.size)
 
 
+def verify_dataset(data_dir: Path) -> dict[str, Any]:
+    """Check a folder of pictures: fingerprint, counts, labels and the SHA-256 of every file; return the manifest.
+
+    Raises DataError with the name of the first file that differs.
+    """
+    data_dir = Path(data_dir)
+    manifest = read_manifest(data_dir)
+    rebuild = "Build the dataset again."
+    if any("index" not in entry for entry in manifest["splits"].values()):
+        raise DataError(
+            f"data {data_dir}", "not a folder of pictures",
+            hint=f"Install the package with the data recipe {manifest.get('recipe')}, which wrote it.",
+        )  # fmt: skip
+    got = fingerprint(manifest["splits"], manifest["classes"])
+    if got != manifest["fingerprint"]:
+        where = f"data {data_dir / 'manifest.json'}"
+        raise DataError(where, "changed after it was written", got=got, expected=manifest["fingerprint"], hint=rebuild)
+    for split, entry in manifest["splits"].items():
+        index_data = checked_bytes(data_dir / entry["index"], entry["sha256"])
+        lines = index_data.decode().splitlines()
+        if len(lines) != entry["num_samples"]:
+            where = f"data {data_dir / entry['index']}"
+            raise DataError(where, "wrong count", got=len(lines), expected=str(entry["num_samples"]), hint=rebuild)
+        for text in lines:
+            line = json.loads(text)
+            checked_bytes(data_dir / line["file"], line["sha256"])
+            label = line.get("label")
+            if label is not None and not 0 <= label < len(manifest["classes"]):
+                expected = f"0 to {len(manifest['classes']) - 1}"
+                raise DataError(f"data {data_dir / line['file']}", "label out of range", got=label, expected=expected)
+        own = sum(not Path(json.loads(text)["file"]).is_absolute() for text in lines)  # others lie elsewhere
+        if (num_files := sum(1 for _ in os.scandir(data_dir / split))) != own:
+            where = f"data {data_dir / split}"
+            raise DataError(where, "files that the index does not list", got=num_files, expected=str(own))
+    return manifest
+
+
 def _open_partial(partial: Path, mark: str) -> None:
     """Make the folder of a build; what an interrupted build left there is deleted, unless the same build can go on."""
     if partial.exists():
@@ -349,6 +386,7 @@ def _result(sample: Sample, future: Future[Picture]) -> tuple[Sample, Picture | 
     try:
         return sample, future.result()
     except (DataError, OSError, ValueError) as error:
+        stop_if_machine(error)
         return sample, error
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from raev2.command.actions import print_table
 from raev2.errors import DataError, SpecError
 from raev2.files.damage import damaged
-from raev2.files.manifest import read_manifest, verify_dataset
+from raev2.files.manifest import read_manifest
 from raev2.task import Command, get_data_recipe, installed_data_recipes
+from raev2_data_recipes.base import verify_dataset
 
 
 def _options(parser: ArgumentParser) -> None:

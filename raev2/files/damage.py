@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raev2.errors import CheckpointError, RaeError
+from raev2.errors import CheckpointError, FileError, RaeError
+
+OF_THE_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)
+
+
+def stop_if_machine(error: BaseException | None) -> None:
+    """Raise FileError where an error, or its cause, tells of the machine and not of a file that could be left out.
+
+    Full or read-only disks, too many open files, no memory: a dataset without what was read meanwhile would be wrong.
+    """
+    while error is not None:
+        if (number := getattr(error, "errno", None)) in OF_THE_MACHINE:
+            where = str(getattr(error, "filename", None) or "a file")
+            raise FileError(where, "cannot be read or written", got=os.strerror(number)) from error
+        error = error.__cause__
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from raev2.errors import DataError
+from raev2.files.damage import stop_if_machine
 
 BAD_FILE = (
     OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError,
@@ -96,6 +97,7 @@ def _opened(source: Path | bytes, where: str, hint: str = "") -> Iterator[Image.
     except BOMBS as error:
         raise _too_large(where, type(error).__name__) from error
     except BAD_FILE as error:
+        stop_if_machine(error)
         raise DataError(where, "cannot be read as an image", got=type(error).__name__, hint=hint) from error
 
 
@@ -132,7 +134,8 @@ def is_picture(source: Path | bytes) -> bool:
             return image.format not in NOT_DECODED
     except BOMBS:
         return True
-    except BAD_FILE:
+    except BAD_FILE as error:
+        stop_if_machine(error)
         return False
 
 

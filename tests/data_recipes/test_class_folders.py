@@ -16,7 +16,8 @@ from PIL import Image
 
 from raev2.command.cli import main
 from raev2.errors import DataError, SpecError
-from raev2.files.manifest import read_manifest, verify_dataset
+from raev2.files.manifest import read_manifest
+from raev2_data_recipes.base import verify_dataset
 from raev2_data_recipes.pictures.class_folders import Choice, read_layout
 from raev2_data_recipes.pictures.image_folder import RECIPE
 from raev2_data_recipes.pictures.layout import MAX_HASHED, count_duplicates

@@ -10,7 +10,7 @@ import torch
 
 from raev2.data import FolderDataset
 from raev2.errors import DataError, SpecError
-from raev2.files.manifest import verify_dataset
+from raev2_data_recipes.base import verify_dataset
 from raev2_data_recipes.pictures import image_folder
 from raev2_data_recipes.pictures.image_folder import RECIPE
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from raev2 import train_generator, train_tokenizer
 from raev2.command.cli import main
@@ -26,6 +29,19 @@ COMMANDS = {
     "eval": ["eval", "--run", "run", "--protocol", "reconstruction-micro"],
     "report": ["report", "--run", "run"],
     "data build": ["data", "build", "synthetic", "--set", "num_train=3", "--set", "num_val=0", "--out", "out"],
+    "data build, pictures": ["data", "build", "image-folder", "--out", "out", "--set", "src=pictures"],
+    "data build, shards": [
+        "data",
+        "build",
+        "captioned-folder",
+        "--out",
+        "out",
+        "--set",
+        "src=pictures",
+        "--set",
+        "size=16",
+    ],
+    "data build, drives": ["data", "build", "frames-poses", "--out", "out", "--set", "src=drives"],
     "latents stats": ["latents", "stats", "--run", "run", "--data", "data", "--out", "out"],
     "latents build": ["latents", "build", "--run", "run", "--data", "data", "--out", "out"],
     "export": ["export", "--run", "run", "--format", "reference", "--out", "out"],
@@ -42,6 +58,15 @@ def place(trained_run, synthetic_data, tiny_recipe, tmp_path, monkeypatch) -> Pa
     shutil.rmtree("half/checkpoints/generator/000000064")
     shutil.copytree(synthetic_data, "data")
     shutil.copy("data/val/000000.png", "picture.png")
+    for number in range(48):
+        picture = synthetic_data / f"val/{number % 4:06d}.png"
+        for file in (f"pictures/{number % 2}/{number}.png", f"drives/{number % 2}/{number:02d}.png"):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, file)
+        Path(f"pictures/{number % 2}/{number}.txt").write_text(f"shape {number}", encoding="utf-8")
+    for drive in ("0", "1"):
+        lines = [f"{step / 4},{step / 4},0,0" for step in range(24)]
+        Path("drives", drive, "poses.csv").write_text("\n".join(["t,x,y,yaw", *lines]), encoding="utf-8")
     return tmp_path
 
 
@@ -78,6 +103,23 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(place, capsys, 
         assert (place / "half/generator/model.safetensors").read_bytes() == (
             place / "run/generator/model.safetensors"
         ).read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith(("data build, ", "train, a"))])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_what_the_machine_refuses_is_not_left_out_of_the_data(place, monkeypatch, capsys, name, number):
+    """An unreadable picture is replaced or left out and counted; here the picture is whole."""
+    opened, calls = Image.open, count()
+
+    def refuse(source, *args, **kwargs):
+        if next(calls) == 9:
+            raise OSError(number, os.strerror(number), "some.png")
+        return opened(source, *args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    assert main(COMMANDS[name]) == 6
+    assert f"error: some.png: cannot be read or written; got {os.strerror(number)}" in capsys.readouterr().err
+    assert not (place / "out/manifest.json").exists() and not (place / "out/generator").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

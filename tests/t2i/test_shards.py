@@ -16,7 +16,8 @@ from shard_examples import examples, file_of, pair, picture, write_source, write
 from raev2.command.cli import main
 from raev2.errors import DataError, SpecError
 from raev2.files.images import to_rgb
-from raev2.files.manifest import read_manifest, verify_dataset
+from raev2.files.manifest import read_manifest
+from raev2_data_recipes.base import verify_dataset
 from raev2_tasks.t2i.shards import files as shards
 from raev2_tasks.t2i.shards.check import caption_lengths, check_shards
 from raev2_tasks.t2i.shards.commands import COMMANDS

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from raev2.errors import DataError, SpecError, did_you_mean
+from raev2.files.damage import stop_if_machine
 from raev2.files.images import is_picture
 from raev2.files.picture_folder import scan_folder, told
 from raev2.files.splits import split_in_name, split_word
@@ -314,7 +315,8 @@ def _text_state(path: Path) -> str:
         return "missing"
     try:
         text, encoding = decode_text(text_file.read_bytes())
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        stop_if_machine(error)
         return "unreadable"
     return encoding if clean(text) else "empty"
 

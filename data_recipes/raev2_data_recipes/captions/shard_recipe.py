@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raev2.errors import DataError, SpecError
+from raev2.files.damage import stop_if_machine
 from raev2.files.picture_folder import told
 from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_data_recipes.pictures.image_folder import resize_and_crop
@@ -92,6 +93,7 @@ def trial_lines(examples: Iterable[Deferred], with_caption: bool = True) -> list
         try:
             captions += deferred.read().captions
         except (DataError, OSError, ValueError) as error:
+            stop_if_machine(error)
             left_out[getattr(error, "kind", type(error).__name__)] += 1
             first = first or f"{deferred.source}: {error}"
     lines = [f"Of the first {len(tried)} samples for training {len(tried) - left_out.total()} can be used."]

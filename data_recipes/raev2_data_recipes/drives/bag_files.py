@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raev2.errors import DataError
+from raev2.files.damage import stop_if_machine
 from raev2_data_recipes.drives.trajectory_recipe import files_below
 
 STORAGE_SUFFIXES = (".mcap", ".db3")
@@ -86,7 +87,8 @@ def _folder_bag(folder: Path) -> Bag:
             counted = sum(link.msgcount for link in reader.connections)
         there = {file.name for file in files}
         fits = there <= listed and counted == _count(files) if not any(".zstd" in name for name in listed) else True
-    except (DataError, OSError, UnicodeDecodeError):
+    except (DataError, OSError, UnicodeDecodeError) as error:
+        stop_if_machine(error)
         fits = False
     if fits or not files:
         return Bag(folder.name, (folder,))

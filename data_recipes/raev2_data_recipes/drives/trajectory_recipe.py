@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from raev2.errors import DataError, SpecError
+from raev2.files.damage import stop_if_machine
 from raev2.files.picture_folder import PictureFolder, scan_folder, told
 from raev2_data_recipes.base import DatasetRecipe, Option
 from raev2_data_recipes.drives.cutting import cut_gaps, cut_split
@@ -210,6 +211,7 @@ class TrajectoryRecipe(DatasetRecipe):
                     except DataError as error:
                         left_out.append(str(error))
             except BAD_SOURCE as error:
+                stop_if_machine(error)
                 left_out.append(reason_of(error))
             usable += [source] if len(lengths) > before else []
         of = f"all {num}" if num == len(sources) else f"the first {num} of {len(sources)}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raev2.data import FolderDataset, ImageDataset, ignore_signals, to_float
-from raev2.errors import DataError, SpecError
+from raev2.errors import RaeError, SpecError
 from raev2.model.opened import tokenizer_in
 from raev2.spec_io import load_spec
 from raev2.task import get_task
@@ -39,22 +39,22 @@ class Source:
             worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         for images in loader:
-            if isinstance(images, DataError):
+            if isinstance(images, RaeError):
                 raise images
             images = to_float(images.to(self.device, non_blocking=True))
             yield self.tokenizer.encode(images.flip(3) if mirrored else images).cpu()
 
 
-class _Pictures(Dataset[Tensor | DataError]):
+class _Pictures(Dataset[Tensor | RaeError]):
     """Batches of 8-bit pictures by their numbers. An error is a value: DataLoader would make another one of it."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, numbers: Sequence[int]) -> Tensor | DataError:
+    def __getitem__(self, numbers: Sequence[int]) -> Tensor | RaeError:
         try:
             return torch.stack([self.dataset.image(number) for number in numbers])
-        except DataError as error:
+        except RaeError as error:
             return error
 
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raev2.errors import DataError
+from raev2.files.damage import stop_if_machine
 from raev2.files.images import PictureFile, read_picture
 from raev2.files.manifest import FORMAT_VERSION, checked_bytes, fingerprint, read_manifest
 from raev2_tasks.nwm.data.frames import encode_frame, fit_image
@@ -154,6 +155,7 @@ def write_trajectories(
                 try:
                     entry, num_black = _write_one(folder, trajectory, source.recording, storage, entries)
                 except BAD_SOURCE as error:
+                    stop_if_machine(error)
                     rejects.append({"path": source.path, "trajectory": trajectory.id, "reason": reason_of(error)})
                     continue
                 entries.append(entry)
@@ -161,6 +163,7 @@ def write_trajectories(
                 if trajectory.split is not None:
                     given[entry["id"]] = trajectory.split
         except BAD_SOURCE as error:
+            stop_if_machine(error)
             rejects.append({"path": source.path, "reason": reason_of(error)})
     for reject in rejects:
         logger.warning("left out: %s", reject["reason"])

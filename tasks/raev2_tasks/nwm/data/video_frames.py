@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raev2.errors import DataError
+from raev2.files.damage import stop_if_machine
 from raev2.files.images import is_picture
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,8 @@ def is_video(file: Path) -> bool:
     try:
         with av.open(str(file)) as container:
             return bool(container.streams.video) and container.format.name.split(",")[0] in CONTAINERS
-    except (av.error.FFmpegError, OSError):
+    except (av.error.FFmpegError, OSError) as error:
+        stop_if_machine(error)
         return False
 
 
@@ -113,7 +115,8 @@ def frame_rate(file: Path) -> float:
     try:
         with av.open(str(file)) as container:
             return float(container.streams.video[0].average_rate or 0) if container.streams.video else 0.0
-    except (av.error.FFmpegError, OSError):
+    except (av.error.FFmpegError, OSError) as error:
+        stop_if_machine(error)
         return 0.0
 
 
@@ -123,7 +126,8 @@ def duration_s(file: Path) -> float:
     try:
         with av.open(str(file)) as container:
             return (container.duration or 0) / av.time_base
-    except (av.error.FFmpegError, OSError):
+    except (av.error.FFmpegError, OSError) as error:
+        stop_if_machine(error)
         return 0.0
 
 

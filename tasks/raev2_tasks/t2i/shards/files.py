@@ -36,6 +36,7 @@ import numpy as np
 from PIL import Image
 
 from raev2.errors import DataError
+from raev2.files.damage import stop_if_machine
 from raev2.files.hashes import file_sha256
 from raev2.files.images import to_rgb
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
@@ -363,6 +364,7 @@ def _packed(
         try:
             yield future.result()
         except (DataError, OSError, ValueError) as error:
+            stop_if_machine(error)
             kind = error.kind if isinstance(error, BadSample) else type(error).__name__
             rejects.append(json_line({"path": source, "reason": f"{kind}: {error}"}))
 

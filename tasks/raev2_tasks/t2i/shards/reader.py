@@ -27,6 +27,7 @@ from torch.utils.data import get_worker_info
 from raev2.batch import Cond
 from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError, SpecError
+from raev2.files.damage import stop_if_machine
 from raev2.files.images import CENTRE_CROP, centre_crop
 from raev2.files.manifest import read_manifest
 from raev2_tasks.t2i.shards.files import (
@@ -372,6 +373,7 @@ class Source:
                 if (descriptor := self._files.pop(shard, None)) is not None:
                     os.close(descriptor)
                 if pause_s is None:
+                    stop_if_machine(error)
                     raise BadSample("io_error", f"data {file}", "cannot be read", got=error.strerror) from error
                 time.sleep(pause_s)
         if len(data) != size:

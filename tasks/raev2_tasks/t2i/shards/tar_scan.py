@@ -16,6 +16,7 @@ from typing import IO
 
 import numpy as np
 
+from raev2.files.damage import stop_if_machine
 from raev2.files.images import is_picture, picture_suffixes
 from raev2_tasks.t2i.shards.pixels import sample_picture_size
 from raev2_tasks.t2i.text.captions import (
@@ -263,6 +264,7 @@ def groups(data: IO[bytes], problems: list[Problem]) -> Iterator[tuple[str, Memb
         elif size <= tar.offset:
             problems.append(Problem(key, "bad_tar", "no end mark: the file may have been cut after here", fatal=False))
     except (tarfile.TarError, OSError) as error:
+        stop_if_machine(error)
         problems.append(Problem(key, "bad_tar", f"cannot be read on: {error}"))
     if ignored:
         text = f"{len(ignored)} links or hidden files, such as {ignored[0]}, are ignored"
