@@ -255,10 +255,10 @@ class _Stream(Dataset[Any]):
     def __init__(self, dataset: ImageDataset, seed: int, flip: bool) -> None:
         self.dataset, self.seed, self.flip = dataset, seed, flip
 
-    def __getitem__(self, numbers: Sequence[int]) -> list[dict[str, Any]] | RaeError:
+    def __getitem__(self, numbers: Sequence[int]) -> list[dict[str, Any]] | Exception:
         try:
             return [self._sample(number) for number in numbers]
-        except RaeError as error:
+        except (RaeError, OSError) as error:
             return error
 
     def _sample(self, number: int) -> dict[str, Any]:
@@ -370,9 +370,9 @@ def _stack(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values)
 
 
-def _collate(dataset: ImageDataset, samples: list[dict[str, Any]] | RaeError) -> tuple[Batch, int] | RaeError:
+def _collate(dataset: ImageDataset, samples: list[dict[str, Any]] | Exception) -> tuple[Batch, int] | Exception:
     """A batch and its count of skipped images."""
-    if isinstance(samples, RaeError):
+    if isinstance(samples, Exception):
         return samples
     return _batch(dataset, samples), sum(sample["skipped"] for sample in samples)
 
@@ -391,10 +391,10 @@ def ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _raise_errors(batches: Iterator[tuple[Batch, int] | RaeError]) -> Iterator[tuple[Batch, int]]:
-    error: RaeError | None = None
+def _raise_errors(batches: Iterator[tuple[Batch, int] | Exception]) -> Iterator[tuple[Batch, int]]:
+    error: Exception | None = None
     for batch in batches:
-        if isinstance(batch, RaeError):
+        if isinstance(batch, Exception):
             error = batch
             break
         yield batch

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -90,3 +92,15 @@ def stream(dataset, num_batches: int, **options) -> list[tuple[int, str]]:
     """(key, caption) of the first batches of one process."""
     batches = islice(train_batches(dataset, seed=0, **options), num_batches)
     return [item for batch, _ in batches for item in zip(batch.key.tolist(), texts(batch.cond), strict=True)]
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Inside, the system opens no file, as after too many; on Windows the test is skipped."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -16,6 +16,7 @@ from PIL import Image
 from shard_examples import (
     SIZE,
     file_of,
+    no_more_files,
     pair,
     picture,
     stream,
@@ -27,7 +28,7 @@ from shard_examples import (
 )  # noqa: E501
 
 from raev2.data import ordered_batches, train_batches
-from raev2.errors import DataError, SpecError
+from raev2.errors import DataError, FileError, SpecError
 from raev2_tasks.t2i.shards import reader
 from raev2_tasks.t2i.shards.index import index_shards
 from raev2_tasks.t2i.shards.reader import Mix, TextImageDataset, permutation, uniforms
@@ -374,6 +375,20 @@ def test_an_io_error_is_tried_again(both, monkeypatch):
     failures += [OSError(5, "Input/output error")] * 4
     with pytest.raises(DataError, match="cannot be read; got Input/output error"):
         dataset.image(1)
+
+
+def test_too_many_open_files_end_the_training_and_spoil_no_sample(both, monkeypatch):
+    monkeypatch.setattr(reader.time, "sleep", lambda pause: None)
+    dataset = open_both(both)
+    first, second = (train_batches(dataset, batch_size=B, seed=0) for _ in range(2))
+    with no_more_files(), pytest.raises(OSError, match=r"Too many open files: .*\.idx"):
+        next(first)
+    for source in dataset.sources:
+        for position in range(len(source)):
+            source.row(position)
+    with no_more_files(), pytest.raises(FileError, match=r"\.tar: cannot be read or written; got Too many open files"):
+        next(second)
+    assert dataset.bad.counts == {}
 
 
 def test_an_index_of_other_shards_is_refused(tmp_path):

@@ -13,10 +13,10 @@ from itertools import islice
 from threading import Thread
 
 import pytest
-from shard_examples import SIZE, file_of, pair, picture, stream, texts, tokenize, write_source, write_tar
+from shard_examples import SIZE, file_of, no_more_files, pair, picture, stream, texts, tokenize, write_source, write_tar
 
 from raev2.data import ordered_batches, train_batches
-from raev2.errors import DataError, SpecError
+from raev2.errors import DataError, FileError, SpecError
 from raev2.task import get_task
 from raev2_tasks.t2i.shards.stream import StreamedDataset
 
@@ -238,6 +238,14 @@ def test_bad_samples_are_counted_and_a_cut_shard_is_left(tmp_path):
     assert len(found) == 96 and "" not in found
     assert dataset.bad.counts["bad_tar"] >= 1 and dataset.bad.counts["dotted_key"] >= 1
     assert dataset.bad.counts["bad_caption"] >= 2 and dataset.bad.counts["bad_image"] >= 2
+
+
+def test_too_many_open_files_end_the_training_and_spoil_no_shard(source):
+    captions(open_stream(local(source)), 1)  # everything is imported
+    dataset = open_stream(local(source))
+    with no_more_files(), pytest.raises(FileError, match=r"cannot be read or written; got Too many open files"):
+        captions(dataset)
+    assert dataset.bad.counts == {}
 
 
 def test_fewer_shards_than_readers_is_an_error(source):

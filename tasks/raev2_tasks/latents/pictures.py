@@ -39,22 +39,22 @@ class Source:
             worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         for images in loader:
-            if isinstance(images, RaeError):
+            if isinstance(images, Exception):
                 raise images
             images = to_float(images.to(self.device, non_blocking=True))
             yield self.tokenizer.encode(images.flip(3) if mirrored else images).cpu()
 
 
-class _Pictures(Dataset[Tensor | RaeError]):
+class _Pictures(Dataset[Tensor | Exception]):
     """Batches of 8-bit pictures by their numbers. An error is a value: DataLoader would make another one of it."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, numbers: Sequence[int]) -> Tensor | RaeError:
+    def __getitem__(self, numbers: Sequence[int]) -> Tensor | Exception:
         try:
             return torch.stack([self.dataset.image(number) for number in numbers])
-        except RaeError as error:
+        except (RaeError, OSError) as error:
             return error
 
 

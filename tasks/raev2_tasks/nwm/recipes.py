@@ -42,7 +42,7 @@ def quickstart() -> RunSpec:
     return RunSpec(
         recipe="quickstart",
         summary="simulated mazes at 64 px, embedded encoder: recording, both stages, rollouts and report in minutes",
-        cost="2 CPU cores without AMX, 15 min: measured",
+        cost="2 CPU cores without AMX, 12.5 min: measured",
         task=NavigationSpec(
             num_context=2, max_offset_s=2.0, at_image=True, horizons_s=(0.5, 1.0, 2.0), num_rollouts=32
         ),

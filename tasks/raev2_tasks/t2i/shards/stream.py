@@ -25,6 +25,7 @@ from torch.utils.data import get_worker_info
 from raev2.batch import Cond
 from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError
+from raev2.files.damage import stop_if_machine
 from raev2.files.splits import split_in_name
 from raev2.training import dist
 from raev2_tasks.t2i.shards.reader import PREPARATION, BadSamples, Tokenize, decode_image, permutation, uniforms
@@ -199,6 +200,7 @@ class StreamedDataset(ImageDataset):
 
     def _bad_tar(self, error: Exception) -> bool:
         """For webdataset: count and name what cannot be read, and go on with the next shard."""
+        stop_if_machine(error)
         text = "; ".join(str(part) for part in error.args if isinstance(part, str))
         bad = BadSample("bad_tar", "data stream", "a shard cannot be read to its end", got=text or repr(error))
         self.bad.count(bad.kind)
