@@ -21,7 +21,7 @@ from PIL import Image
 
 from raev2.batch import MetricResult
 from raev2.data import ImageDataset
-from raev2.errors import CheckpointError
+from raev2.errors import CheckpointError, RaeError
 from raev2.eval.features import NotFinite
 from raev2.eval.generate import PROGRESS_SECONDS
 from raev2.eval.protocols import run_protocol
@@ -44,7 +44,7 @@ from raev2.tokenizer.encoders import hash_weights
 from raev2.train_generator import train_generator
 from raev2.train_tokenizer import train_tokenizer
 from raev2.training import dist
-from raev2.training.lock import run_lock
+from raev2.training.lock import BusyError, folder_lock
 from raev2.training.preflight import GENERATOR, TOKENIZER, Plan, make_ready, with_tokenizer
 from raev2.training.resume import Origin, check_identity, local_identity
 from raev2.training.run import Run, add_provenance, make_accelerator, open_run
@@ -54,6 +54,7 @@ EVAL = "eval"  # folder of a run
 OTHER_AVERAGE = "-ema-"  # in names of results of another average than the run's first
 NUM_GRID_IMAGES = 32
 NUM_SHOWN = 64  # pictures in the grid of `raev2 sample`
+WAIT_S = 15.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def train(
     dist.on_main(lambda: make_ready(Plan(task, spec, Path(run_dir), stage)))
     prepare_data(spec)
     spec = with_tokenizer(spec)
-    with run_lock(Path(run_dir)), closing(open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)) as run:
+    with folder_lock(Path(run_dir)), closing(open_run(run_dir, spec, resume=bool(resume), overwrite=overwrite)) as run:
         return _train(run, task, stage, origin)
 
 
@@ -156,15 +157,23 @@ def _write_cards(run: Run) -> None:
 
 
 def prepare_data(spec: RunSpec) -> None:
-    """Build the dataset folder of a spec if it is missing and the spec names a data recipe."""
+    """Build the dataset folder of a spec if it is missing and the spec names a data recipe; or wait for who does."""
     folder = Path(spec.data.dir)
+    manifest = folder / "manifest.json"
     with dist.together():
-        if not (folder / "manifest.json").is_file() and spec.data.recipe and dist.is_main():
+        if not manifest.is_file() and spec.data.recipe and dist.is_main():
             recipe = get_data_recipe(spec.data.recipe)
             logger.info("building %s with the data recipe %s", folder, recipe.name)
             for line in recipe.plan(recipe.resolve(spec.data.options)):
                 logger.info("%s", line)
-            recipe.build(folder, spec.data.options)
+            while not manifest.is_file():
+                try:
+                    recipe.build(folder, spec.data.options)
+                except RaeError as error:
+                    if not isinstance(error, BusyError) and not manifest.is_file():
+                        raise
+                    logger.info("waiting: %s", error)
+                    time.sleep(WAIT_S)
     read_manifest(folder)
 
 

@@ -35,6 +35,7 @@ from raev2.errors import DataError, FileError, SpecError, did_you_mean
 from raev2.files.damage import json_lines, stop_if_machine
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, checked_bytes, fingerprint, read_manifest
 from raev2.files.replace import Kind, check_replaceable, replace_folder
+from raev2.training.lock import folder_lock
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
@@ -160,15 +161,19 @@ class DatasetRecipe(ABC):
 
         The folder is written as ``<out_dir>.partial`` and renamed at the end, so it is complete or absent.
         DataError when ``out_dir`` exists (unless ``overwrite``) or when nothing could be read, FileError when it is not
-        only a dataset folder, or holds what the recipe reads.
+        only a dataset folder, or holds what the recipe reads, BusyError while another process builds it.
 
         A recipe that leaves a ``PROGRESS`` file when it is interrupted is given its unfinished folder again.
         """
         resolved = self.resolve(options or {})
         out_dir = Path(out_dir).absolute()
-        if out_dir.exists() and not overwrite:
-            raise DataError(f"data {out_dir}", "exists already", hint="Choose another folder or pass --overwrite.")
-        check_replaceable(out_dir, DATASET, needed=resolved.values())
+        with folder_lock(out_dir):
+            if out_dir.exists() and not overwrite:
+                raise DataError(f"data {out_dir}", "exists already", hint="Choose another folder or pass --overwrite.")
+            check_replaceable(out_dir, DATASET, needed=resolved.values())
+            return self._build(out_dir, resolved)
+
+    def _build(self, out_dir: Path, resolved: Mapping[str, str]) -> dict[str, Any]:
         partial = out_dir.with_name(out_dir.name + ".partial")
         _open_partial(partial, _json_line({"recipe": self.name, "options": resolved}))
         try:

@@ -1,4 +1,4 @@
-"""One training a run folder: a lock file beside it, with host, process and a heartbeat."""
+"""One process writes a folder: a lock file beside it, with host, process and a heartbeat."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raev2.errors import CheckpointError
+from raev2.errors import FileError
 from raev2.training import dist
 
 logger = logging.getLogger(__name__)
 BEAT_S, STALE_S = 20.0, 600.0
 
 
+class BusyError(FileError):
+    """Another process writes this folder."""
+
+
 @contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run folder (main process); CheckpointError while another training holds it.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run, data set or cache that is written (main process); BusyError while another process does.
 
     The lock of a process that is gone from this machine, or whose heart stopped on another one, is taken over.
     """
     if not dist.is_main():
         yield
         return
-    run_dir = run_dir.resolve()
-    file = run_dir.with_name(f".{run_dir.name}.lock")
+    folder = folder.resolve()
+    file = folder.with_name(f".{folder.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     _take(file)
     done = threading.Event()
@@ -67,8 +71,8 @@ def _check_stale(file: Path, text: str, our_host: str) -> None:
     age = time.time() - file.stat().st_mtime
     here = holder["host"] == our_host and os.name == "posix"
     if (here and _is_alive(holder["pid"])) or (not here and age < STALE_S):
-        raise CheckpointError(
-            str(file), "another training writes this run",
+        raise BusyError(
+            str(file), "another process writes this folder",
             got=f"process {holder['pid']} on {holder['host']}, heard of {age:.0f} s ago",
             hint="Wait for it or stop it; delete this file if it does not run.",
         )  # fmt: skip

@@ -24,6 +24,7 @@ from raev2.files.latent_folder import ABOUT, SCALE, latent_file
 from raev2.tokenizer.rae import RAE
 from raev2.train_tokenizer import measure_stats
 from raev2.training import dist
+from raev2.training.lock import folder_lock
 from raev2_tasks.latents.pictures import Source
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,14 @@ def write_statistics(source: Source, out: Path) -> Path:
 def build(source: Source, out: Path, format: Format, workers: int) -> None:
     """Write what is missing of the folder `out`; every process makes its own files.
 
-    Raises CheckpointError where `out` holds other latents, FileError without room for all of it.
+    Raises CheckpointError where `out` holds other latents, FileError without room for all of it, BusyError while
+    another such command writes it.
     """
+    with folder_lock(out):
+        _build(source, out, format, workers)
+
+
+def _build(source: Source, out: Path, format: Format, workers: int) -> None:
     samples_a_file = dist.on_main(lambda: _prepare(source, out, format))
     num_samples = len(source.dataset)
     for number in range(dist.rank(), math.ceil(num_samples / samples_a_file), dist.world_size()):

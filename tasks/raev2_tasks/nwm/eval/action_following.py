@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -157,7 +158,7 @@ class ActionFollowing(Evaluator):
             logger.info("training the inverse dynamics of %s on %d real pairs", self.protocol, NUM_PAIRS)
             inputs, motions = _real_pairs(train, tokens, self.offsets_s)
             context.cache_dir.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(f".{os.getpid()}.partial")  # other evaluations make it too
             save_file(fit(inputs, motions), partial, metadata={"identity": identity})
             partial.replace(file)
         dist.barrier()

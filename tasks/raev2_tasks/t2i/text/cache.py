@@ -26,6 +26,7 @@ from torch import Tensor
 from raev2.errors import DataError, SpecError
 from raev2.files.artefact import write_json
 from raev2.training import dist
+from raev2.training.lock import folder_lock
 from raev2_tasks.t2i.text.encoder import ENCODE_ROWS, FrozenTextEncoder, TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,8 @@ def cache_captions(argv: Sequence[str]) -> None:
     datasets: list[Any] = [task.dataset(spec, split) for split in options.split]
     captions = (caption.text for data in datasets for i in range(len(data)) for caption in data.captions(i))
     encoder = build_text_encoder(text_encoder, dist.device())
-    write_cache(captions, encoder, Path(options.out), options.number_type, print)
+    with folder_lock(Path(options.out)):
+        write_cache(captions, encoder, Path(options.out), options.number_type, print)
     print(f"use it with --set task.caption_cache={options.out}")
 
 
