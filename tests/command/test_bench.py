@@ -116,6 +116,8 @@ def test_results_are_printed_and_written(monkeypatch, tmp_path, capsys):
     assert "one  step  12.5  images/s  small" in capsys.readouterr().out
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["benchmarks"]["one"][0]["value"] == 12.5
+    assert main(["bench", "--json", str(tmp_path / "bench.json")]) == 2
+    assert "--json: exists already" in capsys.readouterr().err
     assert written["machine"]["versions"]["torch"] and written["machine"]["clock"] == "process_time"
 
 

@@ -358,6 +358,10 @@ def test_motion_range_names_what_is_outside():
 
 def test_the_command_writes_numbers_and_a_picture(tmp_path, capsys):
     plan_command(["--toy", "--goals", "6", "--seconds", "1", "2", "--success", "0.5", "--out", str(tmp_path)])
+    with pytest.raises(
+        SpecError, match=r"--out: exists already; got .*2s\.json\. Choose another folder, or add --over"
+    ):
+        plan_command(["--toy", "--seconds", "3", "2", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "2s.json").read_text())
     assert result["source"] == "toy world" and result["spec"]["sampler"]["kind"] == "cem"
     numbers = {

@@ -248,6 +248,10 @@ def test_an_index_is_stored_with_the_data_it_belongs_to(folder, tmp_path):
     assert read_index(folder, "time") == made and read_index(folder, "time").sha256 == made.sha256
     verify_trajectories(folder)
     file = folder / "index" / "time.json"
+    write_index(made, folder)
+    with pytest.raises(DataError, match=r"time\.json: exists already, with other places\. Give this one a --name"):
+        write_index(build_index(folder, "time", offsets=(4, 8), num=3, seed=1), folder)
+    assert read_index(folder, "time") == made
     file.write_text(file.read_text().replace(made.fingerprint, "0" * 64))
     with pytest.raises(DataError, match="made from other data; got 000000000000; expected .* Build it again"):
         read_index(folder, "time")

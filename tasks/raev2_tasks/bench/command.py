@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from raev2.errors import SpecError
 from raev2.task import Command
 
 SIZES = ("small", "base", "published")
@@ -22,13 +23,15 @@ def _options(parser: ArgumentParser) -> None:
         help="also time what FACTORY(ours) returns, in turns, on the same tensors",
     )
     add("--cpu-time", action="store_true", help="CPU seconds of the process: for a machine that is not idle")
-    add("--json", metavar="FILE", type=Path, help="also write the numbers here")
+    add("--json", metavar="FILE", type=Path, help="also write the numbers here, in a new file")
 
 
 def _bench(options: Namespace) -> None:
     from raev2_tasks.bench.cases import run_benchmarks
     from raev2_tasks.bench.measure import Setting, table, write_results
 
+    if options.json and options.json.exists():
+        raise SpecError("--json", "exists already", got=options.json, hint="Choose another file, or move it away.")
     setting = Setting.of(options.size, options.device, options.rounds, options.against, options.cpu_time)
     results = run_benchmarks(options.names, setting)
     print(table(results, setting))

@@ -18,6 +18,7 @@ from raev2.data import derived_seed
 from raev2.errors import DataError, SpecError, did_you_mean
 from raev2.files.hashes import file_sha256, json_sha256
 from raev2.files.manifest import read_manifest
+from raev2.files.replace import write_text
 from raev2_tasks.nwm.data.safe_pickle import load_pickle
 from raev2_tasks.nwm.data.trajectories import StoredTrajectory, read_trajectories
 
@@ -163,10 +164,14 @@ def check_index(index: EvalIndex, trajectories: Sequence[StoredTrajectory]) -> N
 
 
 def write_index(index: EvalIndex, dir: str | Path, name: str | None = None) -> Path:
-    """Save an index as `index/<name>.json` of a dataset folder."""
+    """Save an index as `index/<name>.json` of a dataset folder; DataError where another one has that name."""
     file = Path(dir) / "index" / f"{name or index.name}.json"
+    text = json.dumps({"format_version": INDEX_VERSION, **asdict(index)}, indent=1) + "\n"
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        hint = "Give this one a --name; evaluations may rest on the other."
+        raise DataError(f"index {file}", "exists already, with other places", hint=hint)
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"format_version": INDEX_VERSION, **asdict(index)}, indent=1) + "\n", encoding="utf-8")
+    write_text(file, text)
     return file
 
 

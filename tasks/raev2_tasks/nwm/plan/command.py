@@ -219,6 +219,7 @@ def plan_command(argv: Sequence[str]) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), help="settings of a published evaluation")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--out", metavar="DIR", help="default: RUN/plans")
+    parser.add_argument("--overwrite", action="store_true", help="replace plans to goals as far ahead")
     options = parser.parse_args(argv)
     if options.goals < 1:
         raise SpecError("--goals", "not usable", got=options.goals, expected="a number >= 1")
@@ -234,12 +235,12 @@ def plan_command(argv: Sequence[str]) -> None:
         if options.run or options.generator or own:
             raise SpecError("--toy", "needs no --run, --image or --video")
         source: GoalSource = ToyGoals()
-        out = Path(options.out or "plans-toy")
+        out = _free(Path(options.out or "plans-toy"), "", options)
     else:
         from raev2_tasks.nwm.plan.model_goals import ModelGoals
 
         source = ModelGoals(source_of(options, "nwm"))
-        out = Path(options.out or source.run_dir / "plans")
+        out = _free(Path(options.out or source.run_dir / "plans"), "own-" if own else "", options)
         if own is not None:
             problem = source.own_goal(own, Path(options.goal), spec)
             for seconds in options.seconds:
@@ -252,6 +253,15 @@ def plan_command(argv: Sequence[str]) -> None:
         write_outcomes(out / f"{seconds:g}s", outcomes, source, spec, seconds, options.success)
         _print(summaries(outcomes, options.success), seconds, len(outcomes))
     print(f"\n{out}")
+
+
+def _free(out: Path, kind: str, options: argparse.Namespace) -> Path:
+    """The folder of the plans, where none of them is there yet."""
+    files = [out / f"{kind}{seconds:g}s.json" for seconds in options.seconds]
+    taken = [file for file in files if file.exists()]
+    if taken and not options.overwrite:
+        raise SpecError("--out", "exists already", got=taken[0], hint="Choose another folder, or add --overwrite.")
+    return out
 
 
 def _print_own(found: Plan, step_s: float) -> None:
