@@ -227,7 +227,7 @@ def print_sizes(task: Task, spec: RunSpec, sizes: Iterable[tuple[str, str]]) -> 
 
 def _print_results(run_dir: Path) -> None:
     for file in sorted((run_dir / "eval").glob("*.json")):
-        result = json.loads(file.read_text())
+        result = json.loads(file.read_text(encoding="utf-8"))
         _print_metrics(result["protocol"], result["results"])
     print(f"\n{run_dir / 'report.html'}")
 

@@ -86,7 +86,7 @@ class Run:
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl (main process only)."""
         if dist.is_main():
-            with (self.dir / "metrics.jsonl").open("a") as file:
+            with (self.dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
             if self.tracker:
                 self.tracker.log(values)

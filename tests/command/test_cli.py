@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -339,6 +340,15 @@ def test_output_that_nobody_takes_is_one_line(nobody, argv, unbuffered):
     result = subprocess.run(command, stdout=place, stderr=subprocess.PIPE, text=True, check=False, env=env)
     message = f"error: a file or standard output: cannot be read or written; got {reason}"
     assert (result.stderr.splitlines(), result.returncode) == ([message], 6)
+
+
+def test_a_terminal_that_lacks_a_character_gets_a_question_mark(monkeypatch):
+    """Such as one in Latin-1 at the end of a long evaluation."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setitem(actions.COMMANDS, "eval", lambda _: print("1.5 ± 0.1") or 0)
+    assert main(["eval"]) == 0
+    assert terminal.buffer.getvalue() == b"1.5 ? 0.1\n"
 
 
 def test_ctrl_c_is_quiet(cli, monkeypatch):

@@ -82,7 +82,9 @@ def _folder_bag(folder: Path) -> Bag:
     """A ROS 2 folder; its files themselves where its metadata do not fit them."""
     files = sorted((file for file in folder.iterdir() if file.suffix in STORAGE_SUFFIXES), key=_number)
     try:
-        listed = set(re.findall(r"[^\s/'\"]+\.(?:mcap|db3)(?:\.zstd)?", (folder / METADATA).read_text()))
+        listed = set(
+            re.findall(r"[^\s/'\"]+\.(?:mcap|db3)(?:\.zstd)?", (folder / METADATA).read_text(encoding="utf-8"))
+        )
         with opened([folder]) as reader:
             counted = sum(link.msgcount for link in reader.connections)
         there = {file.name for file in files}

@@ -92,7 +92,7 @@ class GnmFolder(TrajectoryRecipe):
             file = folder / name / "traj_names.txt"
             if not file.is_file():
                 raise DataError(f"data {self.name}: splits", "a file of names is missing", got=file)
-            found |= {line.strip(): split for line in file.read_text().splitlines() if line.strip()}
+            found |= {line.strip(): split for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
         return found
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     model = train_pieces(captions)
     CAPTION_MODEL.parent.mkdir(exist_ok=True)
     CAPTION_MODEL.write_bytes(model)
-    (CAPTION_MODEL.parent / "README.md").write_text(card(dataset, len(set(captions)), model))
+    (CAPTION_MODEL.parent / "README.md").write_text(card(dataset, len(set(captions)), model), encoding="utf-8")
     print(f"{CAPTION_MODEL}: {len(model):,} bytes")
 
 

@@ -57,11 +57,11 @@ class Table:
         content = {"title": self.title, "settings": dict(self.settings), "rows": rows, "note": self.note}
         content |= {"claims": [claim.to_json() for claim in self.claims]} if self.claims else {}
         write_json(files[0], content)
-        files[1].write_text(self.markdown())
+        files[1].write_text(self.markdown(), encoding="utf-8")
         chart = line_chart(self.series, title=self.title, x_label=self.x_label) if self.series else ""
         if chart:
             files.append(out / f"{self.name}.svg")
-            files[-1].write_text(standalone(chart, self.series))
+            files[-1].write_text(standalone(chart, self.series), encoding="utf-8")
         return files
 
 

@@ -91,6 +91,6 @@ def _copy(name: str, checkout: str | None) -> None:
         to = target / name / file.relative_to(source)
         if file.suffix == ".py":
             to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_text(re.sub(r"\b(from|import) raev2\b", rf"\1 {name}", file.read_text()))
+            to.write_text(re.sub(r"\b(from|import) raev2\b", rf"\1 {name}", file.read_text("utf-8")), "utf-8")
     (target / name / "assets").symlink_to((source / "assets").absolute())
     sys.path.append(str(target))

@@ -160,7 +160,8 @@ def stage1_step(setting: Setting) -> Iterator[Work]:
     num_tokens = spec.grid[0] * spec.grid[1]
 
     def make(parts: Any, precision: str, gan: bool) -> Callable[[], Outputs]:
-        rae, perceptual, disc = *parts[:2], copy.deepcopy(parts[2])  # of its own: spectral norms advance
+        rae, perceptual, disc = parts
+        disc = copy.deepcopy(disc)  # its spectral norms advance
         losses = DecoderLosses(loop, perceptual, rae.decoder.last_layer, partial(autocast, precision, device), disc)
         shared = shared_layers(perceptual, rae.encoder) if isinstance(rae.encoder, FrozenEncoder) else ()  # older code
 

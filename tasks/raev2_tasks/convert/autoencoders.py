@@ -140,7 +140,9 @@ def _write_encoder(
     encoder_config.save_pretrained(folder)
     values = {f"{norm}.weight": torch.ones(width), f"{norm}.bias": torch.zeros(width)}
     save_file(values | {name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}, indent=2))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": mean, "image_std": std}, indent=2), encoding="utf-8"
+    )
 
     # Loading fills what is missing with random values, and says so only in its report.
     _, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)

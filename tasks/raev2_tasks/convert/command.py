@@ -289,7 +289,7 @@ def _export_reference(artefacts: Mapping[str, Path], out: Path) -> Rows:
         config["stage_2"], files["generator"] = generator_config(generator), export_generator(generator)
     for name, content in files.items():
         _save_pickle(content, out / f"{name}.pt")
-    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     names = {"stats": "statistics"}
     return [(names.get(name, name), f"{name}.pt") for name in files] + [("config", "config.yaml")]
 

@@ -138,7 +138,7 @@ def _read_folder(path: Path) -> Source:
 def licence_text(folder: Path) -> str:
     """The licence files of a folder, one after the other."""
     files = [folder / name for name in LICENCE_NAMES]
-    return "\n\n".join(file.read_text(errors="replace").strip() for file in files if file.is_file())
+    return "\n\n".join(file.read_text(encoding="utf-8", errors="replace").strip() for file in files if file.is_file())
 
 
 def read_config(file: str | Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class Hook:
 
     def commit(self, kind: str, point: str) -> None:
         """Die, or fail."""
-        with self.notes.open("a") as file:
+        with self.notes.open("a", encoding="utf-8") as file:
             file.write(json.dumps([kind, point]) + "\n")
         if kind == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -138,7 +138,7 @@ class Trainings:
     def start(self, plan: Plan, run: Path | None = None, patience_s: float = PATIENCE_S) -> Row:
         """A process that meets its plan, and is killed when the time is over."""
         run = run or self.run
-        self.notes.write_text("")
+        self.notes.write_text("", encoding="utf-8")
         arguments = (self.main, [*self.argv, str(run)], self.output, plan.size, Hook(plan, run, self.notes))
         process = PROCESSES.Process(target=_process, args=arguments)
         process.start()
@@ -149,7 +149,7 @@ class Trainings:
             process.join()
             if process.exitcode != 0:  # it was done just before
                 fault, where = KILL, last_step(run)
-        for kind, point in map(json.loads, self.notes.read_text().splitlines()):
+        for kind, point in map(json.loads, self.notes.read_text(encoding="utf-8").splitlines()):
             self.known[point] = self.known.get(point, 0) + 1
             fault, where = kind, point
         return fault, where, process.exitcode, self.verdict(run, fault, process.exitcode)
@@ -177,7 +177,7 @@ class Trainings:
 
     def verdict(self, run: Path, fault: str, code: int | None) -> str:
         """Compare with the run that was left alone: all of it, or the weights and pictures that are there already."""
-        output = self.output.read_text(errors="replace") if self.output.is_file() else ""
+        output = self.output.read_text(encoding="utf-8", errors="replace") if self.output.is_file() else ""
         if code not in CODES[fault] or "Traceback" in output:
             return f"{FAILED}: {(output.splitlines() or ['no output'])[-1]}"
         different = differences(run, self.whole, to_the_end=fault == NONE)
@@ -208,8 +208,8 @@ def _contents(run: Path, results: bool) -> dict[str, Any]:
     contents: dict[str, Any] = {str(file.relative_to(run)): file.read_bytes() for file in files}
     if results:
         for file in (run / "eval").glob("*.json"):
-            contents[f"eval/{file.name}"] = json.loads(file.read_text())["results"]
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            contents[f"eval/{file.name}"] = json.loads(file.read_text(encoding="utf-8"))["results"]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steps = [json.dumps({k: v for k, v in line.items() if k not in MOMENTARY}) for line in lines]
         contents["metrics.jsonl"] = (
             set(steps),
@@ -221,7 +221,9 @@ def _contents(run: Path, results: bool) -> dict[str, Any]:
 def last_step(run: Path) -> str:
     """The last step in the log of a run."""
     log = run / "metrics.jsonl"
-    steps = re.findall(r'"stage": "(\w+)".*"images": (\d+).*\n', log.read_text() if log.is_file() else "")
+    steps = re.findall(
+        r'"stage": "(\w+)".*"images": (\d+).*\n', log.read_text(encoding="utf-8") if log.is_file() else ""
+    )
     return "{}, {} images".format(*steps[-1]) if steps else "before the first step"
 
 

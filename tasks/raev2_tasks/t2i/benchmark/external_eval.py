@@ -80,7 +80,7 @@ def read_lines(source: Path) -> list[Prompt]:
 def write_geneval(out: Path, prompt: Prompt, images_u8: Tensor) -> None:
     """A folder with the prompt's metadata and its pictures."""
     (out / prompt.name / "samples").mkdir(parents=True)
-    (out / prompt.name / "metadata.jsonl").write_text(prompt.line + "\n")
+    (out / prompt.name / "metadata.jsonl").write_text(prompt.line + "\n", encoding="utf-8")
     for number, image in enumerate(images_u8):
         _save(image, out / prompt.name / "samples" / f"{number:04d}.png")
 
@@ -284,7 +284,7 @@ def import_eval(argv: Sequence[str]) -> None:
     parser.add_argument("--scorer", help="program and weights that scored, where they differ from the benchmark's own")
     options = parser.parse_args(argv)
     try:
-        about = json.loads((options.export / EXPORT).read_text())
+        about = json.loads((options.export / EXPORT).read_text(encoding="utf-8"))
         benchmark = BENCHMARKS[about["benchmark"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(

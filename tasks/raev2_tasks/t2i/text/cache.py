@@ -46,7 +46,7 @@ class CaptionCache:
         self.encoder, self.dir = encoder, dir
         self.num_hits = self.num_misses = 0
         try:
-            about = json.loads((dir / "cache.json").read_text())
+            about = json.loads((dir / "cache.json").read_text(encoding="utf-8"))
             index = np.load(dir / "index.npz", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(
