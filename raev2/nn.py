@@ -32,6 +32,7 @@ KeyMask = Bool[Tensor, "B 1 1 _"]  # True: the key is seen
 Modulation = Float[Tensor, "B _ D6"]  # per sample (B, 1, 6 D) or per token (B, N, 6 D)
 PLAIN_UP_TO = 2**25  # scores, 64 MiB for each block: beyond, a CPU does not have the memory for them either
 NUM_FREQUENCIES = 256  # of the time embedding
+ENOUGH_ROWS = 8  # MKL has kernels of its own for one to three
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -63,6 +64,14 @@ class FusedLinear(nn.Linear):
     def __init__(self, in_features: int, splits: Sequence[int]) -> None:
         super().__init__(in_features, sum(splits))
         self.splits = tuple(splits)
+
+
+def with_enough_rows(layers: nn.Module, x: Float[Tensor, "B D1"]) -> Float[Tensor, "B D2"]:
+    """`layers(x)`, without gradients on a CPU of at least `ENOUGH_ROWS`: its kernels for fewer give other bits."""
+    num = len(x)
+    if torch.is_grad_enabled() or not x.is_cpu or not 0 < num < ENOUGH_ROWS:
+        return layers(x)
+    return layers(torch.cat([x, x[-1:].expand(ENOUGH_ROWS - num, -1)]))[:num]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -377,7 +386,7 @@ class FourierEmbed(nn.Module):
     def forward(self, t: Times) -> Vectors:
         """Embed; angles are computed in float32."""
         angles = 2 * math.pi * t.float()[:, None] * self.frequencies.float()
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.frequencies.dtype))
+        return with_enough_rows(self.mlp, torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.frequencies.dtype))
 
     def init_weights(self) -> None:
         """W ~ N(0, 1), weights ~ N(0, 0.02), biases as PyTorch."""

@@ -3,7 +3,8 @@
 Sample i is a function of (seed, i, condition i) alone: neither the batch size nor the number of processes changes a
 bit of it in float32 on a CPU. Two things make it so. The noise comes from a counter-based generator keyed by
 (seed, i). And because a matrix product adds in another order for another number of rows or threads, a CPU always
-computes the same number of samples at once in one thread, whatever batch size was asked for (`map_rows`).
+computes the same number of samples at once in one thread, whatever batch size was asked for (`map_rows`), or fewer
+where a trial shows the same bits.
 """
 
 from __future__ import annotations
@@ -105,7 +106,6 @@ def sample(
     solver: Literal["euler", "heun"] = "euler",
     batch_size: int = 64,
     weak: Denoiser | None = None,
-    alone: bool = False,
 ) -> Images:
     """Generate one image per row of the condition, float RGB in [0, 1].
 
@@ -114,7 +114,6 @@ def sample(
     guidance  a guidance spec of raev2.spec, for example InternalGuidance(scale=1.78); None: no guidance
     indices   ids that select the noise; default 0, 1, 2, ... An unconditional generator needs them for its count
     weak      second generator of auto guidance
-    alone     all rows in one forward: one image several times as fast on a CPU, and equal up to rounding only
     """
     if indices is None:
         if not cond:
@@ -122,18 +121,33 @@ def sample(
         indices = range(len(next(iter(cond.values()))))
     generator.check_cond(cond)
     sampling = SamplingSpec(solver=solver, steps=steps, guidance=guidance or NoGuidance(), batch_size=batch_size)
-    build_guidance(sampling.guidance, generator, weak)  # an unusable setting is reported before any work
+    predict = build_guidance(sampling.guidance, generator, weak)  # an unusable setting is reported before any work
 
     def images(rows: list[int]) -> Tensor:
         noise = noise_for(seed, [indices[row] for row in rows], generator.latent_shape).to(generator.device)
         chunk_cond = cond_map(cond, lambda value: value[rows].to(generator.device))
+        own = len(set(rows))  # the others fill the chunk up
+        if own < len(rows) and _same_bits(predict, chunk_cond, noise, own, sampling, generator.time_shift):
+            noise, chunk_cond = noise[:own], cond_map(chunk_cond, lambda value: value[:own])
         latents = sample_latents(generator, chunk_cond, noise, sampling, weak=weak)
+        latents = torch.cat([latents, latents[-1:].expand(len(rows) - len(latents), -1, -1, -1)])
         with torch.autocast(generator.device.type, enabled=False):  # pixels are decoded in float32
             return rae.decode(latents).clamp(0, 1)
 
-    if alone:
-        return images(list(range(len(indices))))
     return map_rows(images, len(indices), generator.device, batch_size)
+
+
+def _same_bits(
+    predict: Predictor, cond: Cond, noise: Latents, num: int, sampling: SamplingSpec, time_shift: float
+) -> bool:
+    """Whether the first `num` rows are predicted as they are with the others: then these need not be computed.
+
+    That depends on shapes, so it is tried at one time with guidance and at one without.
+    """
+    low, high = getattr(sampling.guidance, "interval", (0.0, 1.0))
+    times = {low <= t <= high: t for t in time_grid(sampling.steps, time_shift)[:-1]}
+    own = cond_map(cond, lambda value: value[:num])
+    return all(torch.equal(predict(noise, t, cond)[:num], predict(noise[:num], t, own)) for t in times.values())
 
 
 def map_rows(function: Callable[[list[int]], Tensor], count: int, device: torch.device, batch_size: int) -> Tensor:

@@ -112,15 +112,52 @@ def test_samples_do_not_depend_on_batch_size_threads_or_companions():
         assert torch.equal(one, expected[index : index + 1])
 
 
-def test_images_alone_are_one_forward_and_the_same_up_to_rounding():
-    generator, decoder, rows = build(), LinearDecoder(), []
-    options = {"cond": {"label": torch.tensor([3])}, "steps": 3, "seed": 1}
-    expected = sample(generator, decoder, **options)
-    decode = decoder.decode
-    decoder.decode = lambda latents: rows.append(len(latents)) or decode(latents)
-    image = sample(generator, decoder, **options, alone=True)
-    torch.testing.assert_close(image, expected, rtol=1e-5, atol=1e-5)
-    assert rows == [1]
+class Counting(GaussianWorld):
+    """Notes how many rows it is given, and rounds otherwise for another number of them, by `off`."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__(dtype=torch.float32)
+        self.off, self.rows = off, []
+
+    def forward(self, z_t, t, cond):
+        self.rows.append(len(z_t))
+        return ModelOutput(super().forward(z_t, t, cond).pred + self.off * len(z_t))
+
+
+class FirstChannel:
+    def decode(self, latents):
+        return latents[:, :1].expand(-1, 3, -1, -1) / 4 + 0.5
+
+
+@pytest.mark.parametrize(
+    ("off", "guidance", "rows"),
+    [
+        (0.0, None, [8, 2, 2, 2, 2]),
+        (1e-3, None, [8, 2, 8, 8, 8]),
+        (0.0, CFG(scale=2.0, interval=(0.0, 0.5)), [8, 2, 16, 4, 2, 2, 4]),
+    ],
+)
+def test_pictures_that_fill_no_chunk_are_computed_without_others_where_that_changes_no_bit(off, guidance, rows):
+    """One trial with guidance and one without says so; where it does, a picture costs no more than itself."""
+    world, options = Counting(off), {"steps": 3, "guidance": guidance}
+    ten = sample(world, FirstChannel(), {"label": torch.zeros(10, dtype=torch.int64)}, **options)
+    world.rows.clear()
+    two = sample(world, FirstChannel(), {"label": torch.zeros(2, dtype=torch.int64)}, indices=[8, 9], **options)
+    assert torch.equal(two, ten[8:]) and len(two) == 2
+    assert world.rows == rows
+
+
+def test_time_is_embedded_with_enough_rows():
+    """A CPU has kernels of its own for very few rows; with gradients nothing is added."""
+    embed = build().network.trunk.time_embed
+    first, seen = embed.mlp[0], []
+    first.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    t = torch.linspace(0, 1, 20)
+    with torch.no_grad():
+        many = embed(t)
+        for num in (1, 2, 3, 8):
+            assert torch.equal(embed(t[:num]), many[:num])
+    assert embed(t[:1]).requires_grad and seen == [20, 8, 8, 8, 8, 1]
 
 
 def test_sampling_keeps_the_number_of_threads():

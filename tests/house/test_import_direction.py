@@ -23,7 +23,7 @@ MAX_LINES = 600
 # The reading order. A module imports only from modules above it.
 ORDER = """
     errors files.plugins files.spec_base shapes spec batch
-    files.damage files.hashes files.assets files.splits files.images files.replace files.picture_folder files.manifest
+    files.damage files.hashes files.assets files.images files.replace files.picture_folder files.manifest
     files.card files.artefact files.grid files.picture_array files.latent_folder files.lines
     flow guidance sampler nn data
     training.dist

@@ -27,12 +27,13 @@ MODULES = {
     for file in sorted(folder.rglob("*.py"))
 }
 
-# What packages of tasks and commands share: parts of recipes, charts, the numbers of papers, the stopwatch.
+# What tasks and commands share: parts of recipes, charts, numbers of papers, the stopwatch, words of splits.
 SHARED = {
     "raev2_tasks.recipe_parts",
     "raev2_tasks.bench.measure",
     "raev2_tasks.report.chart",
     "raev2_tasks.report.published",
+    "raev2_tasks.splits",
 }
 
 

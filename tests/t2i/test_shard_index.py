@@ -15,8 +15,8 @@ from shard_examples import SIZE, file_of, pair, picture, stream, tokenize, write
 
 from raev2.command.cli import main
 from raev2.errors import DataError
-from raev2.files.splits import split_in_name, split_word
 from raev2_data_recipes.captions.caption_tars import BLIP3O, RENDERED_TEXT, SCALE_RAE, TAR_SHARDS
+from raev2_tasks.splits import split_in_name, split_word
 from raev2_tasks.t2i.shards.check import check_shards
 from raev2_tasks.t2i.shards.files import read_index, rewrite_shards, verify_shards
 from raev2_tasks.t2i.shards.index import HELD_OUT, in_processes, index_shards, survey

@@ -15,10 +15,10 @@ from raev2.errors import DataError, SpecError, did_you_mean
 from raev2.files.damage import stop_if_machine
 from raev2.files.images import is_picture
 from raev2.files.picture_folder import scan_folder, told
-from raev2.files.splits import split_in_name, split_word
 from raev2_data_recipes.base import Option
 from raev2_data_recipes.captions.shard_recipe import Deferred, Example, ShardRecipe, prepared, trial_lines
 from raev2_data_recipes.captions.tables import Row, Table, open_table
+from raev2_tasks.splits import split_in_name, split_word
 from raev2_tasks.t2i.shards.index import HELD_OUT, least_val, tests_validate
 from raev2_tasks.t2i.text.captions import (
     KNOWN_FIELDS,

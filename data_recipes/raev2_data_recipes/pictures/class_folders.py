@@ -14,8 +14,8 @@ from pathlib import Path
 
 from raev2.errors import DataError
 from raev2.files.picture_folder import PictureFolder, scan_folder, text_of, told
-from raev2.files.splits import SPLIT_WORDS, split_in_name
 from raev2_data_recipes.pictures.layout import File, Layout, few, num_pictures, source_name
+from raev2_tasks.splits import SPLIT_WORDS, split_in_name
 
 WHERE = "data image-folder: src"
 BESIDE = "picture beside the splits"

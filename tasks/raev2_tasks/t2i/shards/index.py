@@ -23,7 +23,7 @@ import numpy as np
 from raev2.errors import DataError, SpecError
 from raev2.files.hashes import file_sha256
 from raev2.files.picture_folder import scan_folder, told
-from raev2.files.splits import split_in_name
+from raev2_tasks.splits import split_in_name
 from raev2_tasks.t2i.shards.files import (
     json_line,
     read_index,

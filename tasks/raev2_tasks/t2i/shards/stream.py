@@ -26,8 +26,8 @@ from raev2.batch import Cond
 from raev2.data import ImageDataset, derived_seed
 from raev2.errors import DataError
 from raev2.files.damage import stop_if_machine
-from raev2.files.splits import split_in_name
 from raev2.training import dist
+from raev2_tasks.splits import split_in_name
 from raev2_tasks.t2i.shards.reader import PREPARATION, BadSamples, Tokenize, decode_image, permutation, uniforms
 from raev2_tasks.t2i.shards.tar_scan import MAX_ASPECT, MIN_SIDE, ShapeRule, image_suffix
 from raev2_tasks.t2i.text.captions import UNLABELLED_KIND, BadSample, CaptionFields, CaptionRule, parse_captions
