@@ -95,7 +95,7 @@ def laptop() -> RunSpec:
     return base.replace(
         recipe="laptop",
         summary="simulated mazes at 64 px, longer training, within 75 minutes on 2 cores",
-        cost="2 CPU cores, about 70 min: measured in parts",
+        cost="2 CPU cores without AMX, 65 min: measured",
         task=base.task.replace(num_rollouts=96),
         data=DataSpec(
             dir="data/vizdoom-laptop",
