@@ -575,7 +575,7 @@ def _check_continues(dir: Path, old: RunSpec, new: RunSpec, resume: bool) -> Non
 def _git_revision() -> str | None:
     try:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -307,7 +307,9 @@ def _with_decord(file: Path, numbers: Sequence[int], time_limit_s: float) -> Ite
             chunk, out = numbers[done : done + size], Path(folder) / "frames.npy"
             command = [sys.executable, "-m", __spec__.name, str(file.absolute()), str(out), *map(str, chunk)]
             try:
-                ended = subprocess.run(command, timeout=time_limit_s, capture_output=True, text=True, check=False)
+                ended = subprocess.run(
+                    command, timeout=time_limit_s, capture_output=True, encoding="utf-8", errors="replace", check=False
+                )
             except subprocess.TimeoutExpired:
                 logger.warning("%s: decord gave no answer in %g s, decoding with PyAV", file.name, time_limit_s)
                 return
