@@ -142,10 +142,12 @@ def _same_bits(
 ) -> bool:
     """Whether the first `num` rows are predicted as they are with the others: then these need not be computed.
 
-    That depends on shapes, so it is tried at one time with guidance and at one without.
+    That depends on shapes, so it is tried at one time with guidance and at one without; False where that cannot pay.
     """
     low, high = getattr(sampling.guidance, "interval", (0.0, 1.0))
     times = {low <= t <= high: t for t in time_grid(sampling.steps, time_shift)[:-1]}
+    if (len(noise) - num) * sampling.steps <= (len(noise) + num) * len(times):
+        return False
     own = cond_map(cond, lambda value: value[:num])
     return all(torch.equal(predict(noise, t, cond)[:num], predict(noise[:num], t, own)) for t in times.values())
 

@@ -130,16 +130,18 @@ class FirstChannel:
 
 
 @pytest.mark.parametrize(
-    ("off", "guidance", "rows"),
+    ("off", "guidance", "steps", "rows"),
     [
-        (0.0, None, [8, 2, 2, 2, 2]),
-        (1e-3, None, [8, 2, 8, 8, 8]),
-        (0.0, CFG(scale=2.0, interval=(0.0, 0.5)), [8, 2, 16, 4, 2, 2, 4]),
+        (0.0, None, 3, [8, 2, 2, 2, 2]),
+        (1e-3, None, 3, [8, 2, 8, 8, 8]),
+        (0.0, None, 1, [8]),  # a trial would cost more than it saves
+        (0.0, CFG(scale=2.0, interval=(0.0, 0.4)), 3, [8, 8, 16]),
+        (0.0, CFG(scale=2.0, interval=(0.0, 0.4)), 4, [8, 2, 16, 4, 2, 2, 2, 4]),
     ],
 )
-def test_pictures_that_fill_no_chunk_are_computed_without_others_where_that_changes_no_bit(off, guidance, rows):
+def test_pictures_that_fill_no_chunk_are_computed_without_others_where_that_changes_no_bit(off, guidance, steps, rows):
     """One trial with guidance and one without says so; where it does, a picture costs no more than itself."""
-    world, options = Counting(off), {"steps": 3, "guidance": guidance}
+    world, options = Counting(off), {"steps": steps, "guidance": guidance}
     ten = sample(world, FirstChannel(), {"label": torch.zeros(10, dtype=torch.int64)}, **options)
     world.rows.clear()
     two = sample(world, FirstChannel(), {"label": torch.zeros(2, dtype=torch.int64)}, indices=[8, 9], **options)
