@@ -37,6 +37,7 @@ from raev2.eval.features import (
 )
 from raev2.eval.generate import CHUNK_SIZE, gathered, local_chunks
 from raev2.files.hashes import json_sha256
+from raev2.files.replace import new_file
 from raev2.shapes import ImagesU8
 from raev2.training import dist
 
@@ -186,9 +187,8 @@ def set_features(
         tensors = _features(pictures, extractor, sizes, num_workers, max_rows)
         if dist.is_main():
             cache_dir.mkdir(parents=True, exist_ok=True)
-            partial_file = file.with_suffix(f".{os.getpid()}.partial")
-            save_file(tensors, partial_file, metadata={"identity": json.dumps(identity)})
-            partial_file.replace(file)
+            with new_file(file, os.getpid()) as partial_file:
+                save_file(tensors, partial_file, metadata={"identity": json.dumps(identity)})
         dist.barrier()
     tensors = load_file(file)
     found = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from raev2.files.replace import new_file
 from raev2.shapes import ImagesU8
 
 GAP = 2
@@ -36,9 +36,8 @@ def save_grid(images: ImagesU8, path: Path, columns: int | None = None, captions
         for number, text in enumerate(texts[i]):
             draw.text((left, top + height + number * line), text, fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    canvas.save(partial, format="PNG")
-    os.replace(partial, path)
+    with new_file(path) as partial:
+        canvas.save(partial, format="PNG")
 
 
 def save_pairs(images: ImagesU8, other: ImagesU8, path: Path, columns: int = 8) -> None:

@@ -118,14 +118,24 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
+@contextmanager
+def new_file(path: Path, writer: object = "") -> Iterator[Path]:
+    """A file to write, which is `path` afterwards: a reader sees the old one or the new one, never half of it.
+
+    writer   a word of its name meanwhile, such as a process id where several may write `path` at once
+    """
+    partial = path.with_name(f".{path.name}{writer}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text by `new_file`."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _to_disk(path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from raev2.command.cli import main
 from raev2.errors import FileError, SpecError
-from raev2.files.replace import ARTEFACT, CHECKPOINT, EXPORT, RUN, SAMPLES, check_replaceable, new_folder
+from raev2.files.replace import ARTEFACT, CHECKPOINT, EXPORT, RUN, SAMPLES, check_replaceable, new_file, new_folder
 
 TRAIN = ["train", "--task", "imagenet", "--recipe", "tiny"]
 
@@ -35,6 +35,20 @@ def test_an_older_folder_of_ours_is_replaced_whole(tmp_path):
         (folder / "00001.png").write_text("new")
         assert contents(out)["00000.png"] == b"old", "until the new one is complete"
     assert contents(out) == {"00001.png": b"new"} and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    file = tmp_path / "file.json"
+    file.write_text("old")
+    with pytest.raises(KeyboardInterrupt), new_file(file) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"file.json": b"old"}
+    with new_file(file, 1) as first, new_file(file, 2) as second:
+        first.write_text("of process 1")
+        second.write_text("of process 2")
+        assert file.read_text() == "old"
+    assert contents(tmp_path) == {"file.json": b"of process 1"}, "the last to end, whole"
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from raev2.errors import CheckpointError, FileError, SpecError
 from raev2.files.artefact import write_json
 from raev2.files.damage import read_json
 from raev2.files.latent_folder import ABOUT, SCALE, latent_file
+from raev2.files.replace import new_file
 from raev2.tokenizer.rae import RAE
 from raev2.train_tokenizer import measure_stats
 from raev2.training import dist
@@ -139,14 +139,11 @@ def _check_same(out: Path, about: Mapping[str, Any]) -> None:
 
 def _save(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file whole or not at all."""
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata)
-        os.replace(partial, out)
+        with new_file(out) as partial:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata)
     except (OSError, SafetensorError) as error:
         raise FileError(str(out), "could not be saved", got=str(error), hint="Free some space.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _size(num_bytes: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from raev2.errors import DataError
+from raev2.files.replace import new_file
 
 GAP = 2
 MIN_SIDE_PX = 192  # players and eyes want more than 64 pixels
@@ -26,23 +26,24 @@ def write_mp4(clip: Tensor, path: Path, fps: float) -> None:
         raise DataError(str(path), "PyAV is not installed", hint="Run `pip install 'raev2[nwm]'`.") from error
     frames = [np.asarray(image) for image in _enlarged(clip)]
     height, width = (side - side % 2 for side in frames[0].shape[:2])  # 4:2:0 wants even sides
-    partial = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(partial), "w", format="mp4") as container:
+    with new_file(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "16"}
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels[:height, :width], format="rgb24")))
         container.mux(stream.encode())
-    os.replace(partial, path)
 
 
 def write_gif(clip: Tensor, path: Path, fps: float) -> None:
     """Endless GIF."""
     frames = [image.quantize(128) for image in _enlarged(clip)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    with new_file(path) as partial:
+        frames[0].save(
+            partial, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0
+        )
 
 
 def side_by_side(*clips: Tensor) -> Tensor:
@@ -81,9 +82,8 @@ def contact_sheet(
                 canvas.paste(_image(clip[number]), (margin + column * (width + GAP), top))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        canvas.save(partial, format="PNG")
-        os.replace(partial, path)
+        with new_file(path) as partial:
+            canvas.save(partial, format="PNG")
     return canvas
 
 

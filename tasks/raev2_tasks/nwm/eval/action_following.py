@@ -24,6 +24,7 @@ from raev2.batch import MetricResult
 from raev2.data import ImageDataset, to_float
 from raev2.eval.features import load_encoder
 from raev2.eval.generate import collect
+from raev2.files.replace import new_file
 from raev2.task import EvalContext, Evaluator
 from raev2.training import dist
 from raev2_tasks.nwm.data.dataset import as_trajectories
@@ -158,9 +159,8 @@ class ActionFollowing(Evaluator):
             logger.info("training the inverse dynamics of %s on %d real pairs", self.protocol, NUM_PAIRS)
             inputs, motions = _real_pairs(train, tokens, self.offsets_s)
             context.cache_dir.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")  # other evaluations make it too
-            save_file(fit(inputs, motions), partial, metadata={"identity": identity})
-            partial.replace(file)
+            with new_file(file, os.getpid()) as partial:  # other evaluations make it too
+                save_file(fit(inputs, motions), partial, metadata={"identity": identity})
         dist.barrier()
         return InverseDynamics(tokens, load_file(file))
 

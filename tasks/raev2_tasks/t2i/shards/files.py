@@ -40,6 +40,7 @@ from raev2.files.damage import stop_if_machine
 from raev2.files.hashes import file_sha256
 from raev2.files.images import to_rgb
 from raev2.files.manifest import FORMAT_VERSION, PROGRESS, fingerprint, read_manifest
+from raev2.files.replace import new_file, write_text
 from raev2_tasks.t2i.shards.pixels import KEPT_FORMATS, encode_image, read_sample_picture, sample_picture_size
 from raev2_tasks.t2i.shards.tar_scan import (
     ANY,
@@ -415,8 +416,7 @@ def _image_of(image: bytes | Image.Image, image_format: str, where: str) -> tupl
 
 def _write_tar(file: Path, prefix: str, samples: Iterator[_Packed]) -> int:
     """Write one shard through a temporary file; return the place of its last sample."""
-    partial = file.with_name(file.name + ".tmp")
-    with partial.open("wb") as handle:
+    with new_file(file) as partial, partial.open("wb") as handle:
         with tarfile.open(fileobj=handle, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for row, sample in enumerate(samples):
                 key = f"{prefix}_{row:05d}"
@@ -431,15 +431,13 @@ def _write_tar(file: Path, prefix: str, samples: Iterator[_Packed]) -> int:
                     tar.addfile(info, io.BytesIO(data))
         handle.flush()
         os.fsync(handle.fileno())
-    partial.rename(file)
     return sample.place
 
 
 def write_index(file: Path, rows: np.ndarray) -> Path:
     """Write index rows through a temporary file; return the file."""
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_bytes(rows.tobytes())
-    partial.rename(file)
+    with new_file(file) as partial:
+        partial.write_bytes(rows.tobytes())
     return file
 
 
@@ -525,13 +523,6 @@ def _fingerprint(splits: Mapping[str, Any]) -> str:
 
 def _common(values: Sequence[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text through a temporary file."""
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(file)
 
 
 def json_line(value: Mapping[str, Any]) -> str:
