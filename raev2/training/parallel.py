@@ -36,7 +36,7 @@ def parallelise(
             checkpoint(block)
         if spec.compile:
             _need_compiler()
-            block.compile(fullgraph=True)
+            block.compile()  # not `fullgraph`, which ends a run that meets more shapes than torch compiles
     if not dist.is_distributed():
         return model
     parameter = next(model.parameters())

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -46,6 +48,33 @@ def test_arithmetic_and_differences_of_a_known_product_are_counted(tiny, monkeyp
     assert row.faster == (2.0, 2.0, 3.0) and row.difference == pytest.approx(1 / 9)
     assert row.peak_gib > 0
     assert "2.00x (2.00 to 3.00) as fast as the other, 1.1e-01 apart" in row.note
+
+
+COMPILED = """
+import torch
+from torch import nn
+from raev2.spec import DDTSpec
+from raev2_tasks.bench import measure, training
+from raev2_tasks.bench.measure import Setting
+
+real, compiled = nn.Module.compile, []
+nn.Module.compile = lambda self: compiled.append(self) or real(self, backend="eager")
+network = DDTSpec(width=32, depth=2, num_heads=2, head_width=32, head_depth=1, head_num_heads=2, base_head_depth=1)
+training.SIZES["small"] = (network, (4, 4, 4), 2)
+Setting.gemm = lambda self, dtype: 100.0
+cpu = torch.device("cpu")
+eager = Setting(rounds=1, device=cpu)
+setting = Setting(rounds=1, device=cpu, compiled=True, other=lambda ours: training.build_generator(eager))
+row = measure.measure(next(training.train_step(setting)), setting)
+assert len(compiled) == 3 and row.difference < 0.02, row
+without = measure.measure(next(training.train_step(eager)), eager)
+assert abs(row.gflop_per_s * row.seconds / (without.gflop_per_s * without.seconds) - 1) < 1e-9
+"""
+
+
+def test_compiled_generators_are_timed_and_their_arithmetic_counted():
+    """A cheap backend, and no type checks by the test session."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
 
 
 @pytest.mark.parametrize("case", [training.train_step, training.optimizers])

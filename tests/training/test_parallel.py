@@ -61,7 +61,7 @@ from raev2.training.parallel import is_plain, parallelise
 from test_parallel import gradients, tiny
 
 real = nn.Module.compile
-nn.Module.compile = lambda self, **options: real(self, backend="aot_eager", **options)
+nn.Module.compile = lambda self: real(self, backend="aot_eager", fullgraph=True)
 plain, compiled = tiny(), tiny()
 network = parallelise(compiled, ParallelSpec(compile=True), compiled.blocks())
 assert not is_plain(compiled) and compiled.state_dict().keys() == plain.state_dict().keys()
@@ -70,9 +70,25 @@ for ours, theirs in zip(gradients(compiled, network), gradients(plain, plain), s
 """
 
 
+LIMIT = """
+import torch
+torch._dynamo.config.recompile_limit = 1
+"""
+
+
 def test_blocks_compile_without_a_graph_break():
     """Each block is one graph, which `fullgraph` checks; a cheap backend, and no type checks by the test session."""
     subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parent)
+
+
+def test_more_shapes_than_torch_compiles_do_not_end_a_run():
+    """Trunk and head are two shapes of one block, and its limit is set to one: the other runs as written."""
+    limited = COMPILED.replace(", fullgraph=True", "").replace("import torch\n", LIMIT, 1)
+    found = subprocess.run(
+        [sys.executable, "-c", limited], cwd=Path(__file__).parent, capture_output=True, encoding="utf-8"
+    )
+    assert found.returncode == 0, found.stderr
+    assert "hit config.recompile_limit (1)" in found.stderr
 
 
 WHOLE = """

@@ -23,6 +23,7 @@ def _options(parser: ArgumentParser) -> None:
         help="also time what FACTORY(ours) returns, in turns, on the same tensors",
     )
     add("--cpu-time", action="store_true", help="CPU seconds of the process: for a machine that is not idle")
+    add("--compile", action="store_true", help="compile generators in training, as parallel.compile does")
     add("--json", metavar="FILE", type=Path, help="also write the numbers here, in a new file")
 
 
@@ -32,7 +33,9 @@ def _bench(options: Namespace) -> None:
 
     if options.json and options.json.exists():
         raise SpecError("--json", "exists already", got=options.json, hint="Choose another file, or move it away.")
-    setting = Setting.of(options.size, options.device, options.rounds, options.against, options.cpu_time)
+    setting = Setting.of(
+        options.size, options.device, options.rounds, options.against, options.cpu_time, options.compile
+    )
     results = run_benchmarks(options.names, setting)
     print(table(results, setting))
     if options.json:

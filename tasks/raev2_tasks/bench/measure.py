@@ -111,22 +111,29 @@ class Timing(Measurement):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where, how often and by which clock; `other` makes the other subject of one of ours."""
+    """Where, how often and by which clock; `other` makes the other subject of one of ours.
+
+    compiled   generators that are trained, ours, are compiled as `parallel.compile` does it
+    """
 
     size: str = "small"
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rounds: int = 7
     other: Callable[[Any], Any] | None = None
     clock: Callable[[], float] = time.perf_counter
+    compiled: bool = False
 
     @classmethod
-    def of(cls, size: str, device: str | None, rounds: int, against: str | None, cpu_time: bool = False) -> Setting:
+    def of(
+        cls, size: str, device: str | None, rounds: int, against: str | None,
+        cpu_time: bool = False, compiled: bool = False,
+    ) -> Setting:  # fmt: skip
         """From the options of the command."""
         if rounds < 1:
             raise SpecError("--rounds", "nothing to time", got=rounds, expected="at least 1")
         where = cls().device if device is None else usable_device("--device", device)
         clock = time.process_time if cpu_time else time.perf_counter
-        return cls(size, where, rounds, load_factory(against) if against else None, clock)
+        return cls(size, where, rounds, load_factory(against) if against else None, clock, compiled)
 
     def gemm(self, dtype: torch.dtype) -> float:
         """GFLOP/s of a large square matrix product, the best of five: what arithmetic can reach here."""
@@ -158,7 +165,7 @@ def measure(work: Work, setting: Setting) -> Timing:
     if other is not None:
         functions["other"] = work.make(other)
         difference = largest_difference(functions["ours"](), functions["other"]())
-    with _Arithmetic() as counter:
+    with torch.compiler.set_stance("force_eager"), _Arithmetic() as counter:
         functions["ours"]()
     gflop = counter.flop / 1e9
     _forget_peak(setting.device)
@@ -192,6 +199,7 @@ def machine(setting: Setting) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "clock": setting.clock.__name__,
+        "compiled": setting.compiled,
         "load": round(os.getloadavg()[0], 2),
         "gemm": {str(dtype).removeprefix("torch."): round(rate) for dtype, rate in setting._gemm.items()},
         "python": platform.python_version(),

@@ -15,7 +15,7 @@ from raev2.flow import interpolate, training_loss
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
 from raev2.nn import autocast
-from raev2.spec import AdamWSpec, DDTSpec, FlowSpec, MuonSpec, TokenizerSpec
+from raev2.spec import AdamWSpec, DDTSpec, FlowSpec, MuonSpec, ParallelSpec, TokenizerSpec
 from raev2.tokenizer.discriminator import build_discriminator
 from raev2.tokenizer.encoders import FrozenEncoder
 from raev2.tokenizer.losses import (
@@ -29,6 +29,7 @@ from raev2.tokenizer.rae import RAE
 from raev2.train_tokenizer import DecoderLosses
 from raev2.training.ema import EMA
 from raev2.training.optim import build_optimizer, fast_dtype
+from raev2.training.parallel import parallelise
 from raev2.training.run import attention_kernels
 from raev2_tasks.bench.measure import Outputs, Setting, Work
 from raev2_tasks.recipe_parts import (
@@ -61,7 +62,10 @@ def build_generator(setting: Setting, network: Any = None, latent_shape: Shape |
     for parameter in generator.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    return generator.to(setting.device)
+    generator.to(setting.device)
+    torch.compiler.reset()  # what was compiled for others, of which torch keeps a few
+    parallelise(generator, ParallelSpec(compile=setting.compiled), generator.blocks())
+    return generator
 
 
 def gradients(ours: Generator, batch_size: int, precision: str) -> Callable[[Any], Callable[[], list[Tensor]]]:
