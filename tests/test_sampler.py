@@ -130,23 +130,27 @@ class FirstChannel:
 
 
 @pytest.mark.parametrize(
-    ("off", "guidance", "steps", "rows"),
+    ("off", "guidance", "steps", "trials", "rows"),
     [
-        (0.0, None, 3, [8, 2, 2, 2, 2]),
-        (1e-3, None, 3, [8, 2, 8, 8, 8]),
-        (0.0, None, 1, [8]),  # a trial would cost more than it saves
-        (0.0, CFG(scale=2.0, interval=(0.0, 0.4)), 3, [8, 8, 16]),
-        (0.0, CFG(scale=2.0, interval=(0.0, 0.4)), 4, [8, 2, 16, 4, 2, 2, 2, 4]),
+        (0.0, None, 3, 2, [8, 2, 2, 2, 2]),
+        (1e-3, None, 3, 2, [8, 2, 8, 8, 8]),
+        (0.0, None, 1, 0, [8]),  # a trial would cost more than it saves
+        (0.0, CFG(scale=2.0, interval=(0.0, 0.4)), 3, 0, [8, 8, 16]),
+        (0.0, CFG(scale=2.0, interval=(0.0, 0.4)), 4, 4, [8, 2, 16, 4, 2, 2, 2, 4]),
     ],
 )
-def test_pictures_that_fill_no_chunk_are_computed_without_others_where_that_changes_no_bit(off, guidance, steps, rows):
+def test_pictures_that_fill_no_chunk_are_computed_without_others_where_that_changes_no_bit(
+    off, guidance, steps, trials, rows
+):  # fmt: skip
     """One trial with guidance and one without says so; where it does, a picture costs no more than itself."""
     world, options = Counting(off), {"steps": steps, "guidance": guidance}
-    ten = sample(world, FirstChannel(), {"label": torch.zeros(10, dtype=torch.int64)}, **options)
-    world.rows.clear()
+    ten = sample(Counting(off), FirstChannel(), {"label": torch.zeros(10, dtype=torch.int64)}, **options)
     two = sample(world, FirstChannel(), {"label": torch.zeros(2, dtype=torch.int64)}, indices=[8, 9], **options)
     assert torch.equal(two, ten[8:]) and len(two) == 2
     assert world.rows == rows
+    world.rows.clear()
+    two = sample(world, FirstChannel(), {"label": torch.zeros(2, dtype=torch.int64)}, indices=[8, 9], **options)
+    assert torch.equal(two, ten[8:]) and world.rows == rows[trials:], "what was tried is remembered"
 
 
 def test_time_is_embedded_with_enough_rows():

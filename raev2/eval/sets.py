@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -187,7 +186,7 @@ def set_features(
         tensors = _features(pictures, extractor, sizes, num_workers, max_rows)
         if dist.is_main():
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with new_file(file, os.getpid()) as partial_file:
+            with new_file(file, shared=True) as partial_file:
                 save_file(tensors, partial_file, metadata={"identity": json.dumps(identity)})
         dist.barrier()
     tensors = load_file(file)

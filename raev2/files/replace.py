@@ -119,12 +119,12 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 @contextmanager
-def new_file(path: Path, writer: object = "") -> Iterator[Path]:
+def new_file(path: Path, shared: bool = False) -> Iterator[Path]:
     """A file to write, which is `path` afterwards: a reader sees the old one or the new one, never half of it.
 
-    writer   a word of its name meanwhile, such as a process id where several may write `path` at once
+    shared   other processes may write it at the same time
     """
-    partial = path.with_name(f".{path.name}{writer}.partial")
+    partial = path.with_name(f".{path.name}{os.getpid() if shared else ''}.partial")
     try:
         yield partial
         os.replace(partial, path)

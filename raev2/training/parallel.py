@@ -96,8 +96,7 @@ def _mesh(spec: ParallelSpec, device: str) -> DeviceMesh:
 
 
 def _need_compiler() -> None:
-    compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
-    if not any(map(shutil.which, compilers)):
+    if not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"])):
         raise SpecError(
             "spec.parallel.compile", "torch.compile needs a C++ compiler", got="none on PATH",
             hint="Install g++, or set parallel.compile=false.",

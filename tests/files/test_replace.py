@@ -37,14 +37,15 @@ def test_an_older_folder_of_ours_is_replaced_whole(tmp_path):
     assert contents(out) == {"00001.png": b"new"} and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch):
     file = tmp_path / "file.json"
     file.write_text("old")
     with pytest.raises(KeyboardInterrupt), new_file(file) as partial:
         partial.write_text("half")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"file.json": b"old"}
-    with new_file(file, 1) as first, new_file(file, 2) as second:
+    monkeypatch.setattr(os, "getpid", iter([1, 2]).__next__)
+    with new_file(file, shared=True) as first, new_file(file, shared=True) as second:
         first.write_text("of process 1")
         second.write_text("of process 2")
         assert file.read_text() == "old"

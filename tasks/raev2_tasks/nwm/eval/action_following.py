@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -159,7 +158,7 @@ class ActionFollowing(Evaluator):
             logger.info("training the inverse dynamics of %s on %d real pairs", self.protocol, NUM_PAIRS)
             inputs, motions = _real_pairs(train, tokens, self.offsets_s)
             context.cache_dir.mkdir(parents=True, exist_ok=True)
-            with new_file(file, os.getpid()) as partial:  # other evaluations make it too
+            with new_file(file, shared=True) as partial:
                 save_file(fit(inputs, motions), partial, metadata={"identity": identity})
         dist.barrier()
         return InverseDynamics(tokens, load_file(file))
