@@ -50,7 +50,6 @@ def cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # cli.md
 
 
@@ -156,7 +155,6 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # spec.md
 
 
@@ -269,7 +267,6 @@ def _default(field: FieldInfo) -> str:
     return f"`{list(value) if isinstance(value, tuple) else value}`"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # errors.md
 
 
@@ -329,7 +326,6 @@ def _message(example: Callable[[], object], expected: type[errors.RaeError]) -> 
     raise AssertionError(f"the example of {expected.__name__} raised nothing")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # encoders.md
 
 
@@ -356,9 +352,6 @@ def encoders_page() -> str:
         "name", "route", "id", "width", "depth", "patch", "px", "prefix tokens", "norm", "licence", "access", "note",
     )  # fmt: skip
     return text + table(header, rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def published_page() -> str:
@@ -390,7 +383,6 @@ def published_page() -> str:
     return text + "## Encoders\n\n" + table(header, rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The file tree of tour.md
 
 MARKS = "<!-- files: written by `python docs/generate.py` -->\n", "<!-- /files -->"

@@ -295,7 +295,6 @@ class FinalLayer(nn.Module):
         return self.linear(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What enters: patches, positions, numbers
 
 

@@ -26,7 +26,6 @@ def _installed_name(group: str, name: object) -> str:
     return str(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -43,7 +42,6 @@ class DataSpec(Spec):
     cache: bool = Field(False, description="keep decoded 8-bit images in memory (small datasets)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer (stage 1)
 
 
@@ -249,7 +247,6 @@ class TokenizerTrainingSpec(LoopSpec):
     stats_images: int | None = Field(None, gt=0, description="images for the latent statistics; null: the whole split")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Generator (stage 2)
 
 
@@ -364,7 +361,6 @@ class GeneratorTrainingSpec(LoopSpec):
         return self
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Sampling and evaluation
 
 
@@ -507,7 +503,6 @@ class EvaluationSpec(Spec):
     seed: int = Field(0, ge=0, lt=2**63)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 

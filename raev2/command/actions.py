@@ -116,9 +116,6 @@ COMMANDS = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def source_of(options: Namespace, task: str | None = None) -> Source:
     """The model that the options of `cli.source_options` name; `task` where the command belongs to one."""
     from raev2.model.opened import find_source

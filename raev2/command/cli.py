@@ -285,7 +285,6 @@ def command_sentences(commands: Mapping[str, Callable[..., Any]]) -> list[tuple[
     return [(name, (command.__doc__ or "").strip().partition("\n")[0]) for name, command in commands.items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Train
 
 

@@ -85,7 +85,6 @@ def build_reference(
     return [features_file(pictures, extractor, cache_dir(), rows)[0] for extractor in extractors]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -145,7 +144,6 @@ def _read_file(files: Sequence[Path], place: int) -> Tensor:
     return torch.from_numpy(np.array(read_rgb(files[place], f"picture {files[place]}"))).permute(2, 0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # References
 
 

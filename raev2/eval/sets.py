@@ -46,7 +46,6 @@ MANIFOLD_IMAGES = 10_000  # rows that are kept of a set, the references of preci
 SHUFFLE_BLOCKS = 4  # blocks a side of the block-shuffled pictures
 PUBLISHED_LEVELS = {INCEPTION: (2.0,)}  # papers state how much training reaches an FID of 2
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -141,7 +140,6 @@ def block_shuffle(images_u8: ImagesU8, blocks: int, numbers: Sequence[int]) -> I
     return moved.unflatten(1, (blocks, blocks)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Features
 
 
@@ -226,7 +224,6 @@ def _features(
     return {output + key: value for output, own in whole.items() for key, value in own.items()} | gathered(kept)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
 

@@ -60,7 +60,6 @@ V1_TENSORS = {"use_qknorm": "blocks.0.attn.q_norm.weight", "use_pos_embed": "pos
 CONDITIONS = {"num_classes": "label", "context_dim": "text", "n_action_tokens": "nwm"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
 
@@ -209,7 +208,6 @@ def _without_ropes(generator: Generator, tensors: Mapping[str, Tensor]) -> dict[
     return {name: value for name, value in tensors.items() if not name.endswith((".freqs_cos", ".freqs_sin"))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Configurations
 
 

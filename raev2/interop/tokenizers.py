@@ -35,7 +35,6 @@ SPECTRAL = {
 Pixels = Sequence[float] | None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Decoders (GeneralDecoder)
 
 
@@ -170,7 +169,6 @@ def _decoder_names(ours: Iterable[str], depth: int) -> Names:
     return place(ours, layers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Latent statistics
 
 
@@ -232,7 +230,6 @@ def spread(value: Tensor, name: str, latent_shape: tuple[int, int, int]) -> Tens
     return value.float().expand(latent_shape).clone()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Discriminator heads
 
 

@@ -161,7 +161,6 @@ def tokens_parameter(count: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.normal_(torch.empty(count, width), std=width**-0.5))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # No condition
 
 
@@ -189,7 +188,6 @@ class NoConditioner(Conditioner):
         return {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Class label
 
 
@@ -241,7 +239,6 @@ class LabelConditioner(Conditioner):
             )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Text
 
 

@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 STAGES = TOKENIZER, GENERATOR
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Where a model lies
 
 
@@ -149,7 +148,6 @@ def _results_of(name: str | Path) -> Path:
     return Path("results") / "--".join(Path(name).parts[-2:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # A trained run
 
 

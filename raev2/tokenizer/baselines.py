@@ -183,7 +183,6 @@ def _save(path: str | Path, tokenizer: VAETokenizer | PixelTokenizer) -> Path:
     return save_artefact(path, kind="tokenizer", config=config, tensors={})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Build and load
 
 

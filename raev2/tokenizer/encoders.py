@@ -42,7 +42,6 @@ FINAL_NORM_NAMES = ("layernorm", "norm", "post_layernorm")  # of transformers mo
 PREFIXES = {"timm": "timm", "hf": "transformers"}  # of names that are not in the table -> who builds them
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The encoder
 
 
@@ -211,7 +210,6 @@ def hash_weights(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Trunks: the two libraries behind one method
 
 
@@ -300,7 +298,6 @@ class TransformersTrunk(Trunk):
         return outputs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Building
 
 

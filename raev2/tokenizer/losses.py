@@ -27,7 +27,6 @@ NO_DOWNLOAD = "Or choose the loss that needs no download: tokenizer_training.per
 LPIPS_LOSS = replace(LPIPS_WEIGHTS["vgg"], note=NO_DOWNLOAD)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Reconstruction
 
 
@@ -99,7 +98,6 @@ def _unit(tokens: Tokens) -> Tokens:
     return tokens / (torch.linalg.vector_norm(tokens, dim=2, keepdim=True) + 1e-10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Adversary
 
 
@@ -129,7 +127,6 @@ def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor, max_weight: float = 1e4)
     return (rec_norm / (gan_norm + 1e-6)).clamp(0, max_weight)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Differentiable augmentation
 
 

@@ -15,7 +15,6 @@ from raev2_tasks.analyses.width import overfit, width_bound
 from raev2_tasks.report.chart import Series
 from raev2_tasks.report.published import published, published_encoders, published_results
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Definitions
 
 
@@ -78,7 +77,6 @@ def test_a_narrow_network_stays_above_its_bound():
     assert loss > width_bound(latents, 8) > 0.3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Published numbers
 
 
@@ -99,7 +97,6 @@ def test_published_numbers_say_where_they_come_from():
     assert all(len(found) == 1 for found in values.values()), values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
 

@@ -46,7 +46,6 @@ def never(monkeypatch: pytest.MonkeyPatch):
     return forbid
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Numbers over seeds
 
 
@@ -99,7 +98,6 @@ def test_lines_of_a_plot_go_up_and_down_their_intervals_side_by_side() -> None:
     assert not one.points and other.points, "a line of one place is a dot"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tables of plans
 
 
@@ -162,7 +160,6 @@ def test_insight_1_knows_how_many_layers_there_are(small, tmp_path, monkeypatch,
     assert "--layers: no such numbers of last layers; got [1, 7]; expected 1 to 6" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Commands, at tiny size
 
 

@@ -59,7 +59,6 @@ def said(src: Path, **options: str) -> str:
     return "\n".join(RECIPE.plan({"src": str(src), **options}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Splits
 
 
@@ -122,7 +121,6 @@ def test_two_folders_for_a_split_and_a_missing_train_folder_are_refused(tmp_path
         layout(tmp_path / "b")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Classes
 
 
@@ -233,7 +231,6 @@ def test_a_plan_tells_number_first_last_smallest_and_largest_class(tmp_path: Pat
     assert "train: 13 pictures.\nval: 0 pictures.\n" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Left out
 
 
@@ -306,7 +303,6 @@ def test_a_plan_compares_no_more_than_it_can(tmp_path: Path, monkeypatch: pytest
     assert "`build` counts those that are in both splits." in said(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Doubtful
 
 
@@ -422,7 +418,6 @@ def test_options_of_another_kind_are_refused(tmp_path: Path, option: str, value:
         layout(tmp_path, splits=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is written
 
 

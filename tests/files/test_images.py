@@ -42,7 +42,6 @@ def greys(data: bytes) -> np.ndarray:
     return levels[..., 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Formats
 
 LOSSLESS = ["PNG", "TIFF", "BMP", "DIB", "PPM", "TGA", "SGI", "PCX", "QOI", "DDS", "ICO", "ICNS"]
@@ -90,7 +89,6 @@ def test_an_animated_file_gives_its_first_frame(format: str, options: Any) -> No
     assert (pixels(data) == (255, 0, 0)).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Orientation
 
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF 2.32, 4.6.4 A: where row 0 and column 0 are seen
@@ -161,7 +159,6 @@ def test_exif_that_cannot_be_read_counts_as_none() -> None:
     assert 0 < damaged < 200
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Modes
 
 
@@ -285,7 +282,6 @@ def test_cmyk_files_are_converted(format: str) -> None:
     assert np.abs(read - (255, 0, 0)).max() <= 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Refused
 
 

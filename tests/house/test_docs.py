@@ -76,7 +76,6 @@ def targets(page: Path) -> list[str]:
     return [target for target in found if not re.match(r"[a-z]+:", target)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Links
 
 
@@ -105,7 +104,6 @@ def test_every_page_is_linked_from_another_one() -> None:
     assert [name(page) for page in MANUAL[1:] if page not in linked] == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Generated pages
 
 
@@ -117,7 +115,6 @@ def test_reference_pages_are_fresh() -> None:
     assert list(generate.stale_pages()) == [], "run `python docs/generate.py`"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Python blocks
 
 
@@ -236,7 +233,6 @@ def test_questions_quote_what_the_code_says() -> None:
     assert len(quoted) > 9 and [text for text in quoted if not any(text in source for source in said)] == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Command lines
 
 

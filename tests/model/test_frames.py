@@ -69,7 +69,6 @@ def assert_same(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What the trunk sees
 
 
@@ -138,7 +137,6 @@ def test_only_relative_ages_matter_so_cached_frames_may_grow_older():
     assert turn_per_column.max() <= 0.0101, "age turns channels that hardly know the column"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Motion
 
 
@@ -170,7 +168,6 @@ def test_neighbouring_motions_and_times_are_told_apart():
     assert (tokens[0] - tokens[1])[3].abs().max() > 1e-2, "time has a sign"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Computed once
 
 
@@ -351,7 +348,6 @@ def test_the_cost_of_a_step_is_that_of_its_own_tokens():
     assert own / 1e9 == pytest.approx(280, rel=0.02)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Absent parts
 
 
@@ -429,7 +425,6 @@ def test_a_weak_generator_prepares_the_past_itself():
         predictor(z_t, 0.5, GENERATOR.prepare_cond(COND))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Errors, artefact
 
 

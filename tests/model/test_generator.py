@@ -55,7 +55,6 @@ def example(generator, batch_size=3):
     return torch.randn(batch_size, *generator.latent_shape), torch.rand(batch_size), cond
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Networks
 
 
@@ -152,7 +151,6 @@ def test_patch_size_must_divide_the_grid():
         build(small(patch_size=3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Layers
 
 
@@ -194,7 +192,6 @@ def test_fixed_positions_encode_the_column_first():
     assert not torch.equal(table[0, :4], table[1, :4])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Conditions
 
 
@@ -272,7 +269,6 @@ def test_good_conditions_pass():
         generator.check_cond(example(generator)[2])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Artefact
 
 
@@ -326,7 +322,6 @@ def test_time_shift_follows_the_latent_size():
         assert generator.time_shift == pytest.approx(expected, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Published sizes
 
 TRUNKS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16), "XL1440": (1440, 28, 20)}

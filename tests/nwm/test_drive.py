@@ -35,7 +35,6 @@ class SlowModel(ToyWorld):
     sampler_steps = 20
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Rides
 
 
@@ -107,7 +106,6 @@ def test_a_recording_can_be_driven_again():
         list(replay(world, {**record, "format_version": 0}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The web application
 
 
@@ -185,7 +183,6 @@ def test_the_page_loads_nothing_from_elsewhere(client):
         assert not re.search(r"https?://|@import|url\(", file.read_text()), file.name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 

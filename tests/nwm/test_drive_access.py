@@ -76,7 +76,6 @@ def everything(client, at: str, headers: dict[str, str]) -> set[int]:
     return statuses
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Pages of other origins
 
 
@@ -154,7 +153,6 @@ def test_the_page_has_no_script_or_style_in_its_text():
     assert re.findall(r"<script[^>]*>", text) == ['<script src="drive.js">']
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Bodies
 
 
@@ -202,7 +200,6 @@ def test_a_body_that_no_parser_likes_is_one_line(client, at, body):
     assert answer.status_code in (400, 422) and "\n" not in answer.json()["error"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The token
 
 
@@ -278,7 +275,6 @@ def test_the_command_passes_its_names_on(monkeypatch):
     assert asked == [("0.0.0.0", 5, ["a", "b"])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Bounds
 
 

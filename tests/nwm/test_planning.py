@@ -60,7 +60,6 @@ def end_at(point: tuple[float, float]):
     return score
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Motions and paths
 
 
@@ -113,7 +112,6 @@ def test_a_jump_leads_where_the_steps_lead():
     assert accumulate_batch(commands)[3] == pytest.approx(accumulate(commands[3]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Search
 
 
@@ -296,7 +294,6 @@ def test_lpips_cost_compares_8_bit_pictures_with_the_goal(monkeypatch):
     assert lpips_cost(torch.stack([goal, goal + 0.4]), goal) == pytest.approx([0, 0.4 * 255])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The toy world
 
 
@@ -352,7 +349,6 @@ def test_motion_range_names_what_is_outside():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 

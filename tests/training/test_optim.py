@@ -26,7 +26,6 @@ def fill_gradients(model, seed):
         parameter.grad = torch.randn_like(parameter)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Learning rate
 
 
@@ -56,7 +55,6 @@ def test_published_stage_1_schedule():
     assert factor(16 * steps) == factor(20 * steps) == pytest.approx(0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Orthogonalisation
 
 
@@ -96,7 +94,6 @@ def test_size_of_a_muon_update(shape):
     assert (parameter.detach() * parameter.grad).sum() < 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Optimizers
 
 

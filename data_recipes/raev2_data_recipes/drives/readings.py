@@ -99,7 +99,6 @@ def parse_words(where: str, text: str) -> frozenset[str] | None:
     return words
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Applying a reading
 
 
@@ -176,7 +175,6 @@ def matrices(quaternions: Array) -> Array:
     return np.moveaxis(np.array(rows), -1, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Testing a reading against the motion
 
 
@@ -359,7 +357,6 @@ def _text(words: frozenset[str]) -> str:
     return ",".join(sorted(words)) or "plain"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Units of time and length
 
 

@@ -66,7 +66,6 @@ def read_layout(src: Path, val_fraction: float, choice: Choice) -> Layout:
     return layout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Parts of `read_layout`
 
 

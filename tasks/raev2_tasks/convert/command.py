@@ -53,7 +53,6 @@ LICENCES = {
 TERMS = "The terms of these weights are those of the place they were published at."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Import
 
 
@@ -230,7 +229,6 @@ def _extra(source: Source, origin: str, files: Mapping[str, str] | None = None) 
     return {"source": where | {"sha256": dict(files or source.files)}, "licence": licence}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Export
 
 
@@ -318,7 +316,6 @@ def _export_diffusers(artefacts: Mapping[str, Path], out: Path) -> Rows:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The commands
 
 

@@ -138,7 +138,6 @@ def laptop() -> RunSpec:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Your own photographs: one recipe for each size of machine, lengths for some thousands of pictures.
 # `raev2 imagenet own-photos` adapts the lengths to a dataset.
 
@@ -196,7 +195,6 @@ def own_photos(memory: int) -> RunSpec:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Published systems
 
 

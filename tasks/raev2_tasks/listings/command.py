@@ -25,7 +25,6 @@ def _json_option(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Recipes, tasks, encoders
 
 
@@ -90,7 +89,6 @@ def _check_encoder(options: Namespace) -> int:
     return OK if all(ok for _, ok, _ in checks) else FAILED
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # One recipe, this machine
 
 

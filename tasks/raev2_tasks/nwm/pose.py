@@ -88,7 +88,6 @@ def yaw_of_quaternion(x: ArrayLike, y: ArrayLike, z: ArrayLike, w: ArrayLike) ->
     return np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Motions and the constant velocities that make them: the exponential map of the plane. A velocity (forward, sideways,
 # turn) that is held for one unit of time gives a motion (dx, dy, dyaw): an arc.
 

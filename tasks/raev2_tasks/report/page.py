@@ -98,7 +98,6 @@ def _numbers(run: RunFiles, view: Mapping) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is said of each run
 
 
@@ -220,7 +219,6 @@ def _published(runs: Runs) -> list[Mapping]:
     return [row for task, recipe in systems if recipe for row in published_results(recipe) if row["task"] == task]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Side by side
 
 
@@ -351,7 +349,6 @@ def _chart(title: str, series: Sequence[Series], caption: str, linear: bool = Fa
     return {"title": title, "svg": svg, "caption": (caption + " Logarithmic scale." * log).strip()} if svg else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Words
 
 

@@ -70,7 +70,6 @@ def _with_n(trained: TrainedRun, n: int | None) -> TrainedRun:
     return replace(trained, run=replace(trained.run, spec=spec.replace(evaluation=evaluation)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is varied: (run, its settings, value) -> the run and the settings with that value
 
 Vary = Callable[[TrainedRun, SamplingSpec, str], tuple[TrainedRun, SamplingSpec]]

@@ -76,7 +76,6 @@ def protocols(task: Task, spec: RunSpec) -> list[Evaluator]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Exact scores
 
 
@@ -243,7 +242,6 @@ def rotation(rows: Sequence[PromptRow]) -> list[int]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Retrieval and CLIPScore
 
 

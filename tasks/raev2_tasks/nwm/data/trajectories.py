@@ -128,7 +128,6 @@ class StoredTrajectory:
         return self.frames_dir / f"{index:06d}{self.suffix}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Write
 
 
@@ -368,7 +367,6 @@ def num_frozen(trajectories: Sequence[StoredTrajectory], spacing_m: float) -> in
     return count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Read
 
 

@@ -66,7 +66,6 @@ def recorded_velocities(context: EvalContext) -> Array:
     return np.concatenate([velocities(trajectory.t, trajectory.poses) for trajectory in trajectories])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Driving
 
 

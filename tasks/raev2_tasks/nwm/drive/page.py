@@ -90,7 +90,6 @@ class Shown:
     complaint: str = ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # A ride
 
 
@@ -241,7 +240,6 @@ def _data_url(frame: Frame) -> str:
     return "data:image/png;base64," + base64.b64encode(_png(frame)).decode()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The web application
 
 MakeWorlds = Callable[[], tuple[World, World | None]]
@@ -409,7 +407,6 @@ def _web(module: str) -> Any:
         raise TaskError("raev2 nwm drive", f"{error.name} is not installed", hint="pip install 'raev2[nwm]'") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 

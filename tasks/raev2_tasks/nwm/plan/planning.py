@@ -55,7 +55,6 @@ class Motion:
         return cls(*map(float, (velocities[:, 0].mean(), velocities[:, 0].std(), velocities[:, 2].std())))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Kinds of path
 
 
@@ -135,7 +134,6 @@ class SplinePath(Spec):
 PathSpec = Annotated[UnicyclePath | LinePath | SplinePath, Field(discriminator="kind")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Samplers
 
 
@@ -270,7 +268,6 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Problems
 
 
@@ -315,7 +312,6 @@ class GoalSource(Protocol):
         """`num` problems with a goal `seconds` ahead, spread over the validation data."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Planning
 
 
@@ -429,7 +425,6 @@ def random_commands(spec: PlanSpec, motion: Motion, steps: int, seconds: float, 
     return spec.limits.apply(spec.path.commands(variables, steps, seconds), seconds)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Costs
 
 
@@ -465,7 +460,6 @@ def cost_between(cost: Cost, predicted: Tensor, goal: Tensor) -> Array:
     return {"latent": latent_cost, "pixel": pixel_cost, "lpips": lpips_cost}[cost](predicted, goal)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Paths of candidates
 
 

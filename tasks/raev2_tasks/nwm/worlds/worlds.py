@@ -78,7 +78,6 @@ class World(Protocol):
         """Forget the last step, at least `UNDO_STEPS` times. Equal commands then give equal frames again."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The toy world
 
 # Walls of a flat of 10 x 8 m: two rooms above, a corridor, a large room below. (x, y) to (x, y) in metres, colour.

@@ -41,7 +41,6 @@ class Prompt:
     line: str = ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Prompts as the benchmarks distribute them
 
 
@@ -73,7 +72,6 @@ def read_lines(source: Path) -> list[Prompt]:
     return [Prompt(f"{i:05d}", text) for i, text in enumerate(read_prompts(source))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Pictures as the benchmarks read them
 
 
@@ -98,7 +96,6 @@ def write_single(out: Path, prompt: Prompt, images_u8: Tensor) -> None:
     _save(images_u8[0], out / f"{prompt.name}.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Results as the benchmarks write them
 
 
@@ -217,7 +214,6 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
@@ -314,9 +310,6 @@ def import_eval(argv: Sequence[str]) -> None:
 
 
 COMMANDS = {"export-eval": export_eval, "import-eval": import_eval}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _text(file: Path) -> str:

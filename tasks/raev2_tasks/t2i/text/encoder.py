@@ -40,7 +40,6 @@ ENCODE_LENGTHS = (16, 32, 64, 96, 128, 192, 256)  # longer ones: multiples of 12
 WARN_SHARE, WARN_AFTER = 0.02, 1_000  # cut captions that are worth a warning, and when to look
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Known encoders
 
 
@@ -111,7 +110,6 @@ TOKENIZER_FILES = ("tokenizer.json", *PIECE_FILES, "vocab.json", "vocab.txt")
 PIECE_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module, for such files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Captions to token ids
 
 
@@ -249,7 +247,6 @@ def trim(cond: Mapping[str, Tensor], at_least: int = 0) -> dict[str, Tensor]:
     return {name: nn.functional.pad(value, (0, length - mask.shape[1])) for name, value in cond.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Token ids to frozen outputs
 
 
@@ -431,7 +428,6 @@ def text_encoders(argv: Sequence[str]) -> None:
 COMMANDS = {"text-encoders": text_encoders}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
 
