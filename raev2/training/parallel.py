@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
@@ -35,7 +37,7 @@ def parallelise(
         if spec.activation_checkpointing:
             checkpoint(block)
         if spec.compile:
-            _need_compiler()
+            need_compiler()
             block.compile()  # not `fullgraph`, which ends a run that meets more shapes than torch compiles
     if not dist.is_distributed():
         return model
@@ -95,9 +97,16 @@ def _mesh(spec: ParallelSpec, device: str) -> DeviceMesh:
     return init_device_mesh(device, (world // each, each), mesh_dim_names=("machine", "process"))
 
 
-def _need_compiler() -> None:
+def need_compiler() -> None:
+    """Raise SpecError unless `torch.compile` finds what it compiles with, on any device."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
     if not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"])):
         raise SpecError(
             "spec.parallel.compile", "torch.compile needs a C++ compiler", got="none on PATH",
             hint="Install g++, or set parallel.compile=false.",
+        )  # fmt: skip
+    if not header.is_file():
+        raise SpecError(
+            "spec.parallel.compile", "torch.compile needs the headers of Python", got=f"no {header}",
+            hint="Install them (Debian: python3-dev), or set parallel.compile=false.",
         )  # fmt: skip

@@ -37,7 +37,7 @@ from raev2.tokenizer.encoder_table import ENCODERS, EncoderInfo, check_layers, e
 from raev2.tokenizer.encoders import build_encoder
 from raev2.tokenizer.losses import LPIPS_LOSS
 from raev2.training import dist
-from raev2.training.parallel import local
+from raev2.training.parallel import local, need_compiler
 from raev2.training.run import Run, add_provenance
 
 logger = logging.getLogger(__name__)
@@ -203,6 +203,8 @@ def encoder_facts(name: str) -> EncoderInfo:
 def _networks(plan: Plan) -> Iterator[Finding]:
     """Settings of networks have to fit together; most errors are those that the part itself would raise later."""
     spec, repa = plan.spec, plan.spec.generator_training.repa
+    if spec.parallel.compile and GENERATOR in plan.stages:
+        need_compiler()
     for encoder, layers in plan.encoders:
         if layers and encoder in ENCODERS:
             check_layers(encoder, ENCODERS[encoder].depth, layers)

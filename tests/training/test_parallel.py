@@ -128,6 +128,15 @@ def test_compiling_without_a_compiler_says_what_is_missing(monkeypatch):
         parallelise(generator, ParallelSpec(compile=True), generator.blocks())
 
 
+def test_compiling_without_headers_is_refused_before_any_training(monkeypatch, tmp_path, capsys):
+    """A Python of Debian has none without python3-dev; stage 1 would be trained first, and then lost to a traceback."""
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    argv = ["train", "--task", "imagenet", "--recipe", "selftest", "--run", str(tmp_path / "run")]
+    assert main([*argv, "--set", "parallel.compile=true"]) == 2
+    assert "torch.compile needs the headers of Python; got no" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
 @pytest.mark.parametrize("name", ["cuda:99", "toaster"])
 def test_a_device_that_is_not_here_is_one_line_wherever_it_is_named(trained_run, monkeypatch, capsys, name):
     expected = f"not usable here; got {name}; expected cpu, cuda, cuda:1, ..."
