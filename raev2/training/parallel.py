@@ -33,11 +33,12 @@ def parallelise(
     blocks   transformer blocks, which are recomputed and compiled one by one
     apart    whether they are sharded one by one too; not where their weights are read outside of their forward
     """
+    if spec.compile:
+        need_compiler()
     for block in blocks:
         if spec.activation_checkpointing:
             checkpoint(block)
         if spec.compile:
-            need_compiler()
             block.compile()  # not `fullgraph`, which ends a run that meets more shapes than torch compiles
     if not dist.is_distributed():
         return model

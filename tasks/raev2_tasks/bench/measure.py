@@ -16,7 +16,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -165,7 +165,8 @@ def measure(work: Work, setting: Setting) -> Timing:
     if other is not None:
         functions["other"] = work.make(other)
         difference = largest_difference(functions["ours"](), functions["other"]())
-    with torch.compiler.set_stance("force_eager"), _Arithmetic() as counter:
+    as_written = torch.compiler.set_stance("force_eager") if setting.compiled else nullcontext()
+    with as_written, _Arithmetic() as counter:
         functions["ours"]()
     gflop = counter.flop / 1e9
     _forget_peak(setting.device)

@@ -63,8 +63,9 @@ def build_generator(setting: Setting, network: Any = None, latent_shape: Shape |
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     generator.to(setting.device)
-    torch.compiler.reset()  # what was compiled for others, of which torch keeps a few
-    parallelise(generator, ParallelSpec(compile=setting.compiled), generator.blocks())
+    if setting.compiled:
+        torch.compiler.reset()  # what was compiled for others, of which torch keeps a few
+        parallelise(generator, ParallelSpec(compile=True), generator.blocks())
     return generator
 
 
