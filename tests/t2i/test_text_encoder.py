@@ -5,10 +5,11 @@ import logging
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
-from raev2.errors import DataError, SpecError
+from raev2.errors import DataError, FileError, SpecError
 from raev2.spec_io import apply_overrides
 from raev2.task import get_recipe, get_task
 from raev2_tasks.t2i.spec import TextEncoderSpec
@@ -368,6 +369,24 @@ def test_a_cache_in_8_bits_is_close(tmp_path):
     cache, raw = CaptionCache(tmp_path / "cache", encoder), encoder.tokenizer(captions)
     assert torch.nn.functional.cosine_similarity(cache(**raw), encoder(**raw), dim=-1).min() > 0.999
     assert cache.num_misses == 0
+
+
+def test_a_cache_is_complete_or_absent(tmp_path, monkeypatch):
+    encoder, write = build_text_encoder(TextEncoderSpec(name="hash", max_tokens=16), CPU), np.savez
+
+    def full(*args, **arrays):
+        write(*args, **arrays)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(FileError, match=r"cache: could not be saved.*free some space"):
+        disk.setattr(np, "savez", full)
+        write_cache(iter(["a cat"]), encoder, tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".cache.partial").mkdir()
+    (tmp_path / ".cache.partial" / "rows.bin").write_bytes(b"of a process that was killed")
+    write_cache(iter(["a cat"]), encoder, tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert CaptionCache(tmp_path / "cache", encoder).ends.tolist() == [2]
 
 
 def test_a_cache_of_another_encoder_is_refused(encoder_folder, tmp_path):

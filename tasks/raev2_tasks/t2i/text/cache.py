@@ -25,6 +25,7 @@ from torch import Tensor
 
 from raev2.errors import DataError, SpecError
 from raev2.files.artefact import write_json
+from raev2.files.replace import VERSION, Kind, new_folder
 from raev2.training import dist
 from raev2.training.lock import folder_lock
 from raev2_tasks.t2i.text.encoder import ENCODE_ROWS, FrozenTextEncoder, TextTokenizer
@@ -32,6 +33,7 @@ from raev2_tasks.t2i.text.encoder import ENCODE_ROWS, FrozenTextEncoder, TextTok
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 CHUNK = 16 * (ENCODE_ROWS - 1)  # captions that are encoded together
+CAPTIONS = Kind("cache.json", VERSION, r"cache\.json|index\.npz|(rows|scales)\.bin")
 NUMBER_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 
 
@@ -125,39 +127,42 @@ def write_cache(
         raise DataError(
             f"caption cache {out}", "the disk is too small", got=f"{free:,} bytes free", expected=f"{size:,}"
         )
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    device = next(iter(encoder.state_dict().values())).device
-    keys = list(distinct)
-    keys.sort(key=lambda key: len(distinct[key]))  # rows of one forward are about as long as each other
-    with (partial / "rows.bin").open("wb") as rows, (partial / "scales.bin").open("wb") as scales:
-        for start in range(0, len(keys), CHUNK):
-            chunk = [distinct[key] for key in keys[start : start + CHUNK]]
-            ids = torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(row) for row in chunk], batch_first=True, padding_value=encoder.tokenizer.pad_id
-            )
-            lengths = torch.tensor([len(row) for row in chunk])
-            mask = torch.arange(ids.shape[1]) < lengths[:, None]
-            values = encoder(ids.to(device), mask.to(device)).cpu()[mask]  # (tokens, D)
+    keys = sorted(distinct, key=lambda key: len(distinct[key]))  # rows of one forward are about as long as each other
+    ends = np.cumsum([len(distinct[key]) for key in keys], dtype=np.int64)
+    table = np.array([np.frombuffer(key, np.uint64) for key in keys], dtype=np.uint64).reshape(-1, 2)
+    about = {
+        "format_version": FORMAT_VERSION, "fingerprint": encoder.fingerprint, "width": encoder.width,
+        "number_type": number_type, "num_captions": len(keys), "num_tokens": num_tokens,
+    }  # fmt: skip
+    with new_folder(out, CAPTIONS) as folder:
+        _write_rows(folder, [distinct[key] for key in keys], encoder, number_type)
+        np.savez(folder / "index.npz", keys=table, ends=ends)
+        write_json(folder / "cache.json", about)
+    return about
+
+
+def _write_rows(folder: Path, rows: list[list[int]], encoder: FrozenTextEncoder, number_type: str) -> None:
+    """rows.bin and, for int8, scales.bin: the outputs of all tokens of all rows, in that order."""
+    with (folder / "rows.bin").open("wb") as file, (folder / "scales.bin").open("wb") as scales:
+        for start in range(0, len(rows), CHUNK):
+            values = _encode(rows[start : start + CHUNK], encoder)  # (tokens, D)
             if number_type == "int8":
                 largest = values.abs().amax(1).clamp_min(1e-6).half()
                 scales.write(largest.numpy().tobytes())
                 values = (values / largest.float()[:, None] * 127).round().clamp(-127, 127)
             stored = values.to(NUMBER_TYPES[number_type]).contiguous()
-            rows.write(stored.view(torch.uint8).numpy().tobytes())
+            file.write(stored.view(torch.uint8).numpy().tobytes())
     if number_type != "int8":
-        (partial / "scales.bin").unlink()
-    ends = np.cumsum([len(distinct[key]) for key in keys], dtype=np.int64)
-    table = np.array([np.frombuffer(key, np.uint64) for key in keys], dtype=np.uint64).reshape(-1, 2)
-    np.savez(partial / "index.npz", keys=table, ends=ends)
-    about = {
-        "format_version": FORMAT_VERSION, "fingerprint": encoder.fingerprint, "width": encoder.width,
-        "number_type": number_type, "num_captions": len(keys), "num_tokens": num_tokens,
-    }  # fmt: skip
-    write_json(partial / "cache.json", about)
-    partial.rename(out)
-    return about
+        (folder / "scales.bin").unlink()
+
+
+def _encode(rows: list[list[int]], encoder: FrozenTextEncoder) -> Tensor:
+    """Outputs (tokens, D) of rows of token ids, without those of padding."""
+    device = next(iter(encoder.state_dict().values())).device
+    padded = [torch.tensor(row) for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=encoder.tokenizer.pad_id)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return encoder(ids.to(device), mask.to(device)).cpu()[mask]
 
 
 def _distinct(captions: Iterator[str], text_tokenizer: TextTokenizer) -> dict[bytes, list[int]]:
