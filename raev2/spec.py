@@ -470,10 +470,15 @@ class InternalCFG(Guidance):
 class SamplingSpec(Spec):
     """How a trained generator is sampled."""
 
+    added: ClassVar = {"compile": False}
+
     solver: Literal["euler", "heun"] = "euler"
     steps: int = Field(50, gt=0)
     guidance: SerializeAsAny[Guidance] = NoGuidance()
     batch_size: int = Field(64, gt=0)
+    compile: bool = Field(
+        False, description="torch.compile of every transformer block: equal up to rounding, as on a GPU"
+    )
 
 
 class ExpectedSpec(Spec):

@@ -8,6 +8,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,7 @@ from raev2.errors import FileError, SpecError, did_you_mean
 from raev2.files.replace import SAMPLES, Kind, check_replaceable
 from raev2.spec import ExpectedSpec, Guidance, RunSpec, SamplingSpec
 from raev2.spec_io import fingerprint
-from raev2.task import (
-    Task,
-    get_recipe,
-    get_task,
-    usable_tasks,
-)
+from raev2.task import Task, get_recipe, get_task, usable_tasks
 
 if TYPE_CHECKING:
     from raev2.batch import MetricResult
@@ -111,9 +107,7 @@ def _workers(options: Namespace) -> int:
     return min(8, os.cpu_count() or 1) if options.workers is None else options.workers
 
 
-COMMANDS = {
-    "sample": sample, "eval": evaluate,
-}  # fmt: skip
+COMMANDS = {"sample": sample, "eval": evaluate}
 
 
 def source_of(options: Namespace, task: str | None = None) -> Source:
@@ -121,7 +115,11 @@ def source_of(options: Namespace, task: str | None = None) -> Source:
     from raev2.model.opened import find_source
 
     names = ("run", "task", "generator", "tokenizer", "recipe", "settings", "data", "ema")
-    return find_source(**{"task": task, **{name: vars(options)[name] for name in names if name in options}})
+    source = find_source(**{"task": task, **{name: vars(options)[name] for name in names if name in options}})
+    if vars(options).get("compile"):
+        sampling = source.spec.sampling.replace(compile=True)
+        source = replace(source, spec=source.spec.replace(sampling=sampling))
+    return source
 
 
 def _expected(options: Namespace, spec: RunSpec | None) -> Sequence[ExpectedSpec]:

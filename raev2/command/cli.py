@@ -111,6 +111,8 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     add("data", metavar="DATA", help="dataset folder, folder of pictures, or .npz file")
     add("--protocol", nargs="+", required=True)
     add("--split", help="of a dataset folder (default: that of the protocol)")
+    for parser in (sample, evaluate):
+        parser.add_argument("--compile", action="store_true", help="compile the generator, for many pictures")
     for parser in (evaluate, reference):
         parser.add_argument("--workers", type=int, help="processes that read pictures (default: up to 8)")
 

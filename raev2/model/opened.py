@@ -31,6 +31,7 @@ from raev2.tokenizer.base import Tokenizer
 from raev2.tokenizer.baselines import load_tokenizer, tokenizer_spec
 from raev2.training.checkpoint import averaged_weights, latest_checkpoint
 from raev2.training.dist import usable_device
+from raev2.training.parallel import compiled
 from raev2.training.preflight import GENERATOR, TOKENIZER
 from raev2.training.run import Run, make_accelerator, memory_field, newest_run
 
@@ -195,6 +196,8 @@ class TrainedRun:
         if generator is not None:
             weak = None if weak_from is None else load_generator(weak_from).to(run.device)
             build_guidance(sampling.guidance, generator, weak)  # an unusable setting is reported before any work
+            if sampling.compile:
+                generator, weak = compiled(generator), weak and compiled(weak)
         spec = spec.replace(sampling=sampling, evaluation=evaluation)
         context = EvalContext(spec, self.rae, self.dataset, run.device, cache_dir(), generator=generator, weak=weak)
         return context if generator is None else replace(context, generate=_image_sampler(task, context))

@@ -6,6 +6,7 @@ a tensor is a shard: `local` is the part of this process, `whole` gathers, `shar
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sysconfig
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from raev2.errors import SpecError
+from raev2.model.generator import Generator
 from raev2.spec import ParallelSpec
 from raev2.training import dist
 
@@ -34,7 +36,7 @@ def parallelise(
     apart    whether they are sharded one by one too; not where their weights are read outside of their forward
     """
     if spec.compile:
-        need_compiler()
+        need_compiler("parallel")
     for block in blocks:
         if spec.activation_checkpointing:
             checkpoint(block)
@@ -49,6 +51,16 @@ def parallelise(
     for part in (*(blocks if apart else ()), model):
         fully_shard(part, mesh=mesh)
     return model
+
+
+def compiled(generator: Generator) -> Generator:
+    """A twin that shares the weights and has compiled blocks, to sample from; the generator stays as written."""
+    need_compiler("sampling")
+    shared = {id(value): value for value in (*generator.parameters(), *generator.buffers())}
+    twin = copy.deepcopy(generator, shared)
+    for block in twin.blocks():
+        block.compile()
+    return twin
 
 
 def gradient_sync(model: nn.Module, sync: bool) -> AbstractContextManager[object]:
@@ -98,16 +110,14 @@ def _mesh(spec: ParallelSpec, device: str) -> DeviceMesh:
     return init_device_mesh(device, (world // each, each), mesh_dim_names=("machine", "process"))
 
 
-def need_compiler() -> None:
-    """Raise SpecError unless `torch.compile` finds what it compiles with, on any device."""
+def need_compiler(part: str) -> None:
+    """Raise SpecError, of this part of the spec, unless `torch.compile` finds what it compiles with, on any device."""
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"])):
-        raise SpecError(
-            "spec.parallel.compile", "torch.compile needs a C++ compiler", got="none on PATH",
-            hint="Install g++, or set parallel.compile=false.",
-        )  # fmt: skip
-    if not header.is_file():
-        raise SpecError(
-            "spec.parallel.compile", "torch.compile needs the headers of Python", got=f"no {header}",
-            hint="Install them (Debian: python3-dev), or set parallel.compile=false.",
-        )  # fmt: skip
+        needs, got, package = "a C++ compiler", "none on PATH", "g++"
+    elif not header.is_file():
+        needs, got, package = "the headers of Python", f"no {header}", "them (Debian: python3-dev)"
+    else:
+        return
+    hint = f"Install {package}, or set {part}.compile=false."
+    raise SpecError(f"spec.{part}.compile", f"torch.compile needs {needs}", got=got, hint=hint)

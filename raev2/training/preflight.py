@@ -203,8 +203,9 @@ def encoder_facts(name: str) -> EncoderInfo:
 def _networks(plan: Plan) -> Iterator[Finding]:
     """Settings of networks have to fit together; most errors are those that the part itself would raise later."""
     spec, repa = plan.spec, plan.spec.generator_training.repa
-    if spec.parallel.compile and GENERATOR in plan.stages:
-        need_compiler()
+    for part in ("parallel", "sampling"):
+        if getattr(spec, part).compile and GENERATOR in plan.stages:
+            need_compiler(part)
     for encoder, layers in plan.encoders:
         if layers and encoder in ENCODERS:
             check_layers(encoder, ENCODERS[encoder].depth, layers)

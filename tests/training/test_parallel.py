@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from raev2.errors import SpecError
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
 from raev2.spec import DDTSpec, FlowSpec, ParallelSpec
-from raev2.training.parallel import gradient_sync, is_plain, parallelise
+from raev2.training.parallel import compiled, gradient_sync, is_plain, parallelise
 
 
 def tiny() -> Generator:
@@ -121,18 +122,65 @@ def test_the_whole_generator_is_one_graph_for_labels_text_and_frames():
     subprocess.run([sys.executable, "-c", WHOLE], check=True)
 
 
+TWIN = """
+import torch
+from torch import nn
+from raev2.sampler import noise_for, sample_latents
+from raev2.spec import CFG, SamplingSpec
+from raev2.training.parallel import compiled, is_plain
+from test_parallel import tiny
+
+real = nn.Module.compile
+nn.Module.compile = lambda self: real(self, backend="aot_eager", fullgraph=True)
+generator = tiny().eval()
+twin = compiled(generator)
+assert is_plain(generator) and not is_plain(twin) and not twin.training
+with torch.no_grad():
+    for value in generator.parameters():
+        value.mul_(0.9)
+sampling, cond = SamplingSpec(steps=2, guidance=CFG(scale=2.0)), {"label": torch.arange(4)}
+noise = noise_for(0, range(4), generator.latent_shape)
+ours, theirs = (sample_latents(network, cond, noise, sampling) for network in (twin, generator))
+assert theirs.std() > 0.03
+torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_a_compiled_twin_samples_with_the_weights_of_its_generator():
+    """Weights that change after it was made too; a cheap backend, and no type checks by the test session."""
+    subprocess.run([sys.executable, "-c", TWIN], check=True, cwd=Path(__file__).parent)
+
+
+@pytest.mark.parametrize("argv", [["sample", "--n", "1"], ["eval", "--protocol", "generation-micro"]])
+def test_commands_sample_from_compiled_blocks_where_asked(argv, trained_run, monkeypatch, tmp_path):
+    blocks: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: blocks.append(self))
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    argv = [*argv, "--run", str(run)]
+    assert main(argv) == 0 and not blocks
+    assert main([*argv, "--compile", *(["--overwrite"] if argv[0] == "sample" else [])]) == 0
+    assert {type(block).__name__ for block in blocks} == {"Block"}
+    written = {"sample": "samples/seed-0/plan.json", "eval": "eval/generation-micro.json"}[argv[0]]
+    assert '"compile": true' in (run / written).read_text(encoding="utf-8")
+
+
 def test_compiling_without_a_compiler_says_what_is_missing(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     generator = tiny()
-    with pytest.raises(SpecError, match=r"torch.compile needs a C\+\+ compiler; got none on PATH"):
+    with pytest.raises(SpecError, match=r"parallel.compile: torch.compile needs a C\+\+ compiler; got none on PATH"):
         parallelise(generator, ParallelSpec(compile=True), generator.blocks())
+    with pytest.raises(
+        SpecError, match=r"sampling.compile: torch.compile needs a C\+\+.*or set sampling.compile=false"
+    ):
+        compiled(generator)
 
 
-def test_compiling_without_headers_is_refused_before_any_training(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("part", ["parallel", "sampling"])
+def test_compiling_without_headers_is_refused_before_any_training(part, monkeypatch, tmp_path, capsys):
     """A Python of Debian has none without python3-dev; stage 1 would be trained first, and then lost to a traceback."""
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     argv = ["train", "--task", "imagenet", "--recipe", "selftest", "--run", str(tmp_path / "run")]
-    assert main([*argv, "--set", "parallel.compile=true"]) == 2
+    assert main([*argv, "--set", f"{part}.compile=true"]) == 2
     assert "torch.compile needs the headers of Python; got no" in capsys.readouterr().err
     assert not (tmp_path / "run" / "tokenizer").exists()
 

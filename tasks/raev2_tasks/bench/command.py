@@ -23,7 +23,7 @@ def _options(parser: ArgumentParser) -> None:
         help="also time what FACTORY(ours) returns, in turns, on the same tensors",
     )
     add("--cpu-time", action="store_true", help="CPU seconds of the process: for a machine that is not idle")
-    add("--compile", action="store_true", help="compile generators in training, as parallel.compile does")
+    add("--compile", action="store_true", help="compile generators, as parallel.compile and sampling.compile do")
     add("--json", metavar="FILE", type=Path, help="also write the numbers here, in a new file")
 
 

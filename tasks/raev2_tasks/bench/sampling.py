@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +34,7 @@ class NoDecoder:
 
 def sampling(setting: Setting) -> Iterator[Work]:
     """Latents by the raw loop, all at once; by `sample`, which promises the same bits for every batch size; of one."""
-    generator = build_generator(replace(setting, compiled=False)).eval()
+    generator = build_generator(setting).eval()
 
     def cond(num: int) -> dict[str, torch.Tensor]:
         return {"label": torch.arange(num, device=setting.device)}
