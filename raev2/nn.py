@@ -32,7 +32,7 @@ KeyMask = Bool[Tensor, "B 1 1 _"]  # True: the key is seen
 Modulation = Float[Tensor, "B _ D6"]  # per sample (B, 1, 6 D) or per token (B, N, 6 D)
 PLAIN_UP_TO = 2**25  # scores, 64 MiB for each block: beyond, a CPU does not have the memory for them either
 NUM_FREQUENCIES = 256  # of the time embedding
-ENOUGH_ROWS = 8  # MKL has kernels of its own for one to three
+EVEN_ROWS = 4  # MKL has kernels of its own for one to three, and for those beside fours
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -66,19 +66,27 @@ class FusedLinear(nn.Linear):
         self.splits = tuple(splits)
 
 
-def with_enough_rows(layers: nn.Module, x: Float[Tensor, "B D1"]) -> Float[Tensor, "B D2"]:
-    """`layers(x)`, without gradients on a CPU of at least `ENOUGH_ROWS`: its kernels for fewer give other bits."""
-    num = len(x)
-    if torch.is_grad_enabled() or not x.is_cpu or not 0 < num < ENOUGH_ROWS:
+def with_even_rows(layers: nn.Module, x: Float[Tensor, "B D1"]) -> Float[Tensor, "B D2"]:
+    """`layers(x)`, without gradients on a CPU of a multiple of `EVEN_ROWS`: its kernels for others give other bits."""
+    missing = -len(x) % EVEN_ROWS
+    if torch.is_grad_enabled() or not x.is_cpu or not missing:
         return layers(x)
-    return layers(torch.cat([x, x[-1:].expand(ENOUGH_ROWS - num, -1)]))[:num]
+    return layers(torch.cat([x, x[-1:].expand(missing, -1)]))[:-missing]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; computed and returned in float32."""
-    if x.is_cpu:  # three times as fast as what torch composes there
+    if not x.is_cpu:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    if torch.is_grad_enabled():  # three times as fast as what torch composes there
         return _CPUNorm.apply(x, weight.float(), eps)
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    return _cpu_norm(x, weight.float(), eps)[0]
+
+
+def _cpu_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x32 = x.float()
+    inverse = (torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+    return (x32 * inverse).mul_(weight), inverse
 
 
 class _CPUNorm(Function):
@@ -86,10 +94,9 @@ class _CPUNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        inverse = (torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+        result, inverse = _cpu_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x32 * inverse).mul_(weight)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -189,7 +196,15 @@ def turn(rope: Rope, by: Rope) -> Rope:
 def rotate(x: Float[Tensor, "B N heads d"], rope: Rope) -> Float[Tensor, "B N heads d"]:
     """Rotate channel pairs (a, b) = (i, i + d/2): (a cos - b sin, b cos + a sin). No gradient to the angles."""
     cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)  # (N, 1, P), or with a batch axis
-    return _Rotation.apply(x.to(cos.dtype), cos, sin)
+    return (_Rotation.apply if torch.is_grad_enabled() else _turned)(x.to(cos.dtype), cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    result = x * torch.cat([cos, cos], dim=-1)
+    (a, b), (turned_a, turned_b) = x.chunk(2, dim=-1), result.chunk(2, dim=-1)
+    turned_a.addcmul_(b, sin, value=-1)
+    turned_b.addcmul_(a, sin)
+    return result
 
 
 class _Rotation(Function):
@@ -198,11 +213,7 @@ class _Rotation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        result = x * torch.cat([cos, cos], dim=-1)
-        (a, b), (turned_a, turned_b) = x.chunk(2, dim=-1), result.chunk(2, dim=-1)
-        turned_a.addcmul_(b, sin, value=-1)
-        turned_b.addcmul_(a, sin)
-        return result
+        return _turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -385,7 +396,7 @@ class FourierEmbed(nn.Module):
     def forward(self, t: Times) -> Vectors:
         """Embed; angles are computed in float32."""
         angles = 2 * math.pi * t.float()[:, None] * self.frequencies.float()
-        return with_enough_rows(self.mlp, torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.frequencies.dtype))
+        return with_even_rows(self.mlp, torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.frequencies.dtype))
 
     def init_weights(self) -> None:
         """W ~ N(0, 1), weights ~ N(0, 0.02), biases as PyTorch."""

@@ -476,9 +476,7 @@ class SamplingSpec(Spec):
     steps: int = Field(50, gt=0)
     guidance: SerializeAsAny[Guidance] = NoGuidance()
     batch_size: int = Field(64, gt=0)
-    compile: bool = Field(
-        False, description="torch.compile of every transformer block: equal up to rounding, as on a GPU"
-    )
+    compile: bool = Field(False, description="torch.compile of every transformer block: equal up to rounding")
 
 
 class ExpectedSpec(Spec):

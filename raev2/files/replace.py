@@ -35,10 +35,7 @@ CHECKPOINT = Kind("", "", r"[^/]+\.(json|safetensors)")
 ARTEFACT = Kind("config.json", VERSION, _ARTEFACT)
 SAMPLES = Kind("plan.json", '"time_shift"', r"plan\.json|grid\.png|\d{5,}\.png")
 RECONSTRUCTIONS = Kind("table.json", VERSION, r"table\.(json|csv)|grid\.png|\d{5,}-[^/]*\.png")
-EXPORT = Kind(
-    "export.json", VERSION,
-    rf"[^/]+\.(json|yaml|pt|safetensors)|{_STAGES}/{_ARTEFACT}",
-)  # fmt: skip
+EXPORT = Kind("export.json", VERSION, rf"[^/]+\.(json|yaml|pt|safetensors)|{_STAGES}/{_ARTEFACT}")
 PIPELINES = Kind(
     "pipeline.json", VERSION,
     rf"(pipeline|metrics)\.jsonl?|README\.md|samples\.png|{_STAGES}/{_ARTEFACT}"

@@ -31,7 +31,7 @@ from raev2.nn import (
     sincos_2d,
     turn,
     unpatchify,
-    with_enough_rows,
+    with_even_rows,
 )
 from raev2.shapes import Latents, LatentShape, Patches, Times, Tokens, Vectors
 from raev2.spec import DDTSpec, DiTSpec, TrunkSpec
@@ -104,7 +104,7 @@ class Trunk(nn.Module):
         else:
             c = time if cond_vector is None else time + cond_vector
             c = F.silu(c) if self.silu_cond else c
-            modulations = with_enough_rows(self.modulation, F.silu(c))[:, None].split(self.modulation.splits, dim=-1)
+            modulations = with_even_rows(self.modulation, F.silu(c))[:, None].split(self.modulation.splits, dim=-1)
             modulations = modulations if self.final_modulation else (*modulations, None)
 
         # The blocks, and what is read on the way.

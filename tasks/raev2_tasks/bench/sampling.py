@@ -34,14 +34,17 @@ class NoDecoder:
 
 def sampling(setting: Setting) -> Iterator[Work]:
     """Latents by the raw loop, all at once; by `sample`, which promises the same bits for every batch size; of one."""
-    generator = build_generator(setting).eval()
+
+    def network() -> Any:
+        """Another one for each row: torch keeps eight compiled versions of a block, and not those of all rows."""
+        return build_generator(setting).eval()
 
     def cond(num: int) -> dict[str, torch.Tensor]:
         return {"label": torch.arange(num, device=setting.device)}
 
     def loop(parts: Any, guidance: Guidance, precision: str, num: int) -> Callable[[], Outputs]:
         module, integrate = parts
-        given, noise = cond(num), noise_for(0, range(num), generator.latent_shape).to(setting.device)
+        given, noise = cond(num), noise_for(0, range(num), module.latent_shape).to(setting.device)
 
         def run() -> Outputs:
             with autocast(precision, setting.device):
@@ -62,12 +65,12 @@ def sampling(setting: Setting) -> Iterator[Work]:
         for num in (IMAGES, 1):
             where = f"{precision}, {num} at once"
             make = partial(loop, guidance=NoGuidance(), precision=precision, num=num)
-            yield Work(f"loop, {where}", num, "images", (generator, sample_latents), make, dtype)
+            yield Work(f"loop, {where}", num, "images", (network(), sample_latents), make, dtype)
             make = partial(public, precision=precision, num=num)
-            yield Work(f"sample(), {where}", num, "images", (generator, sample), make, dtype)
+            yield Work(f"sample(), {where}", num, "images", (network(), sample), make, dtype)
     for name, guidance in GUIDANCE.items():
         make = partial(loop, guidance=guidance, precision="fp32", num=IMAGES)
-        yield Work(f"loop, guidance {name}", IMAGES, "images", (generator, sample_latents), make)
+        yield Work(f"loop, guidance {name}", IMAGES, "images", (network(), sample_latents), make)
 
 
 def encode(setting: Setting) -> Iterator[Work]:
