@@ -116,9 +116,9 @@ def source_of(options: Namespace, task: str | None = None) -> Source:
 
     names = ("run", "task", "generator", "tokenizer", "recipe", "settings", "data", "ema")
     source = find_source(**{"task": task, **{name: vars(options)[name] for name in names if name in options}})
-    if not vars(options).get("compile"):
+    if (wanted := vars(options).get("compile")) is None:
         return source
-    return replace(source, spec=source.spec.replace(sampling=source.spec.sampling.replace(compile=True)))
+    return replace(source, spec=source.spec.replace(sampling=source.spec.sampling.replace(compile=wanted)))
 
 
 def _expected(options: Namespace, spec: RunSpec | None) -> Sequence[ExpectedSpec]:

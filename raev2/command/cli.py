@@ -112,7 +112,7 @@ def parser(sampled: Task | None = None, added: Mapping[str, Command] = MappingPr
     add("--protocol", nargs="+", required=True)
     add("--split", help="of a dataset folder (default: that of the protocol)")
     for parser in (sample, evaluate):
-        parser.add_argument("--compile", action="store_true", help="compile the generator, for many pictures")
+        parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the generator")
     for parser in (evaluate, reference):
         parser.add_argument("--workers", type=int, help="processes that read pictures (default: up to 8)")
 

@@ -131,8 +131,8 @@ class Pipeline:
 
 
 def _portable(spec: RunSpec) -> RunSpec:
-    """The spec as it goes to other machines: it names no folder of this one."""
-    sampling = spec.sampling
+    """The spec as it goes to other machines: it names no folder of this one, and asks for no compiler."""
+    sampling = spec.sampling.replace(compile=False)
     if getattr(sampling.guidance, "weak", None):
         logger.warning("the second generator of guidance %s stays here; saved as unguided", sampling.guidance.kind)
         sampling = sampling.replace(guidance=NoGuidance())

@@ -15,6 +15,7 @@ from raev2.errors import SpecError
 from raev2.model.condition import LabelCondition
 from raev2.model.generator import Generator
 from raev2.spec import DDTSpec, FlowSpec, ParallelSpec
+from raev2.spec_io import apply_overrides, load_spec, save_spec
 from raev2.training.parallel import compiled, gradient_sync, is_plain, parallelise
 
 
@@ -162,6 +163,24 @@ def test_commands_sample_from_compiled_blocks_where_asked(argv, trained_run, mon
     assert {type(block).__name__ for block in blocks} == {"Block"}
     written = {"sample": "samples/seed-0/plan.json", "eval": "eval/generation-micro.json"}[argv[0]]
     assert '"compile": true' in (run / written).read_text(encoding="utf-8")
+
+
+def test_a_run_that_asks_for_compiled_blocks_can_be_used_without(trained_run, monkeypatch, tmp_path):
+    blocks: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: blocks.append(self))
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    save_spec(apply_overrides(load_spec(run / "spec.yaml"), ["sampling.compile=true"]), run / "spec.yaml")
+    Pipeline.from_pretrained(run).save_pretrained(tmp_path / "saved", licence="mit")
+    blocks.clear()
+    for name, option in {"run": ["--no-compile"], "saved": []}.items():
+        assert (
+            main(["sample", "--run", str(tmp_path / name), "--n", "1", "--out", str(tmp_path / "out" / name), *option])
+            == 0
+        )
+    assert not blocks
+    assert (
+        main(["sample", "--run", str(run), "--n", "1", "--out", str(tmp_path / "out" / "as it says")]) == 0 and blocks
+    )
 
 
 def test_compiling_without_a_compiler_says_what_is_missing(monkeypatch):
